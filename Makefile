@@ -1,0 +1,42 @@
+# `make demo` and `make test` each work as the first command in a bare clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := outputs/demo
+
+.PHONY: demo demo-sd3 test test-slow check results clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first and alone: whatever wheel the constraint finds (a CPU one will do) then satisfies everything else
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,rewards]'
+	touch $@
+
+demo: $(STAMP)
+	rm -rf $(DEMO)
+	$(BIN)/python -m align.train --config configs/dpo_shapes.yaml --output_dir $(DEMO)
+	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)
+
+demo-sd3: $(STAMP)
+	rm -rf $(DEMO)-sd3
+	$(BIN)/python -m align.train --config configs/dpo_shapes_sd3.yaml --output_dir $(DEMO)-sd3
+	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)-sd3
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+results: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.table
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

@@ -1,0 +1,24 @@
+"""The ``t2i-align`` command: a thin dispatch to the modules' own ``main``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": "align.train",
+    "evaluate": "align.evaluate",
+    "score": "rewards.score",
+}
+
+
+def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        print(f"usage: t2i-align {{{','.join(COMMANDS)}}} [options]; 't2i-align COMMAND --help' tells more")
+        return 0 if name in ("-h", "--help") else 2
+    return int(import_module(COMMANDS[name]).main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Command lines and YAML files: jsonargparse over type hints, so that the import is the registry."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from diffusers.utils import logging as diffusers_logging
+from jsonargparse import ArgumentParser, Namespace
+from transformers.utils import logging as transformers_logging
+
+from align.errors import UserError
+from rewards import RewardError
+
+T = TypeVar("T")
+
+
+class OneLine(ArgumentParser):
+    """Says what is wrong in one line, without the usage that would bury it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"{self.prog}: error: {' '.join(message.split())} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser_for(settings: type[T], prog: str, description: str | None) -> ArgumentParser:
+    """A parser whose options are the fields of the dataclass ``settings``, plus ``--config FILE``."""
+    parser = OneLine(prog=prog, description=description, parser_mode="yaml")
+    parser.add_argument("--config", action="config", help="a YAML file; options after it on the line win")
+    parser.add_class_arguments(settings, None, fail_untyped=True)
+    return parser
+
+
+def parse(settings: type[T], prog: str, description: str | None, argv: Sequence[str] | None) -> tuple[T, str]:
+    """Settings from the command line, and the resolved YAML that alone gives the same settings."""
+    parser = parser_for(settings, prog, description)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        namespace: Namespace = parser.parse_args(_forget_replaced(arguments, Path(scratch)))
+    namespace.pop("config", None)
+    values = parser.instantiate_classes(namespace)
+    return settings(**vars(values)), parser.dump(namespace, skip_none=False)
+
+
+def _forget_replaced(arguments: list[str], scratch: Path) -> list[str]:
+    """Where the line names another class than the file (``--objective D3PO``), forget the file's arguments of that
+    class: jsonargparse would keep those whose names fit, and a beta of 2000 would slip from DPO into D3PO."""
+    chosen: dict[str, str] = {}
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and not name.endswith(".help"):
+            chosen[name.removesuffix(".class_path")] = value if equals else "".join(arguments[at + 1 : at + 2])
+    cleaned = list(arguments)
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != "--config" or not (equals or at + 1 < len(arguments)):
+            continue
+        path = Path(value if equals else arguments[at + 1])
+        if not path.is_file():
+            continue  # jsonargparse says so
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            continue
+        replaced = [
+            key
+            for key, entry in content.items()
+            if isinstance(entry, dict)
+            and "class_path" in entry
+            and key in chosen
+            and chosen[key].rpartition(".")[2] != str(entry["class_path"]).rpartition(".")[2]
+        ]
+        if replaced:
+            for key in replaced:
+                del content[key]
+            copy = scratch / f"{at}-{path.name}"
+            copy.write_text(yaml.safe_dump(content))
+            cleaned[at : at + (1 if equals else 2)] = [f"--config={copy}"] if equals else ["--config", str(copy)]
+    return cleaned
+
+
+def command(run: Callable[[], Any]) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit status 1, a bug keeps its traceback."""
+    for library in (diffusers_logging, transformers_logging):  # their loading bars and hints would bury ours
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        run()
+    except (UserError, RewardError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,9 @@
+"""Mistakes of the user, as against bugs of ours: shown as one line, without a traceback."""
+
+
+class UserError(ValueError):
+    """What arrived, what was expected, what to do next."""
+
+
+class NonFinite(UserError):
+    """A loss or gradient that is NaN or infinite."""

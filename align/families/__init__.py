@@ -1,0 +1,264 @@
+"""A family hides diffusers: text encoders, VAE scaling, packing, guidance batching, precision.
+
+Objectives see only :class:`Family` and :class:`Cond`. Pictures are (B, 3, H, W) float in [0, 1] everywhere.
+:func:`load` finds the right family from a pipeline folder's ``model_index.json``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from align.errors import UserError
+from align.process import Grid, Kind, Prediction
+from align.shapes import EMBEDDED, locate
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# pipeline class in model_index.json -> family; a new family is one file and one line here
+FAMILIES = {
+    "StableDiffusionPipeline": "align.families.sd:SD",
+    "StableDiffusion3Pipeline": "align.families.sd3:SD3",
+}
+
+
+class Unsupported(UserError):
+    """A model folder that is missing, or of a pipeline class without a family."""
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a prompt batch becomes: named tensors whose first dimension is the batch."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def take(self, index: Tensor | slice) -> Cond:
+        """The rows ``index`` selects."""
+        return Cond({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def expand(self, count: int) -> Cond:
+        """A batch of one, seen ``count`` times without a copy."""
+        return Cond({name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cond:
+        return Cond({name: tensor.to(device, dtype) for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        return Cond({name: torch.cat([cond[name] for cond in conds]) for name in conds[0].tensors})
+
+
+class Family(ABC):
+    """One model family over a loaded diffusers pipeline. Subclasses fill in the abstract methods and the constants."""
+
+    denoiser_name: ClassVar[str]  # the pipeline's own attribute, also the prefix of its LoRA keys
+    lora_targets: ClassVar[tuple[str, ...]]
+
+    def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
+        self.pipe = pipe
+        self.source = source
+        self._null: Cond | None = None
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        pipe.set_progress_bar_config(disable=True)
+
+    # what differs between families
+    @classmethod
+    @abstractmethod
+    def read(cls, path: str, options: dict[str, Any]) -> DiffusionPipeline:
+        """The family's pipeline from a folder or hub id; ``options`` are diffusers' ``from_pretrained`` ones."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> Kind:
+        """The coordinate of the network's output."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Text to conditions; gradients reach the text encoders unless the caller forbids it."""
+
+    @abstractmethod
+    def grid(self, steps: int) -> Grid:
+        """The sampling schedule that the pipeline itself would use."""
+
+    @abstractmethod
+    def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at times ``t`` of shape (B,), in the network's units."""
+
+    @abstractmethod
+    def draw_t(self, uniform: Tensor) -> Tensor:
+        """Training times from uniform numbers in [0, 1), shape (B,): the family's own training distribution."""
+
+    @abstractmethod
+    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """One plain evaluation of ``denoiser``."""
+
+    # what they share
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.pipe.vae.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the frozen parts."""
+        return next(self.pipe.vae.parameters()).dtype
+
+    @property
+    def default_guidance(self) -> float:
+        """The guidance scale that the pipeline class uses when called without one."""
+        return float(inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default)
+
+    @property
+    def resolution(self) -> int:
+        """The side, in pixels, of the square picture that the model was trained on."""
+        return self.denoiser.config.sample_size * self.pipe.vae_scale_factor
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of one latent for a square picture of ``resolution`` pixels."""
+        side = resolution or self.resolution
+        if side % self.pipe.vae_scale_factor:
+            raise ValueError(f"resolution {side} is not a multiple of {self.pipe.vae_scale_factor}")
+        side //= self.pipe.vae_scale_factor
+        return (self.denoiser.config.in_channels, side, side)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The raw network output at ``x_t`` (B, C, h, w) and ``t`` (B,), guided (Ho & Salimans 2022) when
+        ``guidance`` is not 1: unconditional and conditional rows go through the network as one batch of 2B."""
+        denoiser = denoiser if denoiser is not None else self.denoiser
+        if guidance == 1.0:
+            return self.call(denoiser, x_t, t, cond)
+        both = Cond.cat([self.null.expand(len(x_t)), cond])
+        free, bound = self.call(denoiser, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        return free + guidance * (bound - free)
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, denoiser: nn.Module | None = None
+    ) -> Prediction:
+        """:meth:`forward`'s answer with the coordinates to read it in."""
+        alpha, sigma = self.path(t)
+        return Prediction(self.forward(x_t, t, cond, guidance, denoiser), x_t, alpha, sigma, self.kind)
+
+    @property
+    def null(self) -> Cond:
+        """The empty prompt's conditions, a batch of one; encoded once."""
+        if self._null is None:
+            with torch.no_grad():
+                self._null = self.encode([""])
+        return self._null
+
+    def to_latent(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] to latents: the posterior's mean, in the denoiser's scale, float32."""
+        vae = self.pipe.vae
+        mean = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode().float()
+        return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def to_image(self, x0: Tensor) -> Tensor:
+        """Latents to pictures (B, 3, H, W) in [0, 1], float32; differentiable."""
+        vae = self.pipe.vae
+        latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return (vae.decode(latents.to(vae.device, vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def identity(self) -> Mapping[str, object]:
+        """What a cached encoding depends on: the source, and the configs and weights' sums of encoder parts."""
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        return {
+            "source": self.source,
+            "family": type(self).__name__,
+            "weights": {
+                name: [sum(p.numel() for p in part.parameters()), f"{_checksum(part):.6e}"]
+                for name, part in parts.items()
+                if name != self.denoiser_name
+            },
+        }
+
+
+def _checksum(module: nn.Module) -> float:
+    return float(sum(p.detach().double().abs().sum() for p in module.parameters()))
+
+
+def pipeline_class(source: str, revision: str | None = None) -> str:
+    """``_class_name`` of a folder's or a hub repository's ``model_index.json``, without loading a weight."""
+    folder = Path(locate(source))
+    index = folder / "model_index.json"
+    if not folder.exists() and source.count("/") == 1 and not source.startswith((".", "/")):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            index = Path(hf_hub_download(source, "model_index.json", revision=revision))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise Unsupported(f"{source!r} is neither a folder nor a reachable hub pipeline: {error}") from error
+    if not index.is_file():
+        raise Unsupported(
+            f"no model_index.json in {str(folder)!r}; expected a diffusers pipeline folder, a hub id "
+            f"or one of {', '.join(EMBEDDED[:2])}"
+        )
+    return str(json.loads(index.read_text())["_class_name"])
+
+
+def find(source: str, revision: str | None = None) -> str:
+    """Where the family for ``source`` lives, ``module:class``; :class:`Unsupported` where there is none."""
+    name = pipeline_class(source, revision)
+    if name not in FAMILIES:
+        raise Unsupported(f"{source!r} is a {name}; supported pipelines: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def load(
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Family:
+    """Load a diffusers folder, hub id or embedded pipeline as the family that fits it.
+
+    Raises :class:`Unsupported` naming the pipeline class and those that are supported.
+    """
+    module, _, name = find(source, revision).partition(":")
+    family: type[Family] = getattr(import_module(module), name)
+    # use_safetensors: a pickled checkpoint is refused rather than run
+    options = {"dtype": dtype, "revision": revision, "variant": variant, "use_safetensors": True}
+    return family(family.read(locate(source), options).to(device), source)
+
+
+def tuned(family: Family, source: str) -> Family:
+    """``family`` with the weights of a run folder put in: its LoRA, or its denoiser; or another whole pipeline.
+
+    The given family is used up where it can be: LoRA and denoiser go into its own pipeline.
+    """
+    folder, name = Path(source), family.denoiser_name
+    if (folder / "model_index.json").is_file():
+        return load(source, family.dtype, family.device)
+    if (folder / LORA_FILE).is_file():
+        family.pipe.load_lora_weights(str(folder))
+        return family
+    if (folder / name / "config.json").is_file():
+        denoiser = type(family.denoiser).from_pretrained(folder, subfolder=name, dtype=family.dtype)
+        family.pipe.register_modules(**{name: denoiser.to(family.device)})
+        return type(family)(family.pipe, family.source)
+    raise Unsupported(
+        f"nothing tuned in {source!r}; expected {LORA_FILE}, a {name}/ folder, or a whole pipeline (model_index.json)"
+    )

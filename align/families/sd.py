@@ -1,0 +1,67 @@
+"""Stable Diffusion 1.x and 2.x: an epsilon or v U-Net on a variance-preserving schedule, one CLIP text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from align.families import Cond, Family, Unsupported
+from align.process import Grid, Kind
+
+KINDS: dict[str, Kind] = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+class SD(Family):
+    """Samples on the DDIM grid of the pipeline's own scheduler config, whichever scheduler it came with."""
+
+    denoiser_name = "unet"
+    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+
+    def __init__(self, pipe: StableDiffusionPipeline, source: str) -> None:
+        super().__init__(pipe, source)
+        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        if self.scheduler.config.prediction_type not in KINDS:
+            raise Unsupported(
+                f"{source!r} predicts {self.scheduler.config.prediction_type!r}; supported: {', '.join(KINDS)}"
+            )
+
+    @classmethod
+    def read(cls, path: str, options: dict[str, Any]) -> StableDiffusionPipeline:
+        # the safety checker costs 1.2 GB and would black out what a reward should see
+        return StableDiffusionPipeline.from_pretrained(
+            path, safety_checker=None, requires_safety_checker=False, **options
+        )
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.scheduler.config.prediction_type]
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        embeds, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
+        return Cond({"prompt_embeds": embeds})
+
+    def grid(self, steps: int) -> Grid:
+        self.scheduler.set_timesteps(steps)
+        t = self.scheduler.timesteps
+        last = t[-1:] - self.scheduler.config.num_train_timesteps // steps  # where diffusers' DDIM lands
+        cumprod = torch.cat([self.scheduler.alphas_cumprod[t], self._cumprod(last)])
+        return Grid(torch.cat([t, last.clamp(min=0)]).float(), cumprod.sqrt(), (1 - cumprod).sqrt())
+
+    def _cumprod(self, t: Tensor) -> Tensor:
+        beyond = self.scheduler.final_alpha_cumprod
+        return torch.where(t < 0, beyond, self.scheduler.alphas_cumprod[t.clamp(min=0)])
+
+    def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        cumprod = self.scheduler.alphas_cumprod.to(t.device)[t.long()]
+        return cumprod.sqrt(), (1 - cumprod).sqrt()
+
+    def draw_t(self, uniform: Tensor) -> Tensor:
+        """Uniform over the training timesteps, as DDPM and Diffusion-DPO draw them."""
+        return (uniform * self.scheduler.config.num_train_timesteps).floor()
+
+    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return denoiser(x_t, t, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]

@@ -1,0 +1,85 @@
+"""Pictures from prompts, and grids of them to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from align.families import Family
+from align.sampling import Predictor, initial_noise, sample
+
+
+@torch.no_grad()
+def sample_images(
+    predict: Predictor,
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float | None = None,
+    batch_size: int = 32,
+    resolution: int | None = None,
+    progress: str | None = None,
+) -> Tensor:
+    """One picture a prompt, (N, 3, H, W) in [0, 1] on the CPU, by the family's deterministic sampler.
+
+    Picture k starts from ``manual_seed(seeds[k])`` whatever the batch size. ``guidance`` None is the pipeline's own.
+    """
+    grid, shape = family.grid(steps), family.latent_shape(resolution)
+    scale = family.default_guidance if guidance is None else guidance
+    images = []
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc=progress, disable=progress is None):
+        part = slice(start, start + batch_size)
+        x = initial_noise(shape, seeds[part]).to(family.device)
+        images.append(family.to_image(sample(predict, grid, family.encode(prompts[part]), x, scale)).cpu())
+    return torch.cat(images)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] to an 8-bit picture."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def save_grid(
+    images: Tensor, captions: Sequence[str], path: Path, columns: int = 4, rows_of: Sequence[str] | None = None
+) -> None:
+    """Write pictures (N, 3, H, W) as a captioned grid PNG; small pictures are enlarged to be seen.
+
+    With ``rows_of`` (names such as base and tuned) ``images`` holds that many pictures a caption, one under another.
+    """
+    deep = len(rows_of) if rows_of else 1
+    side = max(128, images.shape[-1])
+    label, count = 26, len(captions)
+    columns = min(columns, count)
+    left = 44 if rows_of else 0
+    rows = -(-count // columns)
+    tile_h = side * deep + label
+    sheet = Image.new("RGB", (left + columns * (side + 6), rows * (tile_h + 6)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, caption in enumerate(captions):
+        x, y = left + (k % columns) * (side + 6), (k // columns) * (tile_h + 6)
+        for d in range(deep):
+            tile = to_pil(images[k * deep + d]).resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (x, y + label + d * side))
+            if rows_of and k % columns == 0:
+                pen.text((2, y + label + d * side + side // 2 - 6), rows_of[d], fill="black")
+        pen.text((x + 2, y), "\n".join(_wrap(caption, side // 6)), fill="black", spacing=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.png")
+    sheet.save(temporary)
+    temporary.replace(path)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines[:2]

@@ -1,0 +1,174 @@
+"""Which weights answer: the current ones, the reference, or their moving average.
+
+LoRA trains adapters on the frozen denoiser and its reference is the same network with the adapters off: no second
+model. Full fine-tuning keeps a frozen copy. Saves what stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from align.families import LORA_FILE, Cond, Family
+from align.process import Prediction
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the denoiser. ``alpha`` defaults to ``rank``, ``targets`` to the family's attention."""
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: list[str] | None = None
+
+
+class Policy:
+    """A family's denoiser made trainable.
+
+    ``lora=None`` trains every weight of the denoiser. The parameters that train are float32 whatever the frozen rest
+    is in. ``reference=False`` spares full fine-tuning its frozen copy where the objective never asks for it.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        lora: LoRA | None = LoRA(),
+        reference: bool = True,
+        ema_decay: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.family = family
+        self.lora = lora
+        self.denoiser = family.denoiser
+        self.model: nn.Module = self.denoiser  # accelerate's wrapper takes this place
+        self._copy: nn.Module | None = None
+        self._adapters: list[BaseTunerLayer] = []
+        self._off = False
+        if lora:
+            config = LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha if lora.alpha is not None else lora.rank,
+                target_modules=lora.targets or list(family.lora_targets),
+                init_lora_weights="gaussian",
+            )
+            self.denoiser.add_adapter(config)
+            self._adapters = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+        else:
+            if reference:
+                self._copy = copy.deepcopy(self.denoiser).requires_grad_(False)
+            self.denoiser.requires_grad_(True)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+        if gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        self.ema = EMAModel(self.parameters(), decay=ema_decay) if ema_decay else None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that train, in a fixed order."""
+        return [p for p in self.denoiser.parameters() if p.requires_grad]
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Prediction:
+        """What the weights in force say at ``x_t`` (B, C, h, w) and ``t`` (B,)."""
+        model = self.model
+        if self._off:  # past any wrapper: its hooks expect a backward pass that never comes
+            model = self._copy if self._copy is not None else self.denoiser
+        return self.family.predict(x_t, t, cond, guidance, model)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within, :meth:`predict` answers with the weights that training started from. Leave it before backward:
+        gradient checkpointing recomputes with whatever adapters are then active."""
+        if not self.lora and self._copy is None:
+            raise RuntimeError("this policy was built without a reference (reference=False)")
+        self._off = True
+        try:
+            self._switch(False)
+            yield
+        finally:
+            self._switch(True)
+            self._off = False
+
+    def _switch(self, on: bool) -> None:
+        # peft freezes adapters when it turns them off; turning them on again must give every flag back
+        flags = [(p, p.requires_grad) for layer in self._adapters for p in layer.parameters()] if not on else []
+        for layer in self._adapters:
+            layer.enable_adapters(on)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the trained weights are their moving average, where one is kept."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self.parameters()
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def after_step(self) -> None:
+        """To be called after every optimiser step."""
+        if self.ema is not None:
+            self.ema.step(self.parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained parameters by name, on the CPU."""
+        names = [name for name, p in self.denoiser.named_parameters() if p.requires_grad]
+        return dict(zip(names, (p.detach().cpu().contiguous() for p in self.parameters()), strict=True))
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave; every name has to be there and no other."""
+        mine = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
+        if mine.keys() != state.keys():
+            raise ValueError(
+                f"checkpoint and policy differ in {len(mine.keys() ^ state.keys())} parameters, for example "
+                f"{sorted(mine.keys() ^ state.keys())[0]!r}; was it written with another rank, target list or model?"
+            )
+        for name, parameter in mine.items():
+            parameter.copy_(state[name])
+
+    def save(self, folder: Path) -> Path:
+        """Write the (averaged) weights as stock diffusers reads them and return what was written.
+
+        LoRA: ``pytorch_lora_weights.safetensors`` with rank and alpha in its metadata, for ``load_lora_weights``.
+        Full: ``unet/`` or ``transformer/``, for ``from_pretrained(folder, subfolder=...)``.
+        """
+        name = self.family.denoiser_name
+        temporary = folder / ".saving"
+        shutil.rmtree(temporary, ignore_errors=True)
+        with self.averaged():
+            if self.lora:
+                layers = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.denoiser).items()}
+                type(self.family.pipe).save_lora_weights(
+                    temporary,
+                    **{
+                        f"{name}_lora_layers": layers,
+                        f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
+                    },
+                )
+                written = LORA_FILE
+            else:
+                self.denoiser.save_pretrained(temporary / name)
+                written = name
+        target = folder / written
+        if target.is_dir():
+            shutil.rmtree(target)
+        (temporary / written).replace(target)
+        shutil.rmtree(temporary)
+        return target

@@ -1,0 +1,224 @@
+"""A run folder: resolved config, versions, metrics, checkpoints that are whole or absent, weights, model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from accelerate import Accelerator
+from huggingface_hub import ModelCardData
+from safetensors.torch import load_file, save_file
+
+from align.errors import UserError
+from align.families import Family
+from align.policy import Policy
+
+if TYPE_CHECKING:
+    from align.train import Train
+
+PACKAGES = ("t2i-align", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
+WEIGHTS, STATE = "trained.safetensors", "state.json"
+
+
+def write(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename: the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git commit (``dirty`` when the checkout has changes) and machine."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:
+            found[name] = "not installed"
+    return {"versions": found, "python": platform.python_version(), "commit": commit(), "machine": platform.machine()}
+
+
+def commit() -> str:
+    """The checkout's git commit, or ``unknown`` outside one."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + (" dirty" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def slim_checkpoints(accelerator: Accelerator, policy: Policy) -> None:
+    """Have ``accelerator.save_state`` keep the trained parameters only, as safetensors, and no frozen weight."""
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            save_file(policy.state(), Path(folder) / WEIGHTS)
+            if policy.ema is not None:
+                average = {str(k): p.cpu().contiguous() for k, p in enumerate(policy.ema.shadow_params)}
+                step = {"optimization_step": str(policy.ema.optimization_step)}
+                save_file(average, Path(folder) / f"ema-{WEIGHTS}", metadata=step)
+
+    def load(models: list[Any], folder: str) -> None:
+        models.clear()
+        policy.load_state(load_file(Path(folder) / WEIGHTS))
+        if policy.ema is not None:
+            average = load_file(Path(folder) / f"ema-{WEIGHTS}")
+            state = json.loads((Path(folder) / STATE).read_text())
+            for k, parameter in enumerate(policy.ema.shadow_params):
+                parameter.copy_(average[str(k)])
+            policy.ema.optimization_step = state["step"]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def add_to_card(path: Path, title: str, text: str) -> None:
+    """Put a section into a model card, replacing its older self; without a card, nothing."""
+    if path.is_file():
+        kept = re.sub(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", path.read_text(), flags=re.DOTALL)
+        write(path, f"{kept.rstrip()}\n\n## {title}\n\n{text}\n")
+
+
+class RunFolder:
+    """``config.yaml``, ``run.json``, ``metrics.jsonl``, ``checkpoint-N/``, ``samples/``, weights, ``README.md``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, resolved: str, resumed: bool) -> None:
+        """Make the folder; a run that is not resumed clears the metrics and refuses foreign checkpoints."""
+        if not resumed and self.checkpoints():
+            raise UserError(
+                f"{self.path} holds checkpoints of an earlier run; give another output_dir, delete it, or "
+                "set resume_from_checkpoint: latest"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.glob("checkpoint-*.tmp"):
+            shutil.rmtree(leftover)
+        if not resumed:
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        write(self.path / "config.yaml", resolved)
+        write(self.path / "run.json", json.dumps(provenance(), indent=2) + "\n")
+
+    def log(self, line: dict[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run will take again, and a line cut short by a kill."""
+        path = self.path / "metrics.jsonl"
+        kept = []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                entry = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if entry["step"] <= step:
+                kept.append(text)
+        write(path, "".join(line + "\n" for line in kept))
+
+    # checkpoints
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        found = [p for p in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+        return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
+
+    def latest(self) -> Path | None:
+        return self.checkpoints()[-1] if self.checkpoints() else None
+
+    def find(self, wanted: str | None) -> Path | None:
+        """The checkpoint to resume from: ``latest`` (None where there is none yet) or a folder, which must be one."""
+        if wanted is None:
+            return None
+        if wanted == "latest":
+            return self.latest()
+        for path in (Path(wanted), self.path / wanted):
+            if (path / STATE).is_file():
+                return path
+        raise UserError(f"resume_from_checkpoint: {wanted!r} is not a checkpoint folder; use 'latest' or one of {self}")
+
+    def checkpoint(self, accelerator: Accelerator, state: dict[str, int], limit: int | None) -> None:
+        """Save under a temporary name and rename, so that a kill at any moment leaves whole checkpoints only."""
+        final = self.path / f"checkpoint-{state['step']}"
+        temporary = final.with_name(final.name + ".tmp")
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write(temporary / STATE, json.dumps(state))
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            for old in self.checkpoints()[: -limit if limit else 0]:
+                doomed = old.with_name(old.name + ".tmp")  # a kill while deleting must not leave half a checkpoint
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+        accelerator.wait_for_everyone()
+
+    def restore(self, accelerator: Accelerator, source: Path) -> dict[str, int]:
+        state: dict[str, int] = json.loads((source / STATE).read_text())
+        accelerator.load_state(str(source))
+        return state
+
+    # what the run leaves
+    def card(self, config: Train, family: Family, plan: str, held_out: dict[str, float]) -> None:
+        """A model card: objective and its numbers, data, base model, seed, held-out scores, load snippet."""
+        objective = type(config.objective).__name__
+        pipeline = type(family.pipe).__name__
+        base = config.pretrained_model_name_or_path
+        kind = "LoRA" if config.lora else f"`{family.denoiser_name}`"
+        if config.lora:
+            load = f'pipe = {pipeline}.from_pretrained("{base}")\npipe.load_lora_weights("{self.path.name}")'
+        else:
+            denoiser = type(family.denoiser).__name__
+            load = (
+                f'{family.denoiser_name} = {denoiser}.from_pretrained("{self.path.name}", '
+                f'subfolder="{family.denoiser_name}")\n'
+                f'pipe = {pipeline}.from_pretrained("{base}", {family.denoiser_name}={family.denoiser_name})'
+            )
+        scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in held_out.items())
+        table = f"\n## Held-out pairs, after training\n\n| metric | value |\n|---|---|\n{scores}\n" if held_out else ""
+        resolved = yaml.safe_load((self.path / "config.yaml").read_text() or "{}") or {}
+        numbers = yaml.safe_dump(resolved.get("objective", {}), sort_keys=False)
+        text = f"""# {objective} {kind} of {base}
+
+Made by t2i-align on `{config.data.path}`, {config.max_train_steps} steps, seed {config.seed}.
+
+```
+{plan}
+```
+
+```yaml
+{numbers}```
+{table}
+## Load
+
+```python
+from diffusers import {pipeline}
+
+{load}
+```
+
+`config.yaml` in this folder reruns the training; `run.json` has the versions and the commit.
+"""
+        tags = ["diffusers", "diffusers-training", "text-to-image", objective.lower()] + ["lora"] * bool(config.lora)
+        data = ModelCardData(
+            base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags, license="other"
+        )
+        write(self.path / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -1,0 +1,130 @@
+"""Make the shipped preference set: pairs of pictures that ``shapes-sd`` drew for one caption, judged by the reward.
+
+    python -m align.shapes.preferences
+
+Every caption is drawn with several seeds; the best and the worst picture by the graded reward become a pair, and
+captions whose pictures all score alike are left out. Written in Pick-a-Pic's columns, a training split and a held-out
+split of other captions. The pictures are JPEG, as there, and are judged as they are stored. Resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from align import families, gallery
+from align.shapes.world import TASKS, caption
+from rewards.shapes import judge
+
+# how often a caption of each task is drawn: most where the base model fails most
+SHARES = {
+    "single_object": 0.04,
+    "two_objects": 0.16,
+    "counting": 0.28,
+    "colours": 0.06,
+    "position": 0.24,
+    "attribution": 0.22,
+}
+
+
+def jpeg(image: Tensor) -> bytes:
+    """(3, H, W) in [0, 1] to JPEG bytes with full chroma, so that colours stay apart."""
+    file = io.BytesIO()
+    gallery.to_pil(image).save(file, "JPEG", quality=88, subsampling=0, optimize=True)
+    return file.getvalue()
+
+
+def seen(data: bytes) -> Tensor:
+    """JPEG bytes to (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1) / 255
+
+
+def captions(count: int, seed: int) -> list[str]:
+    """``count`` distinct captions over seen combinations, in the shares above as far as distinct ones exist."""
+    rng = np.random.default_rng(seed)
+    tasks, shares = list(SHARES), np.array([SHARES[task] for task in TASKS])
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[caption(rng, tasks[rng.choice(len(tasks), p=shares)])] = None
+    return list(found)
+
+
+def pairs_of(texts: list[str], pictures: Tensor, seeds: int, first: int) -> list[dict[str, Any]]:
+    """Best against worst for each caption; ``pictures`` (len(texts) * seeds, 3, H, W). The winner's column
+    alternates by a coin keyed by the caption's number, which starts at ``first``."""
+    rows = []
+    for k, text in enumerate(texts):
+        files = [jpeg(image) for image in pictures[k * seeds : (k + 1) * seeds]]
+        scores = [judge(text, seen(file))[1] for file in files]
+        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+        if scores[best] == scores[worst]:
+            continue
+        label = int(np.random.default_rng([7, first + k]).integers(2))
+        left, right = (best, worst) if label else (worst, best)
+        rows.append(
+            {
+                "caption": text,
+                "jpg_0": files[left],
+                "jpg_1": files[right],
+                "label_0": float(label),
+                "label_1": float(1 - label),
+            }
+        )
+    return rows
+
+
+def save(rows: list[dict[str, Any]], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd", row_group_size=256)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="shapes-sd")
+    parser.add_argument("--output", type=Path, default=Path("align/shapes/shapes-preferences"))
+    parser.add_argument("--work", type=Path, default=Path("outputs/preferences"), help="finished batches")
+    parser.add_argument("--train", type=int, default=2400, help="training pairs")
+    parser.add_argument("--held_out", type=int, default=300, help="held-out pairs")
+    parser.add_argument("--seeds", type=int, default=4, help="pictures per caption")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, help="default: the pipeline's own")
+    parser.add_argument("--batch", type=int, default=16, help="captions per batch")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    family = families.load(args.model)
+    wanted = args.train + args.held_out
+    texts, rows = captions(wanted * 2, 11), []
+    with tqdm(total=wanted, desc="pairs") as bar:
+        for start in range(0, len(texts), args.batch):
+            part, path = texts[start : start + args.batch], args.work / f"{start:06d}.parquet"
+            if not path.exists():
+                repeated = [text for text in part for _ in range(args.seeds)]
+                seeds = range(start * args.seeds, start * args.seeds + len(repeated))
+                pictures = gallery.sample_images(
+                    family.predict, family, repeated, list(seeds), args.steps, args.guidance, len(repeated)
+                )
+                save(pairs_of(part, pictures, args.seeds, start), path)
+            done = pq.read_table(path).to_pylist()
+            rows += done
+            bar.update(len(done))
+            if len(rows) >= wanted:
+                break
+    save(rows[: args.train], args.output / "train.parquet")
+    save(rows[args.train : wanted], args.output / "heldout.parquet")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Current, reference and averaged weights; what is saved loads in stock diffusers and draws the same pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors import safe_open
+from torch import Tensor
+
+from align import families
+from align.families import LORA_FILE, Family
+from align.policy import LoRA, Policy
+from align.sampling import initial_noise, sample
+from tests.conftest import Build
+
+KINDS = ("epsilon", "v", "flow")
+PROMPTS = ["two red stars", "a star"]
+
+
+def say(policy: Policy) -> Tensor:
+    x, t = initial_noise((4, 8, 8), [1, 2]), torch.tensor([700.0, 20.0])
+    return policy.predict(x, t, policy.family.encode(PROMPTS)).raw
+
+
+def disturb(policy: Policy, scale: float = 0.2) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for parameter in policy.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [LoRA(2), None])
+def test_reference_is_the_base_bitwise(tiny: Build, kind: str, lora: LoRA | None) -> None:
+    """DPO invariant I5: after any change, the reference still says what the untouched base says."""
+    with torch.no_grad():
+        base = say(Policy(tiny(kind), None, reference=False))
+        policy = Policy(tiny(kind), lora)
+        assert torch.equal(say(policy), base)
+        disturb(policy)
+        changed = say(policy)
+        assert not torch.allclose(changed, base)
+        with policy.reference():
+            assert torch.equal(say(policy), base)
+        assert torch.equal(say(policy), changed)
+
+
+@pytest.mark.parametrize("lora", [LoRA(2), None])
+def test_reference_leaves_gradients_as_they_were(tiny: Build, lora: LoRA | None) -> None:
+    """PEFT freezes adapters when it switches them off; a switch between forward and backward must not show."""
+    policy = Policy(tiny("epsilon"), lora)
+    disturb(policy)
+    names = [name for name, p in policy.denoiser.named_parameters() if p.requires_grad]
+    say(policy).square().mean().backward()
+    plain = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+    for parameter in policy.parameters():
+        parameter.grad = None
+    loss = say(policy).square().mean()
+    with pytest.raises(ZeroDivisionError), policy.reference(), torch.no_grad():
+        say(policy)
+        raise ZeroDivisionError
+    loss.backward()
+    switched = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert names == [name for name, p in policy.denoiser.named_parameters() if p.requires_grad]
+    assert len(plain) == len(switched) > 0
+    assert all(torch.equal(a, b) for a, b in zip(plain, switched, strict=True))
+
+
+def test_lora_trains_only_adapters(tiny: Build) -> None:
+    policy = Policy(tiny("flow"), LoRA(2, targets=["attn.to_q"]))
+    trained = [name for name, p in policy.denoiser.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name and "attn.to_q" in name for name in trained)
+    for part in (policy.family.pipe.vae, policy.family.pipe.text_encoder):
+        assert not any(p.requires_grad for p in part.parameters())
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny: Build) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        policy = Policy(tiny("epsilon"), LoRA(2), gradient_checkpointing=checkpointing)
+        disturb(policy)
+        with torch.no_grad(), policy.reference():
+            say(policy)
+        say(policy).square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_average_of_weights(tiny: Build) -> None:
+    policy = Policy(tiny("epsilon"), LoRA(2), ema_decay=0.5)
+    before = [p.clone() for p in policy.parameters()]
+    disturb(policy)
+    policy.after_step()
+    current = [p.clone() for p in policy.parameters()]
+    assert policy.ema is not None
+    decay = policy.ema.cur_decay_value
+    with policy.averaged():
+        for old, new, now in zip(before, current, policy.parameters(), strict=True):
+            torch.testing.assert_close(now.detach(), decay * old + (1 - decay) * new)
+    assert all(torch.equal(a, b) for a, b in zip(current, policy.parameters(), strict=True))
+
+
+def test_state_round_trip_and_mismatch(tiny: Build) -> None:
+    policy, other = Policy(tiny("epsilon"), LoRA(2)), Policy(tiny("epsilon"), LoRA(2))
+    disturb(policy)
+    other.load_state(policy.state())
+    assert torch.equal(say(policy), say(other))
+    with pytest.raises(ValueError, match="another rank, target list or model"):
+        Policy(tiny("epsilon"), LoRA(2, targets=["to_q"])).load_state(policy.state())
+
+
+def drawn(family: Family, policy: Policy) -> Tensor:
+    with torch.no_grad():
+        x = initial_noise((4, 8, 8), [5, 6])
+        return family.to_image(sample(policy.predict, family.grid(4), family.encode(PROMPTS), x, 3.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [LoRA(3, alpha=6.0), None])
+def test_saved_weights_draw_the_same_in_stock_diffusers(
+    tiny_folders: dict[str, Path], tmp_path: Path, kind: str, lora: LoRA | None
+) -> None:
+    family = families.load(str(tiny_folders[kind]))
+    policy = Policy(family, lora)
+    disturb(policy, 0.05)
+    mine = drawn(family, policy)
+    policy.save(tmp_path)
+    stock = DiffusionPipeline.from_pretrained(tiny_folders[kind])
+    if lora:
+        with safe_open(tmp_path / LORA_FILE, "pt") as file:
+            metadata = file.metadata()["lora_adapter_metadata"]
+            assert all(key.startswith(f"{family.denoiser_name}.") for key in file.keys())  # noqa: SIM118
+        assert f'"{family.denoiser_name}.r": 3' in metadata
+        assert f'"{family.denoiser_name}.lora_alpha": 6.0' in metadata
+        stock.load_lora_weights(tmp_path)
+    else:
+        name = family.denoiser_name
+        loaded = type(family.denoiser).from_pretrained(tmp_path, subfolder=name)
+        stock.register_modules(**{name: loaded})
+    if kind != "flow":
+        stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    theirs = stock(
+        PROMPTS,
+        latents=initial_noise((4, 8, 8), [5, 6]),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    # and through our own loader, as evaluation does
+    again = families.tuned(families.load(str(tiny_folders[kind])), str(tmp_path))
+    with torch.no_grad():
+        x = initial_noise((4, 8, 8), [5, 6])
+        images = again.to_image(sample(again.predict, again.grid(4), again.encode(PROMPTS), x, 3.0))
+    torch.testing.assert_close(images, mine, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_tuned_is_said(tiny: Build, tmp_path: Path) -> None:
+    with pytest.raises(families.Unsupported, match="nothing tuned in"):
+        families.tuned(tiny("epsilon"), str(tmp_path))

@@ -1,0 +1,152 @@
+"""Diffusion algebra against its definitions, torch.distributions and closed forms, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from align.process import DDIM, FlowSDE, Gaussian, Grid, Prediction, diffuse
+
+KINDS = ("epsilon", "v", "flow")
+
+
+def coefficients(kind: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if kind == "flow":
+        return 1 - t, t
+    return torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
+
+
+def flow_grid(steps: int) -> Grid:
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return Grid(t, 1 - t, t)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_true_target_gives_back_data_and_noise(kind: str) -> None:
+    torch.manual_seed(0)
+    x0, eps = torch.randn(2, 5, 3, 4, dtype=torch.float64).unbind()
+    alpha, sigma = coefficients(kind, torch.linspace(0.1, 0.9, 5, dtype=torch.float64))
+    x_t = diffuse(x0, eps, alpha, sigma)
+    target = Prediction(x0, x_t, alpha, sigma, kind).target(x0, eps)
+    prediction = Prediction(target, x_t, alpha, sigma, kind)
+    torch.testing.assert_close(prediction.x0, x0)
+    torch.testing.assert_close(prediction.eps, eps)
+
+
+def test_half_precision_is_read_in_single() -> None:
+    raw = torch.randn(2, 3, dtype=torch.bfloat16)
+    prediction = Prediction(raw, raw, torch.tensor(0.5), torch.tensor(0.5), "flow")
+    assert prediction.x0.dtype == prediction.eps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_gaussian_is_torch_distributions_normal(eta: float) -> None:
+    torch.manual_seed(1)
+    mean, other, x = torch.randn(3, 4, 2, 3, dtype=torch.float64).unbind()
+    std = torch.full((4,), eta, dtype=torch.float64)
+    ours, theirs = Gaussian(mean, std), Normal(mean, eta)
+    torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x).flatten(1).mean(1))
+    torch.testing.assert_close(ours.log_prob(x, "sum"), theirs.log_prob(x).flatten(1).sum(1))
+    exact = kl_divergence(theirs, Normal(other, eta)).flatten(1)
+    torch.testing.assert_close(ours.kl(Gaussian(other, std)), exact.mean(1))
+    torch.testing.assert_close(ours.kl(Gaussian(other, std), "sum"), exact.sum(1))
+
+
+def test_expected_log_prob_is_the_entropy() -> None:
+    """R4: E[log_prob, mean] = -(1 + ln 2 pi) / 2 - ln s."""
+    torch.manual_seed(2)
+    step = Gaussian(torch.zeros(400, 1000), torch.tensor(0.3))
+    found = step.log_prob(step.sample(torch.randn(400, 1000))).mean()
+    assert found == pytest.approx(-0.5 * (1 + math.log(2 * math.pi)) - math.log(0.3), abs=3e-3)
+
+
+def test_deterministic_step_has_no_density() -> None:
+    step = Gaussian(torch.zeros(2, 3), torch.tensor(0.0))
+    with pytest.raises(ValueError, match="deterministic"):
+        step.log_prob(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="positive std"):
+        step.kl(step)
+
+
+def test_ddim_eta_one_is_the_ddpm_posterior() -> None:
+    """D3PO invariant I5, from Ho et al. 2020 eq. 7 on the strided chain."""
+    torch.manual_seed(3)
+    cumprod = torch.tensor([0.1, 0.45, 0.9], dtype=torch.float64)
+    grid = Grid(torch.arange(2, -1, -1).double(), cumprod.sqrt(), (1 - cumprod).sqrt())
+    x, eps = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    prediction = Prediction(eps, x, grid.alpha[0], grid.sigma[0], "epsilon")
+    step = DDIM(1.0)(prediction, grid, 0)
+    a_t, a_s = cumprod[0], cumprod[1]
+    beta = 1 - a_t / a_s
+    mean = a_s.sqrt() * beta / (1 - a_t) * prediction.x0 + (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t) * x
+    torch.testing.assert_close(step.mean, mean)
+    torch.testing.assert_close(step.std.square(), beta * (1 - a_s) / (1 - a_t))
+
+
+def test_flow_without_noise_is_euler() -> None:
+    """R2, and DDIM(0) on a flow grid is the same step."""
+    torch.manual_seed(4)
+    x, velocity = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    grid = flow_grid(4)
+    prediction = Prediction(velocity, x, grid.alpha[1], grid.sigma[1], "flow")
+    euler = x - 0.25 * velocity
+    for kernel in (FlowSDE(0.0), DDIM(0.0)):
+        step = kernel(prediction, grid, 1)
+        torch.testing.assert_close(step.mean, euler)
+        assert step.std == 0
+
+
+def test_flow_sde_is_the_paper_formula() -> None:
+    """Flow-GRPO: mu = x (1 + s2 dt / 2t) + v (1 + s2 (1-t) / 2t) dt, std = s sqrt(-dt); 1 - t is 1 - t' at t = 1."""
+    torch.manual_seed(5)
+    x, v = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    grid = flow_grid(5)
+    for i in range(5):
+        t, s = float(grid.sigma[i]), float(grid.sigma[i + 1])
+        dt, s2 = s - t, 0.7**2 * t / (1 - t if t < 1 else 1 - s)
+        step = FlowSDE(0.7)(Prediction(v, x, grid.alpha[i], grid.sigma[i], "flow"), grid, i)
+        expected = x * (1 + s2 * dt / (2 * t)) + v * (1 + s2 * (1 - t) / (2 * t)) * dt
+        torch.testing.assert_close(step.mean, expected)
+        assert float(step.std) == pytest.approx(math.sqrt(s2 * -dt))
+
+
+def test_flow_sde_refuses_other_grids() -> None:
+    cumprod = torch.tensor([0.1, 0.9])
+    grid = Grid(torch.tensor([1.0, 0.0]), cumprod.sqrt(), (1 - cumprod).sqrt())
+    prediction = Prediction(torch.zeros(1, 2), torch.zeros(1, 2), grid.alpha[0], grid.sigma[0], "epsilon")
+    with pytest.raises(ValueError, match="rectified-flow"):
+        FlowSDE()(prediction, grid, 0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "steps", "std"),
+    [
+        (DDIM(0.0), 10, 0.340),
+        (DDIM(0.0), 1000, 0.400),
+        (FlowSDE(0.7), 10, 0.380),
+        (FlowSDE(0.7), 1000, 0.401),
+        (FlowSDE(1.0), 1000, 0.399),
+    ],
+)
+def test_marginals_of_a_gaussian_toy(kernel: DDIM | FlowSDE, steps: int, std: float) -> None:
+    """R3: x0 ~ N(1.5, 0.4^2) with its exact velocity; the SDE keeps the marginal that the ODE has."""
+    mean, deviation = 1.5, 0.4
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(60_000, 1, dtype=torch.float64, generator=generator)
+    grid = flow_grid(steps)
+    for i in range(steps):
+        t = grid.t[i]
+        gain = (t - (1 - t) * deviation**2) / ((1 - t) ** 2 * deviation**2 + t**2)
+        velocity = gain * (x - (1 - t) * mean) - mean
+        step = kernel(Prediction(velocity, x, grid.alpha[i], grid.sigma[i], "flow"), grid, i)
+        x = step.sample(torch.randn(x.shape, dtype=torch.float64, generator=generator))
+    assert x.mean().item() == pytest.approx(1.5, abs=0.01)
+    assert x.std().item() == pytest.approx(std, abs=0.006)
+
+
+def test_grid_refuses_unequal_vectors() -> None:
+    with pytest.raises(ValueError, match="one length"):
+        Grid(torch.zeros(3), torch.zeros(3), torch.zeros(2))
