@@ -25,7 +25,7 @@ demo-sd3: $(STAMP)
 	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)-sd3
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

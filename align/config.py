@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 from diffusers.utils import logging as diffusers_logging
@@ -16,7 +17,10 @@ from transformers.utils import logging as transformers_logging
 from align.errors import UserError
 from rewards import RewardError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class OneLine(ArgumentParser):
@@ -29,7 +33,7 @@ class OneLine(ArgumentParser):
 
 def parser_for(settings: type[T], prog: str, description: str | None) -> ArgumentParser:
     """A parser whose options are the fields of the dataclass ``settings``, plus ``--config FILE``."""
-    parser = OneLine(prog=prog, description=description, parser_mode="yaml")
+    parser = OneLine(prog=prog, description=description, parser_mode="yaml", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; options after it on the line win")
     parser.add_class_arguments(settings, None, fail_untyped=True)
     return parser
@@ -38,12 +42,22 @@ def parser_for(settings: type[T], prog: str, description: str | None) -> Argumen
 def parse(settings: type[T], prog: str, description: str | None, argv: Sequence[str] | None) -> tuple[T, str]:
     """Settings from the command line, and the resolved YAML that alone gives the same settings."""
     parser = parser_for(settings, prog, description)
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _bare_flags(list(sys.argv[1:] if argv is None else argv), settings)
     with tempfile.TemporaryDirectory() as scratch:
         namespace: Namespace = parser.parse_args(_forget_replaced(arguments, Path(scratch)))
     namespace.pop("config", None)
     values = parser.instantiate_classes(namespace)
     return settings(**vars(values)), parser.dump(namespace, skip_none=False)
+
+
+def _bare_flags(arguments: list[str], settings: type[DataclassInstance]) -> list[str]:
+    """``--dry_run`` alone means ``--dry_run true``, as a user of argparse expects."""
+    flags = {f"--{field.name}" for field in dataclasses.fields(settings) if field.type in (bool, "bool")}
+    following = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in flags and after.startswith("--") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _forget_replaced(arguments: list[str], scratch: Path) -> list[str]:

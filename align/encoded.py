@@ -1,8 +1,4 @@
-"""Preference pairs as a model sees them: latents and text embeddings, encoded once and cached on disk.
-
-A cache folder is named by everything that its contents depend on. It holds shards of 256 pairs and of 256 captions,
-written whole or not at all, so that an interrupted run goes on at the first shard that is missing.
-"""
+"""Preference pairs as a model sees them: latents and text embeddings, encoded once and kept by :mod:`align.cache`."""
 
 from __future__ import annotations
 
@@ -10,43 +6,31 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from align.data import Bad, DataError, Pair, PairSet, UnreadableError, check_bad, decode, read_pairs, write_atomic
+from align.cache import SHARD, Encoder, Entry, Views, header_of, index_of, key_of, save
+from align.data import Pair, PairSet, check_bad, read_pairs
+from align.errors import DataError
 from align.families import Cond
+from align.files import write
+from align.pictures import UnreadableError, decode
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the same inputs would give other files
-SHARD = 256  # pairs, or captions, in a file
 TEXTS = 64  # captions in one call of the text encoders
 DECODE = 8  # pairs whose pictures are in memory at a time
 CACHE = "~/.cache/t2i-align"
-
-
-class Encoder(Protocol):
-    """What encoding needs of an :class:`align.families.Family`."""
-
-    @property
-    def resolution(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]: ...
-    def to_latent(self, images: Tensor) -> Tensor: ...
-    def encode(self, prompts: Sequence[str]) -> Cond: ...
-    def identity(self) -> Mapping[str, object]: ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +94,7 @@ class PreferencePairs:
         return self.cache / f"bad-rows-{Path(self.path).stem}-{name}.jsonl"
 
     def read(self) -> PairSet:
-        """The pairs, before ``limit``. Raises :class:`align.data.DataError`."""
+        """The pairs, before ``limit``. Raises :class:`align.errors.DataError`."""
         return read_pairs(
             self.path, self.split, self.ties, self.max_bad_share, self.report, self.caption_column, self.image_root
         )
@@ -143,7 +127,7 @@ class PreferencePairs:
         views = Views(resolution, self.center_crop, self.random_flip, self.variants, seed)
         shape = (self.variants, 2, *family.latent_shape(resolution))
         captions = list(dict.fromkeys(pair.caption for pair in pairs))
-        key = _key(family, found, pairs, views)
+        key = key_of(family, found, pairs, views)
         folder = self.cache / "pairs" / key[:24]
         folder.mkdir(parents=True, exist_ok=True)
         latent_files = [folder / f"latents-{k:05d}.safetensors" for k in range(-(-len(pairs) // SHARD))]
@@ -151,7 +135,7 @@ class PreferencePairs:
 
         def mine(files: list[Path]) -> list[tuple[Path, slice]]:
             spans = [(file, slice(k * SHARD, (k + 1) * SHARD)) for k, file in enumerate(files)]
-            return [(file, span) for file, span in spans[rank::world] if _header(file, key) is None]
+            return [(file, span) for file, span in spans[rank::world] if header_of(file, key) is None]
 
         todo_latents, todo_conds = mine(latent_files), mine(cond_files)
         count = sum(len(pairs[span]) for _, span in todo_latents) + sum(len(captions[span]) for _, span in todo_conds)
@@ -160,15 +144,15 @@ class PreferencePairs:
         with tqdm(total=count, desc="encode", disable=not show) as bar, ThreadPoolExecutor(_threads()) as pool:
             for file, span in todo_latents:
                 latents, kept, lost = _latents(family, pairs[span], views, self.vae_batch, shape, pool, bar.update)
-                _save(file, {"latents": latents}, {"key": key, "kept": kept, "bad": lost})
+                save(file, {"latents": latents}, {"key": key, "kept": kept, "bad": lost})
             for file, span in todo_conds:
-                _save(file, _conds(family, captions[span], bar.update), {"key": key})
+                save(file, _conds(family, captions[span], bar.update), {"key": key})
         barrier()
-        headers = {file: _header(file, key) for file in (*latent_files, *cond_files)}
+        headers = {file: header_of(file, key) for file in (*latent_files, *cond_files)}
         missing = [str(file) for file, header in headers.items() if header is None]
         if missing:
             raise DataError(f"{missing[0]} is not there or not whole; all processes must share cache_dir {self.cache}")
-        entries, bad_rows = _index(pairs, captions, [headers[file] or {} for file in latent_files])
+        entries, bad_rows = index_of(pairs, captions, [headers[file] or {} for file in latent_files])
         # every process sees the same rows here, so that all of them stop or none
         total = found.total if len(pairs) == len(found) else pairs[-1].id + 1  # rows beyond the limit do not count
         bad = sorted([*found.bad, *bad_rows], key=lambda row: row.row)
@@ -179,30 +163,8 @@ class PreferencePairs:
         if rank == 0:
             index = {"key": key, "layout": found.layout, "ties": found.ties, "captions": captions}
             rows = {"pairs": [asdict(entry) for entry in entries], "bad": [asdict(row) for row in bad]}
-            write_atomic(folder / "index.json", json.dumps(index | rows, ensure_ascii=False))
+            write(folder / "index.json", json.dumps(index | rows, ensure_ascii=False))
         return EncodedPairs(latent_files, cond_files, entries, captions)
-
-
-@dataclass(frozen=True)
-class Views:
-    """Which squares of a picture are seen."""
-
-    resolution: int
-    center_crop: bool
-    random_flip: bool
-    variants: int
-    seed: int
-
-    def of(self, pair: int) -> Iterator[tuple[float, float, bool]]:
-        """(x, y, flip) of each variant: where the square lies on the free way from 0 to 1, and whether mirrored."""
-        for variant in range(self.variants):
-            x, y, coin = np.random.default_rng([self.seed, pair, variant]).random(3)
-            middle = self.center_crop
-            yield (0.5, 0.5, self.random_flip and coin < 0.5) if middle else (x, y, self.random_flip and coin < 0.5)
-
-    def key(self) -> dict[str, object]:
-        """Without randomness the seed does not matter, and runs of different seeds share a cache."""
-        return asdict(self) | ({} if self.random_flip or not self.center_crop else {"seed": None})
 
 
 def cut(image: Image.Image, resolution: int, x: float, y: float, flip: bool) -> Tensor:
@@ -248,28 +210,6 @@ class EncodedPairs:
         if file not in self._open:
             self._open[file] = load_file(file)  # maps the file, pages come when touched
         return self._open[file]
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where a kept pair lies: row ``row`` of latents shard ``shard``, and its caption's number."""
-
-    id: int
-    shard: int
-    row: int
-    caption: int
-
-
-def _key(family: Encoder, found: PairSet, pairs: Sequence[Pair], views: Views) -> str:
-    """What a cache depends on: the pairs, the files they come from, the encoders and the views."""
-    files = sorted({*found.files, *(picture.file for pair in pairs for picture in (pair.chosen, pair.rejected))})
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    number = {file: index for index, file in enumerate(files)}
-    sides = [[[number[side.file], side.row, side.column] for side in (pair.chosen, pair.rejected)] for pair in pairs]
-    parts = [[pair.id, pair.caption, *side] for pair, side in zip(pairs, sides, strict=True)]
-    model = {"family": dict(family.identity()), "dtype": str(family.dtype)}
-    whole = {"format": FORMAT, "layout": found.layout, "files": stats, "pairs": parts, "views": views.key()} | model
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def _latents(
@@ -345,44 +285,6 @@ def _conds(family: Encoder, captions: Sequence[str], done: Callable[[int], objec
             parts.append(family.encode(captions[start : start + TEXTS]))
         done(len(parts[-1]))
     return {name: tensor.cpu().contiguous() for name, tensor in Cond.cat(parts).tensors.items()}
-
-
-def _save(file: Path, tensors: dict[str, Tensor], header: dict[str, object]) -> None:
-    draft = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    save_file(tensors, draft, metadata={name: json.dumps(value) for name, value in header.items()})
-    draft.replace(file)
-
-
-def _header(file: Path, key: str) -> dict[str, Any] | None:
-    """What a shard says of itself; None when it is missing, damaged or another's, and must be made again."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = {name: json.loads(text) for name, text in (opened.metadata() or {}).items()}
-    except FileNotFoundError:
-        return None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        logger.warning("%s is damaged (%s) and will be encoded again", file, error)
-        return None
-    if header.get("key") != key:
-        logger.warning("%s belongs to other data and will be encoded again", file)
-        return None
-    return header
-
-
-def _index(
-    pairs: Sequence[Pair], captions: Sequence[str], headers: Sequence[dict[str, Any]]
-) -> tuple[list[Entry], list[Bad]]:
-    """Where each kept pair lies, and the rows that encoding found unusable."""
-    number = {caption: index for index, caption in enumerate(captions)}
-    entries, bad = [], []
-    for shard, header in enumerate(headers):
-        for row, place in enumerate(header["kept"]):
-            pair = pairs[shard * SHARD + place]
-            entries.append(Entry(pair.id, shard, row, number[pair.caption]))
-        for place, reason in header["bad"]:
-            pair = pairs[shard * SHARD + place]
-            bad.append(Bad(pair.id, pair.source, reason))
-    return entries, bad
 
 
 def _threads() -> int:

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class NonFinite(UserError):
     """A loss or gradient that is NaN or infinite."""
+
+
+class DataError(UserError):
+    """A data set that cannot be used as it stands; the message says what was found and what to do."""

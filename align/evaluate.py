@@ -27,11 +27,14 @@ from align import families, gallery, runs
 from align.config import command, parse
 from align.data import read_prompts
 from align.errors import UserError
+from align.files import write
 from align.shapes.world import held_out_prompts
 from rewards import RewardSum
 from rewards import load as load_reward
 from rewards.shapes import Shapes
 from rewards.shapes import parse as parse_caption
+
+STRICT = "Shapes (strict)"
 
 
 @dataclass
@@ -43,10 +46,11 @@ class Evaluate:
         base: pipeline; default the one that the tuned run folder started from.
         prompts: a prompt file (.txt, .jsonl with ``prompt`` and perhaps ``task``, .json) or ``shapes``, the embedded
             world's held-out set.
-        reward: names or import paths; the first decides the win rate.
+        reward: names or import paths; the first decides the win rate (``Shapes``: by its strict verdict, the right
+            picture against a wrong one).
         output_dir: where to write; default ``evaluation`` in the tuned folder.
         samples_per_prompt: pictures per prompt, each with a seed of its own.
-        steps: sampler steps.
+        steps: sampler steps; null is the pipeline's own default.
         guidance: guidance scale; null is the pipeline's own default.
         seed: picture k of prompt j starts from seed + j * samples_per_prompt + k, for both models.
         batch_size: pictures sampled at once.
@@ -61,7 +65,7 @@ class Evaluate:
     reward: list[str] = field(default_factory=lambda: ["Shapes"])
     output_dir: Path | None = None
     samples_per_prompt: int = 1
-    steps: int = 20
+    steps: int | None = None
     guidance: float | None = None
     seed: int = 1000
     batch_size: int = 64
@@ -76,7 +80,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     rewards = RewardSum({name: load_reward(name) for name in config.reward})
     scorers: dict[str, Any] = dict(rewards.rewards)
     if "Shapes" in scorers:
-        scorers["Shapes (strict)"] = Shapes(mode="strict")
+        scorers[STRICT] = Shapes(mode="strict")
     rewards = RewardSum(scorers)
     base = config.base or base_of(config.tuned)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,24 +102,25 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
 
     output = config.output_dir or config.tuned / "evaluation"
     output.mkdir(parents=True, exist_ok=True)
-    report = compare(scores, tasks, config.samples_per_prompt, config.reward[0])
+    decides = STRICT if config.reward[0] == "Shapes" else config.reward[0]
+    report = compare(scores, tasks, config.samples_per_prompt, decides)
     report |= {
         "base": base,
         "tuned": str(config.tuned),
         "prompts": len(prompts),
         "samples_per_prompt": config.samples_per_prompt,
-        "steps": config.steps,
+        "steps": config.steps or family.default_steps,
         "guidance": guidance,
         "gallery": str(output / "gallery.html"),
     }
-    _gallery(output, prompts, config.samples_per_prompt, pictures, scores, config.reward[0], report)
+    _gallery(output, prompts, config.samples_per_prompt, pictures, scores, decides, report)
     rows = [
         {"prompt": text, "seed": seed}
         | {f"{who}/{name}": float(v[k]) for who in scores for name, v in scores[who].items()}
         for k, (text, seed) in enumerate(zip(texts, seeds, strict=True))
     ]
-    runs.write(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    runs.write(output / "scores.json", json.dumps(report | runs.provenance(), indent=2) + "\n")
+    write(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write(output / "scores.json", json.dumps(report | runs.provenance(), indent=2) + "\n")
     runs.add_to_card(config.tuned / "README.md", "Held-out prompts, base against tuned", table(report))
     return report
 
@@ -167,7 +172,7 @@ def base_of(tuned: Path) -> str:
     path = tuned / "config.yaml"
     if not path.is_file():
         raise UserError(f"{tuned} is no run folder (no config.yaml); say which model to compare with: --base MODEL")
-    return str(yaml.safe_load(path.read_text())["pretrained_model_name_or_path"])
+    return str(yaml.safe_load(path.read_text(encoding="utf-8"))["pretrained_model_name_or_path"])
 
 
 def _prompts(config: Evaluate) -> tuple[list[str], list[str] | None]:
@@ -233,7 +238,7 @@ figcaption{{color:#555;font-size:12px}}</style>
 <h1>{html.escape(report["base"])} against {html.escape(report["tuned"])}</h1>
 <p>Same prompts and seeds; evenly spaced prompts, first picture of each. {html.escape(reward)}: tuned wins
 {report["win_rate"]:.1%} (95 % interval {low:.1%} to {high:.1%}, ties one half).</p><main>{cards}</main>"""
-    runs.write(output / "gallery.html", page)
+    write(output / "gallery.html", page)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """The few figures that scripts read: the last line that the command prints."""
     found = {name: report[name] for name in ("win_rate", "win_rate_ci", "gallery")}
-    strict = report["rewards"].get("Shapes (strict)")
+    strict = report["rewards"].get(STRICT)
     if strict is None:
         return found
     means = {f"strict_{who}": strict.get(f"{who}_overall", strict[f"{who}_mean"]) for who in ("base", "tuned")}

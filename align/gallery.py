@@ -20,7 +20,7 @@ def sample_images(
     family: Family,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    steps: int,
+    steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = 32,
     resolution: int | None = None,
@@ -28,9 +28,10 @@ def sample_images(
 ) -> Tensor:
     """One picture a prompt, (N, 3, H, W) in [0, 1] on the CPU, by the family's deterministic sampler.
 
-    Picture k starts from ``manual_seed(seeds[k])`` whatever the batch size. ``guidance`` None is the pipeline's own.
+    Picture k starts from ``manual_seed(seeds[k])`` whatever the batch size. ``steps`` and
+    ``guidance`` None are the pipeline's own.
     """
-    grid, shape = family.grid(steps), family.latent_shape(resolution)
+    grid, shape = family.grid(steps or family.default_steps), family.latent_shape(resolution)
     scale = family.default_guidance if guidance is None else guidance
     images = []
     starts = range(0, len(prompts), batch_size)

@@ -19,20 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from align.errors import UserError
 from align.families import Family
+from align.files import write
 from align.policy import Policy
 
 if TYPE_CHECKING:
-    from align.train import Train
+    from align.settings import Train
 
 PACKAGES = ("t2i-align", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 WEIGHTS, STATE = "trained.safetensors", "state.json"
-
-
-def write(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename: the file is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def provenance() -> dict[str, Any]:
@@ -68,8 +62,7 @@ def slim_checkpoints(accelerator: Accelerator, policy: Policy) -> None:
             save_file(policy.state(), Path(folder) / WEIGHTS)
             if policy.ema is not None:
                 average = {str(k): p.cpu().contiguous() for k, p in enumerate(policy.ema.shadow_params)}
-                step = {"optimization_step": str(policy.ema.optimization_step)}
-                save_file(average, Path(folder) / f"ema-{WEIGHTS}", metadata=step)
+                save_file(average, Path(folder) / f"ema-{WEIGHTS}")
 
     def load(models: list[Any], folder: str) -> None:
         models.clear()
@@ -88,7 +81,9 @@ def slim_checkpoints(accelerator: Accelerator, policy: Policy) -> None:
 def add_to_card(path: Path, title: str, text: str) -> None:
     """Put a section into a model card, replacing its older self; without a card, nothing."""
     if path.is_file():
-        kept = re.sub(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", path.read_text(), flags=re.DOTALL)
+        kept = re.sub(
+            rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", path.read_text(encoding="utf-8"), flags=re.DOTALL
+        )
         write(path, f"{kept.rstrip()}\n\n## {title}\n\n{text}\n")
 
 
@@ -194,7 +189,7 @@ class RunFolder:
             )
         scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in held_out.items())
         table = f"\n## Held-out pairs, after training\n\n| metric | value |\n|---|---|\n{scores}\n" if held_out else ""
-        resolved = yaml.safe_load((self.path / "config.yaml").read_text() or "{}") or {}
+        resolved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8") or "{}") or {}
         numbers = yaml.safe_dump(resolved.get("objective", {}), sort_keys=False)
         text = f"""# {objective} {kind} of {base}
 

@@ -6,7 +6,7 @@ What belongs to the image (latents, conditions, advantage) is stored once and lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +25,8 @@ def _take(column: Column, index: Tensor) -> Column:
 class Table:
     """``rows``: columns of length R. ``images``: columns of length N. ``image``: (R,) the image of each row."""
 
-    rows: dict[str, Column]
-    images: dict[str, Column]
+    rows: Mapping[str, Column]
+    images: Mapping[str, Column]
     image: Tensor = field(repr=False)
 
     def __post_init__(self) -> None:

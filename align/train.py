@@ -12,9 +12,8 @@ import contextlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,123 +22,18 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-import align.objectives.dpo  # noqa: F401  so that `--objective DPO` needs no import path
 from align import draws, families, runs
 from align.config import command, parse
 from align.data import shuffled
-from align.encoded import EncodedPairs, PairBatch, PreferencePairs
-from align.errors import NonFinite, UserError
+from align.encoded import EncodedPairs
+from align.errors import NonFinite
 from align.gallery import sample_images, save_grid
 from align.objectives import Context, Metrics, Objective
-from align.policy import LoRA, Policy
+from align.policy import Policy
+from align.settings import Train
 from align.table import Table
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass
-class Samples:
-    """The grid of fixed prompts and seeds that is drawn while training. ``guidance`` None: the pipeline's own."""
-
-    prompts: list[str] = field(default_factory=list)
-    steps: int = 20
-    guidance: float | None = None
-    seed: int = 0
-
-
-@dataclass
-class Train:
-    """Fine-tune a diffusers pipeline through an objective.
-
-    Args:
-        data: what to train on.
-        objective: how: a class of ``align.objectives`` or anyone's import path, with its arguments.
-        validation_data: held-out pairs; the objective's metrics on them are logged and put into the model card.
-        pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``.
-        revision: hub revision.
-        variant: weight variant, such as ``fp16``.
-        output_dir: the run folder.
-        seed: names every random draw.
-        lora: rank, alpha and targets; ``null`` trains every weight of the denoiser.
-        train_batch_size: items a process passes through the network at once.
-        gradient_accumulation_steps: such chunks per optimiser step.
-        max_train_steps: optimiser steps.
-        learning_rate: peak learning rate.
-        scale_lr: multiply it by processes x accumulation x batch size.
-        lr_scheduler: a name that ``diffusers.optimization.get_scheduler`` knows.
-        lr_warmup_steps: optimiser steps of warm-up.
-        adam_beta1: AdamW.
-        adam_beta2: AdamW.
-        adam_weight_decay: AdamW.
-        adam_epsilon: AdamW.
-        use_8bit_adam: bitsandbytes' AdamW; needs a GPU.
-        max_grad_norm: gradients are clipped to this norm.
-        ema_decay: keep a moving average of the trained weights and save that; 0 keeps none.
-        gradient_checkpointing: recompute activations in backward; less memory, more time.
-        mixed_precision: autocast; frozen weights are kept in this precision too.
-        allow_tf32: TF32 matrix products on Ampere and later.
-        attention_backend: a diffusers attention backend (``native``, ``xformers``, ``flash``, ...); null leaves it.
-        checkpointing_steps: optimiser steps between checkpoints; 0 writes none.
-        checkpoints_total_limit: how many checkpoints to keep; null keeps all.
-        resume_from_checkpoint: ``latest`` or a ``checkpoint-N`` folder; ``latest`` starts anew where there is none.
-        samples: the sample grid.
-        validation_steps: optimiser steps between sample grids and held-out metrics; 0 only at start and end.
-        logging_steps: optimiser steps between lines of ``metrics.jsonl``.
-        report_to: trackers.
-        dry_run: print the plan and stop.
-    """
-
-    data: PreferencePairs
-    objective: Objective
-    validation_data: PreferencePairs | None = None
-    pretrained_model_name_or_path: str = "shapes-sd"
-    revision: str | None = None
-    variant: str | None = None
-    output_dir: Path = Path("outputs/run")
-    seed: int = 0
-    lora: LoRA | None = field(default_factory=LoRA)
-    train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    max_train_steps: int = 1000
-    learning_rate: float = 1e-5
-    scale_lr: bool = False
-    lr_scheduler: str = "constant_with_warmup"
-    lr_warmup_steps: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-2
-    adam_epsilon: float = 1e-8
-    use_8bit_adam: bool = False
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    allow_tf32: bool = False
-    attention_backend: str | None = None
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int | None = None
-    resume_from_checkpoint: str | None = None
-    samples: Samples = field(default_factory=Samples)
-    validation_steps: int = 0
-    logging_steps: int = 1
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
-    dry_run: bool = False
-
-    def check(self) -> None:
-        """Everything that can be known to be wrong before a weight is loaded."""
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.use_8bit_adam and not torch.cuda.is_available():
-            raise UserError("use_8bit_adam needs a CUDA GPU here; set use_8bit_adam: false")
-        if self.objective.batch_type is not PairBatch:
-            raise UserError(f"{type(self.objective).__name__} does not train on preference pairs")
-        families.find(self.pretrained_model_name_or_path, self.revision)
-        for data in (self.data, self.validation_data):
-            if data is not None:
-                data.read()
 
 
 class Loop:
@@ -195,7 +89,8 @@ class Loop:
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
-    def run(self) -> Path:
+    def start(self) -> None:
+        """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
         config, accelerator = self.config, self.accelerator
         self.data = config.data.prepare(
             self.family,
@@ -207,31 +102,40 @@ class Loop:
         )
         self.held_out = config.validation_data.prepare(self.family) if config.validation_data else None
         self._optimise()
+        source = self.folder.find(config.resume_from_checkpoint)
         if accelerator.is_main_process:
-            self.folder.start(self.resolved, resumed=config.resume_from_checkpoint is not None)
+            self.folder.start(self.resolved, resumed=source is not None)
         if config.report_to != "none":
             accelerator.log_with = _trackers(accelerator, config.report_to)
             accelerator.init_trackers("t2i-align")
-        self._resume()
+        if source is not None:
+            state = self.folder.restore(accelerator, source)
+            self.step, self.rollouts = state["step"], state["rollouts"]
+            if accelerator.is_main_process:
+                self.folder.forget_after(self.step)
+            accelerator.print(f"resumed from {source} at step {self.step}")
+
+    def run(self) -> Path:
+        config, accelerator = self.config, self.accelerator
+        self.start()
         if self.step == 0:
             self.validate()
-        bar = tqdm(
+        with tqdm(
             total=config.max_train_steps, initial=self.step, desc="train", disable=not accelerator.is_main_process
-        )
-        while self.step < config.max_train_steps:
-            before = self.step
-            for metrics in self.rollout():
-                bar.update()
-                bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:2]})
-                if self.step % config.logging_steps == 0:
-                    self.log(metrics)
-                if self.step == config.max_train_steps:
-                    break
-            if _crossed(before, self.step, config.validation_steps) and self.step < config.max_train_steps:
-                self.validate()
-            if _crossed(before, self.step, config.checkpointing_steps):
-                self.folder.checkpoint(accelerator, self._state(), config.checkpoints_total_limit)
-        bar.close()
+        ) as bar:
+            while self.step < config.max_train_steps:
+                before = self.step
+                for metrics in self.rollout():
+                    bar.update()
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:2]}, refresh=False)
+                    if self.step % config.logging_steps == 0:
+                        self.log(metrics)
+                    if self.step == config.max_train_steps:
+                        break
+                if _crossed(before, self.step, config.validation_steps) and self.step < config.max_train_steps:
+                    self.validate()
+                if _crossed(before, self.step, config.checkpointing_steps):
+                    self.folder.checkpoint(accelerator, self._state(), config.checkpoints_total_limit)
         held_out = self.validate()
         if accelerator.is_main_process:
             weights = self.policy.save(self.folder.path)
@@ -257,7 +161,7 @@ class Loop:
         for start in range(0, len(chunks), config.gradient_accumulation_steps):
             yield self.update(ctx, chunks[start : start + config.gradient_accumulation_steps], batch.ids)
 
-    def update(self, ctx: Context, chunks: Sequence[Table], ids: Sequence[str]) -> dict[str, float]:
+    def update(self, ctx: Context, chunks: Sequence[Table], ids: Sequence[int]) -> dict[str, float]:
         """One optimiser step on ``chunks``; the loss is the mean over all of their rows."""
         config, accelerator = self.config, self.accelerator
         rows = sum(map(len, chunks))
@@ -286,14 +190,14 @@ class Loop:
         return values | {"lr": self.scheduler.get_last_lr()[0]}
 
     def _require_finite(
-        self, values: dict[str, float], losses: list[Tensor], chunks: Sequence[Table], ids: Sequence[str]
+        self, values: dict[str, float], losses: list[Tensor], chunks: Sequence[Table], ids: Sequence[int]
     ) -> None:
         scaled = self.accelerator.scaler is not None  # fp16: an infinite gradient only skips the step
         wrong = [name for name in ("loss", "grad_norm") if not _finite(values[name])]
         if not wrong or (wrong == ["grad_norm"] and scaled):
             return
         bad = [chunk for chunk, loss in zip(chunks, losses, strict=True) if not bool(torch.isfinite(loss))] or chunks
-        rows = [ids[int(image)] for chunk in bad for image in chunk.image]
+        rows = [str(ids[int(image)]) for chunk in bad for image in chunk.image]
         good = self.folder.latest()
         raise NonFinite(
             f"{wrong[0]} is {values[wrong[0]]} at step {self.step + 1}, rows {', '.join(rows[:8])}"
@@ -358,22 +262,11 @@ class Loop:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
+        accelerator.register_for_checkpointing(self.scheduler)
         runs.slim_checkpoints(accelerator, self.policy)
 
     def _state(self) -> dict[str, int]:
         return {"step": self.step, "rollouts": self.rollouts}
-
-    def _resume(self) -> None:
-        source = self.folder.find(self.config.resume_from_checkpoint)
-        if source is None:
-            return
-        state = self.folder.restore(self.accelerator, source)
-        self.step, self.rollouts = state["step"], state["rollouts"]
-        for _ in range(self.step):
-            self.scheduler.step()  # a pure function of the step
-        if self.accelerator.is_main_process:
-            self.folder.forget_after(self.step)
-        self.accelerator.print(f"resumed from {source} at step {self.step}")
 
 
 def held_out_metrics(objective: Objective, policy: Policy, data: EncodedPairs, batch_size: int) -> dict[str, float]:

@@ -33,7 +33,7 @@ def ensure() -> None:
             raise
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        _library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        _library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
-            _library.define(operator + _SIGNATURE)  # type: ignore[no-untyped-call]
+            _library.define(operator + _SIGNATURE)
         importlib.import_module("torchvision")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import rewards  # isort: skip  first of all: it makes torchvision importable beside a CPU torch
+
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
@@ -17,7 +20,10 @@ from align.families.sd import SD
 from align.families.sd3 import SD3
 from align.shapes import pretrain
 
+assert rewards
 os.environ["HF_HUB_OFFLINE"] = "1"
+# networks this small are faster on one thread, and the subprocesses that tests compare with bit by bit use one too
+torch.set_num_threads(1)
 Build = Callable[..., Family]
 
 
@@ -116,3 +122,9 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     flow.pipe.save_pretrained(root / "flow")
     assert families.pipeline_class(str(root / "flow")) == "StableDiffusion3Pipeline"
     return {kind: root / kind for kind in ("epsilon", "v", "flow")}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """accelerate keeps its first configuration for the life of a process; every test is a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from align import encoded
-from align.data import DataError, Picture, Prompts, UnreadableError, decode, read_pairs, read_prompts, shuffled
+from align import cache, encoded
+from align.data import Prompts, read_pairs, read_prompts, shuffled
 from align.encoded import EncodedPairs, PairBatch, PreferencePairs, cut
+from align.errors import DataError
 from align.families import Cond
+from align.pictures import Picture, UnreadableError, decode
 from tests.benchmarks.emoji_pairs import Pair as Drawn
 from tests.benchmarks.emoji_pairs import pick_a_pic, write_layouts
 
@@ -85,7 +87,8 @@ def places(drawn: list[Drawn], tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "SHARD", 4)
+    for module in (cache, encoded):
+        monkeypatch.setattr(module, "SHARD", 4)
     monkeypatch.setattr(encoded, "TEXTS", 3)
 
 

@@ -132,7 +132,7 @@ def launch(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def kill_when(process: subprocess.Popen[str], seen: Path, inside: bool = False) -> None:
+def kill_when(process: subprocess.Popen[str], seen: Path) -> None:
     """SIGKILL as soon as ``seen`` exists."""
     deadline = time.monotonic() + 120
     while not seen.exists():
@@ -144,7 +144,9 @@ def kill_when(process: subprocess.Popen[str], seen: Path, inside: bool = False) 
     process.communicate()
 
 
-@pytest.mark.parametrize("moment", ["between checkpoints", "inside the saving of a checkpoint"])
+@pytest.mark.parametrize(
+    "moment", ["before the first checkpoint", "between checkpoints", "inside the saving of a checkpoint"]
+)
 def test_killed_and_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp_path: Path, moment: str) -> None:
     """Bitwise, on the CPU in float32: weights and metrics."""
     config |= {"ema_decay": 0.9, "max_train_steps": 8, "lr_scheduler": "cosine"}
@@ -152,7 +154,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp
     folder = tmp_path / "run"
     process = launch(["--config", write(config)])
     # the temporary folder exists only while a checkpoint is being written
-    kill_when(process, folder / ("checkpoint-6.tmp" if "inside" in moment else "checkpoint-3"))
+    seen = {"before": "metrics.jsonl", "between": "checkpoint-3", "inside": "checkpoint-6.tmp"}
+    kill_when(process, folder / seen[moment.partition(" ")[0]])
     assert not (folder / LORA_FILE).exists()
     if "inside" in moment and not (folder / "checkpoint-6").exists():
         assert (folder / "checkpoint-6.tmp").exists()
@@ -208,11 +211,19 @@ def test_two_processes_are_one_with_twice_the_batch(
     config |= {"max_train_steps": 3, "pretrained_model_name_or_path": str(tiny_folders[kind]), "max_grad_norm": 1e9}
     assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
     file = write(config, train_batch_size=2)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               "-m", "align.train", "--config", file]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, text=True, capture_output=True, cwd=Path(__file__).parents[1], check=False)
+    # accelerate's own `launch --cpu --num_processes 2` starts one process unless MPI is there; its multi-process
+    # launcher (torchrun) with the CPU asked for by name is gloo
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launcher, "-m", "align.train", "--config", file],
+        env=env,
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 x 1 accumulated x 2 processes = 4" in done.stdout
     one, two = weights(tmp_path / "one"), weights(config["output_dir"])
@@ -235,7 +246,7 @@ def test_a_nan_stops_the_run_and_names_step_rows_and_checkpoint(
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--config", write(config, gradient_accumulation_steps=3), "--dry_run", "true"]) == 0
+    assert main(["--config", write(config, gradient_accumulation_steps=3), "--dry_run"]) == 0
     out = capsys.readouterr().out
     for expected in ("4 x 3 accumulated x 1 processes = 12", "24 trained + 24 frozen", "trainable", "MiB", "D=256"):
         assert expected in out

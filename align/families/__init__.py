@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from align.errors import UserError
@@ -24,6 +24,7 @@ from align.process import Grid, Kind, Prediction
 from align.shapes import EMBEDDED, locate
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+SAMPLING_FILE = "sampling.json"  # a folder may say which guidance and steps its pipeline was made for
 # pipeline class in model_index.json -> family; a new family is one file and one line here
 FAMILIES = {
     "StableDiffusionPipeline": "align.families.sd:SD",
@@ -111,7 +112,7 @@ class Family(ABC):
 
     # what they share
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> ModelMixin:
         return getattr(self.pipe, self.denoiser_name)
 
     @property
@@ -125,8 +126,19 @@ class Family(ABC):
 
     @property
     def default_guidance(self) -> float:
-        """The guidance scale that the pipeline class uses when called without one."""
-        return float(inspect.signature(type(self.pipe).__call__).parameters["guidance_scale"].default)
+        """The guidance scale that the folder recommends, else the one its pipeline class uses by default."""
+        return float(self._recommended("guidance", "guidance_scale"))
+
+    @property
+    def default_steps(self) -> int:
+        """The number of sampler steps that the folder recommends, else the pipeline class's default."""
+        return int(self._recommended("steps", "num_inference_steps"))
+
+    def _recommended(self, name: str, argument: str) -> float:
+        path = Path(locate(self.source)) / SAMPLING_FILE
+        said = json.loads(path.read_text()) if path.is_file() else {}
+        default = inspect.signature(type(self.pipe).__call__).parameters[argument].default
+        return float(said.get(name, default))
 
     @property
     def resolution(self) -> int:

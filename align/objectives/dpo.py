@@ -5,7 +5,7 @@ With l = mean over (C, h, w) of the squared error of the network's output, and o
     delta = (l_w - l_w_ref) - (l_l - l_l_ref)        loss = -log sigmoid(-beta/2 * delta)
 
 which is the official code (its mean and its half; the paper's eq. 14 writes a sum, T and omega folded into beta).
-For flow this is Flow-DPO with constant beta (Liu et al. 2025, arXiv 2501.13918).
+For flow it is Flow-DPO with constant beta (Liu et al. 2025, arXiv 2501.13918).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DPO(Objective):
         loss_type: ``sigmoid`` (DPO), ``ipo`` (Azar et al. 2023, eq. 17) or ``hinge`` (SLiC).
         target_space: ``native`` squares the error of what the network predicts; ``epsilon`` that of the noise.
         label_smoothing: the share of labels taken to be wrong (cDPO); ``sigmoid`` only.
-        sft_weight: adds this much of the winner's own denoising loss, against both errors rising together.
+        sft_weight: weight of the winner's own denoising loss, against both errors rising together.
         proportion_empty_prompts: the share of pairs trained on the empty prompt (official: 0.2).
     """
 
@@ -59,7 +59,7 @@ class DPO(Objective):
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing is defined for loss_type sigmoid, not {self.loss_type}")
         if not 0 <= self.proportion_empty_prompts <= 1:
-            raise ValueError(f"proportion_empty_prompts must be in [0, 1], got {self.proportion_empty_prompts}")
+            raise ValueError(f"proportion_empty_prompts must be a share, got {self.proportion_empty_prompts}")
 
     def plan(self, latent_shape: tuple[int, int, int]) -> Plan:
         size = latent_shape[0] * latent_shape[1] * latent_shape[2]
@@ -77,31 +77,35 @@ class DPO(Objective):
             cond = Cond({k: torch.where(like(mask, v), null[k].to(v.dtype), v) for k, v in cond.tensors.items()})
         t = family.draw_t(draws.uniform(generators))
         eps = draws.normal(tuple(batch.latents.shape[2:]), generators)
-        rows: dict[str, Tensor | Cond] = {"t": t.to(family.device), "eps": eps.to(family.device)}
-        images: dict[str, Tensor | Cond] = {"latents": batch.latents.to(family.device).float(), "cond": cond}
-        return Table(rows, images, torch.arange(len(t)))
+        latents = batch.latents.to(family.device).float()
+        rows = {"t": t.to(family.device), "eps": eps.to(family.device)}
+        return Table(rows, {"latents": latents, "cond": cond}, torch.arange(len(t)))
 
     def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
-        winner, loser = rows.tensor("latents").unbind(1)
-        x0 = torch.cat([winner, loser])
+        winner, loser, error = self.deltas(ctx, rows)
+        logit = -0.5 * self.beta * (winner - loser)
+        loss = self.preference(logit).mean()
+        if self.sft_weight:
+            loss = loss + self.sft_weight * error.mean()
+        return loss, {
+            "implicit_acc": ((logit > 0).float() + 0.5 * (logit == 0).float()).mean(),
+            "delta_winner": winner.mean().detach(),
+            "delta_loser": loser.mean().detach(),
+            "error_winner": error.mean().detach(),
+        }
+
+    def deltas(self, ctx: Context, rows: Table) -> tuple[Tensor, Tensor, Tensor]:
+        """By how much the policy's error exceeds the reference's, on winners and on losers, and the policy's error
+        on winners; each (R,). The implicit reward is minus beta/2 times the excess. One forward of 2R rows each."""
+        x0 = torch.cat(rows.tensor("latents").unbind(1))
         eps, t, cond = rows.tensor("eps").repeat(2, 1, 1, 1), rows.tensor("t").repeat(2), rows.cond()
         x_t = diffuse(x0, eps, *ctx.policy.family.path(t))
         both = Cond.cat([cond, cond])
         with torch.no_grad(), ctx.policy.reference():
             reference = self.error(ctx.policy.predict(x_t, t, both), x0, eps)
         trained = self.error(ctx.policy.predict(x_t, t, both), x0, eps)
-        moved_w, moved_l = (trained - reference).chunk(2)
-        logit = -0.5 * self.beta * (moved_w - moved_l)
-        win_error = trained.chunk(2)[0].mean()
-        loss = self.preference(logit).mean()
-        if self.sft_weight:
-            loss = loss + self.sft_weight * win_error
-        return loss, {
-            "implicit_acc": ((logit > 0).float() + 0.5 * (logit == 0).float()).mean().detach(),
-            "delta_winner": moved_w.mean().detach(),
-            "delta_loser": moved_l.mean().detach(),
-            "error_winner": win_error.detach(),
-        }
+        winner, loser = (trained - reference).chunk(2)
+        return winner, loser, trained[: len(winner)]
 
     def error(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
         """(R,) squared error of each row in the chosen space and reduction."""

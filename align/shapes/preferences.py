@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,15 @@ def seen(data: bytes) -> Tensor:
 
 
 def captions(count: int, seed: int) -> list[str]:
-    """``count`` distinct captions over seen combinations, in the shares above as far as distinct ones exist."""
+    """``count`` captions over seen combinations in the shares above; one may come again, with other seeds."""
     rng = np.random.default_rng(seed)
     tasks, shares = list(SHARES), np.array([SHARES[task] for task in TASKS])
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[caption(rng, tasks[rng.choice(len(tasks), p=shares)])] = None
-    return list(found)
+    return [caption(rng, tasks[rng.choice(len(tasks), p=shares)]) for _ in range(count)]
+
+
+def held_out(text: str) -> bool:
+    """Whether every pair of this caption belongs to the held-out split: one caption in six does."""
+    return zlib.crc32(text.encode()) % 6 == 0
 
 
 def pairs_of(texts: list[str], pictures: Tensor, seeds: int, first: int) -> list[dict[str, Any]]:
@@ -95,19 +98,20 @@ def main() -> None:
     parser.add_argument("--model", default="shapes-sd")
     parser.add_argument("--output", type=Path, default=Path("align/shapes/shapes-preferences"))
     parser.add_argument("--work", type=Path, default=Path("outputs/preferences"), help="finished batches")
-    parser.add_argument("--train", type=int, default=2400, help="training pairs")
+    parser.add_argument("--train", type=int, default=2100, help="training pairs")
     parser.add_argument("--held_out", type=int, default=300, help="held-out pairs")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures per caption")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3, help="pictures per caption")
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, help="default: the pipeline's own")
-    parser.add_argument("--batch", type=int, default=16, help="captions per batch")
+    parser.add_argument("--batch", type=int, default=24, help="captions per batch")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
     family = families.load(args.model)
-    wanted = args.train + args.held_out
-    texts, rows = captions(wanted * 2, 11), []
-    with tqdm(total=wanted, desc="pairs") as bar:
+    texts = captions(4 * (args.train + args.held_out), 11)
+    train: list[dict[str, Any]] = []
+    other: list[dict[str, Any]] = []
+    with tqdm(total=args.train + args.held_out, desc="pairs") as bar:
         for start in range(0, len(texts), args.batch):
             part, path = texts[start : start + args.batch], args.work / f"{start:06d}.parquet"
             if not path.exists():
@@ -117,13 +121,14 @@ def main() -> None:
                     family.predict, family, repeated, list(seeds), args.steps, args.guidance, len(repeated)
                 )
                 save(pairs_of(part, pictures, args.seeds, start), path)
-            done = pq.read_table(path).to_pylist()
-            rows += done
-            bar.update(len(done))
-            if len(rows) >= wanted:
+            for row in pq.read_table(path).to_pylist():
+                (other if held_out(row["caption"]) else train).append(row)
+            bar.n = min(len(train), args.train) + min(len(other), args.held_out)
+            bar.refresh()
+            if len(train) >= args.train and len(other) >= args.held_out:
                 break
-    save(rows[: args.train], args.output / "train.parquet")
-    save(rows[args.train : wanted], args.output / "heldout.parquet")
+    save(train[: args.train], args.output / "train.parquet")
+    save(other[: args.held_out], args.output / "heldout.parquet")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from align.families import Family
+from align.families import SAMPLING_FILE, Family
 from align.families.sd import SD
 from align.families.sd3 import SD3
 from align.process import Prediction, diffuse
@@ -300,7 +300,14 @@ def latent_set(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple[l
 
 
 def train_denoiser(
-    name: str, family: Family, captions: list[str], latents: Tensor, work: Path, seed: int, steps: int, batch: int
+    name: str,
+    family: Family,
+    captions: list[str],
+    latents: Tensor,
+    work: Path,
+    seed: tuple[int, int],
+    steps: int,
+    batch: int,
 ) -> Iterator[int]:
     """Plain denoising loss in the family's own coordinate; denoiser and text encoders learn together.
 
@@ -312,7 +319,7 @@ def train_denoiser(
     module = nn.ModuleList([family.denoiser, *encoders]).requires_grad_(True)
 
     def loss(step: int) -> Tensor:
-        draw = torch.Generator().manual_seed(int(np.random.default_rng([seed, 3, step]).integers(2**62)))
+        draw = torch.Generator().manual_seed(int(np.random.default_rng([*seed, step]).integers(2**62)))
         rows = torch.randint(len(captions), (batch,), generator=draw)
         dropped = torch.rand(batch, generator=draw) < 0.1
         cond = family.encode(["" if drop else captions[row] for row, drop in zip(rows, dropped, strict=True)])
@@ -336,6 +343,7 @@ def half(pipe: DiffusionPipeline, folder: Path) -> None:
     pipe.to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
     for config in temporary.glob("text_encoder*/config.json"):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    (temporary / SAMPLING_FILE).write_text(json.dumps({"guidance": 3.0, "steps": 20}) + "\n")
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
@@ -353,21 +361,37 @@ def main() -> None:
     parser.add_argument("--polish_steps", type=int, default=1000)
     parser.add_argument("--sd_steps", type=int, default=5000)
     parser.add_argument("--sd3_steps", type=int, default=6000)
+    parser.add_argument("--sd3_shifted_steps", type=int, default=4500)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(args.work, args.seed, args.vae_steps, args.polish_steps)
     captions, latents = latent_set(vae, args.work, args.seed, args.scenes)
-    for name, build, cls, steps in (
-        ("shapes-sd", new_sd, SD, args.sd_steps),
-        ("shapes-sd3", new_sd3, SD3, args.sd3_steps),
+    for name, build, cls, phases in (
+        # (name of the checkpoint, steps, scheduler's shift): the flow model first learns to draw, then composition,
+        # which is decided at high noise, where a shifted schedule spends more of its steps (Esser et al. 2024, §5.3.2)
+        ("shapes-sd", new_sd, SD, [("shapes-sd", args.sd_steps, None)]),
+        (
+            "shapes-sd3",
+            new_sd3,
+            SD3,
+            [("shapes-sd3", args.sd3_steps, 1.0), ("shapes-sd3-shifted", args.sd3_shifted_steps, 3.0)],
+        ),
     ):
         if args.only not in (None, name):
             continue
         torch.manual_seed(args.seed)
-        family = cls(build(copy.deepcopy(vae), new_tokenizer()), name)
-        for _ in train_denoiser(name, family, captions, latents, args.work, args.seed, steps, args.batch):
-            pass
-        half(family.pipe, args.output / name)
+        pipe = build(copy.deepcopy(vae), new_tokenizer())
+        components = dict(pipe.components)
+        family = cls(pipe, name)
+        for number, (phase, steps, shift) in enumerate(phases):
+            if shift is not None:
+                components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=shift)
+                pipe.register_modules(scheduler=components["scheduler"])
+            key = (args.seed, 3 + number)
+            for _ in train_denoiser(phase, family, captions, latents, args.work, key, steps, args.batch):
+                pass
+        pipe.register_modules(**components)  # the family may have set a silent T5 aside
+        half(pipe, args.output / name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Write the README's results from ``results/*.json``:  ``make results``. A test fails when the two are out of step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from align.files import write
+from tests.benchmarks import RESULTS, spread
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- results: made by `make results`, do not edit -->", "<!-- end of results -->"
+
+
+def load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def _dpo(name: str) -> str:
+    found = load(name)
+    lines = [
+        f"**Diffusion-DPO, `{found['config']}`** ({found['date']}, {found['hardware']})",
+        "",
+        "| seed | strict base | strict tuned | rise | win rate (95 % interval) | held-out implicit accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in found["seeds"]:
+        low, high = run["win_rate_ci"]
+        lines.append(
+            f"| {run['seed']} | {run['strict_base']:.3f} | {run['strict_tuned']:.3f} "
+            f"| {run['strict_tuned'] - run['strict_base']:+.3f} | {run['win_rate']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {run['held_out_implicit_acc']:.3f} |"
+        )
+    changes = []
+    for task in found["seeds"][0]["tasks"]:
+        base, tuned = (mean([run["tasks"][task][who] for run in found["seeds"]]) for who in ("base", "tuned"))
+        changes.append(f"{task.replace('_', ' ')} {base:.2f} → {tuned:.2f}")
+    lines += ["", f"Strict by task, mean over seeds: {', '.join(changes)}."]
+    return "\n".join(lines)
+
+
+def _emoji() -> str:
+    found = load("emoji")
+    after = spread([run["after"] for run in found["seeds"]])
+    before = spread([run["before"] for run in found["seeds"]])
+    return (
+        f"**Emoji, noto over openmoji, `{found['config']}`** ({found['date']}): implicit-reward accuracy on "
+        f"{found['seeds'][0]['held_out_pairs']} held-out captions, mean (range) of {len(found['seeds'])} seeds: "
+        f"before {before}, after {after}."
+    )
+
+
+def _overhead() -> str:
+    found = load("overhead")
+    return (
+        f"**Overhead of the loop** ({found['date']}, {found['hardware']}): an update takes {found['ratio']:.3f} times "
+        f"its bare forward and backward calls (`shapes-sd`, {found['pairs']} pairs, medians of {found['updates']})."
+    )
+
+
+def _shapes() -> str:
+    found = load("shapes_reward")
+    return f"**The reward that looks** ({found['date']}): {found['summary']}"
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd"),
+    "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3"),
+    "emoji": _emoji,
+    "shapes_reward": _shapes,
+    "overhead": _overhead,
+}
+
+
+def results() -> str:
+    """The results section: one paragraph or table for every results file there is."""
+    return "\n\n".join(section() for name, section in SECTIONS.items() if (RESULTS / f"{name}.json").exists())
+
+
+def filled(text: str) -> str:
+    """``text`` with what stands between the marks replaced by the results."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{results()}\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    write(README, filled(README.read_text(encoding="utf-8")))

@@ -1,0 +1,131 @@
+"""Base against tuned, from the command down to the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from align import gallery
+from align.evaluate import bootstrap, compare, main
+from align.families import LORA_FILE
+from align.policy import LoRA, Policy
+from tests.conftest import Build
+from tests.test_policy import disturb
+
+
+def test_win_rate_counts_ties_as_half_and_clusters_by_prompt() -> None:
+    scores = {
+        "base": {"r": np.array([0.0, 0.0, 1.0, 1.0])},
+        "tuned": {"r": np.array([1.0, 0.0, 1.0, 0.0])},
+    }
+    report = compare(scores, ["x", "y"], samples=2, decides="r")
+    entry = report["rewards"]["r"]
+    assert report["win_rate"] == 0.5  # win, tie; tie, loss
+    assert entry["win_rate_ci"] == [0.25, 0.75]  # only two prompts, with rates 0.75 and 0.25, to draw from
+    assert entry["tasks"]["x"] == {"base": 0.0, "tuned": 0.5}
+    assert (entry["base_overall"], entry["tuned_overall"]) == (0.5, 0.5)
+    assert (entry["base_mean"], entry["tuned_median"]) == (0.5, 0.5)
+
+
+def test_overall_is_the_mean_over_tasks() -> None:
+    base = {"r": np.array([1.0, 0.0, 0.0, 0.0])}
+    report = compare({"base": base, "tuned": base}, ["x", "y", "y", "y"], samples=1, decides="r")
+    assert report["rewards"]["r"]["base_overall"] == 0.5
+    assert report["rewards"]["r"]["base_mean"] == 0.25
+
+
+def test_bootstrap_interval_covers_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for k in range(300):
+        low, high = bootstrap((rng.random(100) < 0.6).astype(float), 500, k)
+        hits += low <= 0.6 <= high
+    assert 0.91 <= hits / 300 <= 0.98
+
+
+def test_pictures_do_not_depend_on_the_batch(tiny: Build) -> None:
+    family, prompts = tiny("flow"), ["two red stars", "a star", "a red circle"]
+    one = gallery.sample_images(family.predict, family, prompts, [3, 4, 5], 3, 2.0, batch_size=1)
+    all_ = gallery.sample_images(family.predict, family, prompts, [3, 4, 5], 3, 2.0, batch_size=3)
+    torch.testing.assert_close(one, all_, atol=1e-5, rtol=1e-5)
+    assert one.shape == (3, 3, 16, 16)
+
+
+@pytest.fixture
+def tuned(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
+    from align import families
+
+    policy = Policy(families.load(str(tiny_folders["epsilon"])), LoRA(2))
+    disturb(policy, 0.1)
+    policy.save(tmp_path)
+    (tmp_path / "config.yaml").write_text(f"pretrained_model_name_or_path: {tiny_folders['epsilon']}\n")
+    (tmp_path / "README.md").write_text("# a card\n")
+    return tmp_path
+
+
+def evaluate(tuned: Path, *more: str) -> int:
+    few = ["--max_prompts", "6", "--steps", "2", "--samples_per_prompt", "2", "--batch_size", "4"]
+    return main(["--tuned", str(tuned), *few, *more])
+
+
+def test_the_command_writes_scores_gallery_and_card(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewards = ["--reward", "[JPEGCompressibility,Shapes]"]
+    assert evaluate(tuned, *rewards) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(last) == {"strict_base", "strict_tuned", "win_rate", "win_rate_ci", "gallery"}
+    assert Path(last["gallery"]).read_text().count("<article>") == 6
+    report = json.loads((tuned / "evaluation/scores.json").read_text())
+    assert report["win_rate"] == report["rewards"]["JPEGCompressibility"]["win_rate"] == last["win_rate"]
+    assert report["prompts"] == 6
+    rows = [json.loads(line) for line in (tuned / "evaluation/images.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    assert len({row["seed"] for row in rows}) == 12
+    means = np.mean([row["tuned/JPEGCompressibility"] for row in rows])
+    assert report["rewards"]["JPEGCompressibility"]["tuned_mean"] == pytest.approx(means)
+    assert Image.open(tuned / "evaluation/gallery.png").width > 400
+    assert evaluate(tuned, *rewards) == 0
+    card = (tuned / "README.md").read_text()
+    assert card.startswith("# a card")
+    assert card.count("base against tuned") == 1
+
+
+def test_an_untrained_lora_wins_exactly_half(tuned: Path) -> None:
+    weights = {name: torch.zeros_like(value) for name, value in load_file(tuned / LORA_FILE).items()}
+    save_file(weights, tuned / LORA_FILE)
+    assert evaluate(tuned, "--reward", "[JPEGCompressibility]") == 0
+    report = json.loads((tuned / "evaluation/scores.json").read_text())
+    assert (report["win_rate"], report["win_rate_ci"]) == (0.5, [0.5, 0.5])
+
+
+def test_prompt_files(tuned: Path) -> None:
+    (tuned / "prompts.txt").write_text("a star\ntwo red stars\n")
+    assert evaluate(tuned, "--prompts", str(tuned / "prompts.txt"), "--reward", "[JPEGCompressibility]") == 0
+    assert json.loads((tuned / "evaluation/scores.json").read_text())["prompts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward", "[Nothing]"], "Nothing"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--base", "./nowhere"], "no model_index.json"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tuned: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert evaluate(tuned, *arguments) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def test_a_folder_that_is_no_run_asks_for_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(tmp_path) == 1
+    assert "--base MODEL" in capsys.readouterr().err

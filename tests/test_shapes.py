@@ -1,0 +1,159 @@
+"""The embedded world: what is shipped loads in stock diffusers, and holds what the documents say."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+
+from align import families
+from align.sampling import initial_noise, sample
+from align.shapes import locate
+from align.shapes.preferences import held_out
+from align.shapes.pretrain import new_tokenizer
+from align.shapes.world import COMBINATIONS, HELD_OUT, SEEN, TASKS, caption, held_out_prompts, render
+from rewards.shapes import PALETTE, SHAPES, judge, parse
+
+PIPELINES = ("shapes-sd", "shapes-sd3")
+
+
+def combinations(text: str) -> set[tuple[str, str]]:
+    return {(thing.colour, thing.shape) for thing in parse(text).things if thing.colour}
+
+
+def test_training_captions_and_pictures_never_show_a_held_out_combination() -> None:
+    rng = np.random.default_rng(0)
+    for k in range(600):
+        text = caption(rng, TASKS[k % 6])
+        assert combinations(text) <= set(SEEN), text
+        image = torch.from_numpy(render(rng, text).copy()).permute(2, 0, 1) / 255
+        for colour, shape in HELD_OUT:
+            assert judge(f"a {colour} {shape}", image)[0] == 0
+
+
+def test_the_held_out_prompts() -> None:
+    prompts = held_out_prompts()
+    assert len(set(prompts)) == len(prompts) == 240
+    tasks = [parse(prompt).task for prompt in prompts]
+    assert {task: tasks.count(task) for task in TASKS} == dict.fromkeys(TASKS, 40)
+    named = [combinations(prompt) for prompt in prompts if combinations(prompt)]
+    assert len(named) == 160
+    assert all(found & HELD_OUT for found in named)
+    assert len(PALETTE) >= 6
+    assert len(SHAPES) >= 4
+    assert len(HELD_OUT) + len(SEEN) == len(COMBINATIONS)
+
+
+def test_a_seed_names_the_picture() -> None:
+    pictures = [render(np.random.default_rng(5), "two red stars") for _ in range(2)]
+    assert np.array_equal(*pictures)
+    assert pictures[0].shape == (64, 64, 3)
+
+
+def test_every_caption_word_is_one_token() -> None:
+    tokenizer = new_tokenizer()
+    for prompt in held_out_prompts():
+        ids = tokenizer(prompt).input_ids
+        assert len(ids) == len(prompt.split()) + 2 <= tokenizer.model_max_length
+    assert tokenizer.decode(tokenizer("grinning face").input_ids, skip_special_tokens=True).strip() == "grinning face"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_stock_diffusers_loads_and_runs_the_folder(name: str) -> None:
+    pipe = DiffusionPipeline.from_pretrained(locate(name))
+    assert (
+        type(pipe).__name__ == {"shapes-sd": "StableDiffusionPipeline", "shapes-sd3": "StableDiffusion3Pipeline"}[name]
+    )
+    images = pipe(["a red star", "two blue circles"], num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 3, 64, 64)
+    assert torch.isfinite(torch.as_tensor(images)).all()
+
+
+def test_shapes_sd3_has_twelve_blocks_and_needs_no_t5() -> None:
+    whole = DiffusionPipeline.from_pretrained(locate("shapes-sd3"))
+    without = DiffusionPipeline.from_pretrained(locate("shapes-sd3"), text_encoder_3=None, tokenizer_3=None)
+    assert len(whole.transformer.transformer_blocks) >= 12
+    x = initial_noise((4, 8, 8), [1])
+    said = [
+        pipe("a red star", latents=x.clone(), num_inference_steps=2, output_type="latent").images
+        for pipe in (whole, without)
+    ]
+    assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_our_sampler_draws_what_stock_diffusers_draws(name: str) -> None:
+    family = families.load(name)
+    stock = DiffusionPipeline.from_pretrained(locate(name))
+    if name == "shapes-sd":
+        stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    prompts, x = ["a red star", "two blue circles"], initial_noise(family.latent_shape(), [1, 2])
+    theirs = stock(
+        prompts, latents=x.clone(), num_inference_steps=8, guidance_scale=family.default_guidance, output_type="pt"
+    ).images
+    with torch.no_grad():
+        latents = sample(family.predict, family.grid(8), family.encode(prompts), x, family.default_guidance)
+        torch.testing.assert_close(family.to_image(latents), theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_the_pipelines_are_small_safetensors_in_half_precision() -> None:
+    files = [path for name in PIPELINES for path in Path(locate(name)).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 24e6
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == 3 + 5
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            assert kinds <= {"F16", "I64"}, path
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_reward_reads_what_the_autoencoder_gives_back(name: str) -> None:
+    family = families.load(name)
+    rng = np.random.default_rng(9)
+    texts = [caption(rng, TASKS[k % 6], COMBINATIONS) for k in range(240)]
+    images = torch.stack([torch.from_numpy(render(rng, text).copy()).permute(2, 0, 1) / 255 for text in texts])
+    with torch.no_grad():
+        again = torch.cat([family.to_image(family.to_latent(part)) for part in images.split(60)])
+    right = [judge(text, image)[0] for text, image in zip(texts, again, strict=True)]
+    assert np.mean(right) >= 0.98
+
+
+def test_the_preference_set() -> None:
+    folder = Path(locate("shapes-preferences"))
+    splits = {name: pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("train", "heldout")}
+    assert len(splits["train"]) >= 2000
+    assert len(splits["heldout"]) == 300
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+    for name, rows in splits.items():
+        assert list(rows[0]) == ["caption", "jpg_0", "jpg_1", "label_0", "label_1"]
+        assert all(held_out(row["caption"]) == (name == "heldout") for row in rows)
+        assert 0.45 < np.mean([row["label_0"] for row in rows]) < 0.55
+        for row in rows[::7]:
+            first, second = (
+                judge(
+                    row["caption"], torch.from_numpy(np.array(Image.open(io.BytesIO(row[key])))).permute(2, 0, 1) / 255
+                )[1]
+                for key in ("jpg_0", "jpg_1")
+            )
+            assert (first > second) == (row["label_0"] == 1.0)
+            assert first != second
+            assert combinations(row["caption"]) <= set(SEEN)
+
+
+def test_the_notebook_runs() -> None:
+    notebook = json.loads((Path(__file__).parents[1] / "notebooks/embedded_world.ipynb").read_text())
+    scope: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), scope)
+    assert scope["images"].shape == (6, 3, 64, 64)  # type: ignore[attr-defined]
