@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from rewards.shapes import COUNTS, PALETTE, PREFIXES, RELATIONS, SHAPES, TASKS, Spec, Thing, parse
+from rewards.shapes import COUNTS, OUTLINES, PALETTE, PREFIXES, RELATIONS, SHAPES, TASKS, Spec, Thing, parse
 
 SIZE = 64  # pixels a side
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
@@ -127,16 +127,10 @@ def _holds(bodies: list[Body], relation: str | None) -> bool:
 
 
 def outline(body: Body, scale: float = 1.0) -> list[tuple[float, float]]:
-    """Corner points of a body, in pixels times ``scale``; a circle is a 48-gon. A square's and a circle's
-    radius are shrunk so that all four shapes look about equally large."""
-    if body.thing.shape == "circle":
-        corners = [(0.88, 2 * math.pi * k / 48) for k in range(48)]
-    elif body.thing.shape == "square":
-        corners = [(1.0, math.pi * (0.25 + 0.5 * k)) for k in range(4)]
-    elif body.thing.shape == "triangle":
-        corners = [(1.0, math.pi * (-0.5 + 2 * k / 3)) for k in range(3)]
-    else:
-        corners = [(1.0 if k % 2 == 0 else 0.42, math.pi * (-0.5 + k / 5)) for k in range(10)]
+    """Corner points of a body, in pixels times ``scale``; a circle is a 48-gon. A circle's
+    radius is shrunk so that all four shapes look about equally large."""
+    shrink = 0.88 if body.thing.shape == "circle" else 1.0
+    corners = [(r * shrink, angle) for r, angle in OUTLINES[body.thing.shape]]
     return [
         (
             (body.x + body.radius * r * math.cos(a + body.turn)) * scale,

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from align.evaluate import summary
+from align.evaluate import STRICT, summary
 from tests.benchmarks import record
 
 CONFIGS = {"shapes_sd": "configs/dpo_shapes.yaml", "shapes_sd3": "configs/dpo_shapes_sd3.yaml"}
@@ -37,8 +37,10 @@ def run(config: str, seed: int, folder: Path) -> dict[str, Any]:
     report = json.loads(scores.read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["held_out/implicit_acc"] for line in lines if "held_out/implicit_acc" in line]
-    tasks = report["rewards"]["Shapes (strict)"]["tasks"]
-    return summary(report) | {"seed": seed, "held_out_implicit_acc": held_out[-1], "tasks": tasks}
+    figures = {name: value for name, value in summary(report).items() if name != "gallery"}
+    graded = {name: report["rewards"]["Shapes"][name] for name in ("win_rate", "win_rate_ci")}
+    tasks = report["rewards"][STRICT]["tasks"]
+    return figures | {"seed": seed, "graded": graded, "held_out_implicit_acc": held_out[-1], "tasks": tasks}
 
 
 def main() -> None:

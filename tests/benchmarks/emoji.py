@@ -28,6 +28,7 @@ from align.encoded import EncodedPairs, PreferencePairs
 from align.objectives import Context
 from align.objectives.dpo import DPO
 from align.policy import LoRA, Policy
+from align.runs import WEIGHTS, RunFolder
 from tests.benchmarks import record
 
 CONFIG = "configs/dpo_emoji.yaml"
@@ -61,7 +62,9 @@ def run(seed: int, folder: Path, data: Path) -> dict[str, Any]:
     for parameter in policy.parameters():
         parameter.data += 1e-3 * torch.randn(parameter.shape)
     before = accuracy(policy, pairs)
-    policy.load_state(load_file(sorted(folder.glob("checkpoint-*"))[-1] / "trained.safetensors"))
+    checkpoint = RunFolder(folder).latest()
+    assert checkpoint is not None, f"{CONFIG} has to write a checkpoint at its last step"
+    policy.load_state(load_file(checkpoint / WEIGHTS))
     return {"seed": seed, "before": before, "after": accuracy(policy, pairs), "held_out_pairs": len(pairs)}
 
 

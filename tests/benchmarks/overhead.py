@@ -67,12 +67,10 @@ def main() -> None:
             report_to="none",
         )
         loop = Loop(config, "")
-        ctx = Context(loop.policy, 0, 0, range(16))
-        pairs = config.data.prepare(loop.family)
-        with torch.no_grad():
-            rows = config.objective.rollout(ctx, pairs.batch(range(16)))
-        loop.data, loop.held_out = pairs, None
         loop.start()
+        ctx = Context(loop.policy, 0, 0, range(16))
+        with torch.no_grad():
+            rows = config.objective.rollout(ctx, loop.data.batch(range(16)))
         whole, replay = [], []
         for _ in range(updates):
             start = time.perf_counter()

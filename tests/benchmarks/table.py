@@ -25,14 +25,18 @@ def _dpo(name: str) -> str:
     lines = [
         f"**Diffusion-DPO, `{found['config']}`** ({found['date']}, {found['hardware']})",
         "",
-        "| seed | strict base | strict tuned | rise | win rate (95 % interval) | held-out implicit accuracy |",
-        "|---|---|---|---|---|---|",
+        "| seed | strict base | strict tuned | rise | win rate, strict (95 % interval) | win rate, graded "
+        "| held-out implicit accuracy |",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in found["seeds"]:
-        low, high = run["win_rate_ci"]
+        wins = [
+            f"{of['win_rate']:.3f} ({' to '.join(f'{x:.3f}' for x in of['win_rate_ci'])})"
+            for of in (run, run["graded"])
+        ]
         lines.append(
             f"| {run['seed']} | {run['strict_base']:.3f} | {run['strict_tuned']:.3f} "
-            f"| {run['strict_tuned'] - run['strict_base']:+.3f} | {run['win_rate']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {run['strict_tuned'] - run['strict_base']:+.3f} | {' | '.join(wins)} "
             f"| {run['held_out_implicit_acc']:.3f} |"
         )
     changes = []
