@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "align.train",
+    "rollout": "align.rollout",
     "evaluate": "align.evaluate",
     "score": "rewards.score",
 }

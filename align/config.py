@@ -46,7 +46,7 @@ def parse(settings: type[T], prog: str, description: str | None, argv: Sequence[
     with tempfile.TemporaryDirectory() as scratch:
         namespace: Namespace = parser.parse_args(_forget_replaced(arguments, Path(scratch)))
     namespace.pop("config", None)
-    values = parser.instantiate_classes(namespace)
+    values = parser.instantiate(namespace)
     return settings(**vars(values)), parser.dump(namespace, skip_none=False)
 
 

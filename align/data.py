@@ -9,17 +9,21 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 
 from align.errors import DataError
+from align.families import Cond, Family
 from align.files import write
 from align.layouts import CAPTIONS, parse, recognise
 from align.pictures import Picture
+from align.shapes import locate
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +124,18 @@ def check_bad(bad: Sequence[Bad], total: int, max_share: float, report: Path | N
 
 # Prompts and their order.
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts from .jsonl or .json ({"prompt": ..} or strings), or from a text file with one on each line.
+    """The prompts of :func:`read_prompt_rows`."""
+    return [row["prompt"] for row in read_prompt_rows(path)]
+
+
+def read_prompt_rows(path: str | Path) -> list[dict[str, Any]]:
+    """{"prompt": .., and what else stands there} from .jsonl or .json (objects or strings), or from a text file with
+    one prompt on each line.
 
     Raises:
         DataError: no such file, an entry without a prompt, or no prompt at all.
     """
-    file = Path(path).expanduser()
+    file = Path(locate(str(path))).expanduser()
     if not file.is_file():
         raise DataError(f'there is no prompt file {file}; expected .jsonl with {{"prompt": ..}}, or .txt, one a line')
     prompts = []
@@ -135,24 +145,107 @@ def read_prompts(path: str | Path) -> list[str]:
         )
         if not isinstance(words, str) or not words.strip():
             raise DataError(f'{where}: expected {{"prompt": ".."}} or a string, found {entry!r}')
-        prompts.append(words.strip())
+        prompts.append((entry if isinstance(entry, dict) else {}) | {"prompt": words.strip()})
     if not prompts:
         raise DataError(f"{file} holds no prompt")
     return prompts
 
 
+class Dataset(Protocol):
+    """Data as a model sees it: ``batch(indices, views)`` gives the items, each in one of its cached views."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> Any: ...
+
+
+class Data(ABC):
+    """What a run trains on. ``batch_type`` is what :meth:`prepare`'s result gives; objectives name what they take."""
+
+    batch_type: ClassVar[type]
+    resolution: int | None  # pixels a side; None is the model's own
+    variants: int = 1  # cached views of each item
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise :class:`align.errors.DataError` where the data can be seen to be unusable before a model is loaded."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        family: Family,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> Dataset:
+        """Encode what is to be encoded; ``rank`` of ``world`` processes share the work and meet at ``barrier``."""
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """P prompts, their conditions, and what else the prompt file says of each (for rewards that read it)."""
+
+    prompts: list[str]
+    cond: Cond
+    metadata: list[Mapping[str, Any]]
+    ids: list[int]
+
+
 @dataclass
-class Prompts:
-    """A file of prompts: .jsonl with {"prompt"}, a JSON list, or text with one on each line.
+class Prompts(Data):
+    """Prompts to draw pictures of.
 
     Args:
-        path: the file.
+        path: .jsonl with {"prompt"} and whatever rewards want to know, a JSON list, text with one on each line, or
+            ``shapes-prompts``, the embedded world's.
+        limit: use the first so many.
+        resolution: side of the pictures in pixels; default the model's own.
     """
 
     path: str
+    limit: int | None = None
+    resolution: int | None = None
 
-    def read(self) -> list[str]:
-        return read_prompts(self.path)
+    batch_type: ClassVar[type] = PromptBatch
+
+    def check(self) -> None:
+        self.read()
+
+    def read(self) -> list[dict[str, Any]]:
+        return read_prompt_rows(self.path)[: self.limit]
+
+    def prepare(
+        self,
+        family: Family,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> PromptSet:
+        return PromptSet(family, self.read())
+
+
+class PromptSet:
+    """Prompts whose conditions are encoded when first asked for, and kept."""
+
+    def __init__(self, family: Family, rows: list[dict[str, Any]], remember: int = 4096) -> None:
+        self.family, self.rows = family, rows
+        self._encode = functools.lru_cache(remember)(self._encoded)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _encoded(self, prompt: str) -> Cond:
+        with torch.no_grad():
+            return self.family.encode([prompt]).to("cpu")
+
+    def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> PromptBatch:
+        rows = [self.rows[index] for index in indices]
+        prompts = [row["prompt"] for row in rows]
+        return PromptBatch(prompts, Cond.cat([self._encode(p) for p in prompts]), list(rows), list(indices))
 
 
 def shuffled(count: int, size: int, seed: int, step: int) -> list[int]:

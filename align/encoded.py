@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from align.cache import SHARD, Encoder, Entry, Views, header_of, index_of, key_of, save
-from align.data import Pair, PairSet, check_bad, read_pairs
+from align.data import Data, Pair, PairSet, check_bad, read_pairs
 from align.errors import DataError
 from align.families import Cond
 from align.files import write
@@ -44,7 +44,7 @@ class PairBatch:
 
 
 @dataclass
-class PreferencePairs:
+class PreferencePairs(Data):
     """A preference data set and how its pictures are cut.
 
     Args:
@@ -76,6 +76,11 @@ class PreferencePairs:
     caption_column: str | None = None
     cache_dir: str | None = None
     vae_batch: int = 8
+
+    batch_type: ClassVar[type] = PairBatch
+
+    def check(self) -> None:
+        self.read()
 
     def __post_init__(self) -> None:
         if self.variants < 1 or self.vae_batch < 1 or (self.limit is not None and self.limit < 1):

@@ -26,6 +26,7 @@ from torch import Tensor
 from align import families, gallery, runs
 from align.config import command, parse
 from align.data import read_prompts
+from align.diversity import Features, pairwise, thumbnails
 from align.errors import UserError
 from align.files import write
 from align.shapes.world import held_out_prompts
@@ -56,6 +57,8 @@ class Evaluate:
         batch_size: pictures sampled at once.
         resolution: side in pixels; null is the model's own.
         max_prompts: use evenly spaced prompts, so many at most.
+        diversity_features: a vision model (DINOv2, CLIP) to measure diversity by, beside pixels; with several
+            pictures a prompt.
         device: where to run; null takes a GPU where there is one.
     """
 
@@ -71,6 +74,7 @@ class Evaluate:
     batch_size: int = 64
     resolution: int | None = None
     max_prompts: int | None = None
+    diversity_features: str | None = None
     device: str | None = None
 
 
@@ -104,6 +108,9 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     decides = STRICT if config.reward[0] == "Shapes" else config.reward[0]
     report = compare(scores, tasks, config.samples_per_prompt, decides)
+    if config.samples_per_prompt > 1:
+        features = Features(config.diversity_features, device) if config.diversity_features else None
+        report["diversity"] = diversity(pictures, config.samples_per_prompt, features)
     report |= {
         "base": base,
         "tuned": str(config.tuned),
@@ -123,6 +130,18 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     write(output / "scores.json", json.dumps(report | runs.provenance(), indent=2) + "\n")
     runs.add_to_card(config.tuned / "README.md", "Held-out prompts, base against tuned", table(report))
     return report
+
+
+def diversity(pictures: dict[str, Tensor], samples: int, features: Features | None) -> dict[str, dict[str, float]]:
+    """Mean distance of two pictures of a prompt, over prompts, for base and tuned: in pixels, and in features."""
+    found: dict[str, dict[str, float]] = {}
+    for who, images in pictures.items():
+        groups = torch.arange(len(images)) // samples
+        found.setdefault("pixels", {})[who] = pairwise(thumbnails(images), groups).mean().item()
+        if features is not None:
+            values = torch.cat([features(part) for part in images.split(64)])
+            found.setdefault("features", {})[who] = pairwise(values, groups).mean().item()
+    return found
 
 
 def compare(
@@ -199,6 +218,8 @@ def table(report: dict[str, Any]) -> str:
         )
         for task, means_of in entry.get("tasks", {}).items():
             lines.append(f"| {task.replace('_', ' ')} | {means_of['base']:.3f} | {means_of['tuned']:.3f} | |")
+    for name, entry in report.get("diversity", {}).items():
+        lines.append(f"| diversity, {name} | {entry['base']:.4f} | {entry['tuned']:.4f} | |")
     return "\n".join(lines)
 
 

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from align.errors import UserError
 from align.families import LORA_FILE, Cond, Family
 from align.process import Prediction
 
@@ -38,6 +41,8 @@ class Policy:
 
     ``lora=None`` trains every weight of the denoiser. The parameters that train are float32 whatever the frozen rest
     is in. ``reference=False`` spares full fine-tuning its frozen copy where the objective never asks for it.
+    ``initial`` is a folder of :meth:`save` to start from; with ``anchored`` the reference is what stands there
+    (D3PO's last round) rather than the pipeline without it.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class Policy:
         reference: bool = True,
         ema_decay: float = 0.0,
         gradient_checkpointing: bool = False,
+        initial: Path | None = None,
+        anchored: bool = False,
     ) -> None:
         self.family = family
         self.lora = lora
@@ -55,6 +62,10 @@ class Policy:
         self._copy: nn.Module | None = None
         self._adapters: list[BaseTunerLayer] = []
         self._off = False
+        self.evaluations = {"trained": 0, "frozen": 0}  # rows that went through the network, with and without gradient
+        self.anchor: list[Tensor] | None = None
+        if initial is not None and not lora and anchored:
+            self._take(initial)  # before the frozen copy is made
         if lora:
             config = LoraConfig(
                 r=lora.rank,
@@ -70,9 +81,36 @@ class Policy:
             self.denoiser.requires_grad_(True)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
+        if initial is not None and (lora or not anchored):
+            self._take(initial)
+        if initial is not None and lora and anchored and reference:
+            self.anchor = [p.detach().clone() for p in self.parameters()]
         if gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self.ema = EMAModel(self.parameters(), decay=ema_decay) if ema_decay else None
+
+    @torch.no_grad()
+    def _take(self, folder: Path) -> None:
+        """Put in the weights that :meth:`save` wrote to ``folder``. Raises :class:`align.errors.UserError`."""
+        name = self.family.denoiser_name
+        path = folder / LORA_FILE if self.lora else folder / name / "diffusion_pytorch_model.safetensors"
+        if not path.is_file():
+            raise UserError(
+                f"initial_weights: no {path}; expected the folder of a {'LoRA' if self.lora else 'full'} run"
+            )
+        found = load_file(path)
+        if self.lora:
+            layers = {k.removeprefix(f"{name}."): v for k, v in found.items()}
+            layers = convert_unet_state_dict_to_peft(layers)
+            own = get_peft_model_state_dict(self.denoiser)
+            if {k: v.shape for k, v in layers.items()} != {k: v.shape for k, v in own.items()}:
+                raise UserError(
+                    f"initial_weights: the LoRA in {path} does not fit rank {self.lora.rank} on "
+                    f"{len(self._adapters)} layers; set lora.rank and lora.targets as they were in that run"
+                )
+            set_peft_model_state_dict(self.denoiser, layers)
+        else:
+            self.denoiser.load_state_dict(found)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that train, in a fixed order."""
@@ -83,6 +121,8 @@ class Policy:
         model = self.model
         if self._off:  # past any wrapper: its hooks expect a backward pass that never comes
             model = self._copy if self._copy is not None else self.denoiser
+        rows = len(x_t) * (1 if guidance == 1.0 else 2)
+        self.evaluations["trained" if torch.is_grad_enabled() else "frozen"] += rows
         return self.family.predict(x_t, t, cond, guidance, model)
 
     @contextmanager
@@ -93,11 +133,23 @@ class Policy:
             raise RuntimeError("this policy was built without a reference (reference=False)")
         self._off = True
         try:
-            self._switch(False)
+            if self.anchor is not None:
+                self._swap()
+            else:
+                self._switch(False)
             yield
         finally:
-            self._switch(True)
+            if self.anchor is not None:
+                self._swap()
+            else:
+                self._switch(True)
             self._off = False
+
+    def _swap(self) -> None:
+        """Exchange the trained weights and the anchor, without a copy."""
+        assert self.anchor is not None
+        for k, parameter in enumerate(self.parameters()):
+            parameter.data, self.anchor[k] = self.anchor[k], parameter.data
 
     def _switch(self, on: bool) -> None:
         # peft freezes adapters when it turns them off; turning them on again must give every flag back

@@ -63,6 +63,9 @@ def slim_checkpoints(accelerator: Accelerator, policy: Policy) -> None:
             if policy.ema is not None:
                 average = {str(k): p.cpu().contiguous() for k, p in enumerate(policy.ema.shadow_params)}
                 save_file(average, Path(folder) / f"ema-{WEIGHTS}")
+            if policy.anchor is not None:
+                anchor = {str(k): p.cpu().contiguous() for k, p in enumerate(policy.anchor)}
+                save_file(anchor, Path(folder) / f"reference-{WEIGHTS}")
 
     def load(models: list[Any], folder: str) -> None:
         models.clear()
@@ -73,6 +76,10 @@ def slim_checkpoints(accelerator: Accelerator, policy: Policy) -> None:
             for k, parameter in enumerate(policy.ema.shadow_params):
                 parameter.copy_(average[str(k)])
             policy.ema.optimization_step = state["step"]
+        if policy.anchor is not None:
+            anchor = load_file(Path(folder) / f"reference-{WEIGHTS}")
+            for k, parameter in enumerate(policy.anchor):
+                parameter.copy_(anchor[str(k)])
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -145,7 +152,7 @@ class RunFolder:
                 return path
         raise UserError(f"resume_from_checkpoint: {wanted!r} is not a checkpoint folder; use 'latest' or one of {self}")
 
-    def checkpoint(self, accelerator: Accelerator, state: dict[str, int], limit: int | None) -> None:
+    def checkpoint(self, accelerator: Accelerator, state: dict[str, Any], limit: int | None) -> None:
         """Save under a temporary name and rename, so that a kill at any moment leaves whole checkpoints only."""
         final = self.path / f"checkpoint-{state['step']}"
         temporary = final.with_name(final.name + ".tmp")
@@ -166,13 +173,13 @@ class RunFolder:
                 shutil.rmtree(doomed)
         accelerator.wait_for_everyone()
 
-    def restore(self, accelerator: Accelerator, source: Path) -> dict[str, int]:
-        state: dict[str, int] = json.loads((source / STATE).read_text())
+    def restore(self, accelerator: Accelerator, source: Path) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((source / STATE).read_text())
         accelerator.load_state(str(source))
         return state
 
     # what the run leaves
-    def card(self, config: Train, family: Family, plan: str, held_out: dict[str, float]) -> None:
+    def card(self, config: Train, family: Family, plan: str, steps: int, held_out: dict[str, float]) -> None:
         """A model card: objective and its numbers, data, base model, seed, held-out scores, load snippet."""
         objective = type(config.objective).__name__
         pipeline = type(family.pipe).__name__
@@ -188,12 +195,12 @@ class RunFolder:
                 f'pipe = {pipeline}.from_pretrained("{base}", {family.denoiser_name}={family.denoiser_name})'
             )
         scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in held_out.items())
-        table = f"\n## Held-out pairs, after training\n\n| metric | value |\n|---|---|\n{scores}\n" if held_out else ""
+        table = f"\n## Held-out data, after training\n\n| metric | value |\n|---|---|\n{scores}\n" if held_out else ""
         resolved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8") or "{}") or {}
         numbers = yaml.safe_dump(resolved.get("objective", {}), sort_keys=False)
         text = f"""# {objective} {kind} of {base}
 
-Made by t2i-align on `{config.data.path}`, {config.max_train_steps} steps, seed {config.seed}.
+Made by t2i-align on `{getattr(config.data, "path", type(config.data).__name__)}`, {steps} steps, seed {config.seed}.
 
 ```
 {plan}

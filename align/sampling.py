@@ -32,23 +32,26 @@ def sample(
     guidance: float,
     kernel: Kernel = DDIM(),
     noise: Callable[[int], Tensor] | None = None,
-    keep: Callable[[int, Tensor, Gaussian], None] | None = None,
+    keep: Callable[[int, Tensor, Gaussian, Tensor], None] | None = None,
+    steps: Sequence[int] | None = None,
 ) -> Tensor:
     """Run ``x`` (B, C, h, w), standard normal, through every step of ``grid`` and return the clean latents.
 
-    ``noise(i)`` is the standard normal draw of step i; without it the kernel has to be deterministic. ``keep(i, x,
-    step)`` sees the state before each step and the step's distribution, and keeps of it what it wants. Gradients
-    flow unless the caller forbids them.
+    ``noise(i)`` is the standard normal draw of step i, asked for where the step is stochastic. ``keep(i, x, step, y)``
+    sees the state before each step, the step's distribution and what was drawn from it, and keeps of it what it
+    wants. ``steps`` runs a part of the grid, for a trajectory that is forked. Gradients flow unless the caller
+    forbids them.
     """
-    for i in range(len(grid)):
+    for i in steps if steps is not None else range(len(grid)):
         t = grid.t[i].to(x.device).expand(len(x))
         step = kernel(predict(x, t, cond, guidance), grid, i)
-        if keep is not None:
-            keep(i, x, step)
-        if noise is not None:
-            x = step.sample(noise(i).to(x.device))
-        elif bool((step.std > 0).any()):
+        if not bool((step.std > 0).any()):
+            y = step.mean
+        elif noise is None:
             raise ValueError("this kernel is stochastic: pass noise, a function of the step number")
         else:
-            x = step.mean
+            y = step.sample(noise(i).to(x.device))
+        if keep is not None:
+            keep(i, x, step, y)
+        x = y
     return x

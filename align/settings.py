@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-import align.objectives.dpo  # noqa: F401  so that `--objective DPO` needs no import path
+import align.encoded
+import align.labels
+import align.objectives.b2_diffurl
+import align.objectives.d3po
+import align.objectives.dpo
+import align.objectives.policy_gradient  # noqa: F401  imported, so that `--objective DPO` needs no import path
 from align import families
-from align.encoded import PairBatch, PreferencePairs
+from align.data import Data, PromptBatch
 from align.errors import UserError
 from align.objectives import Objective
 from align.policy import LoRA
+from align.scoring import RewardSetting, Scorer
 
 
 @dataclass
@@ -31,18 +38,27 @@ class Train:
     """Fine-tune a diffusers pipeline through an objective.
 
     Args:
-        data: what to train on.
+        data: what to train on: PreferencePairs, Prompts, LabelledRollout, or anyone's import path.
         objective: how: a class of ``align.objectives`` or anyone's import path, with its arguments.
-        validation_data: held-out pairs; the objective's metrics on them are logged and put into the model card.
+        rewards: what online objectives score their pictures by; those of weight 0 are only watched.
+        diversity_features: a vision model (DINOv2, CLIP) by whose features the diversity of rollouts is measured beside
+            pixels and latents.
+        validation_data: held-out pairs, on which the objective's metrics are measured, or held-out prompts, whose
+            pictures are scored by the rewards; logged and put into the model card.
         pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``.
         revision: hub revision.
         variant: weight variant, such as ``fp16``.
         output_dir: the run folder.
         seed: names every random draw.
         lora: rank, alpha and targets; ``null`` trains every weight of the denoiser.
-        train_batch_size: items a process passes through the network at once.
+        initial_weights: a run or LoRA folder to start from, such as the last round's.
+        train_batch_size: rows (pairs, sampler steps of pictures) a process passes through the network at once.
         gradient_accumulation_steps: such chunks per optimiser step.
-        max_train_steps: optimiser steps.
+        rollout_batch_size: pairs or prompts drawn from the data for one rollout, over all processes; null draws as
+            many as make one update, one row each.
+        inner_epochs: passes over the rows of a rollout.
+        max_train_steps: optimiser steps; null is 1000, or as many as ``max_rollouts`` gives.
+        max_rollouts: stop after so many rollouts, if that comes first.
         learning_rate: peak learning rate.
         scale_lr: multiply it by processes x accumulation x batch size.
         lr_scheduler: a name that ``diffusers.optimization.get_scheduler`` knows.
@@ -68,18 +84,24 @@ class Train:
         dry_run: print the plan and stop.
     """
 
-    data: PreferencePairs
+    data: Data
     objective: Objective
-    validation_data: PreferencePairs | None = None
+    rewards: list[RewardSetting] = field(default_factory=list)
+    diversity_features: str | None = None
+    validation_data: Data | None = None
     pretrained_model_name_or_path: str = "shapes-sd"
     revision: str | None = None
     variant: str | None = None
     output_dir: Path = Path("outputs/run")
     seed: int = 0
     lora: LoRA | None = field(default_factory=LoRA)
+    initial_weights: Path | None = None
     train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
-    max_train_steps: int = 1000
+    rollout_batch_size: int | None = None
+    inner_epochs: int = 1
+    max_train_steps: int | None = None
+    max_rollouts: int | None = None
     learning_rate: float = 1e-5
     scale_lr: bool = False
     lr_scheduler: str = "constant_with_warmup"
@@ -106,16 +128,44 @@ class Train:
 
     def check(self) -> None:
         """Everything that can be known to be wrong before a weight is loaded."""
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "inner_epochs")
+        for name in (*counts, "rollout_batch_size", "max_rollouts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if not math.isfinite(self.updates) and not self.lr_scheduler.startswith("constant"):
+            raise UserError(f"lr_scheduler {self.lr_scheduler!r} has to know its end: set max_train_steps")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.use_8bit_adam and not torch.cuda.is_available():
             raise UserError("use_8bit_adam needs a CUDA GPU here; set use_8bit_adam: false")
-        if self.objective.batch_type is not PairBatch:
-            raise UserError(f"{type(self.objective).__name__} does not train on preference pairs")
+        objective, wanted = type(self.objective).__name__, self.objective.batch_types
+        if self.data.batch_type not in wanted:
+            raise UserError(
+                f"{objective} trains on {' or '.join(kind.__name__ for kind in wanted)}, but data: "
+                f"{type(self.data).__name__} gives {self.data.batch_type.__name__}"
+            )
+        if self.scores and not any(reward.weight for reward in self.rewards):
+            raise UserError(f"{objective} learns from rewards: set rewards to at least one of positive weight")
+        if self.scores and self.rollout_batch_size is None:
+            raise UserError(f"{objective} draws pictures: set rollout_batch_size, the prompts of a rollout")
         families.find(self.pretrained_model_name_or_path, self.revision)
         for data in (self.data, self.validation_data):
             if data is not None:
-                data.read()
+                data.check()
+
+    @property
+    def updates(self) -> float:
+        """The optimiser steps of the run; infinite where the rollouts decide."""
+        if self.max_train_steps is not None:
+            return self.max_train_steps
+        return math.inf if self.max_rollouts else 1000
+
+    @property
+    def scores(self) -> bool:
+        """Whether pictures are drawn and scored: an online objective on prompts."""
+        return self.objective.online and self.data.batch_type is PromptBatch
+
+    def scorer(self) -> Scorer | None:
+        """The rewards, loaded; None where there are none."""
+        return Scorer.of(self.rewards) if self.rewards else None

@@ -23,11 +23,13 @@ def _take(column: Column, index: Tensor) -> Column:
 
 @dataclass(frozen=True)
 class Table:
-    """``rows``: columns of length R. ``images``: columns of length N. ``image``: (R,) the image of each row."""
+    """``rows``: columns of length R. ``images``: columns of length N, or whatever else the rows point into.
+    ``image``: (R,) the image of each row. ``metrics``: what the rollout measured, over all processes."""
 
     rows: Mapping[str, Column]
     images: Mapping[str, Column]
     image: Tensor = field(repr=False)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wrong = {name: len(column) for name, column in self.rows.items() if len(column) != len(self)}
@@ -55,10 +57,13 @@ class Table:
 
     def take(self, index: Tensor) -> Table:
         """The rows ``index`` selects; image columns are shared, not copied."""
-        return Table({name: _take(column, index) for name, column in self.rows.items()}, self.images, self.image[index])
+        rows = {name: _take(column, index) for name, column in self.rows.items()}
+        return Table(rows, self.images, self.image[index], self.metrics)
 
     def shuffled(self, generator: torch.Generator) -> Table:
         """Rows in a new order of images; the rows of one image keep together, so a chunk spans few images."""
+        if not len(self):
+            return self
         order = torch.randperm(int(self.image.max()) + 1, generator=generator)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order))

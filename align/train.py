@@ -9,31 +9,36 @@ step -> log, sample, checkpoint. The loop knows nothing of timesteps or papers.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
 from align import draws, families, runs
+from align.arithmetic import Arithmetic
 from align.config import command, parse
-from align.data import shuffled
-from align.encoded import EncodedPairs
-from align.errors import NonFinite
-from align.gallery import sample_images, save_grid
-from align.objectives import Context, Metrics, Objective
+from align.data import PromptSet, shuffled
+from align.diversity import Features
+from align.errors import NonFinite, UserError
+from align.objectives import Context
 from align.policy import Policy
 from align.settings import Train
 from align.table import Table
+from align.validation import held_out_metrics, held_out_scores, sample_grid
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
 
 
 class Loop:
@@ -57,37 +62,13 @@ class Loop:
             config.objective.needs_reference,
             config.ema_decay,
             config.gradient_checkpointing,
+            config.initial_weights,
+            config.objective.reference == "round_start",
         )
+        self.scorer = config.scorer()
+        self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
+        self.sizes = Arithmetic(config, self.family, self.accelerator.num_processes)
         self.step = self.rollouts = 0
-
-    @property
-    def items(self) -> int:
-        """Batch items of this process in one rollout."""
-        return self.config.train_batch_size * self.config.gradient_accumulation_steps
-
-    def plan(self) -> str:
-        """What an update is made of, in words."""
-        config, world = self.config, self.accelerator.num_processes
-        plan = config.objective.plan(self.family.latent_shape(config.data.resolution))
-        items = self.items * world
-        trained = sum(p.numel() for p in self.policy.parameters())
-        total = sum(p.numel() for p in self.family.denoiser.parameters())
-        weights = sum(p.numel() * p.element_size() for p in self.family.denoiser.parameters())
-        copies = 1 if config.lora or not config.objective.needs_reference else 2
-        state = trained * 4 * (2 + 1 + bool(config.ema_decay))  # two AdamW moments, the gradient, the average
-        lines = {
-            "model": f"{config.pretrained_model_name_or_path} ({type(self.family).__name__}, {self.family.kind})",
-            "objective": type(config.objective).__name__,
-            "items per update": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated "
-            f"x {world} processes = {items}",
-            "evaluations per update": f"{plan.trained * items} trained + {plan.frozen * items} frozen",
-            "trainable parameters": f"{trained:,} of {total:,} ({'LoRA' if config.lora else 'full'})",
-            "estimated memory": f"{(weights * copies + state) / 2**20:,.0f} MiB for denoiser, gradients and optimiser, "
-            "activations not counted",
-            **plan.notes,
-        }
-        width = max(map(len, lines))
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
     def start(self) -> None:
         """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
@@ -111,6 +92,8 @@ class Loop:
         if source is not None:
             state = self.folder.restore(accelerator, source)
             self.step, self.rollouts = state["step"], state["rollouts"]
+            self.policy.evaluations = state["evaluations"]
+            config.objective.load_state(state["objective"])
             if accelerator.is_main_process:
                 self.folder.forget_after(self.step)
             accelerator.print(f"resumed from {source} at step {self.step}")
@@ -120,46 +103,77 @@ class Loop:
         self.start()
         if self.step == 0:
             self.validate()
-        with tqdm(
-            total=config.max_train_steps, initial=self.step, desc="train", disable=not accelerator.is_main_process
-        ) as bar:
-            while self.step < config.max_train_steps:
+        by_rollout = not math.isfinite(config.updates)
+        total, done = (config.max_rollouts, self.rollouts) if by_rollout else (config.updates, self.step)
+        with tqdm(total=total, initial=done, desc="train", disable=not accelerator.is_main_process) as bar:
+            while not self.done:
                 before = self.step
-                for metrics in self.rollout():
-                    bar.update()
+                for metrics in self.rollout(bar):
+                    bar.update(not by_rollout)
                     bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:2]}, refresh=False)
-                    if self.step % config.logging_steps == 0:
+                    if self.step % config.logging_steps == 0 or "rollout" in metrics:
                         self.log(metrics)
-                    if self.step == config.max_train_steps:
+                    if self.step == config.updates:
                         break
-                if _crossed(before, self.step, config.validation_steps) and self.step < config.max_train_steps:
+                bar.update(by_rollout)
+                if _crossed(before, self.step, config.validation_steps) and not self.done:
                     self.validate()
                 if _crossed(before, self.step, config.checkpointing_steps):
                     self.folder.checkpoint(accelerator, self._state(), config.checkpoints_total_limit)
         held_out = self.validate()
         if accelerator.is_main_process:
             weights = self.policy.save(self.folder.path)
-            self.folder.card(self.config, self.family, self.plan(), held_out)
+            self.folder.card(self.config, self.family, self.sizes.describe(self.policy), self.step, held_out)
             print(f"saved {weights}")
         accelerator.end_training()
         return self.folder.path
 
-    def rollout(self) -> Any:
+    @property
+    def done(self) -> bool:
+        return self.step >= self.config.updates or self.rollouts >= (self.config.max_rollouts or math.inf)
+
+    def rollout(self, bar: Any = None) -> Any:
         """One batch, its rows, and the updates they give; yields each update's metrics."""
         config, accelerator = self.config, self.accelerator
-        everyone = self.items * accelerator.num_processes
-        first = self.items * accelerator.process_index
-        ctx = Context(self.policy, config.seed, self.rollouts, range(first, first + self.items))
-        indices = shuffled(len(self.data), everyone, config.seed, self.rollouts)[first : first + self.items]
+        mine = self.sizes.samples // accelerator.num_processes
+        first = mine * accelerator.process_index
+        ctx = Context(
+            self.policy,
+            config.seed,
+            self.rollouts,
+            range(first, first + mine),
+            self.scorer,
+            _gather(accelerator),
+            _gather_text(accelerator),
+            tolerance=TOLERANCES[config.mixed_precision],
+            features=self.features,
+            resolution=config.data.resolution,
+            progress=_drawn(bar, mine) if bar is not None and self.scorer is not None else None,
+        )
+        items = range(first // self.sizes.group, (first + mine - 1) // self.sizes.group + 1)
+        chosen = shuffled(len(self.data), self.sizes.samples // self.sizes.group, config.seed, self.rollouts)
         views = (draws.uniform(ctx.generators("view")) * config.data.variants).long().tolist()
-        batch = self.data.batch(indices, views)
+        batch = self.data.batch([chosen[item] for item in items], views[: len(items)])
         with torch.no_grad(), accelerator.autocast():
             table = config.objective.rollout(ctx, batch)
-        table = table.shuffled(draws.generator(config.seed, "shuffle", self.rollouts))
         self.rollouts += 1
-        chunks = list(table.chunks(config.train_batch_size))
-        for start in range(0, len(chunks), config.gradient_accumulation_steps):
-            yield self.update(ctx, chunks[start : start + config.gradient_accumulation_steps], batch.ids)
+        rows = len(table)
+        if accelerator.num_processes > 1:  # processes step together: where they differ, the surplus is left out
+            rows = int(ctx.gather(torch.tensor([rows])).min())
+        measured = {f"rollout/{name}": value for name, value in table.metrics.items()}
+        if measured:  # those of this rollout, and of all training before it
+            world = accelerator.num_processes
+            measured |= {f"evaluations/{kind}": count * world for kind, count in self.policy.evaluations.items()}
+        if not rows and measured:
+            self.log(measured | {"rollout": self.rollouts})
+        for epoch in range(config.inner_epochs if rows else 0):
+            shuffle = draws.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
+            chunks = list(table.shuffled(shuffle).take(torch.arange(rows)).chunks(config.train_batch_size))
+            for start in range(0, len(chunks), config.gradient_accumulation_steps):
+                fresh = epoch == start == 0
+                some = chunks[start : start + config.gradient_accumulation_steps]
+                metrics = self.update(dataclasses.replace(ctx, fresh=fresh), some, batch.ids)
+                yield metrics | (measured | {"rollout": self.rollouts} if fresh and measured else {})
 
     def update(self, ctx: Context, chunks: Sequence[Table], ids: Sequence[int]) -> dict[str, float]:
         """One optimiser step on ``chunks``; the loss is the mean over all of their rows."""
@@ -176,7 +190,10 @@ class Loop:
                 accelerator.backward(loss * share)
             losses.append(loss.detach())
             for name, value in {"loss": losses[-1], **metrics}.items():
-                totals[name] = totals.get(name, 0) + value * share
+                if name.endswith("_max"):
+                    totals[name] = torch.maximum(totals.get(name, value), value)
+                else:
+                    totals[name] = totals.get(name, 0) + value * share
         norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
         names = [*totals, "grad_norm"]
         summed = accelerator.reduce(torch.stack([*totals.values(), norm.detach().to(losses[0].device)]), "mean")
@@ -197,7 +214,11 @@ class Loop:
         if not wrong or (wrong == ["grad_norm"] and scaled):
             return
         bad = [chunk for chunk, loss in zip(chunks, losses, strict=True) if not bool(torch.isfinite(loss))] or chunks
-        rows = [str(ids[int(image)]) for chunk in bad for image in chunk.image]
+        images = sorted({int(image) for chunk in bad for image in chunk.image})
+        rows = [
+            str(ids[image // self.sizes.group]) if image // self.sizes.group < len(ids) else f"#{image}"
+            for image in images
+        ]
         good = self.folder.latest()
         raise NonFinite(
             f"{wrong[0]} is {values[wrong[0]]} at step {self.step + 1}, rows {', '.join(rows[:8])}"
@@ -210,24 +231,24 @@ class Loop:
         """Draw the sample grid, and the objective's metrics on held-out data with draws that never change."""
         config, accelerator = self.config, self.accelerator
         values: dict[str, float] = {}
+        before = dict(self.policy.evaluations)  # looking is not training
         with self.policy.averaged(), accelerator.autocast():
-            if self.held_out is not None:
+            if isinstance(self.held_out, PromptSet):
+                if self.scorer is None:
+                    raise UserError("validation_data holds prompts: set rewards, to score their pictures")
+                rank, world = accelerator.process_index, accelerator.num_processes
+                own = held_out_scores(config, self.policy, self.scorer, self.held_out, rank, world)
+                gather = _gather_text(accelerator)
+                values = {name: statistics.fmean(gather(scores)) for name, scores in own.items()}
+            elif self.held_out is not None:
                 values = held_out_metrics(config.objective, self.policy, self.held_out, config.train_batch_size)
             if config.samples.prompts and accelerator.is_main_process:
-                images = sample_images(
-                    self.policy.predict,
-                    self.family,
-                    config.samples.prompts,
-                    [config.samples.seed + k for k in range(len(config.samples.prompts))],
-                    config.samples.steps,
-                    config.samples.guidance,
-                    config.train_batch_size,
-                    config.data.resolution,
-                )
-                save_grid(images, config.samples.prompts, self.folder.path / f"samples/step-{self.step:06d}.png")
+                path = self.folder.path / f"samples/step-{self.step:06d}.png"
+                images = sample_grid(config, self.policy, self.family, path)
                 for tracker in accelerator.trackers:
                     if tracker.name == "tensorboard":
                         tracker.log_images({"samples": images.numpy()}, step=self.step, dataformats="NCHW")
+        self.policy.evaluations = before
         if values:
             self.log({f"held_out/{name}": value for name, value in values.items()})
         return values
@@ -241,7 +262,7 @@ class Loop:
         config, accelerator = self.config, self.accelerator
         rate = config.learning_rate
         if config.scale_lr:
-            rate *= self.items * accelerator.num_processes
+            rate *= self.sizes.update * accelerator.num_processes
         adam: Any = torch.optim.AdamW
         if config.use_8bit_adam:
             from bitsandbytes import optim
@@ -260,31 +281,47 @@ class Loop:
             config.lr_scheduler,
             optimizer,
             num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
+            num_training_steps=config.updates,
         )
         accelerator.register_for_checkpointing(self.scheduler)
         runs.slim_checkpoints(accelerator, self.policy)
 
-    def _state(self) -> dict[str, int]:
-        return {"step": self.step, "rollouts": self.rollouts}
-
-
-def held_out_metrics(objective: Objective, policy: Policy, data: EncodedPairs, batch_size: int) -> dict[str, float]:
-    """The objective's loss and metrics over all of ``data``, each pair with noise and time of its own that are the
-    same at every call; means over pairs."""
-    sums: dict[str, float] = {}
-    for start in range(0, len(data), batch_size):
-        index = range(start, min(start + batch_size, len(data)))
-        ctx = Context(policy, 0, -1, index)
-        loss, metrics = objective.loss(ctx, objective.rollout(ctx, data.batch(index)))
-        values: Metrics = {"loss": loss, **metrics}
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(index)
-    return {name: value / len(data) for name, value in sums.items()}
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "rollouts": self.rollouts,
+            "evaluations": dict(self.policy.evaluations),
+            "objective": self.config.objective.state(),
+        }
 
 
 def _crossed(before: int, after: int, every: int) -> bool:
     return every > 0 and before // every != after // every
+
+
+def _gather(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    def gather(tensor: Tensor) -> Tensor:
+        if accelerator.num_processes == 1:
+            return tensor.cpu()
+        return accelerator.gather(tensor.to(accelerator.device)).cpu()
+
+    return gather
+
+
+def _gather_text(accelerator: Accelerator) -> Callable[[list[Any]], list[Any]]:
+    return lambda values: gather_object(values) if accelerator.num_processes > 1 else values
+
+
+def _drawn(bar: Any, total: int) -> Callable[[int], object]:
+    """Show in the training bar how many of a rollout's pictures are drawn."""
+    count = 0
+
+    def progress(more: int) -> None:
+        nonlocal count
+        count += more
+        bar.set_postfix_str(f"drawing {count}/{total}")
+
+    return progress
 
 
 def _finite(value: float) -> bool:
@@ -301,7 +338,8 @@ def train(config: Train, resolved: str = "") -> Path:
     """Run ``config`` and return its run folder. ``resolved`` is the YAML kept there."""
     config.check()
     loop = Loop(config, resolved)
-    loop.accelerator.print(loop.plan())
+    loop.sizes.check()
+    loop.accelerator.print(loop.sizes.describe(loop.policy))
     return loop.folder.path if config.dry_run else loop.run()
 
 

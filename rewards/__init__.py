@@ -14,6 +14,7 @@ from rewards import _torchvision
 
 _torchvision.ensure()  # before anything can import torchvision
 
+import builtins  # noqa: E402
 import importlib  # noqa: E402
 import inspect  # noqa: E402
 from collections.abc import Mapping, Sequence  # noqa: E402
@@ -26,8 +27,13 @@ from torch import Tensor  # noqa: E402
 __all__ = ["Reward", "RewardError", "RewardSum", "available", "checked", "load"]
 
 _BUILT_IN: dict[str, str] = {
+    "Aesthetic": "rewards.aesthetic.Aesthetic",
+    "CLIPScore": "rewards.clip_score.CLIPScore",
+    "HPSv2": "rewards.hps.HPSv2",
+    "ImageReward": "rewards.image_reward.ImageReward",
     "JPEGCompressibility": "rewards.jpeg.JPEGCompressibility",
     "JPEGIncompressibility": "rewards.jpeg.JPEGIncompressibility",
+    "PickScore": "rewards.pick_score.PickScore",
     "Shapes": "rewards.shapes.Shapes",
 }
 _SLACK = 1e-3  # how far outside [0, 1] rounding may carry a pixel; a picture in [-1, 1] or [0, 255] goes further
@@ -153,9 +159,12 @@ def needs_prompt(reward: Reward) -> bool:
     return bool(getattr(reward, "needs_prompt", True))
 
 
-def available() -> list[str]:
+def available() -> builtins.list[str]:
     """Names that :func:`load` knows."""
     return sorted(_BUILT_IN)
+
+
+list = available  # ``rewards.list()``; kept out of ``__all__``, where it would hide the built-in
 
 
 def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:

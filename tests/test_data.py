@@ -477,7 +477,11 @@ def test_prompts(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(wanted))
     jsonl(tmp_path / "a.jsonl", [{"prompt": words} for words in wanted])
     for name in ("a.txt", "a.json", "a.jsonl"):
-        assert Prompts(str(tmp_path / name)).read() == wanted
+        assert read_prompts(tmp_path / name) == wanted
+        assert Prompts(str(tmp_path / name)).read() == [{"prompt": words} for words in wanted]
+        assert len(Prompts(str(tmp_path / name), limit=1).read()) == 1
+    told = jsonl(tmp_path / "c.jsonl", [{"prompt": " a star ", "count": 3}])
+    assert Prompts(str(told)).read() == [{"prompt": "a star", "count": 3}]
     with pytest.raises(DataError, match=r"b\.jsonl:2.*prompt"):
         read_prompts(jsonl(tmp_path / "b.jsonl", [{"prompt": "a"}, {"tag": 1}]))
     with pytest.raises(DataError, match="no prompt file"):

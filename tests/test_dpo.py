@@ -201,7 +201,7 @@ def test_i8_sum_with_beta_over_d(tiny: Build) -> None:
     mean, _ = run(DPO(beta=512.0), policy)
     total, _ = run(DPO(beta=512.0 / 256, reduction="sum"), policy)
     assert mean.item() == pytest.approx(total.item(), rel=1e-5)
-    assert DPO(beta=512.0).plan((4, 8, 8)).notes["beta"] == "512 (mean over D=256) = 2 as a sum"
+    assert DPO(beta=512.0).plan(policy.family, None).notes["beta"] == "512 (mean over D=256) = 2 as a sum"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,7 +241,7 @@ def test_a_step_costs_one_forward_and_one_reference_forward(tiny: Build, lora: L
         part.register_forward_pre_hook(lambda m, args: pytest.fail(f"{type(m).__name__} was called"))
     run(DPO(), policy, pairs)
     assert sorted(rows) == [(8, False), (8, True)]
-    plan = DPO().plan((4, 8, 8))
+    plan = DPO().plan(policy.family, None)
     assert (plan.trained, plan.frozen) == (2, 2)
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from align import families
+from align.errors import UserError
 from align.families import LORA_FILE, Family
 from align.policy import LoRA, Policy
 from align.sampling import initial_noise, sample
@@ -111,6 +112,40 @@ def test_state_round_trip_and_mismatch(tiny: Build) -> None:
     assert torch.equal(say(policy), say(other))
     with pytest.raises(ValueError, match="another rank, target list or model"):
         Policy(tiny("epsilon"), LoRA(2, targets=["to_q"])).load_state(policy.state())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("lora", [LoRA(2, alpha=3.0), None])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_a_run_starts_from_the_weights_of_another(
+    tiny: Build, tmp_path: Path, kind: str, lora: LoRA | None, anchored: bool
+) -> None:
+    """``anchored``: the reference is what the run starts from; else it is the pipeline without it."""
+    with torch.no_grad():
+        base = say(Policy(tiny(kind), None, reference=False))
+        first = Policy(tiny(kind), lora)
+        disturb(first)
+        first.save(tmp_path)
+        start = say(first)
+        policy = Policy(tiny(kind), lora, initial=tmp_path, anchored=anchored)
+        assert torch.equal(say(policy), start)
+        disturb(policy)
+        changed = say(policy)
+        assert not torch.allclose(changed, start)
+        for _ in range(2):
+            with policy.reference():
+                assert torch.equal(say(policy), start if anchored else base)
+            assert torch.equal(say(policy), changed)
+
+
+def test_weights_that_do_not_fit_are_refused(tiny: Build, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected the folder of a LoRA run"):
+        Policy(tiny("epsilon"), LoRA(2), initial=tmp_path)
+    Policy(tiny("epsilon"), LoRA(2)).save(tmp_path)
+    with pytest.raises(UserError, match=r"does not fit rank 3 .*set lora\.rank"):
+        Policy(tiny("epsilon"), LoRA(3), initial=tmp_path)
+    with pytest.raises(UserError, match="does not fit rank 2"):
+        Policy(tiny("epsilon"), LoRA(2, targets=["to_q"]), initial=tmp_path)
 
 
 def drawn(family: Family, policy: Policy) -> Tensor:

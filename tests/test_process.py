@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from align.process import DDIM, FlowSDE, Gaussian, Grid, Prediction, diffuse
+from align.process import DDIM, FlowSDE, Gaussian, Grid, Kernel, Prediction, Step, Within, diffuse, like
 
 KINDS = ("epsilon", "v", "flow")
 
@@ -121,18 +121,17 @@ def test_flow_sde_refuses_other_grids() -> None:
         FlowSDE()(prediction, grid, 0)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "steps", "std"),
-    [
-        (DDIM(0.0), 10, 0.340),
-        (DDIM(0.0), 1000, 0.400),
-        (FlowSDE(0.7), 10, 0.380),
-        (FlowSDE(0.7), 1000, 0.401),
-        (FlowSDE(1.0), 1000, 0.399),
-    ],
-)
-def test_marginals_of_a_gaussian_toy(kernel: DDIM | FlowSDE, steps: int, std: float) -> None:
-    """R3: x0 ~ N(1.5, 0.4^2) with its exact velocity; the SDE keeps the marginal that the ODE has."""
+class CPS(Kernel):
+    """Coefficients-preserving sampling (Flow-GRPO's later sampler): not ours, because it keeps no marginal."""
+
+    def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
+        s = grid.sigma[i + 1]
+        std = s * math.sin(0.8 * math.pi / 2)  # 0.8 as in Flow-GRPO-Fast
+        return Gaussian((1 - s) * prediction.x0 + (s**2 - std**2).sqrt() * prediction.eps, std)
+
+
+def toy_end(kernel: Kernel, steps: int) -> torch.Tensor:
+    """Where the sampler ends for x0 ~ N(1.5, 0.4^2) with its exact velocity."""
     mean, deviation = 1.5, 0.4
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(60_000, 1, dtype=torch.float64, generator=generator)
@@ -143,8 +142,99 @@ def test_marginals_of_a_gaussian_toy(kernel: DDIM | FlowSDE, steps: int, std: fl
         velocity = gain * (x - (1 - t) * mean) - mean
         step = kernel(Prediction(velocity, x, grid.alpha[i], grid.sigma[i], "flow"), grid, i)
         x = step.sample(torch.randn(x.shape, dtype=torch.float64, generator=generator))
+    return x
+
+
+@pytest.mark.parametrize(
+    ("kernel", "steps", "std"),
+    [
+        (DDIM(0.0), 10, 0.340),
+        (DDIM(0.0), 1000, 0.400),
+        (FlowSDE(0.7), 10, 0.380),
+        (FlowSDE(0.7), 1000, 0.401),
+        (FlowSDE(1.0), 1000, 0.399),
+    ],
+)
+def test_marginals_of_a_gaussian_toy(kernel: Kernel, steps: int, std: float) -> None:
+    """R3: the SDE keeps the marginal that the ODE has."""
+    x = toy_end(kernel, steps)
     assert x.mean().item() == pytest.approx(1.5, abs=0.01)
     assert x.std().item() == pytest.approx(std, abs=0.006)
+
+
+@pytest.mark.parametrize(("steps", "std"), [(10, 0.277), (300, 0.318)])
+def test_cps_keeps_no_marginal(steps: int, std: float) -> None:
+    """R3 can fail: with any number of steps the data comes out too narrow."""
+    found = toy_end(CPS(), steps).std().item()
+    assert found == pytest.approx(std, abs=0.006)
+    assert abs(found - 0.400) > 0.07
+
+
+# steps of a training batch
+@pytest.mark.parametrize("kernel", [DDIM(0.0), DDIM(1.0), FlowSDE(0.7)])
+@pytest.mark.parametrize("kind", ["epsilon", "v", "flow"])
+def test_a_step_for_each_row_is_the_step_for_all(kernel: Kernel, kind: str) -> None:
+    if isinstance(kernel, FlowSDE) and kind != "flow":
+        pytest.skip("FlowSDE is for flows")
+    torch.manual_seed(8)
+    t = torch.linspace(0.98, 0.02, 6, dtype=torch.float64) if kind != "flow" else flow_grid(5).t
+    grid = Grid(t, *coefficients(kind, t))
+    steps = torch.tensor([4, 0, 2, 2, 1])
+    x, raw, y = torch.randn(3, 5, 2, 3, dtype=torch.float64).unbind()
+    mixed = kernel(Prediction(raw, x, grid.alpha[steps], grid.sigma[steps], kind), grid, steps)
+    for row, i in enumerate(steps.tolist()):
+        one = slice(row, row + 1)
+        alone = kernel(Prediction(raw[one], x[one], grid.alpha[i], grid.sigma[i], kind), grid, i)
+        assert torch.equal(mixed.mean[one], alone.mean)
+        assert torch.equal(mixed.std[row], alone.std)
+        if alone.std > 0:
+            torch.testing.assert_close(
+                Gaussian(mixed.mean[one], mixed.std[one]).log_prob(y[one]), alone.log_prob(y[one])
+            )
+
+
+def test_within_is_the_kernel_inside_and_deterministic_outside() -> None:
+    x, velocity = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).unbind()
+    grid, kernel = flow_grid(5), Within(FlowSDE(0.7), range(1, 3))
+    for i in range(5):
+        prediction = Prediction(velocity, x, grid.alpha[i], grid.sigma[i], "flow")
+        step, inside = kernel(prediction, grid, i), FlowSDE(0.7)(prediction, grid, i)
+        if i in (1, 2):
+            assert torch.equal(step.mean, inside.mean) and torch.equal(step.std, inside.std)
+        else:
+            torch.testing.assert_close(step.mean, x - 0.2 * velocity)
+            assert step.std == 0
+    with pytest.raises(TypeError, match="asks the kernel itself"):
+        kernel(prediction, grid, torch.tensor([1, 2]))
+
+
+# likelihood ratios
+def test_kl_is_the_mean_log_ratio_of_samples() -> None:
+    """R5 by Monte Carlo, within three standard errors."""
+    torch.manual_seed(10)
+    mean, other = torch.randn(2, 1, 6, dtype=torch.float64).unbind()
+    std = torch.tensor(0.8, dtype=torch.float64)
+    ours, reference = (Gaussian(m.expand(40_000, 6), std) for m in (mean, other))
+    x = ours.sample(torch.randn(40_000, 6, dtype=torch.float64))
+    for reduction in ("mean", "sum"):
+        ratios = ours.log_prob(x, reduction) - reference.log_prob(x, reduction)
+        exact = ours.kl(reference, reduction)[0]
+        assert abs(ratios.mean() - exact) < 3 * ratios.std() / 200
+
+
+def test_the_mean_log_ratio_is_biased() -> None:
+    """R6, why GRPO-Guard exists: E[ratio] = exp(-k (1 - 1/D)) with k the KL as a mean over D, not 1."""
+    torch.manual_seed(11)
+    size, k = 64, 0.3
+    std = torch.tensor(0.5, dtype=torch.float64)
+    shift = torch.full((1, size), math.sqrt(2 * k) * 0.5, dtype=torch.float64)
+    old = Gaussian(torch.zeros(20_000, size, dtype=torch.float64), std)
+    new = Gaussian(like(torch.ones(20_000, dtype=torch.float64), old.mean) * shift, std)
+    assert new.kl(old)[0] == pytest.approx(k)
+    x = old.sample(torch.randn(20_000, size, dtype=torch.float64))
+    ratio = (new.log_prob(x) - old.log_prob(x)).exp()
+    assert ratio.mean() == pytest.approx(math.exp(-k * (1 - 1 / size)), abs=3 * float(ratio.std()) / math.sqrt(20_000))
+    assert ratio.mean() < 0.76
 
 
 def test_grid_refuses_unequal_vectors() -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from safetensors.torch import load_file
 from align.families import LORA_FILE
 from align.shapes.world import render
 from align.train import main
+from tests.helpers import kill_when, launch, launch_together, lines, same, untimed, weights, write
 
 CAPTIONS = ["two red stars", "a blue circle", "a star and a circle", "three green squares", "a black square"]
 
@@ -52,11 +51,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def paired(path: str | Path, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": "PreferencePairs", "init_args": {"path": str(path), **arguments}}
+
+
 @pytest.fixture
 def config(tiny_folders: dict[str, Path], pairs: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": str(tiny_folders["epsilon"]),
-        "data": {"path": str(pairs), "cache_dir": str(pairs.parent / "cache")},
+        "data": paired(pairs, cache_dir=str(pairs.parent / "cache")),
         "objective": {"class_path": "DPO", "init_args": {"beta": 100.0}},
         "output_dir": str(tmp_path / "run"),
         "lora": {"rank": 2},
@@ -69,33 +72,9 @@ def config(tiny_folders: dict[str, Path], pairs: Path, tmp_path: Path) -> dict[s
     }
 
 
-def write(config: dict[str, Any], **changes: Any) -> str:
-    """The config as a file beside its run folder."""
-    config = config | changes
-    path = Path(config["output_dir"]).parent / f"{Path(config['output_dir']).name}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return str(path)
-
-
-def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / LORA_FILE)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def lines(folder: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(folder: str | Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "time"} for line in lines(folder)]
-
-
 def test_a_run_folder_is_whole_and_its_config_reruns_it(config: dict[str, Any], tmp_path: Path) -> None:
     folder = Path(config["output_dir"])
-    config["validation_data"] = config["data"] | {"limit": 6}
+    config["validation_data"] = paired(**config["data"]["init_args"], limit=6)
     config["samples"] = {"prompts": ["a star", "two red stars"], "steps": 2}
     assert main(["--config", write(config), "--report_to", "tensorboard"]) == 0
     assert {p.name for p in folder.iterdir()} >= {
@@ -113,35 +92,18 @@ def test_a_run_folder_is_whole_and_its_config_reruns_it(config: dict[str, Any], 
     assert same(weights(folder), weights(tmp_path / "again"))
 
 
-def test_the_command_line_wins_over_the_file(config: dict[str, Any]) -> None:
-    assert main(["--config", write(config), "--objective.beta", "7", "--max_train_steps", "1"]) == 0
+def test_the_command_line_wins_over_the_file(config: dict[str, Any], pairs: Path) -> None:
+    """Also an argument of a class that only the file names: ``--data.path``."""
+    other = str(pairs.with_name("other.parquet"))
+    pq.write_table(pq.read_table(pairs), other)
+    options = ["--objective.beta", "7", "--max_train_steps", "1", "--data.path", other]
+    assert main(["--config", write(config), *options]) == 0
     resolved = yaml.safe_load((Path(config["output_dir"]) / "config.yaml").read_text())
     assert resolved["objective"]["init_args"]["beta"] == 7.0
+    assert resolved["data"]["class_path"].endswith("PreferencePairs")
+    assert resolved["data"]["init_args"]["path"] == other
+    assert resolved["data"]["init_args"]["cache_dir"] == config["data"]["init_args"]["cache_dir"]
     assert resolved["max_train_steps"] == 1
-
-
-def launch(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.Popen(
-        [sys.executable, "-m", "align.train", *arguments],
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
-    )
-
-
-def kill_when(process: subprocess.Popen[str], seen: Path) -> None:
-    """SIGKILL as soon as ``seen`` exists."""
-    deadline = time.monotonic() + 120
-    while not seen.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "the run never got there"
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -152,13 +114,13 @@ def test_killed_and_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp
     config |= {"ema_decay": 0.9, "max_train_steps": 8, "lr_scheduler": "cosine"}
     assert main(["--config", write(config, output_dir=str(tmp_path / "whole"))]) == 0
     folder = tmp_path / "run"
-    process = launch(["--config", write(config)])
     # the temporary folder exists only while a checkpoint is being written
+    process = launch(["--config", write(config)], **({"HOLD_IN": "checkpoint-6.tmp"} if "inside" in moment else {}))
     seen = {"before": "metrics.jsonl", "between": "checkpoint-3", "inside": "checkpoint-6.tmp"}
-    kill_when(process, folder / seen[moment.partition(" ")[0]])
+    kill_when(process, folder, seen[moment.partition(" ")[0]])
     assert not (folder / LORA_FILE).exists()
-    if "inside" in moment and not (folder / "checkpoint-6").exists():
-        assert (folder / "checkpoint-6.tmp").exists()
+    if "inside" in moment:
+        assert (folder / "checkpoint-6.tmp").exists() and not (folder / "checkpoint-6").exists()
     assert main(["--config", write(config), "--resume_from_checkpoint", "latest"]) == 0
     assert not list(folder.glob("*.tmp"))
     assert same(weights(tmp_path / "whole"), weights(folder))
@@ -204,20 +166,14 @@ def test_accumulation_is_a_bigger_batch(config: dict[str, Any], tmp_path: Path, 
         torch.testing.assert_close(found[0][name], found[1][name], atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
-def test_two_processes_are_one_with_twice_the_batch(
-    config: dict[str, Any], tiny_folders: dict[str, Path], tmp_path: Path, kind: str
-) -> None:
-    config |= {"max_train_steps": 3, "pretrained_model_name_or_path": str(tiny_folders[kind]), "max_grad_norm": 1e9}
-    assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
-    file = write(config, train_batch_size=2)
-    # accelerate's own `launch --cpu --num_processes 2` starts one process unless MPI is there; its multi-process
-    # launcher (torchrun) with the CPU asked for by name is gloo
+def accelerate_launch(arguments: list[str]) -> None:
+    """accelerate's own ``launch --cpu --num_processes 2`` starts one process unless MPI is there; its multi-process
+    launcher (torchrun) with the CPU asked for by name is gloo."""
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launcher, "-m", "align.train", "--config", file],
+        [*launcher, "-m", "align.train", *arguments],
         env=env,
         text=True,
         capture_output=True,
@@ -226,6 +182,19 @@ def test_two_processes_are_one_with_twice_the_batch(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 x 1 accumulated x 2 processes = 4" in done.stdout
+
+
+@pytest.mark.parametrize(("kind", "launcher"), [("epsilon", "accelerate"), ("flow", "fork")])
+def test_two_processes_are_one_with_twice_the_batch(
+    config: dict[str, Any], tiny_folders: dict[str, Path], tmp_path: Path, kind: str, launcher: str
+) -> None:
+    config |= {"max_train_steps": 3, "pretrained_model_name_or_path": str(tiny_folders[kind]), "max_grad_norm": 1e9}
+    assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
+    file = write(config, train_batch_size=2)
+    if launcher == "accelerate":
+        accelerate_launch(["--config", file])
+    else:
+        assert launch_together(["--config", file]) == [0, 0]
     one, two = weights(tmp_path / "one"), weights(config["output_dir"])
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-3)
@@ -243,6 +212,12 @@ def test_a_nan_stops_the_run_and_names_step_rows_and_checkpoint(
     assert "at step 2, rows" in message
     assert "last good checkpoint:" in message
     assert "checkpoint-1" in message
+
+
+def test_scale_lr(config: dict[str, Any]) -> None:
+    changes = {"scale_lr": True, "gradient_accumulation_steps": 3, "max_train_steps": 1, "lr_warmup_steps": 0}
+    assert main(["--config", write(config, **changes)]) == 0
+    assert lines(config["output_dir"])[0]["lr"] == pytest.approx(1e-3 * 4 * 3)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,7 +253,11 @@ def test_wrong_keys_and_types_are_one_line(
     ("changes", "message"),
     [
         ({"pretrained_model_name_or_path": "./nowhere"}, "no model_index.json"),
-        ({"data": {"path": "./nowhere.parquet"}}, "nowhere.parquet"),
+        ({"data": paired("./nowhere.parquet")}, "nowhere.parquet"),
+        (
+            {"data": {"class_path": "Prompts", "init_args": {"path": "shapes-prompts"}}},
+            "DPO trains on PairBatch, but data",
+        ),
         ({"train_batch_size": 0}, "train_batch_size must be at least 1"),
         ({"resume_from_checkpoint": "checkpoint-77"}, "not a checkpoint folder"),
     ],
@@ -299,9 +278,7 @@ def test_corrupt_pictures_stop_the_run_before_training(
     rows = pq.read_table(pairs).to_pylist()
     rows[3]["jpg_0"] = b"not a picture"
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bad.parquet")
-    assert (
-        main(["--config", write(config, data={"path": str(tmp_path / "bad.parquet"), "cache_dir": str(tmp_path)})]) == 1
-    )
+    assert main(["--config", write(config, data=paired(tmp_path / "bad.parquet", cache_dir=str(tmp_path)))]) == 1
     assert "1 of 12" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from align.errors import UserError
-from align.process import Grid, Kind, Prediction
+from align.process import Grid, Kernel, Kind, Prediction
 from align.shapes import EMBEDDED, locate
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -89,6 +89,11 @@ class Family(ABC):
     @abstractmethod
     def kind(self) -> Kind:
         """The coordinate of the network's output."""
+
+    @property
+    @abstractmethod
+    def kernel(self) -> Kernel:
+        """The stochastic reverse step that policy gradients on this family use by default."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Cond:

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from align.families import Cond, Family, Unsupported
-from align.process import Grid, Kind
+from align.process import DDIM, Grid, Kernel, Kind
 
 KINDS: dict[str, Kind] = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -39,6 +39,10 @@ class SD(Family):
     @property
     def kind(self) -> Kind:
         return KINDS[self.scheduler.config.prediction_type]
+
+    @property
+    def kernel(self) -> Kernel:
+        return DDIM(eta=1.0)
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         embeds, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.families import Cond, Family
-from align.process import Grid, Kind
+from align.process import FlowSDE, Grid, Kernel, Kind
 
 T5_TOKENS = 256  # StableDiffusion3Pipeline's own default for max_sequence_length
 
@@ -52,6 +52,10 @@ class SD3(Family):
     @property
     def kind(self) -> Kind:
         return "flow"
+
+    @property
+    def kernel(self) -> Kernel:
+        return FlowSDE(noise=0.7)
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         embeds, _, pooled, _ = self.pipe.encode_prompt(

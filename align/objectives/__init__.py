@@ -8,9 +8,9 @@ train. A third party's objective is one file of theirs, named by its import path
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from align import draws
 from align.policy import Policy
 from align.table import Table
 
+if TYPE_CHECKING:
+    from align.families import Family
+    from align.scoring import Scorer
+
 Metrics = dict[str, Tensor]
 
 
@@ -26,14 +30,24 @@ Metrics = dict[str, Tensor]
 class Context:
     """What the loop hands to an objective at one update.
 
-    ``positions`` are the batch's places in the global batch of this step, so that every process draws the numbers
-    that a single process would have drawn for the same samples.
+    ``positions`` are the places of this process's samples (pairs, pictures) in the global batch of this step, so that
+    every process draws the numbers that a single process would have drawn for the same samples. ``gather`` joins a
+    tensor (B, ...) over all processes in their order, on the CPU. ``fresh`` says that the weights are still those
+    which made the rollout: a likelihood ratio must then be 1 within ``tolerance``.
     """
 
     policy: Policy
     seed: int
     step: int
     positions: Sequence[int]
+    scorer: Scorer | None = None
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor.cpu()
+    gather_text: Callable[[list[str]], list[str]] = lambda texts: texts
+    fresh: bool = False
+    tolerance: float = 1e-3
+    features: Callable[[Tensor], Tensor] | None = None  # of pictures, to measure their diversity by
+    progress: Callable[[int], object] | None = None
+    resolution: int | None = None  # pixels a side of the pictures; None is the model's own
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One generator for each sample of the local batch, keyed by (seed, purpose, step, position)."""
@@ -42,27 +56,56 @@ class Context:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one item of a batch costs and what a user should know; printed by ``--dry_run`` and at the start."""
+    """What one sample (a pair, a picture) costs and what a user should know; printed by ``--dry_run`` and at the
+    start. ``rows`` is None where the rollout decides it."""
 
-    trained: int  # network evaluations with a backward pass, per item
-    frozen: int  # network evaluations without one, per item
+    trained: int  # network evaluations with a backward pass, per sample
+    frozen: int  # network evaluations without one, per sample
+    rows: int | None = 1  # rows of the table, per sample
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Objective(ABC):
-    """The interface of every file in this package; it carries no code, so there is nothing to inherit."""
+    """The interface of every file in this package. It carries no code but what an objective without a group and
+    without a memory would say."""
 
-    needs_reference: ClassVar[bool]
-    batch_type: ClassVar[type]
+    batch_types: ClassVar[tuple[type, ...]]
+    online: ClassVar[bool] = False  # draws pictures of its own and has them scored
+    whole_groups: ClassVar[bool] = False  # all pictures of a prompt have to be drawn by one process
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether :meth:`align.policy.Policy.reference` will be used."""
+        return True
+
+    @property
+    def reference(self) -> str:
+        """What the reference is: ``base``, or ``round_start``, the weights that the run starts from."""
+        return "base"
+
+    @property
+    def group(self) -> int:
+        """Samples that are made of one item of the data: pictures of a prompt."""
+        return 1
 
     @abstractmethod
-    def plan(self, latent_shape: tuple[int, int, int]) -> Plan:
-        """Evaluations per item, and notes about hyper-parameters at this latent size."""
+    def plan(self, family: Family, resolution: int | None) -> Plan:
+        """What a sample costs, and notes about hyper-parameters at this latent size."""
 
     @abstractmethod
     def rollout(self, ctx: Context, batch: Any) -> Table:
-        """Rows to train on from one batch of ``batch_type``; called under ``no_grad``."""
+        """Rows to train on from one batch of one of ``batch_types``; called under ``no_grad``."""
 
     @abstractmethod
     def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
-        """The mean loss over ``rows`` and detached scalar metrics, each a mean over ``rows`` as well."""
+        """The mean loss over ``rows`` and detached scalar metrics, each a mean over ``rows`` as well, but for those
+        whose name ends in ``_max``."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to be given back, as JSON would hold it."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint has {sorted(state)}")

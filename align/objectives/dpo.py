@@ -10,6 +10,7 @@ For flow it is Flow-DPO with constant beta (Liu et al. 2025, arXiv 2501.13918).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from align import draws
 from align.encoded import PairBatch
-from align.families import Cond
+from align.families import Cond, Family
 from align.objectives import Context, Metrics, Objective, Plan
 from align.process import Prediction, Reduction, diffuse, like, reduce
 from align.table import Table
@@ -48,8 +49,7 @@ class DPO(Objective):
     sft_weight: float = 0.0
     proportion_empty_prompts: float = 0.2
 
-    needs_reference: ClassVar[bool] = True
-    batch_type: ClassVar[type] = PairBatch
+    batch_types: ClassVar[tuple[type, ...]] = (PairBatch,)
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -61,10 +61,10 @@ class DPO(Objective):
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(f"proportion_empty_prompts must be a share, got {self.proportion_empty_prompts}")
 
-    def plan(self, latent_shape: tuple[int, int, int]) -> Plan:
-        size = latent_shape[0] * latent_shape[1] * latent_shape[2]
+    def plan(self, family: Family, resolution: int | None) -> Plan:
+        size = math.prod(family.latent_shape(resolution))
         other, value = ("sum", self.beta / size) if self.reduction == "mean" else ("mean", self.beta * size)
-        return Plan(2, 2, {"beta": f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"})
+        return Plan(2, 2, notes={"beta": f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"})
 
     def rollout(self, ctx: Context, batch: PairBatch) -> Table:
         """One row a pair: its two latents, its caption, and the noise and time that both members share."""

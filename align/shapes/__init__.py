@@ -5,9 +5,11 @@ Nothing else in the library knows about it but the names below, which stand for 
 
 from importlib.resources import files
 
-EMBEDDED = ("shapes-sd", "shapes-sd3", "shapes-preferences")
+EMBEDDED = ("shapes-sd", "shapes-sd3", "shapes-preferences", "shapes-preferences-sd3")
+FILES = {"shapes-prompts": "shapes-prompts.txt", "shapes-prompts-heldout": "shapes-prompts-heldout.txt"}
 
 
 def locate(source: str) -> str:
-    """An embedded name to its folder; anything else (folder or hub id) unchanged."""
-    return str(files("align.shapes").joinpath(source)) if source in EMBEDDED else source
+    """An embedded name to its folder or file; anything else (a path, a hub id) unchanged."""
+    inside = source if source in EMBEDDED else FILES.get(source)
+    return str(files("align.shapes").joinpath(inside)) if inside else source

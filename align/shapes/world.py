@@ -29,6 +29,15 @@ HELD_OUT: frozenset[tuple[str, str]] = frozenset(
 COMBINATIONS: tuple[tuple[str, str], ...] = tuple(itertools.product(PALETTE, SHAPES))
 SEEN: tuple[tuple[str, str], ...] = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
+# how many captions of each task `training_prompts` gives: all that there are, or more where the models fail more
+_TRAINING = {
+    "single_object": 24,
+    "two_objects": 60,
+    "counting": 108,
+    "colours": 48,
+    "position": 120,
+    "attribution": 120,
+}
 _MARGIN = 2.0  # pixels between two objects, and between an object and the border
 _RADII = {1: (10.0, 16.0), 2: (9.0, 13.0), 3: (8.5, 11.0), 4: (8.0, 10.0)}  # circumradius by number of objects
 
@@ -84,6 +93,18 @@ def held_out_prompts(per_task: int = 40, seed: int = 2024) -> list[str]:
         chosen: dict[str, None] = {}
         while len(chosen) < per_task:
             chosen[caption(rng, task, tuple(sorted(HELD_OUT)))] = None
+        prompts += chosen
+    return prompts
+
+
+def training_prompts(seed: int = 77) -> list[str]:
+    """Distinct captions over seen combinations to draw pictures of while training: ``shapes-prompts.txt``."""
+    rng = np.random.default_rng(seed)
+    prompts: list[str] = []
+    for task, count in _TRAINING.items():
+        chosen: dict[str, None] = {}
+        while len(chosen) < count:
+            chosen[caption(rng, task)] = None
         prompts += chosen
     return prompts
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,3 +33,42 @@ def record(name: str, figures: dict[str, Any], quick: bool = False) -> None:
 def spread(values: list[float]) -> str:
     """``mean (min to max)`` over seeds."""
     return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def command(*words: str) -> None:
+    """Run a module of ours as a user would."""
+    subprocess.run([sys.executable, "-m", *words], check=True)
+
+
+def trained(config: str, seed: int, folder: Path, *options: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train ``config`` and evaluate it on the embedded held-out prompts, unless ``folder`` has both already; returns
+    the evaluation's report and the lines of ``metrics.jsonl``."""
+    scores = folder / "evaluation/scores.json"
+    if not scores.exists():
+        more = ["--output_dir", str(folder), "--seed", str(seed), "--resume_from_checkpoint", "latest", *options]
+        command("align.train", "--config", config, *more)
+        command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", "--tuned", str(folder))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads(scores.read_text()), lines
+
+
+def curves(
+    path: Path, series: Mapping[str, Sequence[tuple[float, float]]], title: str, across: str, along: str
+) -> None:
+    """A line for each of ``series``, named at its end, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), dpi=120)
+    for name, points in series.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set(title=title, xlabel=across, ylabel=along)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT, summary
-from tests.benchmarks import record
+from tests.benchmarks import record, trained
 
 CONFIGS = {"shapes_sd": "configs/dpo_shapes.yaml", "shapes_sd3": "configs/dpo_shapes_sd3.yaml"}
 
 
-def command(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", *words], check=True)
-
-
 def run(config: str, seed: int, folder: Path) -> dict[str, Any]:
     """One seed: train, evaluate, and the figures of both."""
-    scores = folder / "evaluation/scores.json"
-    if not scores.exists():
-        more = ["--output_dir", str(folder), "--seed", str(seed), "--resume_from_checkpoint", "latest"]
-        command("align.train", "--config", config, *more)
-        command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", "--tuned", str(folder))
-    report = json.loads(scores.read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    report, lines = trained(config, seed, folder)
     held_out = [line["held_out/implicit_acc"] for line in lines if "held_out/implicit_acc" in line]
     figures = {name: value for name, value in summary(report).items() if name != "gallery"}
     graded = {name: report["rewards"]["Shapes"][name] for name in ("win_rate", "win_rate_ci")}

@@ -1,0 +1,122 @@
+"""From rewards to advantages: pure functions, and the running statistics per prompt that two papers keep.
+
+Rewards and groups are those of the whole rollout, over all processes: (N,) each, in the order of the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Spread = Literal["group", "global", "none"]
+
+
+def group_means(values: Tensor, groups: Tensor) -> Tensor:
+    """(N,) the mean of ``values`` over each element's group."""
+    _, index = torch.unique(groups, return_inverse=True)
+    count = torch.zeros(int(index.max()) + 1, dtype=values.dtype).index_add(0, index, torch.ones_like(values))
+    return (torch.zeros_like(count).index_add(0, index, values) / count)[index]
+
+
+def alike(values: Tensor, groups: Tensor) -> Tensor:
+    """(N,) whether all of an element's group have one and the same value: such a group teaches nothing."""
+    _, index = torch.unique(groups, return_inverse=True)
+    size = int(index.max()) + 1
+    low = torch.full((size,), torch.inf, dtype=values.dtype).scatter_reduce(0, index, values, "amin")
+    high = torch.full((size,), -torch.inf, dtype=values.dtype).scatter_reduce(0, index, values, "amax")
+    return (low == high)[index]
+
+
+def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "group", eps: float = 1e-4) -> Tensor:
+    """(N,) ``(r - mean of its group) / (std + eps)``, and exactly 0 where a group's rewards are all alike.
+
+    ``spread``: the std of the group (GRPO), of ALL pictures (Flow-GRPO's ``global_std``), or none at all (Dr. GRPO).
+    Standard deviations are the population's (ddof 0), as Flow-GRPO's.
+    """
+    centred = rewards - group_means(rewards, groups)
+    if spread == "group":
+        scale = group_means(centred.square(), groups).sqrt() + eps
+    else:
+        scale = rewards.std(correction=0) + eps if spread == "global" else torch.ones(())
+    return torch.where(alike(rewards, groups), 0.0, centred / scale)
+
+
+def batch_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+    """(N,) normalised over the whole rollout, whatever the prompt (DDPO without per-prompt statistics)."""
+    return (rewards - rewards.mean()) / (rewards.std(correction=0) + eps)
+
+
+class PromptHistory:
+    """The scores that each prompt has had: DDPO's running per-prompt statistics and B2-DiffuRL's stage history.
+
+    ``limit`` counts scores (``by="score"``: DDPO's buffer of 16) or calls of :meth:`add` in which the prompt need
+    not appear (``by="stage"``: B2's last 8 stages).
+    """
+
+    def __init__(self, limit: int, by: Literal["score", "stage"]) -> None:
+        self.limit, self.by = limit, by
+        self.stages: list[dict[str, list[float]]] = []
+
+    def add(self, prompts: Sequence[str], scores: Sequence[float]) -> None:
+        """Remember the scores of one rollout, and forget what is beyond the limit."""
+        stage: dict[str, list[float]] = {}
+        for prompt, score in zip(prompts, scores, strict=True):
+            stage.setdefault(prompt, []).append(float(score))
+        if self.by == "stage":
+            self.stages = [*self.stages, stage][-self.limit :] if self.limit else []
+            return
+        kept = self.stages[0] if self.stages else {}
+        self.stages = [kept | {p: [*kept.get(p, []), *values][-self.limit :] for p, values in stage.items()}]
+
+    def of(self, prompt: str) -> list[float]:
+        """All scores that are remembered for ``prompt``, oldest first."""
+        return [score for stage in self.stages for score in stage.get(prompt, [])]
+
+    def state(self) -> dict[str, Any]:
+        return {"stages": self.stages}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.stages = [dict(stage) for stage in state["stages"]]
+
+
+def tracked_advantages(
+    rewards: Tensor, prompts: Sequence[str], history: PromptHistory, min_count: int, eps: float = 1e-6
+) -> Tensor:
+    """(N,) DDPO's: by a prompt's own running statistics once it has ``min_count`` scores, till then by the rollout's.
+
+    The history takes the scores in first, as the official tracker does.
+    """
+    history.add(prompts, rewards.tolist())
+    advantages = batch_advantages(rewards, eps)
+    for k, prompt in enumerate(prompts):
+        seen = torch.tensor(history.of(prompt), dtype=rewards.dtype)
+        if len(seen) >= min_count:
+            advantages[k] = (rewards[k] - seen.mean()) / (seen.std(correction=0) + eps)
+    return advantages
+
+
+def staged_advantages(rewards: Tensor, prompts: Sequence[str], history: PromptHistory, eps: float = 1e-8) -> Tensor:
+    """(N,) B2-DiffuRL's: by the prompt's scores of this stage and of the stages remembered (ddof 1); this stage's
+    are remembered afterwards. 0 where a prompt has had a single score or all were alike."""
+    advantages = torch.zeros_like(rewards)
+    for prompt in dict.fromkeys(prompts):
+        mine = torch.tensor([k for k, other in enumerate(prompts) if other == prompt])
+        pool = torch.cat([torch.tensor(history.of(prompt), dtype=rewards.dtype), rewards[mine]])
+        if len(pool) > 1 and bool((pool != pool[0]).any()):
+            advantages[mine] = (rewards[mine] - pool.mean()) / (pool.std() + eps)
+    history.add(prompts, rewards.tolist())
+    return advantages
+
+
+def combine(
+    scores: Mapping[str, Tensor], weights: Mapping[str, float], groups: Tensor, spread: Spread, eps: float = 1e-4
+) -> Tensor:
+    """(N,) advantages from several rewards normalised one by one, then summed and normalised over the rollout
+    (GDPO, Liu et al. 2026, eq. 6-8), so that a reward with a large scale does not drown the others."""
+    total = sum(
+        (weights[name] * group_advantages(scores[name], groups, spread, eps) for name in weights), torch.zeros(())
+    )
+    return (total - total.mean()) / (total.std(correction=0) + eps)

@@ -1,0 +1,182 @@
+"""Draw pictures for people to compare, and keep the trajectories that made them.
+
+    python -m align.rollout --prompts my_prompts.txt --output_dir outputs/round1
+
+writes into ``output_dir``
+
+- ``images/00000.png``: picture i of prompt j has the number k * j + i, with k ``images_per_prompt``;
+- ``contact-sheet-00000.png``: the pictures of a shard with their numbers, a prompt a row;
+- ``trajectories-00000.safetensors``: ``latents`` (n, T+1, C, h, w), every state once, and ``log_probs`` (n, T);
+- ``manifest.jsonl``: a line a picture, see :class:`align.trajectories.Drawn`; ``rollout.json``: what all of that
+  depends on.
+
+Killed and called again it goes on at the first shard that is missing. What people say of the pictures goes into a file
+that :class:`align.labels.LabelledRollout` reads; ``align.train`` trains on both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from align import families, gallery
+from align.config import command, parse
+from align.data import PromptBatch, Prompts, PromptSet
+from align.errors import NonFinite, UserError
+from align.families import Family
+from align.files import write
+from align.objectives import Context
+from align.policy import Policy
+from align.rollouts import Sampler, draw
+from align.scoring import RewardSetting, Scorer
+from align.trajectories import Drawn, Record, RolloutFolder, describe
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class RolloutSettings:
+    """Draw pictures and keep their trajectories.
+
+    Args:
+        prompts: a prompt file (.txt, .jsonl, .json) or ``shapes-prompts``, the embedded world's.
+        limit: use the first so many prompts.
+        pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``.
+        weights: the run or LoRA folder whose weights draw, such as the last round's; null is the pipeline as it is.
+        output_dir: the rollout folder; one that was begun with the same settings is finished.
+        sampler: how; training has to say the same steps, guidance and kernel.
+        images_per_prompt: k, pictures of each prompt (D3PO's human rounds: 7).
+        shared_noise: the pictures of a prompt start from one noise, or the preference is mostly about noise.
+        seed: names every random draw.
+        rewards: what the pictures are scored by, for the manifest; nothing trains on it.
+        prompts_per_shard: prompts drawn and written at once; the draws do not depend on it.
+        half: keep the states in float16, half the disk; ``log_probs`` are of the states before rounding.
+        resolution: side in pixels; null is the model's own.
+        mixed_precision: autocast; the weights are kept in this precision too.
+        device: where to run; null takes a GPU where there is one.
+    """
+
+    prompts: str
+    limit: int | None = None
+    pretrained_model_name_or_path: str = "shapes-sd"
+    weights: Path | None = None
+    output_dir: Path = Path("outputs/rollout")
+    sampler: Sampler = field(default_factory=Sampler)
+    images_per_prompt: int = 7
+    shared_noise: bool = True
+    seed: int = 0
+    rewards: list[RewardSetting] = field(default_factory=list)
+    prompts_per_shard: int = 16
+    half: bool = False
+    resolution: int | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    device: str | None = None
+
+
+def rollout(config: RolloutSettings) -> Path:
+    """Draw what ``config`` says and ``output_dir`` lacks; returns the folder."""
+    for name, least in (("images_per_prompt", 2), ("prompts_per_shard", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name} must be at least {least}, got {getattr(config, name)}")
+    rows = Prompts(config.prompts, config.limit).read()
+    scorer = Scorer.of(config.rewards) if config.rewards else None
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    family = families.load(config.pretrained_model_name_or_path, DTYPES[config.mixed_precision], device)
+    if config.weights is not None:
+        family = families.tuned(family, str(config.weights))
+    policy = Policy(family, None, reference=False)
+    policy.denoiser.requires_grad_(False).to(family.dtype)  # nothing trains here, so nothing has to be float32
+
+    record = _record(config, rows, family)
+    folder = RolloutFolder(config.output_dir)
+    folder.start(record)
+    known = folder.finished(record)
+    prompts = PromptSet(family, rows)
+    with tqdm(total=record.images, initial=sum(map(len, known.values())), desc="draw") as bar:
+        for shard in sorted(set(range(record.shards)) - known.keys()):
+            chosen = record.prompts_of(shard)
+            numbers = range(chosen.start * record.images_per_prompt, chosen.stop * record.images_per_prompt)
+            # one rollout whatever the shards: the step stays 0, and pictures are numbered over the whole folder
+            ctx = Context(policy, config.seed, 0, numbers, scorer, progress=bar.update, resolution=config.resolution)
+            known[shard] = _draw(config, ctx, prompts.batch(chosen), folder, shard)
+            lines = [line for number in sorted(known) for line in known[number]]
+            # last of all: a shard that the manifest lists is whole
+            write(folder.manifest, "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines))
+    print(f"{record.images} pictures of {record.prompts} prompts in {folder.path}")
+    return folder.path
+
+
+@torch.no_grad()
+def _draw(config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: RolloutFolder, shard: int) -> list[Drawn]:
+    """A shard's trajectories, pictures and contact sheet, each file whole or absent; returns its manifest lines."""
+    family, k, numbers = ctx.policy.family, config.images_per_prompt, ctx.positions
+    with torch.autocast(family.device.type, family.dtype, enabled=config.mixed_precision != "no"):
+        keep = range(config.sampler.steps)
+        made = draw(ctx, config.sampler, batch, k, keep, shared_noise=config.shared_noise, pictures=True)
+    latents, log_probs, images = made.columns["latents"], made.columns["log_probs"], made.pictures
+    assert isinstance(latents, Tensor) and isinstance(log_probs, Tensor) and images is not None
+    bad = (~latents.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise NonFinite(f"the states of picture {numbers[bad[0]]} are not finite; try mixed_precision: no")
+    scores = [{name: float(values[row]) for name, values in made.scores.items()} for row in range(len(numbers))]
+    lines = [
+        Drawn(f"images/{number:05d}.png", f"{number:05d}", prompt, number // k, shard, row, scores[row])
+        for row, (number, prompt) in enumerate(zip(numbers, made.prompts, strict=True))
+    ]
+    (folder.path / "images").mkdir(exist_ok=True)
+    for image, line in zip(images, lines, strict=True):
+        draft = folder.path / f"{line.image}.tmp"
+        gallery.to_pil(image).save(draft, "PNG")
+        draft.replace(folder.path / line.image)
+    captions = [f"{line.trajectory} {line.prompt}" for line in lines]
+    gallery.save_grid(images, captions, folder.path / f"contact-sheet-{shard:05d}.png", k)
+    draft = folder.shard(shard).with_suffix(".tmp")
+    kept = {"latents": latents.half() if config.half else latents, "log_probs": log_probs}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in kept.items()}, draft)
+    draft.replace(folder.shard(shard))
+    return lines
+
+
+def _record(config: RolloutSettings, rows: Sequence[Mapping[str, Any]], family: Family) -> Record:
+    weights = hashlib.blake2b(digest_size=8)  # by their bytes: others may come to lie at the same path
+    for parameter in family.denoiser.parameters():
+        weights.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
+    text = json.dumps(rows, sort_keys=True)
+    return Record(
+        model=config.pretrained_model_name_or_path,
+        weights=str(config.weights) if config.weights else None,
+        digest=weights.hexdigest(),
+        mixed_precision=config.mixed_precision,
+        seed=config.seed,
+        sampler=describe(config.sampler, family),
+        shared_noise=config.shared_noise,
+        resolution=config.resolution,
+        latent_shape=list(family.latent_shape(config.resolution)),
+        prompts=len(rows),
+        prompts_digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+        images_per_prompt=config.images_per_prompt,
+        prompts_per_shard=config.prompts_per_shard,
+        images=len(rows) * config.images_per_prompt,
+        shards=-(-len(rows) // config.prompts_per_shard),
+        half=config.half,
+        rewards=[asdict(reward) for reward in config.rewards],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, _ = parse(RolloutSettings, "align.rollout", __doc__, argv)
+    return command(lambda: rollout(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""B²-DiffuRL's claim on the embedded world: DDPO and D3PO, each with backward progressive training, with branches,
+with both, and with neither.
+
+    python tests/benchmarks/b2_diffurl.py            # eight arms, as many seeds as --seeds names
+    python tests/benchmarks/b2_diffurl.py --quick    # two arms, a quarter of the rollouts, nothing recorded
+
+Every arm draws the same number of pictures from ``shapes-sd`` (the config says how many); arms differ in network
+evaluations, because branches share a prefix and selection drops pictures. Strict score and diversity on held-out
+prompts are therefore given at equal pictures (the end of each run) and at equal evaluations (read off each curve at the
+total of the cheapest arm). Finished arms are kept in ``outputs/`` and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from align.evaluate import STRICT, summary
+from tests.benchmarks import RESULTS, curves, record, trained
+
+CONFIGS = {"DDPO": "configs/b2_ddpo_shapes.yaml", "D3PO": "configs/b2_d3po_shapes.yaml"}
+PARTS = {"alone": (False, False), "+ progressive": (True, False), "+ branches": (False, True), "+ both": (True, True)}
+
+
+def run(rule: str, part: str, seed: int, root: Path, *options: str) -> dict[str, Any]:
+    """One arm with one seed."""
+    progressive, branches = PARTS[part]
+    folder = root / f"{rule}-{progressive:d}{branches:d}-{seed}"
+    more = [f"--objective.progressive={progressive}".lower(), f"--objective.branches={branches}".lower(), *options]
+    report, lines = trained(CONFIGS[rule], seed, folder, *more)
+    rollouts = [line for line in lines if "rollout/pictures" in line]
+    curve = []
+    for line in lines:
+        if "held_out/strict" in line:
+            before = [r for r in rollouts if r["step"] <= line["step"]] if line["step"] else []
+            last = before[-1] if before else {}
+            curve.append(
+                {
+                    "evaluations": last.get("evaluations/frozen", 0) + last.get("evaluations/trained", 0),
+                    "strict": line["held_out/strict"],
+                }
+            )
+    return {
+        "rule": rule,
+        "part": part,
+        "seed": seed,
+        **{name: value for name, value in summary(report).items() if name != "gallery"},
+        "diversity": report["diversity"],
+        "tasks": report["rewards"][STRICT]["tasks"],
+        "pictures": sum(line["rollout/pictures"] for line in rollouts),
+        "evaluations": curve[-1]["evaluations"],
+        "updates": lines[-1]["step"],
+        "curve": curve,
+    }
+
+
+def at(run: dict[str, Any], evaluations: float) -> float:
+    """The strict score of a run's curve at so many evaluations, between its points by straight lines."""
+    points = run["curve"]
+    return float(np.interp(evaluations, [p["evaluations"] for p in points], [p["strict"] for p in points]))
+
+
+def mean_curve(curves_of: list[list[dict[str, float]]]) -> list[tuple[float, float]]:
+    """The mean over seeds of the k-th points of their curves: (evaluations, strict)."""
+    return [
+        (float(np.mean([p["evaluations"] for p in points])), float(np.mean([p["strict"] for p in points])))
+        for points in zip(*curves_of, strict=False)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rules", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    options = ["--max_rollouts", "8"] if args.quick else []
+    root = Path("outputs/quick/b2" if args.quick else "outputs/bench/b2")
+    arms = [(r, p) for r in args.rules for p in (("alone", "+ both") if args.quick else PARTS)][
+        : 2 if args.quick else 8
+    ]
+    seeds = args.seeds[:1] if args.quick else args.seeds
+    runs = [run(rule, part, seed, root, *options) for seed in seeds for rule, part in arms]
+    for rule in dict.fromkeys(rule for rule, _ in arms):
+        same = [r for r in runs if r["rule"] == rule]
+        least = min(r["evaluations"] for r in same)
+        for r in same:
+            r["least_evaluations"], r["strict_at_least"] = least, at(r, least)
+        if not args.quick:
+            series = {part: mean_curve([r["curve"] for r in same if r["part"] == part]) for part in PARTS}
+            curves(
+                RESULTS / f"b2_{rule.lower()}.png",
+                series,
+                f"B²-DiffuRL over {rule}: held-out prompts, mean of {len(seeds)} seed(s)",
+                "network evaluations",
+                "strict ShapesEval",
+            )
+    figures = {"configs": CONFIGS, "seeds": seeds, "runs": runs}
+    record("b2_diffurl", figures, args.quick)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""What tests share: runs by the real command, processes to kill, rewards, contexts, and a policy of one number."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from align.data import PromptBatch, PromptSet
+from align.families import LORA_FILE, Cond
+from align.objectives import Context, Objective
+from align.policy import LoRA, Policy
+from align.process import Gaussian, Grid, Kernel, Prediction, Step
+from align.scoring import Scorer
+from align.table import Table
+from tests.conftest import Build
+from tests.test_policy import disturb
+
+TEXTS = ["two red stars", "a star", "a blue circle left of a green square", "a red circle"]
+
+
+# runs by the command
+def write(config: dict[str, Any], **changes: Any) -> str:
+    """The config as a file beside its run folder."""
+    config = config | changes
+    path = Path(config["output_dir"]).parent / f"{Path(config['output_dir']).name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def weights(folder: str | Path) -> dict[str, Tensor]:
+    return load_file(Path(folder) / LORA_FILE)
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def lines(folder: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(folder: str | Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines(folder)]
+
+
+def errors(text: str) -> list[str]:
+    """What a user is told: the lines of ``text`` that begin with ``error:``."""
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """What a process of :func:`launch` does. With ``HOLD_IN`` in its environment it stands still in the midst of saving
+    into the folder of that name, so that a kill surely falls there."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    from align import runs
+    from align.train import main
+
+    whole = runs.write
+
+    def held(path: Path, text: str) -> None:
+        if path.parent.name == environment.get("HOLD_IN"):
+            time.sleep(60)
+        whole(path, text)
+
+    runs.write = held
+    sys.exit(main(list(arguments)))
+
+
+def launch(arguments: Sequence[str], **environment: str) -> ForkServerProcess:
+    """``align.train`` in a process of its own, forked from one that has the imports done."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["align.train", "tests.helpers"])
+    process = server.Process(target=command, args=(list(arguments), environment), daemon=True)
+    process.start()
+    return process
+
+
+def kill_when(process: ForkServerProcess, folder: Path, seen: str) -> None:
+    """SIGKILL as soon as ``folder`` holds a file that the pattern ``seen`` fits."""
+    deadline = time.monotonic() + 120
+    while not any(folder.glob(seen)):
+        assert process.is_alive(), f"the run ended with {process.exitcode} before {seen} was there"
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def launch_together(arguments: Sequence[str], world: int = 2) -> list[int | None]:
+    """The command in ``world`` processes that meet over gloo, as accelerate's launcher starts them; exit codes."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    running = [launch(arguments, RANK=str(k), LOCAL_RANK=str(k), **common) for k in range(world)]
+    for process in running:
+        process.join(120)
+    return [process.exitcode for process in running]
+
+
+def online(pipeline: Path, folder: Path, objective: str, **arguments: Any) -> dict[str, Any]:
+    """The config of a small online run: three prompts a rollout; twelve rows an update, which is all of a rollout for
+    two pictures a prompt and two trained steps; brightness is the reward."""
+    return {
+        "pretrained_model_name_or_path": str(pipeline),
+        "data": {"class_path": "Prompts", "init_args": {"path": "shapes-prompts", "limit": 8}},
+        "objective": {"class_path": objective, "init_args": arguments},
+        "rewards": [{"name": "tests.helpers.Bright", "label": "bright"}],
+        "output_dir": str(folder / "run"),
+        "lora": {"rank": 2},
+        "rollout_batch_size": 3,
+        "train_batch_size": 12,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "checkpointing_steps": 0,
+        "report_to": "none",
+    }
+
+
+# rewards
+class Bright:
+    """How bright a picture is: cheap, and never the same for two pictures."""
+
+    differentiable = True
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+class Flat(Bright):
+    """The same for every picture."""
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        return torch.full((len(images),), 0.5)
+
+
+class Even(Bright):
+    """Brightness for prompts of an even number of letters, the same for all other pictures."""
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        odd = torch.tensor([len(prompt) % 2 == 1 for prompt in prompts])
+        return torch.where(odd, 0.5, images.mean((1, 2, 3)))
+
+
+class Broken(Bright):
+    """Fails at the prompts that begin with ``a``."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        if self.how == "raise":
+            raise ZeroDivisionError("somebody else's bug")
+        return torch.tensor([float("nan") if prompt.startswith("a") else 1.0 for prompt in prompts])
+
+
+def bright() -> Scorer:
+    return Scorer({"bright": Bright()}, {"bright": 1.0})
+
+
+# an objective without the loop
+def moved(tiny: Build, kind: str, lora: LoRA | None = LoRA(2), scale: float = 0.1) -> Policy:
+    """A tiny policy whose weights are not those of its reference."""
+    torch.manual_seed(0)
+    policy = Policy(tiny(kind), lora)
+    disturb(policy, scale)
+    return policy
+
+
+def prompted(policy: Policy, count: int = 2, first: int = 0) -> PromptBatch:
+    return PromptSet(policy.family, [{"prompt": text} for text in TEXTS]).batch(range(first, first + count))
+
+
+def rolled(
+    objective: Objective, policy: Policy, prompts: int = 2, step: int = 0, scorer: Scorer | None = None
+) -> tuple[Context, Table]:
+    """A rollout as the loop asks for it: context and table."""
+    ctx = Context(policy, 0, step, range(prompts * objective.group), scorer or bright())
+    with torch.no_grad():
+        return ctx, objective.rollout(ctx, prompted(policy, prompts))
+
+
+def gradients(policy: Policy, loss: Tensor) -> Tensor:
+    """The gradient of ``loss``, all parameters in one vector."""
+    found = torch.autograd.grad(loss, policy.parameters(), allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
+class Heard:
+    """Listens at a policy's denoiser: for every call, its times, and whether it is for a backward pass."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.calls: list[tuple[list[float], bool]] = []
+        policy.denoiser.register_forward_pre_hook(self._hear, with_kwargs=True)
+
+    def _hear(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        t = args[1] if len(args) > 1 else kwargs["timestep"]
+        self.calls.append((t.tolist(), torch.is_grad_enabled()))
+
+    def rows(self, trained: bool) -> int:
+        """Network evaluations with (``trained``) or without a backward pass."""
+        return sum(len(t) for t, grad in self.calls if grad == trained)
+
+    def times(self, trained: bool) -> set[float]:
+        return {value for t, grad in self.calls if grad == trained for value in t}
+
+
+# the shortest policy there is
+class Fixed(Kernel):
+    """N(what the network says, std^2)."""
+
+    def __init__(self, std: float) -> None:
+        self.std = std
+
+    def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
+        return Gaussian(prediction.raw, torch.tensor(self.std, dtype=torch.float64))
+
+
+class Toy:
+    """x' ~ N(theta, std^2) whatever the state: policy and family in one, float64. ``anchor`` is the reference's."""
+
+    device = torch.device("cpu")
+    default_guidance = 1.0
+
+    def __init__(self, theta: float | Tensor, anchor: float = 0.0) -> None:
+        self.theta = torch.as_tensor(theta, dtype=torch.float64).clone().requires_grad_()
+        self.anchor, self._off = torch.tensor(anchor, dtype=torch.float64), False
+
+    @property
+    def family(self) -> Toy:
+        return self
+
+    def grid(self, steps: int) -> Grid:
+        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        return Grid(t, 1 - t, t)
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Prediction:
+        raw = (self.anchor if self._off else self.theta).expand_as(x_t)
+        return Prediction(raw, x_t, 1 - t, t, "flow")
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self._off = True
+        yield
+        self._off = False
+
+    def context(self, count: int) -> Context:
+        return Context(self, 0, 0, range(count))
+
+    def columns(self, y: Tensor) -> dict[str, Any]:
+        """The columns of a rollout of one step that drew ``y`` (N, D)."""
+        latents = torch.stack([torch.zeros_like(y), y], 1)[..., None, None]
+        cond = Cond({"c": torch.zeros(1, 1)})
+        return {
+            "latents": latents,
+            "cond": cond,
+            "prompt": torch.zeros(len(y), dtype=torch.long),
+            "steps": torch.zeros(1, dtype=torch.long),
+        }

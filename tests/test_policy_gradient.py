@@ -1,0 +1,495 @@
+"""The clipped policy gradient: advantages by plain loops, REINFORCE at ratio 1, clipping, KL, guard, self-check."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from align import advantages
+from align.advantages import PromptHistory
+from align.errors import UserError
+from align.objectives.policy_gradient import PolicyGradient
+from align.policy import LoRA, Policy
+from align.process import DDIM
+from align.rollouts import Sampler, Window, log_probs, transition
+from align.scoring import RewardSetting, Scorer
+from align.table import Table
+from tests.conftest import Build
+from tests.helpers import Bright, Fixed, Flat, Toy, gradients, moved, prompted, rolled
+from tests.test_policy import disturb
+
+KINDS = ("epsilon", "v", "flow")
+GROUPS = torch.tensor([3, 3, 3, 5, 5, 5, 9, 9])
+
+
+def scores(seed: int = 0) -> Tensor:
+    """Rewards of GROUPS in float64; the last group's are all alike."""
+    found = 3 + 2 * torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    found[6:] = 0.1
+    return found
+
+
+# advantages
+@pytest.mark.parametrize("spread", ["group", "global", "none"])
+def test_r7_group_advantages_are_the_plain_loop(spread: Literal["group", "global", "none"]) -> None:
+    rewards = scores()
+    expected = []
+    for k in range(8):
+        mine = [float(rewards[j]) for j in range(8) if GROUPS[j] == GROUPS[k]]
+        whole = mine if spread == "group" else rewards.tolist()
+        scale = 1.0 if spread == "none" else float(np.std(whole)) + 1e-4
+        expected.append((float(rewards[k]) - float(np.mean(mine))) / scale)
+    found = advantages.group_advantages(rewards, GROUPS, spread)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert (found[6:] == 0).all()
+
+
+def test_r7_mean_0_std_1_and_the_order_of_pictures_does_not_matter() -> None:
+    rewards, order = scores(), torch.randperm(8, generator=torch.Generator().manual_seed(2))
+    found = advantages.group_advantages(rewards, GROUPS, "group", eps=0)
+    for group in (3, 5):
+        mine = found[group == GROUPS]
+        assert mine.mean() == pytest.approx(0, abs=1e-12)
+        assert mine.std(correction=0) == pytest.approx(1)
+    for spread in ("group", "global", "none"):
+        straight = advantages.group_advantages(rewards, GROUPS, spread)
+        mixed = advantages.group_advantages(rewards[order], GROUPS[order], spread)
+        torch.testing.assert_close(mixed, straight[order])
+
+
+def test_rounding_does_not_make_a_group_of_equals_differ() -> None:
+    """The mean of three 0.1 is not 0.1."""
+    rewards = torch.full((3,), 0.1, dtype=torch.float64)
+    assert (advantages.group_advantages(rewards, torch.zeros(3), "group", eps=0) == 0).all()
+    assert advantages.alike(scores(), GROUPS).tolist() == [False] * 6 + [True] * 2
+
+
+def test_batch_advantages() -> None:
+    rewards = scores()
+    found = advantages.batch_advantages(rewards)
+    expected = (rewards.numpy() - np.mean(rewards.numpy())) / (np.std(rewards.numpy()) + 1e-6)
+    np.testing.assert_allclose(found.numpy(), expected)
+
+
+class Tracker:
+    """DDPO's PerPromptStatTracker as its paper's repository describes it, written anew."""
+
+    def __init__(self, size: int, least: int) -> None:
+        self.size, self.least = size, least
+        self.kept: dict[str, deque[float]] = {}
+
+    def update(self, prompts: list[str], rewards: np.ndarray) -> np.ndarray:
+        found = np.empty_like(rewards)
+        for prompt in sorted(set(prompts)):
+            mine = np.array([other == prompt for other in prompts])
+            self.kept.setdefault(prompt, deque(maxlen=self.size)).extend(rewards[mine])
+            pool = rewards if len(self.kept[prompt]) < self.least else np.array(self.kept[prompt])
+            found[mine] = (rewards[mine] - pool.mean()) / (pool.std() + 1e-6)
+        return found
+
+
+def test_history_is_ddpos_tracker_and_survives_a_checkpoint() -> None:
+    tracker, objective = Tracker(5, 4), PolicyGradient(advantage="history", history_size=5, history_min_count=4)
+    rng = np.random.default_rng(0)
+    early = late = 0
+    for stage in range(8):
+        prompts = [str(p) for p in rng.choice(["a", "b", "c"], 6, p=[0.6, 0.3, 0.1])]
+        rewards = rng.normal(size=6)
+        expected = tracker.update(prompts, rewards)
+        found = advantages.tracked_advantages(torch.from_numpy(rewards), prompts, objective.history, 4)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10)
+        early += sum(len(tracker.kept[p]) < 4 for p in prompts)
+        late += sum(len(tracker.kept[p]) == 5 for p in prompts)
+        if stage == 3:
+            state = json.loads(json.dumps(objective.state()))
+            objective = PolicyGradient(advantage="history", history_size=5, history_min_count=4)
+            objective.load_state(state)
+    assert early and late, "this test should see prompts with too few scores and with a full buffer"
+    assert PolicyGradient(advantage="group").state() == {}
+
+
+def test_history_by_stage_forgets_stages_in_which_a_prompt_did_not_come() -> None:
+    history = PromptHistory(2, "stage")
+    for stage, prompts in enumerate(["a", "b", "b"]):
+        history.add([prompts], [float(stage)])
+    assert (history.of("a"), history.of("b")) == ([], [1.0, 2.0])
+
+
+def test_gdpo_normalises_each_reward_and_then_the_sum() -> None:
+    """A reward of a thousand times the scale weighs no more; the sum of raw rewards would follow it alone."""
+    parts = {"small": scores(1), "large": 1000 * scores(2)}
+    found = advantages.combine(parts, {"small": 1.0, "large": 0.5}, GROUPS, "group", eps=0)
+    total = np.zeros(8)
+    for name, weight in (("small", 1.0), ("large", 0.5)):
+        for group in (3, 5):
+            mine = GROUPS.numpy() == group
+            values = parts[name].numpy()[mine]
+            total[mine] += weight * (values - values.mean()) / values.std()
+    np.testing.assert_allclose(found.numpy(), (total - total.mean()) / total.std())
+    rescaled = advantages.combine(
+        parts | {"large": parts["large"] / 1e6}, {"small": 1.0, "large": 0.5}, GROUPS, "group", eps=0
+    )
+    torch.testing.assert_close(rescaled, found)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"advantage": "group", "spread": "global"},
+        {"advantage": "group", "spread": "group"},
+        {"advantage": "batch"},
+        {"advantage": "history", "history_min_count": 1},
+        {"rewards": "each", "spread": "group"},
+    ],
+)
+def test_a_rollout_uses_the_advantage_it_is_told_to(tiny: Build, arguments: dict[str, Any]) -> None:
+    policy = moved(tiny, "epsilon")
+    both = Scorer({"bright": Bright(), "flat": Flat()}, {"bright": 2.0, "flat": 1.0})
+    objective = PolicyGradient(Sampler(2, 1.0), 3, **arguments)
+    _, table = rolled(objective, policy, scorer=both)
+    groups = torch.arange(6) // 3
+    with torch.no_grad():
+        pictures = table.images["latents"][:, -1]
+        seen = Bright().score(images=policy.family.to_image(pictures), prompts=[""] * 6).double()
+    total = 2 * seen + 0.5
+    expected = {
+        "group": lambda: advantages.group_advantages(total, groups, objective.spread),
+        "batch": lambda: advantages.batch_advantages(total),
+        "history": lambda: advantages.group_advantages(total, groups, "group", eps=1e-6),  # a prompt each, one rollout
+    }[objective.advantage]()
+    if objective.rewards == "each":
+        one = 2 * advantages.group_advantages(seen, groups, "group")
+        expected = (one - one.mean()) / (one.std(correction=0) + 1e-4)
+    found = table.images["advantage"]
+    assert isinstance(found, Tensor)
+    torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)  # pixels are float32
+    assert table.metrics["reward/total"] == pytest.approx(float(total.mean()), abs=1e-5)
+    assert table.metrics["zero_std_share"] == 0
+
+
+def test_advantages_are_cut(tiny: Build) -> None:
+    found = []
+    for limit in (5.0, 0.5):
+        objective = PolicyGradient(Sampler(2, 1.0), 6, spread="group", adv_clip_max=limit)
+        found.append(rolled(objective, moved(tiny, "epsilon"), 1)[1].images["advantage"])
+    whole, cut = found
+    assert isinstance(whole, Tensor) and isinstance(cut, Tensor)
+    assert torch.equal(cut, whole.clamp(-0.5, 0.5))
+    assert not torch.equal(cut, whole)
+
+
+# rewards
+def test_weighted_rewards_and_those_only_watched() -> None:
+    settings = [
+        RewardSetting("tests.helpers.Bright", 2.0, label="light"),
+        RewardSetting("tests.helpers.Flat", -1.0),
+        RewardSetting("tests.helpers.Bright", 0.0, label="watched"),
+    ]
+    scorer = Scorer.of(settings)
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = scorer.submit(images, ["x"] * 5)()
+    assert set(found) == {"light", "tests.helpers.Flat", "watched"}
+    assert scorer.weights.keys() == {"light", "tests.helpers.Flat"}
+    torch.testing.assert_close(scorer.total(found), 2 * images.mean((1, 2, 3)) - 0.5)
+    with pytest.raises(ValueError, match="two rewards are called 'tests.helpers.Bright'"):
+        Scorer.of([RewardSetting("tests.helpers.Bright")] * 2)
+
+
+def test_what_is_only_watched_teaches_nothing(tiny: Build) -> None:
+    policy, objective = moved(tiny, "epsilon"), PolicyGradient(Sampler(2, 1.0), 3)
+    watched = Scorer({"bright": Bright(), "flat": Flat()}, {"bright": 0.0, "flat": 1.0})
+    _, table = rolled(objective, policy, scorer=watched)
+    assert not table.images["advantage"].any()
+    assert table.metrics["reward/bright"] > 0
+    assert table.metrics["reward/total"] == 0.5
+    each = PolicyGradient(Sampler(2, 1.0), 3, rewards="each")
+    assert not rolled(each, policy, scorer=watched)[1].images["advantage"].any()
+
+
+# the loss
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_r1_ratio_is_1_and_the_gradient_reinforces(tiny: Build, kind: str, guidance: float) -> None:
+    """Before any update the gradient is that of -A log p, the REINFORCE estimate."""
+    policy, objective = moved(tiny, kind), PolicyGradient(Sampler(3, guidance, batch_size=4), 3)
+    ctx, table = rolled(objective, policy)
+    loss, metrics = objective.loss(ctx, table)
+    assert abs(metrics["ratio_mean"] - 1) < 1e-5
+    assert abs(metrics["ratio_max"] - 1) < 1e-4
+    assert metrics["clip_fraction"] == 0
+    assert metrics["approx_kl"] < 1e-9
+    step, y = transition(ctx, objective.sampler, table.images, table.image, table.tensor("step"))
+    reinforce = -(table.tensor("advantage") * step.log_prob(y)).mean()
+    torch.testing.assert_close(gradients(policy, loss), gradients(policy, reinforce), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_the_gradient_at_ratio_1_by_finite_difference(tiny: Build, kind: str) -> None:
+    """d/dw of -mean A log p along a random direction, in float64, without autograd."""
+    policy, objective = moved(tiny, kind), PolicyGradient(Sampler(3, 2.0), 3)
+    ctx, table = rolled(objective, policy)
+    policy.denoiser.double()
+    policy.family._null = policy.family.null.to("cpu", torch.float64)
+    images: dict[str, Any] = {name: table.images[name] for name in ("prompt", "steps", "advantage")}
+    images |= {name: table.images[name].to(dtype=torch.float64) for name in ("latents", "advantage")}
+    images["cond"] = table.images["cond"].to("cpu", torch.float64)
+    images["log_probs"] = log_probs(ctx, objective.sampler, images, 32)
+    table = Table(table.rows, images, table.image)
+    parameters = policy.parameters()
+    generator = torch.Generator().manual_seed(4)
+    direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+    loss, _ = objective.loss(ctx, table)
+    grads = torch.autograd.grad(loss, parameters)
+    analytic = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
+
+    def surrogate(amount: float) -> float:
+        for parameter, d in zip(parameters, direction, strict=True):
+            parameter.data += amount * d
+        found = log_probs(ctx, objective.sampler, images, 32)
+        for parameter, d in zip(parameters, direction, strict=True):
+            parameter.data -= amount * d
+        return -float((images["advantage"][:, None] * found).mean())
+
+    numeric = (surrogate(1e-4) - surrogate(-1e-4)) / 2e-4  # the flow network's norms round to float32
+    assert analytic == pytest.approx(numeric, rel=1e-3)
+    assert abs(numeric) > 1e-5
+
+
+def toy_rows(toy: Toy, y: Tensor, advantage: Tensor, old: Tensor | None = None, **more: Any) -> Table:
+    """One step that drew ``y`` (N, D) for advantages (N,)."""
+    columns = toy.columns(y) | {"advantage": advantage} | more
+    sampler = Sampler(1, 1.0, STEP)
+    found = log_probs(toy.context(len(y)), sampler, columns, len(y)) if old is None else old
+    return Table({"step": torch.zeros(len(y), dtype=torch.long)}, columns | {"log_probs": found}, torch.arange(len(y)))
+
+
+STEP = Fixed(0.5)
+
+
+def test_linear_gaussian_toy_climbs_the_reward() -> None:
+    """x ~ N(theta, s^2), r = -(x - m)^2: E[r] has the gradient -2 (theta - m), which the loss's is minus of."""
+    theta, m, count = 0.3, 1.0, 40_000
+    toy, objective = Toy(theta), PolicyGradient(Sampler(1, 1.0, STEP), 2)
+    y = theta + 0.5 * torch.randn(count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    rewards = -(y[:, 0] - m).square()
+    advantage = advantages.group_advantages(rewards, torch.zeros(count), "none")
+    loss, _ = objective.loss(toy.context(count), toy_rows(toy, y, advantage))
+    (found,) = torch.autograd.grad(loss, toy.theta)
+    each = advantage * (y[:, 0] - theta) / 0.5**2
+    assert abs(-found - -2 * (theta - m)) < 3 * each.std() / math.sqrt(count)
+    assert each.std() / math.sqrt(count) < 0.02
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.85, 0.95, 1.0, 1.05, 1.15, 2.0])
+@pytest.mark.parametrize("advantage", [-2.0, 3.0])
+def test_clipping_acts_only_where_the_ratio_has_gone_far_enough(ratio: float, advantage: float) -> None:
+    toy, objective = Toy(0.3), PolicyGradient(Sampler(1, 1.0, STEP), 2, clip_range=0.1)
+    y = torch.tensor([[0.9, 0.1]], dtype=torch.float64)
+    now = toy_rows(toy, y, torch.zeros(1)).images["log_probs"]
+    assert isinstance(now, Tensor)
+    rows = toy_rows(toy, y, torch.tensor([advantage], dtype=torch.float64), now - math.log(ratio))
+    loss, metrics = objective.loss(toy.context(1), rows)
+    (found,) = torch.autograd.grad(loss, toy.theta)
+    active = math.copysign(1, advantage) * (ratio - 1) > 0.1
+    assert (float(found) == 0) is active
+    assert float(metrics["clip_fraction"]) == active
+    assert loss.item() == pytest.approx(-advantage * (1 + math.copysign(0.1, advantage) if active else ratio))
+    if not active:
+        assert float(found) == pytest.approx(-advantage * ratio * float((y - 0.3).mean()) / 0.5**2)
+
+
+def test_a_group_of_equal_rewards_has_zero_loss_and_zero_gradient(tiny: Build) -> None:
+    policy, objective = moved(tiny, "flow"), PolicyGradient(Sampler(2, 1.0), 3)
+    ctx, table = rolled(objective, policy, scorer=Scorer({"flat": Flat()}, {"flat": 1.0}))
+    assert table.metrics["zero_std_share"] == 1
+    disturb(policy, 0.01)  # ratios are not 1 now
+    loss, metrics = objective.loss(ctx, table)
+    assert loss == 0 and not gradients(policy, loss).any()
+    assert metrics["clip_fraction"] == 0
+    assert abs(metrics["ratio_mean"] - 1) > 1e-6
+
+
+def test_sum_reduction_is_the_joint_density(tiny: Build) -> None:
+    policy = moved(tiny, "epsilon")
+    ctx, table = rolled(PolicyGradient(Sampler(2, 1.0), 3), policy)
+    disturb(policy, 1e-4)
+    ratios = []
+    for reduction in ("mean", "sum"):
+        objective = PolicyGradient(Sampler(2, 1.0), 3, reduction=reduction)
+        ratios.append(objective.loss(ctx, table.take(torch.tensor([1])))[1]["ratio_mean"].double().log())
+    assert ratios[1] == pytest.approx(256 * float(ratios[0]), rel=2e-2)
+    assert abs(ratios[1]) > 1e-3
+
+
+# GRPO-Guard
+def test_guard_log_ratio_is_the_mean_of_delta_times_z() -> None:
+    """Eq. 8-10: unbiased (the plain one lies below 0), and the same for a step of any std; weighted by 1 / |dt|."""
+    toy, size, count, delta = Toy(0.2), 16, 4000, 0.2
+    z = torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    advantage = torch.linspace(-1, 1, count, dtype=torch.float64)
+    found = []
+    for std in (0.05, 0.5):
+        y = std * z  # the old mean is 0, the new one theta
+        columns = toy.columns(y) | {
+            "advantage": advantage,
+            "means": torch.zeros(count, 1, size, 1, 1, dtype=torch.float64),
+            "log_probs": torch.zeros(count, 1, dtype=torch.float64),
+        }
+        rows = Table({"step": torch.zeros(count, dtype=torch.long)}, columns, torch.arange(count))
+        sampler = Sampler(4, 1.0, Fixed(std))  # the toy's grid: |dt| is 1/4
+        guarded = PolicyGradient(sampler, 2, step_normalisation="guard", clip_range=10.0)
+        loss, metrics = guarded.loss(toy.context(count), rows)
+        expected = (delta * z).mean(1)
+        torch.testing.assert_close(loss.detach(), (-advantage * expected.exp()).mean() * 4)
+        assert metrics["approx_kl"] == pytest.approx(float(0.5 * expected.square().mean()))
+        assert abs(expected.mean()) < 3 * expected.std() / math.sqrt(count)
+        found.append(loss.detach())
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_guard_ratio_is_1_before_any_update(tiny: Build, kind: str) -> None:
+    policy = moved(tiny, kind)
+    objective = PolicyGradient(Sampler(3, 1.0), 3, step_normalisation="guard", clip_range=2e-6)
+    ctx, table = rolled(objective, policy)
+    _, metrics = objective.loss(ctx, table)
+    assert abs(metrics["ratio_max"] - 1) < 1e-5
+
+
+# the reference
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_r5_exact_kl_and_flow_grpos(tiny: Build, kind: str) -> None:
+    """Exact: |mu - mu_ref|^2 / 2 s^2 as a mean; Flow-GRPO's code leaves the step's length out: 1 / |dt| smaller."""
+    policy = moved(tiny, kind)
+    ctx, table = rolled(PolicyGradient(Sampler(3, 1.0), 2), policy, 1)
+    table = table.take(torch.tensor([1]))
+    where = ctx, Sampler(3, 1.0), table.images, table.image, table.tensor("step")
+    with torch.no_grad():
+        now, _ = transition(*where)
+        with policy.reference():
+            base, _ = transition(*where)
+    exact = float(((now.mean - base.mean).square() / (2 * now.std.reshape(-1, 1, 1, 1) ** 2)).mean())
+    measured = {}
+    for kl in ("exact", "flow_grpo"):
+        losses = {}
+        for beta in (1e-9, 0.7):
+            objective = PolicyGradient(Sampler(3, 1.0), 2, beta=beta, kl=kl)
+            assert objective.needs_reference
+            losses[beta], metrics = objective.loss(ctx, table)
+        measured[kl] = float(metrics["kl_reference"])
+        assert (losses[0.7] - losses[1e-9]).item() == pytest.approx(0.7 * measured[kl], rel=1e-3, abs=1e-6)
+    sigma = policy.family.grid(3).sigma
+    assert measured["exact"] == pytest.approx(exact, rel=1e-4)
+    assert measured["exact"] / measured["flow_grpo"] == pytest.approx(1 / abs(float(sigma[2] - sigma[1])), rel=1e-4)
+    assert exact > 1e-5
+
+
+def test_kl_pulls_back_to_the_reference() -> None:
+    toy = Toy(0.8, anchor=0.3)
+    objective = PolicyGradient(Sampler(1, 1.0, STEP), 2, beta=2.0)
+    y = torch.full((3, 2), 0.8, dtype=torch.float64)
+    loss, metrics = objective.loss(toy.context(3), toy_rows(toy, y, torch.zeros(3, dtype=torch.float64)))
+    assert float(metrics["kl_reference"]) == pytest.approx(0.5**2 / (2 * 0.5**2))
+    (found,) = torch.autograd.grad(loss, toy.theta)
+    assert float(found) == pytest.approx(2.0 * 0.5 / 0.5**2)
+
+
+def test_full_finetuning_without_a_kl_needs_no_frozen_copy(tiny: Build) -> None:
+    objective = PolicyGradient(Sampler(2, 1.0), 2)
+    assert not objective.needs_reference
+    policy = Policy(tiny("epsilon"), None, reference=objective.needs_reference)
+    ctx, table = rolled(objective, policy, 1)
+    objective.loss(ctx, table)[0].backward()
+    assert policy._copy is None
+
+
+# steps
+@pytest.mark.parametrize(("steps", "fraction", "count"), [(5, 0.99, 4), (5, 0.6, 3), (4, 1.0, 4), (3, 0.1, 1)])
+def test_timestep_fraction(tiny: Build, steps: int, fraction: float, count: int) -> None:
+    policy = moved(tiny, "epsilon")
+    for choice in ("first", "random"):
+        objective = PolicyGradient(
+            Sampler(steps, 1.0),
+            4,
+            timestep_fraction=fraction,
+            timestep_choice=choice,
+        )
+        _, table = rolled(objective, policy)
+        chosen = [table.rows["step"][table.image == k].tolist() for k in range(8)]
+        assert all(len(set(mine)) == count and mine == sorted(mine) for mine in chosen)
+        assert objective.trained_steps == count == objective.plan(policy.family, None).rows
+        if choice == "first":
+            assert chosen == [list(range(count))] * 8
+        elif count < steps:
+            assert len({tuple(mine) for mine in chosen}) > 1
+            assert {i for mine in chosen for i in mine} == set(range(steps))
+
+
+def test_random_steps_belong_to_the_picture(tiny: Build) -> None:
+    policy, objective = moved(tiny, "epsilon"), PolicyGradient(
+        Sampler(4, 1.0), 2, timestep_fraction=0.5, timestep_choice="random"
+    )  # fmt: skip
+    ctx, table = rolled(objective, policy, 2)
+    second = type(ctx)(policy, 0, 0, range(2, 4), ctx.scorer, gather=lambda x: torch.cat([x, x]))
+    with torch.no_grad():
+        tail = objective.rollout(second, prompted(policy, 1, 1))
+    assert torch.equal(tail.tensor("step"), table.tensor("step")[4:])
+
+
+# the self-check
+@pytest.mark.parametrize("guard", ["none", "guard"])
+def test_other_weights_than_the_rollouts_are_noticed(tiny: Build, guard: Literal["none", "guard"]) -> None:
+    policy, objective = moved(tiny, "epsilon"), PolicyGradient(Sampler(2, 1.0), 2, step_normalisation=guard)
+    ctx, table = rolled(objective, policy)
+    fresh = type(ctx)(policy, 0, 0, ctx.positions, ctx.scorer, fresh=True, tolerance=1e-4)
+    objective.loss(fresh, table)
+    disturb(policy, 0.1)
+    with pytest.raises(UserError, match=r"likelihood ratio off 1 by .* \(allowed 0\.0001\).*Likely causes: half"):
+        objective.loss(fresh, table)
+    objective.loss(ctx, table)
+    for parameter in policy.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="off 1 by nan"):
+        objective.loss(fresh, table)
+
+
+def test_dropout_is_noticed(tiny: Build) -> None:
+    torch.manual_seed(0)
+    policy, objective = Policy(tiny("epsilon"), LoRA(2)), PolicyGradient(Sampler(2, 1.0), 2)
+    ctx, table = rolled(objective, policy)
+    for module in policy.denoiser.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    policy.denoiser.train()
+    with pytest.raises(UserError, match="dropout"):
+        objective.loss(type(ctx)(policy, 0, 0, ctx.positions, ctx.scorer, fresh=True), table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images_per_prompt": 1}, "group of one picture"),
+        ({"clip_range": 0.0}, "must be positive"),
+        ({"beta": -1.0}, "beta at least 0"),
+        ({"timestep_fraction": 0.0}, "timestep_fraction must be in"),
+        ({"timestep_fraction": 0.5, "window": Window(2)}, "give one of them"),
+    ],
+)
+def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PolicyGradient(**arguments)
+
+
+def test_the_plan_says_what_a_picture_costs(tiny: Build) -> None:
+    family = tiny("epsilon")
+    objective = PolicyGradient(Sampler(10, 5.0, DDIM(1.0)), 8, beta=0.1, timestep_fraction=0.5)
+    plan = objective.plan(family, None)
+    assert (plan.rows, plan.trained, plan.frozen) == (5, 10, 30)
+    assert "D=256" in plan.notes["clip range"] and "0.0256 nats" in plan.notes["clip range"]
