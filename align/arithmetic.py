@@ -44,6 +44,11 @@ class Arithmetic:
                 f"rollout_batch_size: {drawn} do not divide among {world} processes"
                 + (f" in whole groups of {group}" if objective.whole_groups else "")
             )
+        if self.samples // world % (group * self.config.data.multiple) and self.config.data.multiple > 1:
+            raise UserError(
+                f"rollout_batch_size: {self.samples // group} items / {world} processes do not divide among the "
+                f"{self.config.data.multiple} tasks of data"
+            )
         if rows is not None and self.samples // world * rows % self.update:
             raise UserError(
                 f"{drawn}, x {rows} trained rows each / {world} processes = {self.samples // world * rows} rows, which "
@@ -54,10 +59,11 @@ class Arithmetic:
         """What a rollout and its updates are made of, a line each."""
         config, world, samples, update = self.config, self.world, self.samples, self.update * self.world
         plan = config.objective.plan(self.family, config.data.resolution)
+        kind = "initial noise" if policy.trained is not None else "LoRA" if policy.lora else "full"
         trained = sum(p.numel() for p in policy.parameters())
         total = sum(p.numel() for p in self.family.denoiser.parameters())
         weights = sum(p.numel() * p.element_size() for p in self.family.denoiser.parameters())
-        copies = 1 if config.lora or not config.objective.needs_reference else 2
+        copies = 1 if policy.lora or policy.trained or not config.objective.needs_reference else 2
         state = trained * 4 * (2 + 1 + bool(config.ema_decay))  # two AdamW moments, the gradient, the average
         rows = plan.rows * samples * config.inner_epochs if plan.rows is not None else None
         lines = {
@@ -69,7 +75,7 @@ class Arithmetic:
             "updates per rollout": f"{rows / update:g}" if rows is not None else "as many as the selected rows make",
             "evaluations per rollout": f"{plan.trained * samples * config.inner_epochs} trained + "
             f"{plan.frozen * samples} frozen",
-            "trainable parameters": f"{trained:,} of {total:,} ({'LoRA' if config.lora else 'full'})",
+            "trainable parameters": f"{trained:,} of {total:,} ({kind})",
             "estimated memory": f"{(weights * copies + state) / 2**20:,.0f} MiB for denoiser, gradients and optimiser, "
             "activations not counted",
             **plan.notes,

@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "align.train",
+    "sample": "align.sample",
     "rollout": "align.rollout",
     "evaluate": "align.evaluate",
     "score": "rewards.score",

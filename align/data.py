@@ -165,6 +165,7 @@ class Data(ABC):
     batch_type: ClassVar[type]
     resolution: int | None  # pixels a side; None is the model's own
     variants: int = 1  # cached views of each item
+    multiple: int = 1  # a process has to be given a multiple of so many items
 
     @abstractmethod
     def check(self) -> None:
@@ -242,10 +243,74 @@ class PromptSet:
         with torch.no_grad():
             return self.family.encode([prompt]).to("cpu")
 
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Conditions of any prompts, remembered as those of the rows are."""
+        return Cond.cat([self._encode(prompt) for prompt in prompts])
+
     def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> PromptBatch:
         rows = [self.rows[index] for index in indices]
         prompts = [row["prompt"] for row in rows]
-        return PromptBatch(prompts, Cond.cat([self._encode(p) for p in prompts]), list(rows), list(indices))
+        return PromptBatch(prompts, self.encode(prompts), list(rows), list(indices))
+
+
+@dataclass
+class TaskPrompts(Data):
+    """Prompts of several tasks in equal shares: item k of a batch is of task k modulo their number.
+
+    Args:
+        tasks: a prompt file (see :class:`Prompts`) for each task; its name becomes ``task`` of its prompts' metadata.
+        limit: use the first so many of each.
+        resolution: side of the pictures in pixels; default the model's own.
+    """
+
+    tasks: dict[str, str]
+    limit: int | None = None
+    resolution: int | None = None
+
+    batch_type: ClassVar[type] = PromptBatch
+
+    def __post_init__(self) -> None:
+        self.multiple = len(self.tasks)
+
+    def check(self) -> None:
+        if not self.tasks:
+            raise DataError("tasks is empty; expected {task: prompt file, ..}")
+        self.read()
+
+    def read(self) -> list[list[dict[str, Any]]]:
+        """The rows of each task."""
+        return [
+            [row | {"task": task} for row in read_prompt_rows(path)[: self.limit]] for task, path in self.tasks.items()
+        ]
+
+    def prepare(
+        self,
+        family: Family,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> TaskSet:
+        return TaskSet(family, self.read())
+
+
+class TaskSet(PromptSet):
+    """Items of the longest task's number; the place in a batch decides the task, the item its prompt."""
+
+    def __init__(self, family: Family, tasks: list[list[dict[str, Any]]]) -> None:
+        super().__init__(family, [row for rows in tasks for row in rows])
+        self.tasks = tasks
+
+    def __len__(self) -> int:
+        return max(map(len, self.tasks))
+
+    def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> PromptBatch:
+        starts = [sum(map(len, self.tasks[:k])) for k in range(len(self.tasks))]
+        places = [k % len(self.tasks) for k in range(len(indices))]
+        return super().batch(
+            [starts[task] + index % len(self.tasks[task]) for task, index in zip(places, indices, strict=True)]
+        )
 
 
 def shuffled(count: int, size: int, seed: int, step: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,11 @@ from tqdm import tqdm
 
 from align.families import Family
 from align.sampling import Predictor, initial_noise, sample
+
+
+def as_drawn(prompts: Sequence[str], noise: Tensor) -> Tensor:
+    """Pictures start from the noise itself."""
+    return noise
 
 
 @torch.no_grad()
@@ -25,11 +30,12 @@ def sample_images(
     batch_size: int = 32,
     resolution: int | None = None,
     progress: str | None = None,
+    initial: Callable[[Sequence[str], Tensor], Tensor] = as_drawn,
 ) -> Tensor:
     """One picture a prompt, (N, 3, H, W) in [0, 1] on the CPU, by the family's deterministic sampler.
 
-    Picture k starts from ``manual_seed(seeds[k])`` whatever the batch size. ``steps`` and
-    ``guidance`` None are the pipeline's own.
+    Picture k starts from ``manual_seed(seeds[k])`` whatever the batch size, or what ``initial`` makes of it. ``steps``
+    and ``guidance`` None are the pipeline's own.
     """
     grid, shape = family.grid(steps or family.default_steps), family.latent_shape(resolution)
     scale = family.default_guidance if guidance is None else guidance
@@ -37,7 +43,7 @@ def sample_images(
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, desc=progress, disable=progress is None):
         part = slice(start, start + batch_size)
-        x = initial_noise(shape, seeds[part]).to(family.device)
+        x = initial(prompts[part], initial_noise(shape, seeds[part])).to(family.device)
         images.append(family.to_image(sample(predict, grid, family.encode(prompts[part]), x, scale)).cpu())
     return torch.cat(images)
 

@@ -89,8 +89,8 @@ class Rollout:
     """N pictures of this process.
 
     ``columns`` go into a :class:`Table` as image columns: ``latents`` (N, K+1, C, h, w), the states before the K kept
-    steps and after the last; ``log_probs`` (N, K); ``steps`` (K,), the grid's numbers of the kept steps; ``prompt``
-    (N,), the row of ``cond`` that belongs to each picture.
+    steps and after the last; ``log_probs`` (N, K), if asked for; ``steps`` (K,), the grid's numbers of the kept steps;
+    ``prompt`` (N,), the row of ``cond`` that belongs to each picture.
     """
 
     columns: dict[str, Column]
@@ -140,6 +140,7 @@ def draw(
     start: Start | None = None,
     means: bool = False,
     pictures: bool = False,
+    likelihood: bool = True,
 ) -> Rollout:
     """Draw, decode and score the pictures at ``ctx.positions``, ``group`` of them for every prompt.
 
@@ -154,6 +155,7 @@ def draw(
         start: begin at these states instead of at noise.
         means: keep the means of the kept steps too, as ``means`` (N, K, C, h, w).
         pictures: keep the pictures (N, 3, H, W), on the CPU.
+        likelihood: keep log-probabilities; without, a kept step may be deterministic.
 
     Raises :class:`UserError` where a kept step has no noise, and so no likelihood to train on.
     """
@@ -178,7 +180,7 @@ def draw(
 
         def remember(i: int, x: Tensor, step: Gaussian, y: Tensor, states=states, steps=steps) -> None:  # type: ignore[no-untyped-def]
             if i in keep:
-                if not bool((step.std > 0).all()):
+                if likelihood and not bool((step.std > 0).all()):
                     raise UserError(
                         f"{kernel} draws step {i} without noise, so it has no likelihood to train on; set eta or noise "
                         "of objective.sampler.kernel above 0"
@@ -210,7 +212,8 @@ def draw(
             seen.setdefault("features", []).append(ctx.features(images))
         if states:
             latents.append(_store(torch.stack(states, 1), sampler))
-            log_probs.append(torch.stack([step.log_prob(y) for step, y in steps], 1))
+            if likelihood:
+                log_probs.append(torch.stack([step.log_prob(y) for step, y in steps], 1))
             if means:
                 centres.append(_store(torch.stack([step.mean for step, _ in steps], 1), sampler))
         if ctx.progress:
@@ -219,7 +222,9 @@ def draw(
     scores = {name: torch.cat([part[name] for part in found]) for name in (found[0] if found else {})}
     columns: dict[str, Column] = {"cond": cond, "prompt": prompt, "steps": torch.tensor(list(keep))}
     if latents:
-        columns |= {"latents": torch.cat(latents), "log_probs": torch.cat(log_probs)}
+        columns["latents"] = torch.cat(latents)
+    if log_probs:
+        columns["log_probs"] = torch.cat(log_probs)
     if centres:
         columns["means"] = torch.cat(centres)
     metrics = _metrics(ctx, scores, groups, {name: torch.cat(values) for name, values in seen.items()})

@@ -16,9 +16,9 @@ import yaml
 from accelerate import Accelerator
 from huggingface_hub import ModelCardData
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from align.errors import UserError
-from align.families import Family
 from align.files import write
 from align.policy import Policy
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from align.settings import Train
 
 PACKAGES = ("t2i-align", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
-WEIGHTS, STATE = "trained.safetensors", "state.json"
+WEIGHTS, STATE, MEMORY = "trained.safetensors", "state.json", "objective.safetensors"
 
 
 def provenance() -> dict[str, Any]:
@@ -163,7 +163,11 @@ class RunFolder:
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write(temporary / STATE, json.dumps(state))
+            memory = {k: v.contiguous() for k, v in state["objective"].items() if isinstance(v, Tensor)}
+            if memory:
+                save_file(memory, temporary / MEMORY)
+            small = {k: v for k, v in state["objective"].items() if k not in memory}
+            write(temporary / STATE, json.dumps(state | {"objective": small}))
             if final.exists():
                 shutil.rmtree(final)
             os.replace(temporary, final)
@@ -175,24 +179,28 @@ class RunFolder:
 
     def restore(self, accelerator: Accelerator, source: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((source / STATE).read_text())
+        if (source / MEMORY).is_file():
+            state["objective"] |= load_file(source / MEMORY)
         accelerator.load_state(str(source))
         return state
 
     # what the run leaves
-    def card(self, config: Train, family: Family, plan: str, steps: int, held_out: dict[str, float]) -> None:
+    def card(self, config: Train, policy: Policy, plan: str, steps: int, held_out: dict[str, float]) -> None:
         """A model card: objective and its numbers, data, base model, seed, held-out scores, load snippet."""
-        objective = type(config.objective).__name__
+        family, objective = policy.family, type(config.objective).__name__
         pipeline = type(family.pipe).__name__
         base = config.pretrained_model_name_or_path
-        kind = "LoRA" if config.lora else f"`{family.denoiser_name}`"
-        if config.lora:
-            load = f'pipe = {pipeline}.from_pretrained("{base}")\npipe.load_lora_weights("{self.path.name}")'
+        kind = "LoRA" if policy.lora else f"`{family.denoiser_name}`"
+        start = f'pipe = {pipeline}.from_pretrained("{base}"'
+        if policy.trained is not None:
+            kind, load = "initial noise", policy.trained.card(pipeline)
+        elif policy.lora:
+            load = f'from diffusers import {pipeline}\n\n{start})\npipe.load_lora_weights("{self.path.name}")'
         else:
-            denoiser = type(family.denoiser).__name__
+            denoiser, name = type(family.denoiser).__name__, family.denoiser_name
             load = (
-                f'{family.denoiser_name} = {denoiser}.from_pretrained("{self.path.name}", '
-                f'subfolder="{family.denoiser_name}")\n'
-                f'pipe = {pipeline}.from_pretrained("{base}", {family.denoiser_name}={family.denoiser_name})'
+                f"from diffusers import {denoiser}, {pipeline}\n\n"
+                f'{name} = {denoiser}.from_pretrained("{self.path.name}", subfolder="{name}")\n{start}, {name}={name})'
             )
         scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in held_out.items())
         table = f"\n## Held-out data, after training\n\n| metric | value |\n|---|---|\n{scores}\n" if held_out else ""
@@ -212,14 +220,12 @@ Made by t2i-align on `{getattr(config.data, "path", type(config.data).__name__)}
 ## Load
 
 ```python
-from diffusers import {pipeline}
-
 {load}
 ```
 
 `config.yaml` in this folder reruns the training; `run.json` has the versions and the commit.
 """
-        tags = ["diffusers", "diffusers-training", "text-to-image", objective.lower()] + ["lora"] * bool(config.lora)
+        tags = ["diffusers", "diffusers-training", "text-to-image", objective.lower()] + ["lora"] * bool(policy.lora)
         data = ModelCardData(
             base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags, license="other"
         )

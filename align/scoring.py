@@ -77,6 +77,13 @@ class Scorer:
         future: Future[dict[str, Tensor]] = self._worker.submit(self.score, images, prompts, metadata)
         return future.result
 
+    def graded(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        """(B,) the weighted sum with the gradient to ``images``, for rewards that have one."""
+        parts = {n: checked(self.rewards[n], n, images, prompts, metadata) for n in self.weights}
+        return self.total(parts)
+
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """(N,) the weighted sum that is trained on."""
         return sum((weight * scores[name] for name, weight in self.weights.items()), 0 * next(iter(scores.values())))

@@ -14,7 +14,11 @@ import align.labels
 import align.objectives.b2_diffurl
 import align.objectives.d3po
 import align.objectives.dpo
-import align.objectives.policy_gradient  # noqa: F401  imported, so that `--objective DPO` needs no import path
+import align.objectives.find
+import align.objectives.nft
+import align.objectives.opd
+import align.objectives.policy_gradient
+import align.objectives.reno  # noqa: F401  imported, so that `--objective DPO` needs no import path
 from align import families
 from align.data import Data, PromptBatch
 from align.errors import UserError
@@ -68,6 +72,7 @@ class Train:
         adam_weight_decay: AdamW.
         adam_epsilon: AdamW.
         use_8bit_adam: bitsandbytes' AdamW; needs a GPU.
+        sgd_momentum: SGD with this Nesterov momentum instead of AdamW (ReNO: 0.9); null is AdamW.
         max_grad_norm: gradients are clipped to this norm.
         ema_decay: keep a moving average of the trained weights and save that; 0 keeps none.
         gradient_checkpointing: recompute activations in backward; less memory, more time.
@@ -111,6 +116,7 @@ class Train:
     adam_weight_decay: float = 1e-2
     adam_epsilon: float = 1e-8
     use_8bit_adam: bool = False
+    sgd_momentum: float | None = None
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     gradient_checkpointing: bool = False
@@ -137,6 +143,8 @@ class Train:
             raise UserError(f"lr_scheduler {self.lr_scheduler!r} has to know its end: set max_train_steps")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.sgd_momentum is not None and not 0 < self.sgd_momentum < 1:
+            raise UserError(f"sgd_momentum must lie between 0 and 1, got {self.sgd_momentum}")
         if self.use_8bit_adam and not torch.cuda.is_available():
             raise UserError("use_8bit_adam needs a CUDA GPU here; set use_8bit_adam: false")
         objective, wanted = type(self.objective).__name__, self.objective.batch_types
@@ -145,9 +153,9 @@ class Train:
                 f"{objective} trains on {' or '.join(kind.__name__ for kind in wanted)}, but data: "
                 f"{type(self.data).__name__} gives {self.data.batch_type.__name__}"
             )
-        if self.scores and not any(reward.weight for reward in self.rewards):
+        if self.draws and self.objective.scored and not any(reward.weight for reward in self.rewards):
             raise UserError(f"{objective} learns from rewards: set rewards to at least one of positive weight")
-        if self.scores and self.rollout_batch_size is None:
+        if self.draws and self.rollout_batch_size is None:
             raise UserError(f"{objective} draws pictures: set rollout_batch_size, the prompts of a rollout")
         families.find(self.pretrained_model_name_or_path, self.revision)
         for data in (self.data, self.validation_data):
@@ -162,8 +170,8 @@ class Train:
         return math.inf if self.max_rollouts else 1000
 
     @property
-    def scores(self) -> bool:
-        """Whether pictures are drawn and scored: an online objective on prompts."""
+    def draws(self) -> bool:
+        """Whether pictures are drawn: an online objective on prompts."""
         return self.objective.online and self.data.batch_type is PromptBatch
 
     def scorer(self) -> Scorer | None:

@@ -64,8 +64,11 @@ class Loop:
             config.gradient_checkpointing,
             config.initial_weights,
             config.objective.reference == "round_start",
+            config.objective.trains(self.family, config.data),
         )
         self.scorer = config.scorer()
+        config.objective.prepare(self.policy, self.scorer)
+        self.policy.grade(config.objective.rate)
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
         self.sizes = Arithmetic(config, self.family, self.accelerator.num_processes)
         self.step = self.rollouts = 0
@@ -123,7 +126,7 @@ class Loop:
         held_out = self.validate()
         if accelerator.is_main_process:
             weights = self.policy.save(self.folder.path)
-            self.folder.card(self.config, self.family, self.sizes.describe(self.policy), self.step, held_out)
+            self.folder.card(self.config, self.policy, self.sizes.describe(self.policy), self.step, held_out)
             print(f"saved {weights}")
         accelerator.end_training()
         return self.folder.path
@@ -263,19 +266,8 @@ class Loop:
         rate = config.learning_rate
         if config.scale_lr:
             rate *= self.sizes.update * accelerator.num_processes
-        adam: Any = torch.optim.AdamW
-        if config.use_8bit_adam:
-            from bitsandbytes import optim
-
-            adam = optim.AdamW8bit
-        optimizer = adam(
-            self.policy.parameters(),
-            lr=rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
-        self.policy.model, self.optimizer = accelerator.prepare(self.policy.denoiser, optimizer)
+        optimizer = _optimizer(config, self.policy, rate)
+        self.policy.model, self.optimizer = accelerator.prepare(self.policy.model, optimizer)
         # not prepared: accelerate would step it once per process
         self.scheduler = get_scheduler(
             config.lr_scheduler,
@@ -293,6 +285,24 @@ class Loop:
             "evaluations": dict(self.policy.evaluations),
             "objective": self.config.objective.state(),
         }
+
+
+def _optimizer(config: Train, policy: Policy, rate: float) -> torch.optim.Optimizer:
+    groups = [{"params": some, "lr": rate * factor} for factor, some in policy.groups().items()]
+    if config.sgd_momentum is not None:
+        return torch.optim.SGD(groups, lr=rate, momentum=config.sgd_momentum, nesterov=True)
+    adam: Any = torch.optim.AdamW
+    if config.use_8bit_adam:
+        from bitsandbytes import optim
+
+        adam = optim.AdamW8bit
+    return adam(
+        groups,
+        lr=rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
 
 
 def _crossed(before: int, after: int, every: int) -> bool:

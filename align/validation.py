@@ -52,6 +52,7 @@ def held_out_scores(
         config.samples.guidance,
         config.train_batch_size,
         config.data.resolution,
+        initial=policy.initial,
     )
     return {name: values.tolist() for name, values in scorer.score(images, texts, rows).items()}
 
@@ -67,6 +68,7 @@ def sample_grid(config: Train, policy: Policy, family: Family, path: Path) -> Te
         config.samples.guidance,
         config.train_batch_size,
         config.data.resolution,
+        initial=policy.initial,
     )
     save_grid(images, config.samples.prompts, path)
     return images

@@ -14,6 +14,11 @@ from rewards import _torchvision
 
 _torchvision.ensure()  # before anything can import torchvision
 
+import logging  # noqa: E402
+
+# diffusers and peft import bitsandbytes where it is installed, which on some CPUs asks for a package it can do without
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 import builtins  # noqa: E402
 import importlib  # noqa: E402
 import inspect  # noqa: E402

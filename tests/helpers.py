@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from align import families
 from align.data import PromptBatch, PromptSet
-from align.families import LORA_FILE, Cond
+from align.families import LORA_FILE, Cond, Family
 from align.objectives import Context, Objective
 from align.policy import LoRA, Policy
 from align.process import Gaussian, Grid, Kernel, Prediction, Step
@@ -282,3 +283,35 @@ class Toy:
             "prompt": torch.zeros(len(y), dtype=torch.long),
             "steps": torch.zeros(1, dtype=torch.long),
         }
+
+
+# whole runs
+def prompt_file(folder: Path, texts: Sequence[str], name: str = "prompts") -> str:
+    """A prompt file of ``texts``."""
+    path = folder / f"{name}.txt"
+    path.write_text("".join(f"{text}\n" for text in texts))
+    return str(path)
+
+
+def families_loaded(monkeypatch: Any) -> list[Family]:
+    """The families that are loaded from now on, in order, also those that a run loads for itself."""
+    found: list[Family] = []
+    plain = families.load
+
+    def load(*arguments: Any, **named: Any) -> Family:
+        found.append(plain(*arguments, **named))
+        return found[-1]
+
+    monkeypatch.setattr(families, "load", load)
+    return found
+
+
+def everything(family: Family) -> dict[str, Tensor]:
+    """Every parameter and buffer of a pipeline; without adapters' own."""
+    return {
+        f"{part}.{name.replace('.base_layer', '')}": tensor.clone()
+        for part, module in family.pipe.components.items()
+        if isinstance(module, nn.Module)
+        for name, tensor in module.state_dict().items()
+        if "lora_" not in name
+    }

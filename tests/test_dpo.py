@@ -212,8 +212,8 @@ def test_i9_chunks_average_to_the_batch(tiny: Build, kind: str) -> None:
     whole, metrics = objective.loss(ctx, table)
     parts = [objective.loss(ctx, chunk) for chunk in table.chunks(1)]
     assert whole.item() == pytest.approx(sum(loss.item() for loss, _ in parts) / 4, rel=1e-5)
-    for name, value in metrics.items():
-        assert value.item() == pytest.approx(sum(m[name].item() for _, m in parts) / 4, rel=1e-4, abs=1e-7)
+    for name, value in metrics.items():  # the deltas are small differences of errors near 1, each rounded to 1e-7
+        assert value.item() == pytest.approx(sum(m[name].item() for _, m in parts) / 4, rel=1e-4, abs=1e-6)
 
 
 def test_draws_belong_to_the_position(tiny: Build) -> None:

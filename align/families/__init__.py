@@ -146,6 +146,11 @@ class Family(ABC):
         return float(said.get(name, default))
 
     @property
+    def scheduler_name(self) -> str:
+        """The diffusers scheduler that :meth:`grid` and a deterministic step are; the pipeline may have another."""
+        return type(self.pipe.scheduler).__name__
+
+    @property
     def resolution(self) -> int:
         """The side, in pixels, of the square picture that the model was trained on."""
         return self.denoiser.config.sample_size * self.pipe.vae_scale_factor
@@ -259,6 +264,16 @@ def load(
     # use_safetensors: a pickled checkpoint is refused rather than run
     options = {"dtype": dtype, "revision": revision, "variant": variant, "use_safetensors": True}
     return family(family.read(locate(source), options).to(device), source)
+
+
+def of(pipe: DiffusionPipeline, source: str) -> Family:
+    """The family of a pipeline that is loaded already. Raises :class:`Unsupported`."""
+    name = type(pipe).__name__
+    if name not in FAMILIES:
+        raise Unsupported(f"{source!r} is a {name}; supported pipelines: {', '.join(FAMILIES)}")
+    module, _, cls = FAMILIES[name].partition(":")
+    found: Family = getattr(import_module(module), cls)(pipe, source)
+    return found
 
 
 def tuned(family: Family, source: str) -> Family:

@@ -37,6 +37,10 @@ class SD(Family):
         )
 
     @property
+    def scheduler_name(self) -> str:
+        return type(self.scheduler).__name__
+
+    @property
     def kind(self) -> Kind:
         return KINDS[self.scheduler.config.prediction_type]
 

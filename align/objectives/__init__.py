@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from align import draws
-from align.policy import Policy
+from align.policy import Policy, Trained
 from align.table import Table
 
 if TYPE_CHECKING:
+    from align.data import Data
     from align.families import Family
     from align.scoring import Scorer
 
@@ -70,7 +71,8 @@ class Objective(ABC):
     without a memory would say."""
 
     batch_types: ClassVar[tuple[type, ...]]
-    online: ClassVar[bool] = False  # draws pictures of its own and has them scored
+    online: ClassVar[bool] = False  # draws pictures of its own
+    scored: ClassVar[bool] = True  # learns, if it draws pictures, from their scores
     whole_groups: ClassVar[bool] = False  # all pictures of a prompt have to be drawn by one process
 
     @property
@@ -88,6 +90,17 @@ class Objective(ABC):
         """Samples that are made of one item of the data: pictures of a prompt."""
         return 1
 
+    def trains(self, family: Family, data: Data) -> Trained | None:
+        """What is trained in the denoiser's stead; None trains the denoiser."""
+        return None
+
+    def prepare(self, policy: Policy, scorer: Scorer | None) -> None:  # noqa: B027  most have nothing to do
+        """Called once, before a checkpoint is restored: to load what else the objective needs, or to refuse."""
+
+    def rate(self, name: str) -> float:
+        """The factor of the learning rate for the denoiser's parameter ``name``; 0 freezes it."""
+        return 1.0
+
     @abstractmethod
     def plan(self, family: Family, resolution: int | None) -> Plan:
         """What a sample costs, and notes about hyper-parameters at this latent size."""
@@ -102,7 +115,7 @@ class Objective(ABC):
         whose name ends in ``_max``."""
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run has to be given back, as JSON would hold it."""
+        """What a resumed run has to be given back: tensors by name, and what JSON can hold."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -1,0 +1,138 @@
+"""ReNO (Eyring et al. 2024, arXiv 2406.04312): one good initial noise for a prompt, by the reward's own gradient.
+
+The gradient of a differentiable reward goes through decoder and sampler to the noise, which makes sense for samplers of
+one or few steps; the chi prior of the norm, ``(d - 1) ln ||z|| - ||z||^2 / 2``, keeps the noise where the model has
+seen it. The best iterate is kept, not the last. The paper: 50 steps of SGD with Nesterov momentum 0.9, learning rate 5,
+gradients clipped to 0.1 (``sgd_momentum``, ``learning_rate``, ``max_grad_norm`` of a run).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from align import draws
+from align.data import Data, PromptBatch, Prompts
+from align.errors import UserError
+from align.families import Family
+from align.noise import FLOOR, NOISE_FILE, InitialNoise, write
+from align.objectives import Context, Metrics, Objective, Plan
+from align.policy import Policy
+from align.sampling import sample
+from align.scoring import Scorer
+from align.table import Table
+
+
+class BestNoise(InitialNoise):
+    """One noise a prompt, and the best there has been."""
+
+    best: Tensor
+    best_score: Tensor
+
+    def __init__(self, prompts: Sequence[str], shape: tuple[int, int, int], source: str, scheduler: str, seed: int):
+        super().__init__(prompts, shape, source, scheduler)
+        start = draws.normal(shape, [draws.generator("reno", seed, prompt) for prompt in prompts])
+        self.left["mean"].data = start
+        self.left["log_std"].data.fill_(math.log(FLOOR))
+        self.left["log_std"].requires_grad_(False)
+        self.register_buffer("best", start.clone())
+        self.register_buffer("best_score", torch.full((len(prompts),), -torch.inf))
+
+    @torch.no_grad()
+    def note(self, index: Tensor, z: Tensor, score: Tensor) -> None:
+        """Keep ``z`` (B, C, h, w) of the prompts ``index`` where ``score`` (B,) is the best yet."""
+        better = score > self.best_score[index]
+        self.best[index[better]] = z[better].to(self.best)
+        self.best_score[index[better]] = score[better].to(self.best_score)
+
+    @torch.no_grad()
+    def initial(self, prompts: Sequence[str], noise: Tensor) -> Tensor:
+        """The best noise of every prompt that has one, whatever ``noise`` is."""
+        moved = noise.clone()
+        for k, prompt in enumerate(prompts):
+            if prompt in self.prompts:
+                moved[k] = self.best[self.prompts.index(prompt)]
+        return moved
+
+    def save(self, folder: Path) -> Path:
+        return write(folder / NOISE_FILE, self, self.best.cpu(), torch.zeros_like(self.best).cpu())
+
+
+@dataclass
+class ReNO(Objective):
+    """Reward gradients to the initial noise, through the whole deterministic sampler.
+
+    Args:
+        steps: sampler steps; memory grows with them (the paper: 1).
+        guidance: guidance scale; null is the pipeline's own.
+        prior_weight: of the noise's chi log-density (paper: 0.01).
+        noise_seed: names the noises that are started from.
+    """
+
+    steps: int = 1
+    guidance: float | None = None
+    prior_weight: float = 0.01
+    noise_seed: int = 0
+
+    batch_types: ClassVar[tuple[type, ...]] = (PromptBatch,)
+    online: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.prior_weight < 0:
+            raise ValueError("steps must be at least 1 and prior_weight at least 0")
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+    def trains(self, family: Family, data: Data) -> BestNoise:
+        if not isinstance(data, Prompts):
+            raise UserError(
+                f"ReNO learns the noise of single prompts: expected data: Prompts, got {type(data).__name__}"
+            )
+        prompts = [row["prompt"] for row in data.read()]
+        shape = family.latent_shape(data.resolution)
+        return BestNoise(prompts, shape, family.source, family.scheduler_name, self.noise_seed)
+
+    def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
+        assert scorer is not None
+        if blind := [name for name in scorer.weights if not scorer.rewards[name].differentiable]:
+            raise UserError(f"ReNO needs differentiable rewards, {', '.join(blind)} has no gradient; use FIND for it")
+
+    def plan(self, family: Family, resolution: int | None) -> Plan:
+        each = 1 if self._guidance(family) == 1.0 else 2
+        return Plan(self.steps * each, 0)
+
+    def rollout(self, ctx: Context, batch: PromptBatch) -> Table:
+        index = torch.arange(len(batch.ids))
+        self._batch = batch  # texts and metadata, which rewards want and tables do not hold
+        return Table({"index": torch.tensor(batch.ids), "place": index}, {"cond": batch.cond}, index)
+
+    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+        family, noise = ctx.policy.family, ctx.policy.trained
+        assert isinstance(noise, BestNoise) and ctx.scorer is not None
+        index = rows.tensor("index").to(family.device)
+        z, _ = ctx.policy.model(index)
+        cond, guidance = rows.cond().to(family.device), self._guidance(family)
+        images = family.to_image(sample(ctx.policy.predict, family.grid(self.steps), cond, z, guidance))
+        places = rows.tensor("place").tolist()
+        metadata = [self._batch.metadata[k] for k in places]
+        reward = ctx.scorer.graded(images, [self._batch.prompts[k] for k in places], metadata)
+        norm = z.flatten(1).norm(dim=1)
+        prior = (z[0].numel() - 1) * norm.log() - norm.square() / 2
+        everyone = (ctx.gather(part.detach()).to(index.device) for part in (index, z, reward))
+        noise.note(*everyone)
+        return -(reward + self.prior_weight * prior).mean(), {
+            "reward": reward.mean().detach(),
+            "best_so_far": noise.best_score[index].mean(),
+            "noise_norm": norm.mean().detach() / z[0].numel() ** 0.5,
+        }
+
+    def _guidance(self, family: Family) -> float:
+        return family.default_guidance if self.guidance is None else self.guidance

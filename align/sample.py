@@ -1,0 +1,128 @@
+"""Draw pictures of prompts, with tuned weights or learned initial noise if wanted, and keep their captions.
+
+    python -m align.sample --prompts "two red stars" --images_per_prompt 4 --output_dir outputs/pictures
+    python -m align.sample --noise outputs/find/find.safetensors --images_per_prompt 16
+
+writes ``00000.png``, .. and ``metadata.jsonl`` (``file_name``, ``prompt``, ``seed``), the layout of datasets' image
+folders that ``python -m rewards.score`` reads, and ``grid.png`` to look at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from align import families, gallery
+from align.config import command, parse
+from align.data import read_prompts
+from align.errors import UserError
+from align.files import write
+from align.noise import InitialNoise
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Sample:
+    """Draw pictures.
+
+    Args:
+        prompts: a prompt, or a prompt file (.txt, .jsonl, .json); with ``noise`` null is all prompts it was learned
+            for.
+        pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``; null is the one that
+            ``noise`` was learned for, else ``shapes-sd``.
+        weights: the run or LoRA folder whose weights draw; null is the pipeline as it is.
+        noise: the ``find.safetensors`` of a FIND or ReNO run: pictures start from what was learned for their prompt.
+        output_dir: where to write; a folder that holds pictures already is refused.
+        images_per_prompt: pictures of each prompt.
+        steps: sampler steps; null is the pipeline's own default.
+        guidance: guidance scale; null is the pipeline's own default.
+        seed: picture k starts from seed + k.
+        batch_size: pictures drawn at once.
+        resolution: side in pixels; null is the model's own.
+        mixed_precision: the precision of the weights.
+        device: where to run; null takes a GPU where there is one.
+    """
+
+    prompts: str | None = None
+    pretrained_model_name_or_path: str | None = None
+    weights: Path | None = None
+    noise: Path | None = None
+    output_dir: Path = Path("outputs/samples")
+    images_per_prompt: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    batch_size: int = 32
+    resolution: int | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    device: str | None = None
+
+
+def sample(config: Sample) -> Path:
+    """Draw and write; returns the folder. Raises :class:`align.errors.UserError`."""
+    if config.images_per_prompt < 1:
+        raise UserError(f"images_per_prompt must be at least 1, got {config.images_per_prompt}")
+    if any(config.output_dir.glob("*.png")):
+        raise UserError(f"{config.output_dir} holds pictures already; give another output_dir")
+    noise = InitialNoise.load(config.noise) if config.noise else None
+    prompts = _prompts(config.prompts, noise)
+    for prompt in prompts if noise else []:
+        noise.number(prompt)  # type: ignore[union-attr]  # none of the pictures may quietly start elsewhere
+    source = config.pretrained_model_name_or_path or (noise.source if noise else "shapes-sd")
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    family = families.load(source, DTYPES[config.mixed_precision], device)
+    if noise:
+        noise.check(family, config.resolution)
+    if config.weights is not None:
+        family = families.tuned(family, str(config.weights))
+    texts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
+    seeds = [config.seed + k for k in range(len(texts))]
+    images = gallery.sample_images(
+        family.predict,
+        family,
+        texts,
+        seeds,
+        config.steps,
+        config.guidance,
+        config.batch_size,
+        config.resolution,
+        "draw",
+        noise.initial if noise else gallery.as_drawn,
+    )
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    names = [f"{k:05d}.png" for k in range(len(texts))]
+    for name, image in zip(names, images, strict=True):
+        draft = config.output_dir / f"{name}.tmp"
+        gallery.to_pil(image).save(draft, "PNG")
+        draft.replace(config.output_dir / name)
+    gallery.save_grid(images[:64], texts[:64], config.output_dir / "grid.png", min(8, max(4, config.images_per_prompt)))
+    rows = [
+        {"file_name": name, "prompt": text, "seed": seed} for name, text, seed in zip(names, texts, seeds, strict=True)
+    ]
+    write(config.output_dir / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{len(texts)} pictures in {config.output_dir}")
+    return config.output_dir
+
+
+def _prompts(given: str | None, noise: InitialNoise | None) -> list[str]:
+    if given is None:
+        if noise is None:
+            raise UserError('say what to draw: --prompts "two red stars", or a prompt file')
+        return noise.prompts
+    return read_prompts(given) if given.endswith((".txt", ".jsonl", ".json")) else [given]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, _ = parse(Sample, "align.sample", __doc__, argv)
+    return command(lambda: sample(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""Make an aligned pipeline small: analyse -> plan -> remove -> heal -> quantise -> report.
+
+    python -m pruning.compress --config configs/compress_shapes_sd3.yaml
+    python -m pruning.compress --config configs/compress_shapes_sd3.yaml --stages [report]
+
+Every stage leaves its result in ``output_dir`` and is skipped where that is there already, so that a killed run goes on
+and a stage can be run by itself: ``profile.json`` (``.png``), ``plan.json`` (``.png``), the pipelines ``pruned``,
+``healed``, ``int4`` (the last of these, quantised) and ``int4-alone`` (the original, quantised), and ``report.json``,
+``report.md``, ``gallery.png``, ``gallery.html``. Pipelines of whole-block plans load with stock
+``DiffusionPipeline.from_pretrained``, quantised ones where there is a GPU; :func:`pruning.load` reads all of them
+anywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+
+from align import families
+from align.config import command, parse
+from align.data import read_prompts
+from align.errors import UserError
+from align.families import LORA_FILE, SAMPLING_FILE, Family
+from align.files import write
+from align.settings import Train
+from align.shapes import locate
+from align.train import train
+from pruning import drawing, importance
+from pruning.graph import BlockGraph
+from pruning.plan import Budget, Plan, by_hand, to_budget
+from pruning.quantize import NF4, merge_lora, quantize, save_pipeline
+from pruning.report import Reporting, report
+from rewards import RewardSum
+from rewards import load as load_reward
+
+Stage = Literal["analyse", "plan", "remove", "heal", "quantise", "report"]
+STAGES: tuple[Stage, ...] = ("analyse", "plan", "remove", "heal", "quantise", "report")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Compress:
+    """Prune, heal and quantise a diffusers pipeline.
+
+    Args:
+        pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``.
+        weights: a LoRA run's folder, merged first, in full precision.
+        output_dir: where every stage leaves its result.
+        stages: which to run.
+        prompts: a prompt file or ``shapes-prompts``, to measure importance on; the first ``calibration_prompts``.
+        calibration_prompts: how many.
+        steps: sampler steps of calibration; null is the pipeline's own default.
+        guidance: guidance scale of calibration; null is the pipeline's own default.
+        seed: of calibration's noise.
+        batch_size: calibration pictures at once.
+        reward: rewards whose drop is measured, where ``measure`` is ``drop``.
+        measure: what decides: the ``drop`` of the reward, the ``mse`` of the output, or the ``cosine`` of what goes in
+            and out of a block.
+        components: choose among parts of blocks too; such a plan loads with pruning.load only.
+        budget: how small the denoiser has to become.
+        blocks: by hand instead, such as ``25-28,31-34``; closed ranges of positions from 0.
+        position_weighting: protect early blocks.
+        heal: a config of align.train with the objective pruning.distill.Heal; student, teacher, plan, profile and
+            output_dir are filled in. null heals nothing.
+        quantise: NF4 settings.
+        text_encoders: quantise those too.
+        dtype: of the saved pipelines.
+        report: what the pipelines are compared by.
+        device: where to run; null takes a GPU where there is one.
+    """
+
+    pretrained_model_name_or_path: str = "shapes-sd3"
+    weights: Path | None = None
+    output_dir: Path = Path("outputs/compress")
+    stages: list[Stage] = field(default_factory=lambda: list(STAGES))
+    prompts: str = "shapes-prompts"
+    calibration_prompts: int = 32
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    batch_size: int = 16
+    reward: list[str] = field(default_factory=list)
+    measure: importance.Measure = "mse"
+    components: bool = False
+    budget: Budget | None = None
+    blocks: str | None = None
+    position_weighting: bool = True
+    heal: Path | None = None
+    quantise: NF4 = field(default_factory=NF4)
+    text_encoders: bool = True
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    report: Reporting = field(default_factory=Reporting)
+    device: str | None = None
+
+    def check(self) -> None:
+        """Everything that can be known to be wrong before a weight is loaded, at once."""
+        wrong = []
+        if (self.budget is None) == (self.blocks is None):
+            wrong.append("give either a budget or blocks by hand")
+        wrong += self.budget.check() if self.budget else []
+        if self.measure == "drop" and not self.reward and self.blocks is None:
+            wrong.append("measure: drop needs a reward")
+        if self.calibration_prompts < 1:
+            wrong.append(f"calibration_prompts must be at least 1, got {self.calibration_prompts}")
+        if self.heal is not None and not self.heal.is_file():
+            wrong.append(f"heal: no config {self.heal}")
+        if self.weights is not None and not (self.weights / LORA_FILE).is_file():
+            wrong.append(f"weights: no {LORA_FILE} in {self.weights}")
+        if wrong:
+            raise UserError("; ".join(wrong))
+        families.find(self.pretrained_model_name_or_path)
+
+    def at(self, name: str) -> Path:
+        return self.output_dir / name
+
+
+def compress(config: Compress) -> Path:
+    """Run the stages that are asked for and not done yet; returns ``output_dir``. Raises
+    :class:`align.errors.UserError`."""
+    config.check()
+    prompts = read_prompts(config.prompts)[: config.calibration_prompts]
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    original = _original(config)
+    stages = [stage for stage in STAGES if stage in config.stages]
+    if "analyse" in stages and (config.blocks is None or _graded(config)):
+        _analyse(config, _family(config, original), prompts)
+    if "plan" in stages:
+        _decide(config, _family(config, original))
+    if "remove" in stages and not config.at("pruned").exists():
+        _remove(config, original)
+    if "heal" in stages and config.heal is not None and not config.at("healed").exists():
+        _heal(config, original)
+    if "quantise" in stages:
+        last = config.at("healed" if config.at("healed").exists() else "pruned")
+        for source, name in ((str(last), "int4"), (original, "int4-alone")):
+            if not config.at(name).exists():
+                _quantise(config, source, name)
+    if "report" in stages:
+        known = ("pruned", "healed", "int4-alone", "int4")
+        folders = {"original": original} | {n: str(config.at(n)) for n in known if config.at(n).exists()}
+        print(report(folders, config.report, config.output_dir))
+    return config.output_dir
+
+
+def _device(config: Compress) -> str:
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _family(config: Compress, original: str) -> Family:
+    return families.load(original, device=_device(config))
+
+
+def _stock(source: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """The pipeline as diffusers has it; a family may leave out parts that say nothing."""
+    return DiffusionPipeline.from_pretrained(locate(source), dtype=dtype, use_safetensors=True)
+
+
+def _beside(source: str) -> dict[str, str]:
+    """What else a folder says, and should go on saying."""
+    path = Path(locate(source)) / SAMPLING_FILE
+    return {SAMPLING_FILE: path.read_text()} if path.is_file() else {}
+
+
+def _original(config: Compress) -> str:
+    """The model's name, or the folder where the LoRA was merged into it."""
+    source = config.pretrained_model_name_or_path
+    if config.weights is None:
+        return source
+    if not config.at("merged").exists():
+        pipe = _stock(source)
+        merge_lora(pipe, config.weights)
+        save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("merged"), _beside(source))
+    return str(config.at("merged"))
+
+
+def _graded(config: Compress) -> bool:
+    """Whether healing wants the profile, though blocks are given by hand."""
+    if config.heal is None:
+        return False
+    arguments = yaml.safe_load(config.heal.read_text())["objective"].get("init_args", {})
+    return arguments.get("sensitivity", "graded") != "none"
+
+
+def _analyse(config: Compress, family: Family, prompts: Sequence[str]) -> None:
+    reward = RewardSum({name: load_reward(name) for name in config.reward}) if config.reward else None
+    graph = BlockGraph.of(family.denoiser)
+    found = importance.profile(
+        family,
+        prompts,
+        config.at("profile.json"),
+        graph.units(config.components),
+        reward,
+        config.steps,
+        config.seed,
+        config.guidance,
+        config.batch_size,
+    )
+    drawing.heatmap(found, config.at("profile.png"))
+
+
+def _decide(config: Compress, family: Family) -> Plan:
+    graph, source = BlockGraph.of(family.denoiser), family.source
+    if config.blocks is not None:
+        plan = by_hand(graph, config.blocks, source)
+    else:
+        assert config.budget is not None
+        profile = importance.read(config.at("profile.json"))
+        measured = importance.scores(profile, config.measure)
+        times = importance.seconds(profile)
+        plan = to_budget(graph, measured, config.budget, times, config.position_weighting, source)
+    before = Plan.load(config.at("plan.json")) if config.at("plan.json").is_file() else None
+    if before is not None and before.dropped != plan.dropped and config.at("pruned").exists():
+        raise UserError(
+            f"{config.output_dir} was pruned by another plan ({', '.join(before.dropped)}); name another output_dir"
+        )
+    plan.save(config.at("plan.json"))
+    plan.picture(config.at("plan.png"))
+    print(plan.text())
+    return plan
+
+
+def _remove(config: Compress, original: str) -> None:
+    plan, pipe, name = Plan.load(config.at("plan.json")), _stock(original), _family(config, original).denoiser_name
+    graph = BlockGraph.of(getattr(pipe, name))
+    plan.fits(graph)
+    graph.remove(plan.dropped)
+    card = _card(config, plan, "pruned, not healed")
+    save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("pruned"), _beside(original) | {"README.md": card})
+
+
+def _heal(config: Compress, original: str) -> None:
+    assert config.heal is not None
+    student, run = config.at("pruned"), config.at("heal")
+    filled = {
+        "pretrained_model_name_or_path": student,
+        "objective.init_args.teacher.path": original,
+        "objective.init_args.plan_path": config.at("plan.json"),
+        "output_dir": run,
+        "resume_from_checkpoint": "latest",
+    }
+    if config.at("profile.json").is_file():
+        filled["objective.init_args.profile"] = config.at("profile.json")
+    words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
+    settings, resolved = parse(Train, "align.train", None, ["--config", str(config.heal), *words])
+    train(settings, resolved)
+    pipe = _stock(str(student))
+    family = families.of(copy.copy(pipe), str(student))
+    if (run / LORA_FILE).is_file():
+        merge_lora(pipe, run)
+    else:
+        denoiser = type(family.denoiser).from_pretrained(run, subfolder=family.denoiser_name)
+        pipe.register_modules(**{family.denoiser_name: denoiser})
+    card = _card(config, Plan.load(config.at("plan.json")), f"pruned and healed by `{config.heal}`")
+    save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("healed"), _beside(original) | {"README.md": card})
+    shutil.rmtree(run / family.denoiser_name, ignore_errors=True)  # the healed pipeline has the same weights
+
+
+def _quantise(config: Compress, source: str, name: str) -> None:
+    pipe = _stock(source, DTYPES[config.dtype])
+    family = families.of(copy.copy(pipe), source)
+    parts = [family.denoiser_name]
+    if config.text_encoders:
+        parts += [part for part in pipe.components if part.startswith("text_encoder") and getattr(pipe, part)]
+    said = []
+    for part in parts:
+        said.append(str(quantize(getattr(pipe, part), config.quantise)))
+        print(said[-1].splitlines()[0])
+    plan = Plan.load(config.at("plan.json")) if name == "int4" else None
+    text = _card(config, plan, "4-bit NF4 weights (bitsandbytes)") + "\n```\n" + "\n".join(said) + "\n```\n"
+    save_pipeline(pipe, config.at(name), _beside(source) | {"README.md": text})
+
+
+def _card(config: Compress, plan: Plan | None, what: str) -> str:
+    base = config.pretrained_model_name_or_path
+    lines = [f"---\nbase_model: {base}\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n"]
+    lines += [f"# {base}, compressed by t2i-align\n", f"{what[0].upper()}{what[1:]}.\n"]
+    if plan is not None:
+        lines.append(f"Removed from the denoiser, by the original's names: {', '.join(plan.dropped)}.\n")
+        lines.append(f"{plan.after:,} of {plan.before:,} parameters are left.\n")
+    lines.append(
+        '```python\nimport pruning\n\npipe = pruning.load("this folder")  # on a GPU stock diffusers does\n```\n'
+    )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, resolved = parse(Compress, "pruning.compress", __doc__, argv)
+
+    def run() -> None:
+        config.check()
+        write(config.at("config.yaml"), resolved)
+        compress(config)
+
+    return command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Healing a pruned denoiser by distillation, as an objective of the one training loop.
+
+HierarchicalPrune (arXiv 2508.04663) trains on task + output + feature terms, freezes the blocks before the first that
+was removed (positional weight preservation), and changes blocks the less, the more it costs to lose them
+(sensitivity-guided distillation). Their states are noised real pictures; the student's own trajectories, where it will
+be used, are on-policy distillation (:mod:`align.objectives.opd`) with the unpruned model as the teacher.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from align import draws, families
+from align.data import PromptBatch
+from align.encoded import PairBatch
+from align.errors import UserError
+from align.families import Cond, Family
+from align.objectives import Context, Metrics, Objective, Plan
+from align.policy import Policy
+from align.process import diffuse, like
+from align.rollouts import Sampler, draw, grid_of
+from align.scoring import Scorer
+from align.table import Table
+from align.teachers import PipelineTeacher
+from pruning import importance
+from pruning.graph import BlockGraph, Streams, follow
+from pruning.plan import Plan as PruningPlan
+from pruning.quantize import load as load_packed
+
+Sensitivity = Literal["graded", "binary", "none"]
+_INTO = ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "time_embedding", "add_embedding", "conv_in")
+
+
+@dataclass
+class PackedTeacher(PipelineTeacher):
+    """A pipeline that was saved in 4 bit, also where there is no GPU and stock diffusers refuses it."""
+
+    def load(self, policy: Policy) -> Family:
+        return families.of(load_packed(self.path), self.path)
+
+
+@dataclass
+class Heal(Objective):
+    """Teach a pruned student what the unpruned teacher says and feels.
+
+    Args:
+        teacher: the unpruned pipeline.
+        plan: the JSON that the student was pruned by.
+        profile: the measured importance of blocks; only ``sensitivity`` needs it.
+        sampler: how the student draws the states that it learns at, from prompts; deterministic without a kernel.
+            Training itself is without guidance, on the caption or the empty prompt, which are the two that guidance
+            mixes.
+        draws_per_image: states of each picture that are trained on; null is every step of the sampler.
+        task_weight: of the error to the true target, which only data has, not the student's own pictures.
+        output_weight: of the squared difference of the outputs.
+        feature_weight: of the squared difference of the features behind every block that stays and heals, summed over
+            blocks (official: 1e-4).
+        relative_features: divide each block's by the mean square of the teacher's features (LAPTOP-Diff).
+        preservation: freeze what runs before the first removed block.
+        sensitivity: ``graded`` multiplies a block's learning rate by m / (m + dP), dP being what its loss costs and m
+            the median of those; ``binary`` freezes the blocks of above median dP (the official form); ``none``.
+        measure: which dP of the profile.
+        proportion_empty_prompts: the share of states that are seen with the empty prompt.
+    """
+
+    teacher: PipelineTeacher
+    plan_path: Path
+    profile: Path | None = None
+    sampler: Sampler = field(default_factory=Sampler)
+    draws_per_image: int | None = None
+    task_weight: float = 0.0
+    output_weight: float = 1.0
+    feature_weight: float = 1e-4
+    relative_features: bool = False
+    preservation: bool = True
+    sensitivity: Sensitivity = "graded"
+    measure: importance.Measure = "mse"
+    proportion_empty_prompts: float = 0.2
+
+    batch_types: ClassVar[tuple[type, ...]] = (PromptBatch, PairBatch)
+    online: ClassVar[bool] = True
+    scored: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.task_weight, self.output_weight, self.feature_weight) < 0
+            or not 0 <= self.proportion_empty_prompts < 1
+        ):
+            raise ValueError("weights must be at least 0 and proportion_empty_prompts in [0, 1)")
+        if self.draws_per_image is not None and not 1 <= self.draws_per_image <= self.sampler.steps:
+            raise ValueError(f"draws_per_image must be between 1 and the sampler's {self.sampler.steps} steps")
+        if self.sensitivity != "none" and self.profile is None:
+            raise ValueError("sensitivity grades by measured importance: set profile, or sensitivity: none")
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+    @property
+    def count(self) -> int:
+        """Rows of a picture."""
+        return self.draws_per_image or self.sampler.steps
+
+    def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
+        self.teacher.open(policy)
+        self._plan = PruningPlan.load(self.plan_path)
+        whole = BlockGraph.of(self.teacher.family.denoiser)
+        self._plan.fits(whole)
+        self._moved, renamed = whole.moved(self._plan.dropped), whole.renamed(self._plan.dropped)
+        student = BlockGraph.of(policy.denoiser)
+        if student.parameters() != self._plan.after and not policy.lora:
+            raise UserError(
+                f"the student has {student.parameters():,} parameters, {self.plan_path} leaves {self._plan.after:,}: "
+                "train the folder that this plan was applied to"
+            )
+        self._pairs = {renamed[name]: name for name in self._plan.healing}
+        self._graphs = whole, student
+        self._rates = self._block_rates(whole)
+
+    def _block_rates(self, whole: BlockGraph) -> dict[str, float]:
+        """The learning rate's factor for everything under each path of the student."""
+        by_block = dict.fromkeys(self._plan.frozen, 0.0 if self.preservation else 1.0)
+        by_block |= sensitivity(self._importance(), self._plan.healing, self.sensitivity)
+        found = dict.fromkeys(_INTO, 0.0 if self.preservation else 1.0)
+        for name, rate in by_block.items():
+            found |= {there: rate for path in whole[name].modules if (there := follow(path, self._moved)) is not None}
+        return found
+
+    def _importance(self) -> Mapping[str, float]:
+        return {} if self.profile is None else importance.scores(importance.read(self.profile), self.measure)
+
+    def rate(self, name: str) -> float:
+        paths = name.split(".")
+        for end in range(len(paths), 0, -1):
+            if (rate := self._rates.get(".".join(paths[:end]))) is not None:
+                return rate
+        return 1.0
+
+    def plan(self, family: Family, resolution: int | None) -> Plan:
+        each = self.sampler.evaluations(family)
+        return Plan(self.count, self.count + self.sampler.steps * each, self.count)
+
+    def rollout(self, ctx: Context, batch: PromptBatch | PairBatch) -> Table:
+        family, generators = ctx.policy.family, ctx.generators("heal")
+        cond = batch.cond.to(family.device)
+        empty = torch.stack([draws.uniform(generators) for _ in range(self.count)], 1).flatten()
+        rows: dict[str, Tensor | Cond] = {"empty": empty < self.proportion_empty_prompts}
+        image = torch.arange(len(ctx.positions)).repeat_interleave(self.count)
+        if isinstance(batch, PairBatch):
+            x0 = batch.latents[:, 0].float()
+            shares = torch.stack([draws.uniform(generators) for _ in range(self.count)], 1) + torch.arange(self.count)
+            t = family.draw_t((shares / self.count).flatten())  # one level in each of equal shares
+            eps = draws.normal((self.count, *x0.shape[1:]), generators).flatten(0, 1)
+            rows |= {"t": t, "eps": eps, "x_t": diffuse(x0[image], eps, *family.path(t))}
+            return Table(rows, {"x0": x0, "cond": cond}, image)
+        if self.task_weight:
+            raise UserError("task_weight needs data with pictures (PreferencePairs); the student's own are no target")
+        stochastic = None if self.sampler.kernel else ()
+        drawn = draw(ctx, self.sampler, batch, 1, range(self.sampler.steps), stochastic, likelihood=False)
+        latents = drawn.columns["latents"]
+        assert isinstance(latents, Tensor)
+        order = draws.normal((self.sampler.steps,), generators).argsort(1)[:, : self.count].sort(1).values.flatten()
+        rows["t"] = grid_of(family, self.sampler.steps).t[order].float()
+        rows["x_t"] = latents.cpu()[image, order].float()
+        return Table(rows, {"cond": cond}, image, drawn.metrics)
+
+    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+        family, (whole, student) = ctx.policy.family, self._graphs
+        x_t, t = rows.tensor("x_t").to(family.device), rows.tensor("t").to(family.device)
+        empty = rows.tensor("empty").to(family.device)
+        own = _emptied(rows.cond(), family, empty)
+        tapped = self.feature_weight > 0
+        with torch.no_grad(), whole.tap(list(self._pairs.values()) if tapped else []) as theirs:
+            target = self.teacher.predict(ctx.policy, x_t, t, own, 1.0)  # one pipeline's text encoders serve both
+        with student.tap(list(self._pairs) if tapped else []) as mine:
+            answer = ctx.policy.predict(x_t, t, own)
+        output = F.mse_loss(answer.raw.float(), target.raw.float())
+        loss, metrics = self.output_weight * output, {"output": output.detach()}
+        if tapped:
+            apart = [self._feature(mine[new], theirs[old]) for new, old in self._pairs.items()]
+            feature = torch.stack(apart).sum() if apart else output.new_zeros(())
+            loss = loss + self.feature_weight * feature
+            metrics["feature"] = feature.detach()
+        if self.task_weight:
+            x0, eps = rows.tensor("x0").to(family.device), rows.tensor("eps").to(family.device)
+            task = F.mse_loss(answer.raw.float(), answer.target(x0, eps))
+            loss = loss + self.task_weight * task
+            metrics["task"] = task.detach()
+        return loss, metrics
+
+    def _feature(self, mine: Streams, theirs: Streams) -> Tensor:
+        """How far one block's streams are apart, a mean over elements, summed over streams."""
+        total = torch.zeros((), device=next(iter(mine.values())).device)
+        for name, wanted in theirs.items():
+            apart = F.mse_loss(mine[name].float(), wanted.float())
+            total = total + (
+                apart / wanted.float().square().mean().clamp(min=1e-8) if self.relative_features else apart
+            )
+        return total
+
+
+def _emptied(cond: Cond, family: Family, empty: Tensor) -> Cond:
+    """``cond`` with the empty prompt's in the rows where ``empty`` (R,) says so."""
+    bound = cond.to(family.device)
+    null = family.null.to(family.device)
+    return Cond({k: torch.where(like(empty, v), null[k].to(v.dtype), v) for k, v in bound.tensors.items()})
+
+
+def sensitivity(importance: Mapping[str, float], blocks: tuple[str, ...], form: Sensitivity) -> dict[str, float]:
+    """The learning rate's factor of each of ``blocks``, from what it costs to lose it; 1 where that is unknown.
+
+    A block of several units counts as its dearest.
+    """
+    if form == "none":
+        return dict.fromkeys(blocks, 1.0)
+    cost = {
+        block: max((max(v, 0.0) for unit, v in importance.items() if block in unit.split("+")), default=None)
+        for block in blocks
+    }
+    known = [v for v in cost.values() if v is not None]
+    if not known:
+        return dict.fromkeys(blocks, 1.0)
+    middle = statistics.median(known)
+    if form == "binary":
+        return {block: 1.0 if v is None or v <= middle else 0.0 for block, v in cost.items()}
+    return {block: 1.0 if v is None or not middle + v else middle / (middle + v) for block, v in cost.items()}

@@ -1,0 +1,283 @@
+"""How much a denoiser suffers from the loss of each block: leave-one-out on calibration trajectories.
+
+For every unit that could go (:meth:`pruning.graph.BlockGraph.units`): the error of the denoiser's output without it on
+the states that the full model went through, and the drop of a reward on pictures drawn without it (HierarchicalPrune's
+contribution analysis, arXiv 2508.04663). For every block: how similar its output is to its input (SANA-1.5,
+arXiv 2501.18427) and how long it takes. The full model draws every calibration trajectory once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from align.errors import NonFinite, UserError
+from align.families import Cond, Family
+from align.files import write
+from align.process import DDIM, Prediction
+from align.sampling import initial_noise, sample
+from pruning.graph import BlockGraph, Streams
+from pruning.plan import key
+from rewards import RewardSum
+
+Measure = Literal["drop", "mse", "cosine"]
+Profile = dict[str, Any]
+
+
+@dataclass
+class _Trajectory:
+    """A batch of prompts, and what the full model saw and said at every step (on the CPU)."""
+
+    prompts: list[str]
+    cond: Cond
+    states: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+@torch.no_grad()
+def profile(
+    family: Family,
+    prompts: Sequence[str],
+    path: Path,
+    units: Sequence[Sequence[str]] | None = None,
+    reward: RewardSum | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    guidance: float | None = None,
+    batch_size: int = 8,
+) -> Profile:
+    """Measure ``units`` (default: every whole block that can go) on ``prompts``; write and return the profile.
+
+    Picture k starts from ``seed + k``; ``steps`` and ``guidance`` None are the pipeline's own. With N prompts and T
+    steps the full model is evaluated N*T times, and a unit N*T times on the full model's states; with a reward
+    N*(T-1) times more, since its own trajectory begins with a state that was evaluated already.
+
+    The file is written after the full model and after every unit. A run that finds one with the same settings goes on
+    where it stopped, and its numbers are those of an uninterrupted run. It holds
+
+    - ``settings``: what the numbers depend on;
+    - ``full``: ``reward``, and ``seconds`` of one evaluation of a batch, the median;
+    - ``blocks``: for every block and part ``position``, ``parameters``, ``seconds`` (its median share of that) and, for
+      whole blocks that keep their width, ``cosine`` of the image stream in and out, mean over positions;
+    - ``units``: ``mse`` in the network's own coordinate, ``reward``, and the ``drop`` of it.
+
+    Raises :class:`UserError` for units that cannot go, no prompts, and a file with other settings.
+    """
+    graph = BlockGraph.of(family.denoiser)
+    units = graph.units() if units is None else [tuple(unit) for unit in units]
+    wrong = [text for unit in units for text in graph.check(unit)]
+    wrong += [] if prompts else ["no prompts to calibrate on"]
+    steps = steps or family.default_steps
+    guidance = family.default_guidance if guidance is None else guidance
+    settings = {
+        "model": family.source,
+        "parameters": graph.parameters(),
+        "dtype": str(family.denoiser.dtype),
+        "prompts": list(prompts),
+        "rewards": {name: (reward.weights or {}).get(name, 1.0) for name in reward.rewards} if reward else None,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+    }
+    found: Profile = read(path) if path.is_file() else {"settings": settings, "full": {}, "blocks": {}, "units": {}}
+    if differ := [name for name, value in settings.items() if found["settings"].get(name) != value]:
+        wrong.append(f"{path} was measured with other {', '.join(differ)}; name another file or remove it")
+    if wrong:
+        raise UserError("profile: " + "; ".join(wrong))
+    left = [unit for unit in units if key(unit) not in found["units"]]
+    if not left and found["full"]:
+        return found
+
+    calibration = _Calibration(family, graph, list(prompts), steps, seed, guidance, batch_size, reward)
+    full = calibration.draw()
+    if not found["full"]:  # a run that goes on keeps the times that it measured first
+        found |= full
+        write(path, json.dumps(found, indent=2) + "\n")
+    for unit in tqdm(left, desc="importance", initial=len(units) - len(left), total=len(units)):
+        with graph.skip(unit):
+            mse, score = calibration.without()
+        if not torch.tensor(mse).isfinite():
+            raise NonFinite(f"without {key(unit)} the output is not finite; profile in bfloat16 or float32")
+        drop = None if score is None else found["full"]["reward"] - score
+        found["units"][key(unit)] = {"mse": mse, "reward": score, "drop": drop}
+        write(path, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+@dataclass
+class _Calibration:
+    """The full model's trajectories, and what a changed denoiser makes of them."""
+
+    family: Family
+    graph: BlockGraph
+    prompts: list[str]
+    steps: int
+    seed: int
+    guidance: float
+    batch_size: int
+    reward: RewardSum | None
+    trajectories: list[_Trajectory] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.grid = self.family.grid(self.steps)
+
+    def draw(self) -> dict[str, Any]:
+        """Run the full model once over every prompt; keep its states and outputs, return its own measurements."""
+        family, shape = self.family, self.family.latent_shape()
+        whole = [block.name for block in self.graph.blocks]
+        everything = [b for w in self.graph.blocks for b in (w, *self.graph.components(w.name))]
+        similar: dict[str, list[float]] = {}
+        scores: list[Tensor] = []
+        with (
+            self.graph.tap(whole, before=True) as before,
+            self.graph.tap(whole) as after,
+            _stopwatch(family.denoiser, {b.name: b.modules for b in everything}) as times,
+        ):
+            for start in tqdm(range(0, len(self.prompts), self.batch_size), desc="full model"):
+                part = self.prompts[start : start + self.batch_size]
+                run = _Trajectory(part, family.encode(part))
+
+                def predict(x_t: Tensor, t: Tensor, cond: Cond, guidance: float, run: _Trajectory = run) -> Prediction:
+                    prediction = family.predict(x_t, t, cond, guidance)
+                    run.states.append(x_t.cpu())
+                    run.outputs.append(prediction.raw.float().cpu())
+                    for name in whole:
+                        if (value := _cosine(before[name], after[name])) is not None:
+                            similar.setdefault(name, []).append(value)
+                    return prediction
+
+                seeds = [self.seed + start + k for k in range(len(part))]
+                x0 = sample(predict, self.grid, run.cond, initial_noise(shape, seeds).to(family.device), self.guidance)
+                scores += self._score(x0, part)
+                self.trajectories.append(run)
+        # shares of one and the same call: a machine that others use too does not run evenly from call to call
+        total = median(times["denoiser"])
+        blocks = {
+            b.name: {
+                "position": b.position,
+                "parameters": b.parameters,
+                "cosine": sum(similar[b.name]) / len(similar[b.name]) if b.name in similar else None,
+                "seconds": total * median(t / d for t, d in zip(times[b.name], times["denoiser"], strict=True)),
+            }
+            for b in everything
+        }
+        reward = torch.cat(scores).double().mean().item() if scores else None
+        return {"full": {"reward": reward, "seconds": total}, "blocks": blocks}
+
+    def without(self) -> tuple[float, float | None]:
+        """Output error of the denoiser as it now stands on the full model's states, and the reward of its pictures."""
+        family, grid = self.family, self.grid
+        errors: list[Tensor] = []
+        scores: list[Tensor] = []
+        for run in self.trajectories:
+            begun: Tensor | None = None
+            for i, (state, output) in enumerate(zip(run.states, run.outputs, strict=True)):
+                x = state.to(family.device)
+                said = family.predict(x, grid.t[i].to(x.device).expand(len(x)), run.cond, self.guidance)
+                errors.append((said.raw.float().cpu() - output).square().flatten(1).mean(1))
+                if i == 0:
+                    begun = DDIM()(said, grid, 0).mean
+            if self.reward is not None:
+                assert begun is not None
+                rest = range(1, len(grid))
+                scores += self._score(
+                    sample(family.predict, grid, run.cond, begun, self.guidance, steps=rest), run.prompts
+                )
+        reward = torch.cat(scores).double().mean().item() if scores else None
+        return torch.cat(errors).double().mean().item(), reward
+
+    def _score(self, x0: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        if self.reward is None:
+            return []
+        return [self.reward.score(images=self.family.to_image(x0).cpu(), prompts=prompts)]
+
+
+def _cosine(before: Streams, after: Streams) -> float | None:
+    """Mean cosine of the image stream over positions; None where the block changes its shape."""
+    x, y = before["hidden"].float(), after["hidden"].float()
+    return F.cosine_similarity(x, y, dim=1 if x.ndim == 4 else -1).mean().item() if x.shape == y.shape else None
+
+
+@contextmanager
+def _stopwatch(denoiser: nn.Module, modules: Mapping[str, Sequence[str]]) -> Iterator[dict[str, list[float]]]:
+    """Seconds of every call of the modules of each name, summed over its modules, and of the ``denoiser``'s."""
+    device = next(denoiser.parameters()).device
+    runs: dict[str, list[list[float]]] = {}
+    handles = []
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def watch(module: nn.Module, name: str) -> None:
+        laps: list[float] = []
+        runs.setdefault(name, []).append(laps)
+
+        def start(*_: Any) -> None:
+            laps.append(-now())
+
+        def stop(*_: Any) -> None:
+            laps[-1] += now()
+
+        handles.append(module.register_forward_pre_hook(start))
+        handles.append(module.register_forward_hook(stop))
+
+    watch(denoiser, "denoiser")
+    for name, paths in modules.items():
+        for path in paths:
+            watch(denoiser.get_submodule(path), name)
+    seconds: dict[str, list[float]] = {}
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, laps in runs.items():
+            seconds[name] = [sum(lap) for lap in zip(*laps, strict=True)]
+
+
+def read(path: Path) -> Profile:
+    """A profile from its file; :class:`UserError` for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the profile {path}: {error}") from error
+    if not isinstance(found, dict) or found.keys() != {"settings", "full", "blocks", "units"}:
+        raise UserError(f"{path} is no profile: expected the keys settings, full, blocks and units")
+    return found
+
+
+def scores(profile: Profile, measure: Measure = "drop") -> dict[str, float]:
+    """The importance of every measured unit, larger is worse to lose, for :func:`pruning.plan.to_budget`.
+
+    ``drop`` of the reward, ``mse`` of the output, or ``cosine``: 1 minus the similarity of the unit's least similar
+    block. Raises :class:`UserError` where the profile does not have the measure for all units.
+    """
+    if measure == "cosine":
+        found = {name: [profile["blocks"][n]["cosine"] for n in name.split("+")] for name in profile["units"]}
+        values = {name: None if None in cosines else 1 - min(cosines) for name, cosines in found.items()}
+    else:
+        values = {name: entry[measure] for name, entry in profile["units"].items()}
+    if missing := [name for name, value in values.items() if value is None]:
+        why = "it was measured without a reward" if measure == "drop" else "they change their width or are parts"
+        raise UserError(f"the profile has no {measure} of {', '.join(missing[:5])}: {why}; choose another measure")
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def seconds(profile: Profile) -> dict[str, float]:
+    """The measured time of every block and part, and of the whole as ``denoiser``, for one batch."""
+    return {name: entry["seconds"] for name, entry in profile["blocks"].items()} | {
+        "denoiser": profile["full"]["seconds"]
+    }

@@ -1,0 +1,221 @@
+"""What compression cost and what it saved: pipelines side by side."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import torch
+from torch import Tensor
+
+import pruning
+from align import families, gallery, runs
+from align.data import read_prompts
+from align.families import Family
+from align.files import write
+from align.shapes import locate
+from align.shapes.world import held_out_prompts
+from rewards import RewardSum
+from rewards import load as load_reward
+from rewards.shapes import Shapes
+from rewards.shapes import parse as parse_caption
+
+
+@dataclass
+class Reporting:
+    """What pipelines are compared by.
+
+    Args:
+        prompts: a prompt file, or ``shapes``, the embedded world's held-out prompts.
+        max_prompts: evenly spaced ones, so many at most.
+        samples_per_prompt: pictures of each.
+        reward: the rewards; with ``Shapes`` its strict verdict too.
+        steps: sampler steps; null is the pipeline's own default.
+        guidance: guidance scale; null is the pipeline's own default.
+        seed: picture k starts from seed + k, for every pipeline.
+        batch_size: pictures at once, also of the timed evaluation.
+        memory: measure peak memory, each pipeline in a process of its own.
+        repeats: evaluations of every denoiser, in turns, whose median is its latency.
+    """
+
+    prompts: str = "shapes"
+    max_prompts: int | None = None
+    samples_per_prompt: int = 1
+    reward: list[str] = field(default_factory=lambda: ["Shapes"])
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 1000
+    batch_size: int = 64
+    memory: bool = True
+    repeats: int = 15
+
+
+def opened(source: str) -> Family:
+    """A pipeline of any of our folders, or a model by its name, ready to sample: on a GPU as it was saved; on a CPU,
+    which is slow in half precision, in float32, but for what is packed."""
+    return families.of(pruning.load(locate(source), None if torch.cuda.is_available() else torch.float32), source)
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the safetensors under ``folder``."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def logical(family: Family) -> int:
+    """Parameters of the denoiser, a packed one counted as what it stands for."""
+    packed = (p for p in family.denoiser.parameters() if isinstance(p, bnb.nn.Params4bit))
+    count = sum(p.numel() for p in family.denoiser.parameters() if not isinstance(p, bnb.nn.Params4bit))
+    return count + sum(math.prod(p.quant_state.shape) for p in packed)
+
+
+def latencies(denoisers: Mapping[str, Family], batch: int, repeats: int) -> dict[str, float]:
+    """Median seconds of one evaluation of ``batch`` rows by each denoiser, taken in turns after one to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in denoisers}
+    for k in range(repeats + 1):
+        for name, family in denoisers.items():
+            x = torch.randn(batch, *family.latent_shape(), generator=torch.Generator().manual_seed(0))
+            x = x.to(family.device, family.dtype)
+            t = family.draw_t(torch.full((batch,), 0.5)).to(family.device)
+            cond = family.null.expand(batch)
+            start = _now(family)
+            with torch.no_grad(), torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+                family.forward(x, t, cond)
+            if k:
+                times[name].append(_now(family) - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _now(family: Family) -> float:
+    if family.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak(source: str, settings: Reporting) -> int:
+    """Bytes of memory at the peak of loading ``source`` and drawing one batch, in a process of its own: of the GPU
+    where there is one, else all that the process holds, which for a small model is mostly libraries."""
+    words = [sys.executable, "-m", "pruning.report", source, str(min(8, settings.batch_size)), str(settings.steps or 4)]
+    found = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return int(json.loads(found.splitlines()[-1])["peak"])
+
+
+def _measure(source: str, batch: int, steps: int) -> int:
+    family = families.of(pruning.load(locate(source)), source)
+    prompts = ["a red circle"] * batch
+    half = torch.bfloat16 if family.dtype == torch.float32 else family.dtype
+    with torch.autocast(family.device.type, half):
+        gallery.sample_images(family.predict, family, prompts, range(batch), steps, batch_size=batch)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str:
+    """Measure the pipelines of ``folders`` (name to folder or model, the original first), write ``report.json``,
+    ``report.md``, ``gallery.png`` and ``gallery.html`` into ``output``, and return the table."""
+    shapes = settings.prompts == "shapes"
+    prompts = held_out_prompts() if shapes else read_prompts(settings.prompts)
+    if settings.max_prompts and settings.max_prompts < len(prompts):
+        index = np.linspace(0, len(prompts) - 1, settings.max_prompts).round().astype(int)
+        prompts = [prompts[k] for k in index]
+    texts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
+    seeds = range(settings.seed, settings.seed + len(texts))
+    scorers: dict[str, Any] = {name: load_reward(name) for name in settings.reward}
+    if "Shapes" in scorers:
+        scorers["Shapes (strict)"] = Shapes(mode="strict")
+    rewards = RewardSum(scorers)
+    found: dict[str, dict[str, Any]] = {}
+    pictures: dict[str, Tensor] = {}
+    held: dict[str, Family] = {}
+    for name, source in folders.items():
+        family = held[name] = opened(source)
+        where = Path(locate(source))
+        with torch.autocast(family.device.type, family.dtype, enabled=family.dtype != torch.float32):
+            pictures[name] = gallery.sample_images(
+                family.predict, family, texts, seeds, settings.steps, settings.guidance, settings.batch_size, None, name
+            )
+        scores = rewards.components(images=pictures[name], prompts=texts)
+        entry = found[name] = {
+            "source": source,
+            "parameters": logical(family),
+            "denoiser_bytes": weights_bytes(where / family.denoiser_name),
+            "pipeline_bytes": weights_bytes(where),
+            "peak_bytes": peak(source, settings) if settings.memory else None,
+            "rewards": {reward: scores[reward].double().mean().item() for reward in scorers},
+        }
+        if shapes:
+            tasks = [parse_caption(text).task for text in texts]
+            strict = scores["Shapes (strict)"].double() if "Shapes (strict)" in scorers else None
+            if strict is not None:
+                by = {task: [v for v, t in zip(strict.tolist(), tasks, strict=True) if t == task] for task in tasks}
+                entry["tasks"] = {task: statistics.fmean(values) for task, values in by.items()}
+                entry["rewards"]["Shapes (strict)"] = statistics.fmean(entry["tasks"].values())
+    for name, seconds in latencies(held, min(settings.batch_size, 64), settings.repeats).items():
+        found[name]["latency"] = seconds
+    text = table(found)
+    _gallery(output, texts, pictures, found)
+    write(output / "report.json", json.dumps({"pipelines": found} | runs.provenance(), indent=2) + "\n")
+    write(output / "report.md", text + "\n")
+    return text
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The comparison as Markdown. Latency is relative to the original's, in one run."""
+    first = next(iter(found.values()))
+    names = list(first["rewards"])
+    lines = ["| | parameters | denoiser MB | pipeline MB | peak MB | latency | " + " | ".join(names) + " |"]
+    lines.append("|---" * (6 + len(names)) + "|")
+    for name, entry in found.items():
+        sizes = [entry[key] for key in ("denoiser_bytes", "pipeline_bytes", "peak_bytes")]
+        scores = " | ".join(f"{entry['rewards'][reward]:.3f}" for reward in names)
+        lines.append(
+            f"| {name} | {entry['parameters']:,} | "
+            + " | ".join("" if size is None else f"{size / 1e6:.2f}" for size in sizes)
+            + f" | {entry['latency'] / first['latency']:.2f} | {scores} |"
+        )
+    return "\n".join(lines)
+
+
+def _gallery(
+    output: Path, texts: list[str], pictures: Mapping[str, Tensor], found: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Evenly spaced prompts through every pipeline, from the same noise: nobody picked the good ones."""
+    chosen = np.linspace(0, len(texts) - 1, min(12, len(texts))).round().astype(int)
+    both = torch.stack([pictures[name][k] for k in chosen for name in pictures])
+    gallery.save_grid(both, [texts[k] for k in chosen], output / "gallery.png", 12, list(pictures))
+
+    def picture(image: Tensor) -> str:
+        file = io.BytesIO()
+        gallery.to_pil(image).save(file, "PNG")
+        return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+    more = np.linspace(0, len(texts) - 1, min(48, len(texts))).round().astype(int)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in pictures)
+    rows = "".join(
+        f"<tr><td>{html.escape(texts[k])}</td>{''.join(f'<td>{picture(p[k])}</td>' for p in pictures.values())}</tr>"
+        for k in more
+    )
+    page = f"""<!doctype html><meta charset="utf-8"><title>compressed</title><style>
+body{{font:15px system-ui;margin:2em}}
+td,th{{padding:4px 10px;text-align:left}}img{{width:110px;image-rendering:auto;border:1px solid #eee}}
+pre{{background:#f5f5f5;padding:1em}}</style><h1>Original and compressed</h1>
+<pre>{html.escape(table(found))}</pre><table><tr><th></th>{head}</tr>{rows}</table>"""
+    write(output / "gallery.html", page)
+
+
+if __name__ == "__main__":
+    print(json.dumps({"peak": _measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))}))

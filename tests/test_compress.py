@@ -1,0 +1,340 @@
+"""Healing and the whole command, on tiny pipelines: what may change, what must not, and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+
+import pruning
+from align import families
+from align.config import parse
+from align.data import PromptSet
+from align.errors import UserError
+from align.families import LORA_FILE
+from align.objectives import Context
+from align.policy import LoRA, Policy
+from align.rollouts import Sampler
+from align.teachers import PipelineTeacher
+from pruning import compress
+from pruning.distill import Heal, PackedTeacher, sensitivity
+from pruning.graph import BlockGraph
+from pruning.plan import by_hand
+from tests.helpers import errors, lines
+
+PROMPTS = ["two red stars", "a star", "a red circle", "a blue circle left of a green square"]
+
+
+def batch(policy: Policy) -> Any:
+    return PromptSet(policy.family, [{"prompt": text} for text in PROMPTS]).batch(range(4))
+
+
+def healing(folder: Path, tmp_path: Path, blocks: str, **arguments: Any) -> tuple[Policy, Heal]:
+    """A student without ``blocks`` and the objective that heals it."""
+    whole = families.load(str(folder))
+    plan = by_hand(BlockGraph.of(whole.denoiser), blocks, str(folder)) if blocks else None
+    if plan is None:
+        graph = BlockGraph.of(whole.denoiser)
+        from pruning.plan import _plan
+
+        plan = _plan(graph, [], str(folder))
+    plan.save(tmp_path / "plan.json")
+    student = families.load(str(folder))
+    BlockGraph.of(student.denoiser).remove(plan.dropped)
+    defaults: dict[str, Any] = {"sampler": Sampler(3, guidance=1.0), "sensitivity": "none"}
+    objective = Heal(PipelineTeacher(path=str(folder)), tmp_path / "plan.json", **(defaults | arguments))
+    policy = Policy(student, None, reference=False)
+    objective.prepare(policy, None)
+    policy.grade(objective.rate)
+    return policy, objective
+
+
+def loss_of(policy: Policy, objective: Heal) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ctx = Context(policy, 0, 0, range(4))
+    with torch.no_grad():
+        table = objective.rollout(ctx, batch(policy))
+    return objective.loss(ctx, table)
+
+
+def test_nothing_removed_is_nothing_to_learn(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    policy, objective = healing(tiny_folders["flow"], tmp_path, "", feature_weight=1.0)
+    loss, metrics = loss_of(policy, objective)
+    assert loss.item() == 0.0
+    assert metrics["output"].item() == metrics["feature"].item() == 0.0
+
+
+@pytest.mark.parametrize("kind", ["flow", "epsilon"])
+def test_healing_teaches_the_student_and_leaves_the_teacher(
+    tiny_folders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    policy, objective = healing(
+        tiny_folders[kind], tmp_path, "1" if kind == "flow" else "mid_block", feature_weight=0.1
+    )
+    theirs = {n: p.clone() for n, p in objective.teacher.family.denoiser.named_parameters()}
+    adam = torch.optim.Adam(policy.parameters(), 2e-3)
+    before = loss_of(policy, objective)[0].item()
+    for _ in range(25):
+        adam.zero_grad()
+        loss_of(policy, objective)[0].backward()
+        adam.step()
+    assert loss_of(policy, objective)[0].item() < 0.8 * before
+    for name, parameter in objective.teacher.family.denoiser.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, theirs[name])
+
+
+@pytest.mark.parametrize("preservation", [True, False])
+def test_what_runs_before_the_first_removed_block_is_frozen(
+    tiny_folders: dict[str, Path], tmp_path: Path, preservation: bool
+) -> None:
+    policy, objective = healing(tiny_folders["flow"], tmp_path, "1", preservation=preservation)
+    loss_of(policy, objective)[0].backward()
+    early = ("transformer_blocks.0.", "pos_embed", "time_text_embed", "context_embedder")
+    for name, parameter in policy.denoiser.named_parameters():
+        frozen = preservation and name.startswith(early)
+        assert (parameter.grad is None) == frozen, name
+        assert parameter.requires_grad == (not frozen)
+
+
+def test_the_feature_term_pairs_blocks_by_their_old_places(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Behind the removed block, student block 1 answers to teacher block 2."""
+    policy, objective = healing(tiny_folders["flow"], tmp_path, "1", feature_weight=1.0)
+    assert objective._pairs == {"transformer_blocks.1": "transformer_blocks.2"}
+    _, metrics = loss_of(policy, objective)
+    ctx = Context(policy, 0, 0, range(4))
+    with torch.no_grad():
+        table = objective.rollout(ctx, batch(policy))
+        rows = table.tensor("x_t"), table.tensor("t")
+        cond = table.cond()
+        empty = table.tensor("empty")
+        null = policy.family.null
+        cond = type(cond)(
+            {k: torch.where(empty.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in cond.tensors.items()}
+        )
+        found = []
+        for family, name in (
+            (policy.family, "transformer_blocks.1"),
+            (objective.teacher.family, "transformer_blocks.2"),
+        ):
+            with BlockGraph.of(family.denoiser).tap([name]) as features:
+                family.predict(*rows, cond)
+            found.append(features[name]["hidden"])
+    assert metrics["feature"].item() == pytest.approx((found[0] - found[1]).square().mean().item(), rel=1e-4)
+
+
+def test_real_pictures_have_a_task_term(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    from align.encoded import PairBatch
+
+    policy, objective = healing(
+        tiny_folders["flow"], tmp_path, "1", task_weight=1.0, output_weight=0.0, feature_weight=0.0
+    )
+    prompts = batch(policy)
+    latents = torch.randn(4, 2, *policy.family.latent_shape(), generator=torch.Generator().manual_seed(1))
+    ctx = Context(policy, 0, 0, range(4))
+    table = objective.rollout(ctx, PairBatch(latents, prompts.cond, PROMPTS, [0, 1, 2, 3]))
+    assert torch.equal(table.images["x0"], latents[:, 0]), "the chosen pictures"  # type: ignore[arg-type]
+    loss, metrics = objective.loss(ctx, table)
+    assert loss.item() == pytest.approx(metrics["task"].item())
+    with pytest.raises(UserError, match="needs data with pictures"):
+        objective.rollout(ctx, prompts)
+
+
+def test_sensitive_blocks_move_less() -> None:
+    cost, blocks = {"a": 4.0, "b": 1.0, "c+d": 2.0, "e": -1.0}, ("a", "b", "c", "e", "new")
+    graded = sensitivity(cost, blocks, "graded")
+    assert graded["a"] < graded["c"] < graded["b"] < graded["e"] == graded["new"] == 1.0
+    assert graded["a"] == pytest.approx(1.5 / 5.5)  # the median of 4, 1, 2, 0
+    assert sensitivity(cost, blocks, "binary") == {"a": 0.0, "b": 1.0, "c": 0.0, "e": 1.0, "new": 1.0}
+    assert set(sensitivity(cost, blocks, "none").values()) == {1.0}
+    assert set(sensitivity({}, blocks, "graded").values()) == {1.0}
+
+
+def test_the_learning_rate_follows_the_grade(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    units = {f"transformer_blocks.{k}": {"mse": v, "reward": None, "drop": None} for k, v in enumerate((1.0, 3.0))}
+    profile = {"settings": {}, "full": {"seconds": 1.0}, "blocks": {}, "units": units}
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    policy, _ = healing(
+        tiny_folders["flow"], tmp_path, "1", sensitivity="graded", profile=tmp_path / "profile.json", preservation=False
+    )
+    groups = policy.groups()
+    names = {id(p): n for n, p in policy.denoiser.named_parameters()}
+    for factor, parameters in groups.items():
+        for parameter in parameters:
+            first = names[id(parameter)].startswith("transformer_blocks.0.")
+            # block 0 heals nothing (it lies before the removed one): only healing blocks are graded
+            assert factor == 1.0, (names[id(parameter)], first)
+
+
+# the command
+@pytest.fixture
+def config(tiny_folders: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    heal = {
+        "objective": {
+            "class_path": "pruning.distill.Heal",
+            "init_args": {
+                "teacher": {"path": "filled in"},
+                "plan_path": "filled in",
+                "sampler": {"steps": 2, "guidance": 1},
+            },
+        },
+        "data": {"class_path": "Prompts", "init_args": {"path": str(tmp_path / "prompts.txt")}},
+        "lora": None,
+        "rollout_batch_size": 2,
+        "train_batch_size": 4,
+        "max_train_steps": 2,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+    }
+    heal["objective"]["init_args"]["profile"] = "filled in"  # type: ignore[index]
+    (tmp_path / "heal.yaml").write_text(yaml.safe_dump(heal))
+    return {
+        "pretrained_model_name_or_path": str(tiny_folders["flow"]),
+        "output_dir": str(tmp_path / "out"),
+        "prompts": str(tmp_path / "prompts.txt"),
+        "steps": 2,
+        "guidance": 1.0,
+        "budget": {"parameters": 0.2},
+        "heal": str(tmp_path / "heal.yaml"),
+        "dtype": "float32",
+        "report": {
+            "prompts": str(tmp_path / "prompts.txt"), "reward": ["tests.helpers.Bright"], "steps": 2, "repeats": 2,
+            "memory": False,
+        },
+    }  # fmt: skip
+
+
+def run(config: dict[str, Any], tmp_path: Path, *words: str) -> int:
+    (tmp_path / "compress.yaml").write_text(yaml.safe_dump(config))
+    return compress.main(["--config", str(tmp_path / "compress.yaml"), *words])
+
+
+def test_the_whole_command(config: dict[str, Any], tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert run(config, tmp_path) == 0
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())["pipelines"]
+    assert list(report) == ["original", "pruned", "healed", "int4-alone", "int4"]
+    plan = json.loads((out / "plan.json").read_text())
+    assert len(plan["dropped"]) == 1
+    assert report["original"]["parameters"] == plan["before"] > plan["after"] == report["int4"]["parameters"]
+    assert report["int4"]["denoiser_bytes"] < report["healed"]["denoiser_bytes"] < report["original"]["denoiser_bytes"]
+    for name in ("profile.png", "plan.png", "gallery.png", "gallery.html", "report.md"):
+        assert (out / name).stat().st_size > 100
+    # stock diffusers, without a word about us
+    for name in ("pruned", "healed"):
+        pipe = StableDiffusion3Pipeline.from_pretrained(out / name)
+        stock, loading = type(pipe.transformer).from_pretrained(out / name / "transformer", output_loading_info=True)
+        assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert stock.config.num_layers == 2
+    assert "Removed from the denoiser" in (out / "int4/README.md").read_text()
+    packed = pruning.load(out / "int4")
+    assert isinstance(packed, StableDiffusion3Pipeline)
+    # called again it does nothing anew
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert run(config, tmp_path, "--stages", "[analyse,plan,remove,heal,quantise]") == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == times
+
+
+def test_the_pruned_folder_is_the_skipped_model_bit_by_bit(config: dict[str, Any], tmp_path: Path) -> None:
+    assert run(config | {"heal": None, "blocks": "1", "budget": None}, tmp_path, "--stages", "[plan,remove]") == 0
+    whole = families.load(config["pretrained_model_name_or_path"])
+    small = families.of(DiffusionPipeline.from_pretrained(tmp_path / "out/pruned"), "small")
+    x = torch.randn(2, *whole.latent_shape(), generator=torch.Generator().manual_seed(3))
+    t, cond = whole.draw_t(torch.tensor([0.2, 0.7])), whole.encode(PROMPTS[:2])
+    with torch.no_grad(), BlockGraph.of(whole.denoiser).skip(["transformer_blocks.1"]):
+        skipped = whole.forward(x, t, cond)
+    with torch.no_grad():
+        assert torch.equal(small.forward(x, t, cond), skipped)
+
+
+def test_a_lora_is_merged_first(config: dict[str, Any], tmp_path: Path) -> None:
+    policy = Policy(families.load(config["pretrained_model_name_or_path"]), LoRA(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    policy.save(tmp_path / "run") if (tmp_path / "run").mkdir() is None else None
+    assert (tmp_path / "run" / LORA_FILE).is_file()
+    changed = config | {"weights": str(tmp_path / "run"), "heal": None, "blocks": "1", "budget": None}
+    assert run(changed, tmp_path, "--stages", "[plan,remove]") == 0
+    merged = families.of(DiffusionPipeline.from_pretrained(tmp_path / "out/merged"), "merged")
+    x = torch.randn(2, *merged.latent_shape(), generator=torch.Generator().manual_seed(3))
+    t, cond = merged.draw_t(torch.tensor([0.2, 0.7])), merged.encode(PROMPTS[:2])
+    with torch.no_grad():
+        torch.testing.assert_close(merged.forward(x, t, cond), policy.predict(x, t, cond).raw, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"budget": None}, "either a budget or blocks"),
+        ({"blocks": "1"}, "either a budget or blocks"),
+        ({"budget": {"parameters": 0.2, "bytes": 10.0}}, "not parameters and bytes"),
+        ({"budget": {"parameters": 0.99}}, "out of reach"),
+        ({"measure": "drop"}, "needs a reward"),
+        ({"heal": "nowhere.yaml"}, "no config nowhere.yaml"),
+        ({"weights": "nowhere"}, "nowhere"),
+        ({"budget": None, "blocks": "0-2"}, "cannot prune"),
+        ({"budget": None, "blocks": "7, nonsense"}, "nonsense"),
+    ],
+)
+def test_bad_settings_in_words(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], said: str
+) -> None:
+    assert run(config | change, tmp_path) == 1
+    told = errors(capsys.readouterr().err)
+    assert len(told) == 1
+    assert said in told[0]
+    assert not (tmp_path / "out/pruned").exists()
+
+
+def test_another_plan_in_the_same_folder_is_refused(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_hand = config | {"budget": None, "heal": None, "blocks": "1"}
+    assert run(by_hand, tmp_path, "--stages", "[plan,remove]") == 0
+    assert run(by_hand | {"blocks": "0"}, tmp_path, "--stages", "[plan,remove]") == 1
+    assert "another plan" in capsys.readouterr().err
+
+
+def test_a_healed_run_is_a_run_of_the_loop(config: dict[str, Any], tmp_path: Path) -> None:
+    assert run(config, tmp_path, "--stages", "[analyse,plan,remove,heal]") == 0
+    found = [line for line in lines(tmp_path / "out/heal") if "loss" in line]
+    assert [line["step"] for line in found] == [1, 2]
+    assert {"output", "feature"} <= found[0].keys()
+
+
+def test_a_packed_teacher(config: dict[str, Any], tmp_path: Path) -> None:
+    assert run(config | {"heal": None}, tmp_path, "--stages", "[analyse,plan,remove,quantise]") == 0
+    student = Policy(families.load(config["pretrained_model_name_or_path"]), LoRA(2))
+    teacher = PackedTeacher(path=str(tmp_path / "out/int4-alone"))
+    teacher.open(student)
+    x = torch.randn(2, *student.family.latent_shape(), generator=torch.Generator().manual_seed(3))
+    t, cond = student.family.draw_t(torch.tensor([0.2, 0.7])), student.family.encode(PROMPTS[:2])
+    with torch.no_grad():
+        said, own = teacher.predict(student, x, t, cond, 1.0).raw.float(), student.predict(x, t, cond).raw
+    assert 0 < (said - own).norm() / own.norm() < 0.5
+
+
+def test_damaged_weights_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    assert (
+        run(config | {"heal": None, "blocks": "1", "budget": None}, tmp_path, "--stages", "[plan,remove,quantise]") == 0
+    )
+    path = tmp_path / "out/int4/transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["proj_out.bias"]
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"proj_out\.bias is missing"):
+        pruning.load(tmp_path / "out/int4")
+
+
+def test_the_config_parses_as_it_is_shipped() -> None:
+    root = Path(__file__).parents[1]
+    config, _ = parse(compress.Compress, "x", None, ["--config", str(root / "configs/compress_shapes_sd3.yaml")])
+    config.check()
+    assert config.heal is not None

@@ -1,0 +1,111 @@
+"""DiffusionNFT: the loss against its formula, the gradient against policy improvement, and what a rollout costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from align.objectives.nft import NFT
+from align.policy import LoRA, Policy
+from align.rollouts import Sampler
+from align.sampling import sample
+from align.table import Table
+from tests.conftest import Build
+from tests.helpers import Heard, bright, gradients, moved, rolled
+from tests.test_policy import disturb
+
+
+def made(**arguments: object) -> NFT:
+    return NFT(Sampler(3, guidance=1.0), images_per_prompt=4, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_loss_is_the_papers(tiny: Build, kind: str, beta: float) -> None:
+    policy, objective = moved(tiny, kind), made(beta=beta)
+    ctx, table = rolled(objective, policy)
+    disturb(policy, 0.2)  # the weights have gone on since the rollout
+    loss, metrics = objective.loss(ctx, table)
+    with torch.no_grad():
+        new, clean = objective._answer(ctx, table)
+    v = new.target(**clean).double()
+    old, theta, r = table.tensor("old").double(), new.raw.double(), table.tensor("good").double()
+    plus, minus = (1 - beta) * old + beta * theta, (1 + beta) * old - beta * theta
+    wanted = r * (plus - v).square().mean((1, 2, 3)) + (1 - r) * (minus - v).square().mean((1, 2, 3))
+    assert loss.item() == pytest.approx(wanted.mean().item(), rel=1e-5)
+    assert metrics["moved"].item() == pytest.approx((theta - old).square().mean().item(), rel=1e-4)
+
+
+def test_gradient_before_the_first_update_is_weighted_denoising(tiny: Build) -> None:
+    """At v_theta = v_old it is that of beta (2r - 1) |v_theta - v|^2: towards the good, away from the bad."""
+    policy, objective = moved(tiny, "flow"), made(beta=0.5)
+    ctx, table = rolled(objective, policy)
+    found = gradients(policy, objective.loss(ctx, table)[0])
+    new, clean = objective._answer(ctx, table)
+    error = (new.raw - new.target(**clean)).square().mean((1, 2, 3))
+    wanted = gradients(policy, (0.5 * (2 * table.tensor("good") - 1) * error).mean())
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+    assert wanted.norm() > 1e-4
+
+
+def test_rewards_become_shares_of_good(tiny: Build) -> None:
+    policy = moved(tiny, "flow")
+    for cut in (1.0, 3.0):
+        _, table = rolled(made(adv_clip_max=cut), policy)
+        good, x0 = table.images["good"], table.images["x0"]
+        assert isinstance(good, Tensor) and isinstance(x0, Tensor)
+        with torch.no_grad():
+            scores = bright().score(policy.family.to_image(x0), ["x"] * 8)["bright"].view(2, 4).double()
+        centred = scores - scores.mean(1, keepdim=True)
+        away = centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-4)
+        torch.testing.assert_close(good.view(2, 4).double(), 0.5 + 0.5 * (away / cut).clamp(-1, 1), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_evaluations_are_the_plans(tiny: Build, kind: str) -> None:
+    policy, objective = moved(tiny, kind), NFT(Sampler(3, guidance=2.0), images_per_prompt=4, draws_per_image=2)
+    heard = Heard(policy)
+    ctx, table = rolled(objective, policy)
+    plan = objective.plan(policy.family, None)
+    assert heard.rows(trained=False) == plan.frozen * 8 == (3 * 2 + 2) * 8
+    objective.loss(ctx, table)
+    assert heard.rows(trained=True) == plan.trained * 8 == len(table)
+
+
+def test_average_draws_and_answers_by_the_moving_average(tiny: Build) -> None:
+    policy = Policy(tiny("flow"), LoRA(2), ema_decay=0.9)
+    objective = made(old="average")
+    disturb(policy, 0.3)  # the average has stayed behind
+    _, table = rolled(objective, policy)
+    plain = Policy(tiny("flow"), LoRA(2))
+    _, fresh = rolled(made(), plain)
+    torch.testing.assert_close(table.tensor("old"), fresh.tensor("old"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_brighter_policy_after_some_updates(tiny: Build) -> None:
+    torch.manual_seed(0)
+    policy, objective = Policy(tiny("flow"), LoRA(4)), NFT(Sampler(3, guidance=1.0), images_per_prompt=8)
+    adam = torch.optim.Adam(policy.parameters(), 2e-2)
+
+    def brightness() -> float:
+        family = policy.family
+        x = torch.randn(32, *family.latent_shape(), generator=torch.Generator().manual_seed(9))
+        cond = family.encode(["a star"]).expand(32)
+        with torch.no_grad():
+            return family.to_image(sample(policy.predict, family.grid(3), cond, x, 1.0)).mean().item()
+
+    before = brightness()
+    for step in range(16):
+        ctx, table = rolled(objective, policy, step=step)
+        adam.zero_grad()
+        objective.loss(ctx, Table(table.rows, table.images, table.image))[0].backward()
+        adam.step()
+    assert brightness() > before + 0.01
+
+
+def test_bad_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="images_per_prompt"):
+        NFT(images_per_prompt=1)
+    with pytest.raises(ValueError, match="beta"):
+        NFT(beta=0.0)
