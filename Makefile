@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: demo demo-sd3 test test-slow check results clean
+.PHONY: demo demo-sd3 demo-compress test test-slow check results clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ demo-sd3: $(STAMP)
 	rm -rf $(DEMO)-sd3
 	$(BIN)/python -m align.train --config configs/dpo_shapes_sd3.yaml --output_dir $(DEMO)-sd3
 	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)-sd3
+
+demo-compress: $(STAMP)
+	rm -rf outputs/compress
+	$(BIN)/python -m pruning.compress --config configs/compress_shapes_sd3.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2

@@ -11,6 +11,7 @@ COMMANDS = {
     "rollout": "align.rollout",
     "evaluate": "align.evaluate",
     "score": "rewards.score",
+    "compress": "pruning.compress",
 }
 
 

@@ -269,6 +269,17 @@ def transition(
     return sampler.kernel_of(family)(prediction, grid, i), y
 
 
+def require_on_policy(ratio: Tensor, tolerance: float) -> None:
+    """Stop when the weights that drew the pictures do not give their densities again. Costs no evaluation."""
+    worst = (ratio.detach() - 1).abs().max().item()
+    if not worst <= tolerance:
+        raise UserError(
+            f"replaying the rollout gives a likelihood ratio off 1 by {worst:.3g} (allowed {tolerance:g}): the forward "
+            "pass of training is not the sampler's. Likely causes: half precision (try mixed_precision: no, or fp16 "
+            "rather than bf16), dropout in the denoiser, or a compiled or fused kernel that depends on the batch size"
+        )
+
+
 def grid_of(family: Family, steps: int) -> Grid:
     """A grid costs a scheduler call; training asks for the same one thousands of times."""
     grids = _GRIDS.setdefault(family, {})

@@ -21,8 +21,9 @@ from torch import Tensor
 from align.shapes.world import COMBINATIONS, SIZE, Body, caption, draw, outline
 from rewards import Reward, RewardError, RewardSum, available, checked, load
 from rewards.blobs import Found
+from rewards.inputs import natural
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
-from rewards.score import main, natural
+from rewards.score import main
 from rewards.shapes import OUTLINES, PALETTE, SHAPES, TASKS, Shapes, Thing, find, grade, judge, parse, shapes_eval
 from tests.benchmarks.shapes_reward import blurred, clean, confusion, measure, phrase, scene
 

@@ -27,9 +27,8 @@ from align.errors import UserError
 from align.families import Cond, Family
 from align.noise import InitialNoise, Tying, kl, log_prob
 from align.objectives import Context, Metrics, Objective, Plan
-from align.objectives.policy_gradient import require_on_policy
 from align.process import Reduction
-from align.rollouts import Sampler, Start, draw, initial
+from align.rollouts import Sampler, Start, draw, initial, require_on_policy
 from align.table import Table
 from align.value import ValueNet
 

@@ -24,11 +24,10 @@ from torch import Tensor
 from align import advantages, draws
 from align.advantages import Spread
 from align.data import PromptBatch
-from align.errors import UserError
 from align.families import Family
 from align.objectives import Context, Metrics, Objective, Plan
 from align.process import Reduction, like, reduce
-from align.rollouts import Rollout, Sampler, Window, draw, grid_of, transition
+from align.rollouts import Rollout, Sampler, Window, draw, grid_of, require_on_policy, transition
 from align.table import Table
 
 
@@ -214,14 +213,3 @@ class PolicyGradient(Objective):
     def load_state(self, state: Mapping[str, Any]) -> None:
         if state:
             self.history.load_state(state)
-
-
-def require_on_policy(ratio: Tensor, tolerance: float) -> None:
-    """Stop when the weights that drew the pictures do not give their densities again. Costs no evaluation."""
-    worst = (ratio.detach() - 1).abs().max().item()
-    if not worst <= tolerance:
-        raise UserError(
-            f"replaying the rollout gives a likelihood ratio off 1 by {worst:.3g} (allowed {tolerance:g}): the forward "
-            "pass of training is not the sampler's. Likely causes: half precision (try mixed_precision: no, or fp16 "
-            "rather than bf16), dropout in the denoiser, or a compiled or fused kernel that depends on the batch size"
-        )

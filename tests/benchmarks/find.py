@@ -35,7 +35,13 @@ from rewards.shapes import Shapes
 from tests.benchmarks import RESULTS, command, curves, record
 
 STEPS, SCREEN, FRESH = 10, 16, 32
+UPDATES = {"shapes-sd": 48, "shapes-sd3": 24}  # of the policy gradient; two a rollout
 GRADIENT = {"shapes-sd": "configs/ddpo_shapes.yaml", "shapes-sd3": "configs/flow_grpo_shapes_sd3.yaml"}
+
+
+def figures_name(model: str) -> str:
+    """What the results of ``model`` are called."""
+    return f"find_{model.replace('-', '_')}"
 
 
 def pictures(family: Family, prompts: Sequence[str], each: int, seed: int, noise: InitialNoise | None = None) -> Tensor:
@@ -101,7 +107,8 @@ def run(model: str, quick: bool) -> dict[str, Any]:
     many = pictures(family, prompts, drawn, 80000)
     picked = judged(many, prompts, "graded").argmax(1)
     best = judged(many, prompts)[torch.arange(len(prompts)), picked]
-    evaluations = lines[-1]["evaluations/frozen"]
+    rollouts = [line for line in lines if "rollout/pictures" in line]
+    evaluations = rollouts[-1]["evaluations/frozen"]
     figures: dict[str, Any] = {
         "model": model,
         "config": "configs/find_shapes.yaml",
@@ -116,20 +123,22 @@ def run(model: str, quick: bool) -> dict[str, Any]:
         "diversity_base": pairwise(thumbnails(base), groups).mean().item(),
         "diversity_learned": pairwise(thumbnails(learned), groups).mean().item(),
         "best_of_n": {"n": drawn, "success_of_the_one_picture": best.mean().item()},
-        "kl_per_dimension": lines[-1]["rollout/kl"],
-        "curve": [line["rollout/reward/Shapes"] for line in lines if "rollout" in line],
+        "kl_per_dimension": rollouts[-1]["rollout/kl"],
+        "curve": [line["rollout/reward/Shapes"] for line in rollouts],
     }
     if not quick:
         count = len(prompts) // 8 * 8
         figures["policy_gradient"] = {
             "config": GRADIENT[model],
-            **gradient(model, listed, count, figures["success_learned"], folder / "gradient", 48),
+            **gradient(model, listed, count, figures["success_learned"], folder / "gradient", UPDATES[model]),
         }
         reached = figures["policy_gradient"]["reached_at"]
         figures["policy_gradient"]["ratio"] = reached / evaluations if reached else None
         shown = list(range(0, len(prompts), max(1, len(prompts) // 12)))[:12]
         both = torch.stack([part[k * FRESH] for k in shown for part in (base, learned)])
-        gallery.save_grid(both, [prompts[k] for k in shown], RESULTS / f"find_{model}.png", 6, ("base", "FIND"))
+        gallery.save_grid(
+            both, [prompts[k] for k in shown], RESULTS / f"{figures_name(model)}.png", 6, ("base", "FIND")
+        )
     return figures
 
 
@@ -139,11 +148,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     figures = run(args.model, args.quick)
-    record(f"find_{args.model.replace('-', '_')}", figures, args.quick)
+    record(figures_name(args.model), figures, args.quick)
     if not args.quick:
         found = figures["policy_gradient"]["curve"]
         curves(
-            RESULTS / f"find_{args.model.replace('-', '_')}_cost.png",
+            RESULTS / f"{figures_name(args.model)}_cost.png",
             {
                 "LoRA policy gradient": [(p["evaluations"], p["strict"]) for p in found],
                 "FIND": [(0, figures["success_base"]), (figures["evaluations"], figures["success_learned"])],

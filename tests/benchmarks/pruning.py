@@ -3,9 +3,9 @@
     python tests/benchmarks/pruning.py
 
 configs/compress_shapes_sd3.yaml as it stands, and with one part left out: healing, position weighting (another plan),
-positional weight preservation, sensitivity guidance. Strict ShapesEval on the held-out prompts, two pictures each, for
-the original, INT4 alone, and every variant after INT4. ``--quick`` heals 40 steps with one seed and records nothing.
-Finished variants are kept in ``outputs/`` and not run again.
+positional weight preservation, sensitivity guidance; and healed for longer. Strict ShapesEval on the held-out prompts,
+two pictures each, for the original, INT4 alone, and every variant after INT4. ``--quick`` heals 40 steps with one seed
+and records nothing. Finished variants are kept in ``outputs/`` and not run again.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ CONFIG = "configs/compress_shapes_sd3.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole method": {},
     "without position weighting": {"position_weighting": False},
+    "healed four times as long": {"max_train_steps": 1600},  # one seed
     "without preservation": {"preservation": False},
     "without sensitivity guidance": {"sensitivity": "none"},
 }
@@ -46,8 +47,8 @@ def settings(folder: Path, seed: int, change: dict[str, Any], quick: bool) -> Co
     heal = yaml.safe_load(config.heal.read_text())
     heal["seed"] = seed
     heal["checkpointing_steps"] = 100
-    arguments = {name: value for name, value in change.items() if name != "position_weighting"}
-    heal["objective"]["init_args"] |= arguments
+    heal["objective"]["init_args"] |= {k: v for k, v in change.items() if k in ("preservation", "sensitivity")}
+    heal |= {k: v for k, v in change.items() if k == "max_train_steps"}
     if quick:
         heal["max_train_steps"] = 40
     write(folder / "heal.yaml", yaml.safe_dump(heal))
@@ -64,37 +65,47 @@ def measured(folders: dict[str, str], config: Compress, where: Path) -> dict[str
     return json.loads((where / "report.json").read_text())["pipelines"]
 
 
-def run(quick: bool, seeds: list[int]) -> dict[str, Any]:
+def one(root: Path, name: str, seed: int, first: bool, quick: bool, finished: bool) -> dict[str, Any] | None:
+    """One variant and seed: what goes and the report; None where it is not there and only ``finished`` is asked for."""
+    folder, change = root / name.replace(" ", "-") / str(seed), VARIANTS[name]
+    if finished and "position_weighting" not in change and not (folder / "report.json").exists():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    profile = root / "profile.json"
+    if profile.exists():
+        shutil.copy(profile, folder / "profile.json")
+    config = settings(folder, seed, change, quick)
+    config.stages = ["analyse", "plan"]
+    compress(config)
+    shutil.copy(folder / "profile.json", profile)
+    dropped = list(Plan.load(folder / "plan.json").dropped)
+    if "position_weighting" in change and dropped == list(Plan.load(root / "whole-method/0/plan.json").dropped):
+        return {"seed": seed, "dropped": dropped, "same": True}  # the whole method once more
+    config.stages = ["remove", "heal", "quantise"]
+    compress(config)
+    kinds = ["healed", "int4"] if name.startswith(("whole", "healed")) else ["int4"]
+    compared = {"original": "shapes-sd3", "pruned": "", "int4-alone": ""} if first else {}
+    folders = {kind: str(folder / kind) for kind in [*compared, *kinds]} | {k: v for k, v in compared.items() if v}
+    return {"seed": seed, "dropped": dropped, "pipelines": measured(folders, copy.copy(config), folder)}
+
+
+def run(quick: bool, seeds: list[int], finished: bool) -> dict[str, Any]:
     root = Path(f"outputs/{'quick' if quick else 'bench'}/pruning")
     figures: dict[str, Any] = {"config": CONFIG, "variants": {}}
-    plans: dict[str, Any] = {}
-    for name, change in VARIANTS.items():
-        rows = []
-        for seed in seeds:
-            folder = root / name.replace(" ", "-") / str(seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            profile = root / "profile.json"
-            if profile.exists():
-                shutil.copy(profile, folder / "profile.json")
-            config = settings(folder, seed, change, quick)
-            config.stages = ["analyse", "plan"]
-            compress(config)
-            shutil.copy(folder / "profile.json", profile)
-            plans[name] = list(Plan.load(folder / "plan.json").dropped)
-            if "position_weighting" in change and plans[name] == plans["whole method"]:
-                break  # the same run once more
-            config.stages = ["remove", "heal", "quantise"]
-            compress(config)
-            kinds = ["int4"]
-            if name == "whole method":
-                kinds = ["pruned", "healed", "int4-alone", "int4"] if seed == seeds[0] else ["healed", "int4"]
-            compared = {kind: str(folder / kind) for kind in kinds}
-            if "pruned" in kinds:
-                compared = {"original": "shapes-sd3"} | compared
-            rows.append({"seed": seed, "pipelines": measured(compared, copy.copy(config), folder)})
-        same = not rows  # as the whole method
-        rows = rows or figures["variants"]["whole method"]["seeds"]
-        figures["variants"][name] = {"dropped": plans[name], "same_as_whole": same, "seeds": rows}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    for seed in seeds:
+        for name in VARIANTS:
+            if "max_train_steps" in VARIANTS[name] and (quick or seed != seeds[0]):
+                continue
+            first = name == "whole method" and seed == seeds[0]
+            if (row := one(root, name, seed, first, quick, finished)) is not None:
+                rows[name].append(row)
+    plans = {name: found[0]["dropped"] for name, found in rows.items() if found}
+    for name, found in rows.items():
+        if found:
+            same = "same" in found[0]
+            kept = rows["whole method"] if same else found
+            figures["variants"][name] = {"dropped": plans[name], "same_as_whole": same, "seeds": kept}
     whole = figures["variants"]["whole method"]["seeds"]
     original, small = (whole[0]["pipelines"][who] for who in ("original", "int4"))
     bf16 = 2 * original["parameters"]
@@ -128,8 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--finished", action="store_true", help="only put down what has been run already")
     args = parser.parse_args()
-    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds)
+    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds, args.finished)
     record("pruning", figures, args.quick)
     print(json.dumps(figures["summary"]))
 

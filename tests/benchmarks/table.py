@@ -105,6 +105,134 @@ def _b2() -> str:
     return "\n".join([*lines, "", pictures])
 
 
+def _find(name: str) -> str:
+    found = load(name)
+    low, high = found["gain_ci"]
+    spread_of = found["diversity_learned"] / found["diversity_base"] - 1
+    lines = [
+        f"**FIND, `{found['config']}`, {found['model']}** ({found['date']}, {found['hardware']}): {found['prompts']} "
+        f"held-out prompts that the base gets wrong, {found['pictures_per_prompt']} pictures each to learn from. "
+        f"Strict success of NEW pictures {found['success_base']:.3f} → {found['success_learned']:.3f}, a gain of "
+        f"{found['gain']:+.3f} ({low:+.3f} to {high:+.3f} over prompts); diversity of a prompt's pictures "
+        f"{spread_of:+.0%}. Best-of-{found['best_of_n']['n']} by the same reward, one picture a prompt: "
+        f"{found['best_of_n']['success_of_the_one_picture']:.3f}. {found['evaluations']:,} network evaluations.",
+    ]
+    other = found["policy_gradient"]
+    best = max(point["strict"] for point in other["curve"])
+    reached = (
+        f"reached that success after {other['reached_at']:,} evaluations, {other['ratio']:.1f} times FIND's"
+        if other["reached_at"]
+        else f"did not reach that success within {other['spent']:,} evaluations (best {best:.3f})"
+    )
+    lines += ["", f"LoRA policy gradient (`{other['config']}`) on the same prompts {reached}.", ""]
+    lines += [f"![The same noise draws without and with FIND](tests/benchmarks/results/{name}.png)"]
+    return "\n".join(lines)
+
+
+def _opd() -> str:
+    found = load("opd")
+    tasks = list(found["teachers"])
+    lines = [
+        f"**On-policy distillation, `configs/opd_shapes_sd3.yaml`** ({found['date']}, {found['hardware']}): strict "
+        "(graded) score on held-out captions of each task.",
+        "",
+        "| | " + " | ".join(tasks) + " | evaluations |",
+        "|---" * (len(tasks) + 2) + "|",
+    ]
+
+    def row(name: str, scores: dict[str, dict[str, float]], spent: int | None) -> str:
+        cells = [f"{scores['strict'][task]:.3f} ({scores['graded'][task]:.3f})" for task in tasks]
+        return f"| {name} | {' | '.join(cells)} | {f'{spent:,}' if spent else ''} |"
+
+    lines.append(row("base", found["base"], None))
+    for task in tasks:
+        lines.append(
+            row(f"expert for {task}", found["teachers"][task]["scores"], found["teachers"][task]["evaluations"])
+        )
+    lines.append(row("experts' LoRAs averaged", found["averaged"], None))
+    for run in found["seeds"]:
+        for kind, title in (("ode", "student"), ("sde", "student, `form: sde`"), ("joint", "joint training")):
+            if kind in run:
+                lines.append(row(f"{title}, seed {run['seed']}", run[kind]["scores"], run[kind]["evaluations"]))
+    gradient = found["gradient"]
+    lines += [
+        "",
+        "On the same rollouts PPO's gradient has a variance of "
+        f"{gradient['ppo_variance_over_squared_gradient']:.2g} times the squared norm of the closed form's gradient, "
+        "which has none.",
+        "",
+        "![Students on the way](tests/benchmarks/results/opd.png)",
+    ]
+    return "\n".join(lines)
+
+
+def _pruning() -> str:
+    found = load("pruning")
+    summary, strict = found["summary"], found["summary"]["strict"]
+    whole = strict["whole method"]
+    lines = [
+        f"**Pruning, healing, INT4, `{found['config']}`** ({found['date']}, {found['hardware']}): "
+        f"{summary['removed_share']:.1%} of shapes-sd3's parameters removed; {summary['bytes_bf16']:,} bytes in bf16, "
+        f"{summary['bytes_int4']:,} after INT4 ({summary['bytes_saved']:.1%} less); a denoiser evaluation takes "
+        f"{summary['latency_ratio']:.2f} of the original's time with {summary['blocks_left']:.2f} of its blocks. "
+        f"Strict: original {summary['strict_original']:.3f}, INT4 alone {whole['int4-alone'][0]:.3f}, pruned and not "
+        f"healed {whole['pruned'][0]:.3f}, healed {spread(whole['healed'])}, and after INT4:",
+        "",
+        "| variant | strict, mean (range) over seeds |",
+        "|---|---|",
+    ]
+    for name, variant in found["variants"].items():
+        note = " (chose the same blocks)" if variant["same_as_whole"] else ""
+        lines.append(f"| {name}{note} | {spread(strict[name]['int4'])} |")
+    lines += ["", "![Original and compressed, the same noise](tests/benchmarks/results/pruning.png)"]
+    return "\n".join(lines)
+
+
+PAPER = {  # HierarchicalPrune (arXiv 2508.04663), its tables: GB of the transformer in bf16, and after INT4
+    "SD3.5-large transformer": ("15.8", ""),
+    "− 8 of 38 blocks": ("12.6", "3.56"),
+    "− 8 blocks, − components of 13–19": ("", "3.24"),
+    "FLUX.1-schnell transformer": ("22.6", ""),
+    "− 6 of 19 double, − 12 of 38 single blocks": ("15.9", "4.44"),
+}
+
+
+def _int4() -> str:
+    found = load("int4")
+    lines = [
+        f"**INT4 alone** ({found['date']}, {found['hardware']}): the embedded pipelines unpruned, denoiser and text "
+        "encoders in NF4; pictures drawn in float32.",
+        "",
+        "| model | denoiser | bytes of its file | strict | win rate over bf16 (95 % interval) | error of the weights |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, variants in found["models"].items():
+        for name, entry in variants.items():
+            if "win_rate" in entry:
+                low, high = entry["win_rate_ci"]
+                rest = f"{entry['win_rate']:.3f} ({low:.3f} to {high:.3f}) | {entry['weight_error']:.3f}"
+            else:
+                rest = " | "
+            size = f"{entry['file_bytes']:,}" + (f" (−{entry['bytes_fall']:.1%})" if "bytes_fall" in entry else "")
+            lines.append(f"| {model} | {name.replace('_', ' ')} | {size} | {entry['strict']:.3f} | {rest} |")
+    lines += [
+        "",
+        "The large models from their real configs on the meta device (`python -m pruning.sizes`), GB of 10⁹ bytes; the "
+        "first three columns count every parameter at 16, 4.5 and 4.127 bits, the last two what is written with the "
+        "Linears alone in 4 bits. Which blocks of FLUX go is our choice; the paper names none.",
+        "",
+        "| | parameters | bf16 | NF4 | NF4, double | file: bf16 | file: NF4 | paper: bf16 | paper: INT4 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    paper = dict(PAPER)
+    for row in found["sizes"]:
+        sizes = (row[key] / 1e9 for key in ("bf16", "nf4", "nf4_double", "file_bf16", "file_nf4"))
+        cells = " | ".join(f"{size:.2f}" for size in sizes)
+        theirs = " | ".join(paper.pop(row["name"], ("", "")))
+        lines.append(f"| {row['name']} | {row['parameters'] / 1e9:.2f} B | {cells} | {theirs} |")
+    return "\n".join(lines)
+
+
 def _emoji() -> str:
     found = load("emoji")
     after = spread([run["after"] for run in found["seeds"]])
@@ -146,6 +274,11 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_flow_grpo": lambda: _online("online_flow_grpo", "Flow-GRPO"),
     "online_d3po": lambda: _online("online_d3po", "D3PO, the reward as proxy for people"),
     "b2_diffurl": _b2,
+    "find_shapes_sd": lambda: _find("find_shapes_sd"),
+    "find_shapes_sd3": lambda: _find("find_shapes_sd3"),
+    "opd": _opd,
+    "pruning": _pruning,
+    "int4": _int4,
     "shapes_reward": _shapes,
     "overhead": _overhead,
     "overhead_online": _overhead_online,
