@@ -34,12 +34,21 @@ __all__ = ["Reward", "RewardError", "RewardSum", "available", "checked", "load"]
 _BUILT_IN: dict[str, str] = {
     "Aesthetic": "rewards.aesthetic.Aesthetic",
     "CLIPScore": "rewards.clip_score.CLIPScore",
+    "EndpointJudge": "rewards.judge.EndpointJudge",
+    "GenEval-style": "rewards.gen_eval.GenEvalStyle",
     "HPSv2": "rewards.hps.HPSv2",
     "ImageReward": "rewards.image_reward.ImageReward",
     "JPEGCompressibility": "rewards.jpeg.JPEGCompressibility",
     "JPEGIncompressibility": "rewards.jpeg.JPEGIncompressibility",
+    "Judge": "rewards.judge.Judge",
+    "MPS": "rewards.mps.MPS",
+    "OCR": "rewards.ocr.OCR",
+    "OpenNSFW": "rewards.safety.OpenNSFW",
     "PickScore": "rewards.pick_score.PickScore",
+    "Remote": "rewards.remote.Remote",
+    "Safety": "rewards.safety.Safety",
     "Shapes": "rewards.shapes.Shapes",
+    "VQAScore": "rewards.vqa_score.VQAScore",
 }
 _SLACK = 1e-3  # how far outside [0, 1] rounding may carry a pixel; a picture in [-1, 1] or [0, 255] goes further
 

@@ -176,7 +176,7 @@ def curve(folder: Path) -> list[tuple[float, float]]:
     return found
 
 
-def run(quick: bool, seeds: list[int]) -> dict[str, Any]:
+def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
     root = Path(f"outputs/{'quick' if quick else 'bench'}/opd")
     files = prompt_files(root)
     held = root / "held-out.txt"
@@ -227,7 +227,7 @@ def run(quick: bool, seeds: list[int]) -> dict[str, Any]:
             str(seed),
         ]
         joint += ["--max_train_steps", str(steps), "--rollout_batch_size", "18", "--train_batch_size", "72"]
-        if not quick:
+        if joint_too and not quick:
             folder = trained(root / f"joint-{seed}", teach, *joint)
             entry["joint"] = {"scores": scores(folder), "evaluations": spent(folder)}
         figures["seeds"].append(entry)
@@ -248,8 +248,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--without_joint", action="store_true", help="leave out joint training, the dearest")
     args = parser.parse_args()
-    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds)
+    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds, not args.without_joint)
     record("opd", figures, args.quick)
     print(json.dumps(figures))
 
