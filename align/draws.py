@@ -28,3 +28,8 @@ def normal(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Ten
 def uniform(generators: Sequence[torch.Generator]) -> Tensor:
     """Uniform in [0, 1), (B,), row k from ``generators[k]``."""
     return torch.cat([torch.rand(1, generator=g) for g in generators])
+
+
+def strata(generators: Sequence[torch.Generator], count: int) -> Tensor:
+    """Uniform in [0, 1), (B, count), the k-th of a row in the k-th of ``count`` equal shares."""
+    return (torch.stack([uniform(generators) for _ in range(count)], 1) + torch.arange(count)) / count

@@ -8,9 +8,7 @@ Writes ``scores.json`` (means, medians, win rates with intervals, per task), ``i
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -80,7 +78,7 @@ class Evaluate:
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Sample, score, compare and write; returns what ``scores.json`` holds."""
-    prompts, tasks = _prompts(config)
+    prompts, tasks = chosen_prompts(config.prompts, config.max_prompts)
     rewards = RewardSum({name: load_reward(name) for name in config.reward})
     scorers: dict[str, Any] = dict(rewards.rewards)
     if "Shapes" in scorers:
@@ -194,14 +192,15 @@ def base_of(tuned: Path) -> str:
     return str(yaml.safe_load(path.read_text(encoding="utf-8"))["pretrained_model_name_or_path"])
 
 
-def _prompts(config: Evaluate) -> tuple[list[str], list[str] | None]:
-    if config.prompts == "shapes":
+def chosen_prompts(source: str, limit: int | None) -> tuple[list[str], list[str] | None]:
+    """Evenly spaced prompts of a file, or of the embedded world with their tasks (``shapes``); ``limit`` at most."""
+    if source == "shapes":
         prompts = held_out_prompts()
         tasks: list[str] | None = [parse_caption(prompt).task for prompt in prompts]
     else:
-        prompts, tasks = read_prompts(config.prompts), None
-    if config.max_prompts and config.max_prompts < len(prompts):
-        index = np.linspace(0, len(prompts) - 1, config.max_prompts).round().astype(int)
+        prompts, tasks = read_prompts(source), None
+    if limit and limit < len(prompts):
+        index = np.linspace(0, len(prompts) - 1, limit).round().astype(int)
         prompts = [prompts[k] for k in index]
         tasks = [tasks[k] for k in index] if tasks else None
     return prompts, tasks
@@ -239,11 +238,8 @@ def _gallery(
     gallery.save_grid(both, [prompts[k] for k in few], output / "gallery.png", 8, ("base", "tuned"))
 
     def cell(who: str, k: int) -> str:
-        file = io.BytesIO()
-        gallery.to_pil(pictures[who][k]).save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
         caption = f"{who} {scores[who][reward][k]:.2f}"
-        return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+        return f'<figure><img src="{gallery.embedded(pictures[who][k])}"><figcaption>{caption}</figcaption></figure>'
 
     cards = "".join(
         f"<article><h2>{html.escape(prompts[j])}</h2>{cell('base', j * samples)}{cell('tuned', j * samples)}</article>"

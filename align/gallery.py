@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,6 +53,20 @@ def sample_images(
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] to an 8-bit picture."""
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def save_picture(image: Tensor, path: Path) -> None:
+    """Write one picture (3, H, W) as a PNG, whole or not at all."""
+    draft = path.with_name(f"{path.name}.tmp")
+    to_pil(image).save(draft, "PNG")
+    draft.replace(path)
+
+
+def embedded(image: Tensor) -> str:
+    """One picture (3, H, W) as a PNG within a page: the ``src`` of an ``img``."""
+    file = io.BytesIO()
+    to_pil(image).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def save_grid(

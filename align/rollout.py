@@ -41,8 +41,6 @@ from align.rollouts import Sampler, draw
 from align.scoring import RewardSetting, Scorer
 from align.trajectories import Drawn, Record, RolloutFolder, describe
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 @dataclass
 class RolloutSettings:
@@ -91,7 +89,7 @@ def rollout(config: RolloutSettings) -> Path:
     rows = Prompts(config.prompts, config.limit).read()
     scorer = Scorer.of(config.rewards) if config.rewards else None
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    family = families.load(config.pretrained_model_name_or_path, DTYPES[config.mixed_precision], device)
+    family = families.load(config.pretrained_model_name_or_path, families.DTYPES[config.mixed_precision], device)
     if config.weights is not None:
         family = families.tuned(family, str(config.weights))
     policy = Policy(family, None, reference=False)
@@ -135,9 +133,7 @@ def _draw(config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: Rol
     ]
     (folder.path / "images").mkdir(exist_ok=True)
     for image, line in zip(images, lines, strict=True):
-        draft = folder.path / f"{line.image}.tmp"
-        gallery.to_pil(image).save(draft, "PNG")
-        draft.replace(folder.path / line.image)
+        gallery.save_picture(image, folder.path / line.image)
     captions = [f"{line.trajectory} {line.prompt}" for line in lines]
     gallery.save_grid(images, captions, folder.path / f"contact-sheet-{shard:05d}.png", k)
     draft = folder.shard(shard).with_suffix(".tmp")

@@ -21,7 +21,7 @@ from align.diversity import pairwise, thumbnails
 from align.errors import UserError
 from align.families import Cond, Family
 from align.objectives import Context
-from align.process import Gaussian, Grid, Kernel, Within
+from align.process import Gaussian, Grid, Kernel, Prediction, Within
 from align.sampling import sample
 from align.table import Column
 
@@ -256,17 +256,23 @@ def transition(
     """What the policy now says of kept step ``step`` (R,) of ``picture`` (R,): the distribution of the next state, and
     the state that was drawn there; both (R, C, h, w)."""
     family = ctx.policy.family
+    latents, steps = images["latents"], images["steps"]
+    assert isinstance(latents, Tensor) and isinstance(steps, Tensor)
+    y = latents[picture.to(latents.device), step.to(latents.device) + 1].to(family.device)
+    prediction = answer(ctx, sampler, images, picture, step)
+    return sampler.kernel_of(family)(prediction, grid_of(family, sampler.steps), steps[step]), y
+
+
+def answer(ctx: Context, sampler: Sampler, images: Mapping[str, Column], picture: Tensor, step: Tensor) -> Prediction:
+    """What the policy now says at the state before kept step ``step`` (R,) of ``picture`` (R,)."""
+    family = ctx.policy.family
     latents, prompt, steps, cond = (images[name] for name in ("latents", "prompt", "steps", "cond"))
     assert isinstance(latents, Tensor) and isinstance(prompt, Tensor) and isinstance(steps, Tensor)
     assert isinstance(cond, Cond)
-    grid = grid_of(family, sampler.steps)
-    i = steps[step]
-    where = picture.to(latents.device), step.to(latents.device)
-    x, y = latents[where].to(family.device), latents[where[0], where[1] + 1].to(family.device)
-    t = grid.t[i].to(family.device)
+    x = latents[picture.to(latents.device), step.to(latents.device)].to(family.device)
+    t = grid_of(family, sampler.steps).t[steps[step]].to(family.device)
     bound = cond.take(prompt[picture].to(family.device))
-    prediction = ctx.policy.predict(x, t, bound, sampler.guidance_of(family))
-    return sampler.kernel_of(family)(prediction, grid, i), y
+    return ctx.policy.predict(x, t, bound, sampler.guidance_of(family))
 
 
 def require_on_policy(ratio: Tensor, tolerance: float) -> None:

@@ -25,8 +25,6 @@ from align.errors import UserError
 from align.files import write
 from align.noise import InitialNoise
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 @dataclass
 class Sample:
@@ -77,7 +75,7 @@ def sample(config: Sample) -> Path:
         noise.number(prompt)  # type: ignore[union-attr]  # none of the pictures may quietly start elsewhere
     source = config.pretrained_model_name_or_path or (noise.source if noise else "shapes-sd")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    family = families.load(source, DTYPES[config.mixed_precision], device)
+    family = families.load(source, families.DTYPES[config.mixed_precision], device)
     if noise:
         noise.check(family, config.resolution)
     if config.weights is not None:
@@ -99,9 +97,7 @@ def sample(config: Sample) -> Path:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     names = [f"{k:05d}.png" for k in range(len(texts))]
     for name, image in zip(names, images, strict=True):
-        draft = config.output_dir / f"{name}.tmp"
-        gallery.to_pil(image).save(draft, "PNG")
-        draft.replace(config.output_dir / name)
+        gallery.save_picture(image, config.output_dir / name)
     gallery.save_grid(images[:64], texts[:64], config.output_dir / "grid.png", min(8, max(4, config.images_per_prompt)))
     rows = [
         {"file_name": name, "prompt": text, "seed": seed} for name, text, seed in zip(names, texts, seeds, strict=True)

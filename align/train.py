@@ -37,7 +37,6 @@ from align.settings import Train
 from align.table import Table
 from align.validation import held_out_metrics, held_out_scores, sample_grid
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
 
 
@@ -50,7 +49,7 @@ class Loop:
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, project_dir=str(config.output_dir))
         set_seed(config.seed)  # LoRA's initial weights; every draw after that is keyed
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        frozen = DTYPES[config.mixed_precision] if config.lora else torch.float32
+        frozen = families.DTYPES[config.mixed_precision] if config.lora else torch.float32
         self.family = families.load(
             config.pretrained_model_name_or_path, frozen, self.accelerator.device, config.revision, config.variant
         )

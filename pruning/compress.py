@@ -13,7 +13,6 @@ anywhere.
 
 from __future__ import annotations
 
-import copy
 import shutil
 import sys
 from collections.abc import Sequence
@@ -229,7 +228,7 @@ def _decide(config: Compress, family: Family) -> Plan:
 
 
 def _remove(config: Compress, original: str) -> None:
-    plan, pipe, name = Plan.load(config.at("plan.json")), _stock(original), _family(config, original).denoiser_name
+    plan, pipe, name = Plan.load(config.at("plan.json")), _stock(original), families.find(original).denoiser_name
     graph = BlockGraph.of(getattr(pipe, name))
     plan.fits(graph)
     graph.remove(plan.dropped)
@@ -253,21 +252,19 @@ def _heal(config: Compress, original: str) -> None:
     settings, resolved = parse(Train, "align.train", None, ["--config", str(config.heal), *words])
     train(settings, resolved)
     pipe = _stock(str(student))
-    family = families.of(copy.copy(pipe), str(student))
+    name = families.find(str(student)).denoiser_name
     if (run / LORA_FILE).is_file():
         merge_lora(pipe, run)
     else:
-        denoiser = type(family.denoiser).from_pretrained(run, subfolder=family.denoiser_name)
-        pipe.register_modules(**{family.denoiser_name: denoiser})
+        pipe.register_modules(**{name: type(getattr(pipe, name)).from_pretrained(run, subfolder=name)})
     card = _card(config, Plan.load(config.at("plan.json")), f"pruned and healed by `{config.heal}`")
     save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("healed"), _beside(original) | {"README.md": card})
-    shutil.rmtree(run / family.denoiser_name, ignore_errors=True)  # the healed pipeline has the same weights
+    shutil.rmtree(run / name, ignore_errors=True)  # the healed pipeline has the same weights
 
 
 def _quantise(config: Compress, source: str, name: str) -> None:
     pipe = _stock(source, DTYPES[config.dtype])
-    family = families.of(copy.copy(pipe), source)
-    parts = [family.denoiser_name]
+    parts = [families.find(source).denoiser_name]
     if config.text_encoders:
         parts += [part for part in pipe.components if part.startswith("text_encoder") and getattr(pipe, part)]
     said = []

@@ -25,7 +25,7 @@ from align.errors import UserError
 from align.families import Cond, Family
 from align.objectives import Context, Metrics, Objective, Plan
 from align.policy import Policy
-from align.process import diffuse, like
+from align.process import diffuse
 from align.rollouts import Sampler, draw, grid_of
 from align.scoring import Scorer
 from align.table import Table
@@ -156,8 +156,7 @@ class Heal(Objective):
         image = torch.arange(len(ctx.positions)).repeat_interleave(self.count)
         if isinstance(batch, PairBatch):
             x0 = batch.latents[:, 0].float()
-            shares = torch.stack([draws.uniform(generators) for _ in range(self.count)], 1) + torch.arange(self.count)
-            t = family.draw_t((shares / self.count).flatten())  # one level in each of equal shares
+            t = family.draw_t(draws.strata(generators, self.count).flatten())
             eps = draws.normal((self.count, *x0.shape[1:]), generators).flatten(0, 1)
             rows |= {"t": t, "eps": eps, "x_t": diffuse(x0[image], eps, *family.path(t))}
             return Table(rows, {"x0": x0, "cond": cond}, image)
@@ -175,8 +174,7 @@ class Heal(Objective):
     def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
         family, (whole, student) = ctx.policy.family, self._graphs
         x_t, t = rows.tensor("x_t").to(family.device), rows.tensor("t").to(family.device)
-        empty = rows.tensor("empty").to(family.device)
-        own = _emptied(rows.cond(), family, empty)
+        own = family.emptied(rows.cond(), rows.tensor("empty"))
         tapped = self.feature_weight > 0
         with torch.no_grad(), whole.tap(list(self._pairs.values()) if tapped else []) as theirs:
             target = self.teacher.predict(ctx.policy, x_t, t, own, 1.0)  # one pipeline's text encoders serve both
@@ -205,13 +203,6 @@ class Heal(Objective):
                 apart / wanted.float().square().mean().clamp(min=1e-8) if self.relative_features else apart
             )
         return total
-
-
-def _emptied(cond: Cond, family: Family, empty: Tensor) -> Cond:
-    """``cond`` with the empty prompt's in the rows where ``empty`` (R,) says so."""
-    bound = cond.to(family.device)
-    null = family.null.to(family.device)
-    return Cond({k: torch.where(like(empty, v), null[k].to(v.dtype), v) for k, v in bound.tensors.items()})
 
 
 def sensitivity(importance: Mapping[str, float], blocks: tuple[str, ...], form: Sensitivity) -> dict[str, float]:

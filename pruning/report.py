@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import math
 import resource
@@ -24,15 +22,13 @@ from torch import Tensor
 
 import pruning
 from align import families, gallery, runs
-from align.data import read_prompts
+from align.evaluate import STRICT, chosen_prompts
 from align.families import Family
 from align.files import write
 from align.shapes import locate
-from align.shapes.world import held_out_prompts
 from rewards import RewardSum
 from rewards import load as load_reward
 from rewards.shapes import Shapes
-from rewards.shapes import parse as parse_caption
 
 
 @dataclass
@@ -127,16 +123,12 @@ def _measure(source: str, batch: int, steps: int) -> int:
 def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str:
     """Measure the pipelines of ``folders`` (name to folder or model, the original first), write ``report.json``,
     ``report.md``, ``gallery.png`` and ``gallery.html`` into ``output``, and return the table."""
-    shapes = settings.prompts == "shapes"
-    prompts = held_out_prompts() if shapes else read_prompts(settings.prompts)
-    if settings.max_prompts and settings.max_prompts < len(prompts):
-        index = np.linspace(0, len(prompts) - 1, settings.max_prompts).round().astype(int)
-        prompts = [prompts[k] for k in index]
+    prompts, tasks = chosen_prompts(settings.prompts, settings.max_prompts)
     texts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
     seeds = range(settings.seed, settings.seed + len(texts))
     scorers: dict[str, Any] = {name: load_reward(name) for name in settings.reward}
     if "Shapes" in scorers:
-        scorers["Shapes (strict)"] = Shapes(mode="strict")
+        scorers[STRICT] = Shapes(mode="strict")
     rewards = RewardSum(scorers)
     found: dict[str, dict[str, Any]] = {}
     pictures: dict[str, Tensor] = {}
@@ -157,13 +149,11 @@ def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str
             "peak_bytes": peak(source, settings) if settings.memory else None,
             "rewards": {reward: scores[reward].double().mean().item() for reward in scorers},
         }
-        if shapes:
-            tasks = [parse_caption(text).task for text in texts]
-            strict = scores["Shapes (strict)"].double() if "Shapes (strict)" in scorers else None
-            if strict is not None:
-                by = {task: [v for v, t in zip(strict.tolist(), tasks, strict=True) if t == task] for task in tasks}
-                entry["tasks"] = {task: statistics.fmean(values) for task, values in by.items()}
-                entry["rewards"]["Shapes (strict)"] = statistics.fmean(entry["tasks"].values())
+        if tasks is not None and STRICT in scorers:
+            strict = scores[STRICT].double().view(len(prompts), settings.samples_per_prompt).mean(1)
+            by = {task: [v for v, t in zip(strict.tolist(), tasks, strict=True) if t == task] for task in tasks}
+            entry["tasks"] = {task: statistics.fmean(values) for task, values in by.items()}
+            entry["rewards"][STRICT] = statistics.fmean(entry["tasks"].values())
     for name, seconds in latencies(held, min(settings.batch_size, 64), settings.repeats).items():
         found[name]["latency"] = seconds
     text = table(found)
@@ -198,17 +188,12 @@ def _gallery(
     both = torch.stack([pictures[name][k] for k in chosen for name in pictures])
     gallery.save_grid(both, [texts[k] for k in chosen], output / "gallery.png", 12, list(pictures))
 
-    def picture(image: Tensor) -> str:
-        file = io.BytesIO()
-        gallery.to_pil(image).save(file, "PNG")
-        return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
     more = np.linspace(0, len(texts) - 1, min(48, len(texts))).round().astype(int)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in pictures)
-    rows = "".join(
-        f"<tr><td>{html.escape(texts[k])}</td>{''.join(f'<td>{picture(p[k])}</td>' for p in pictures.values())}</tr>"
-        for k in more
-    )
+    rows = ""
+    for k in more:
+        cells = "".join(f'<td><img src="{gallery.embedded(drawn[k])}"></td>' for drawn in pictures.values())
+        rows += f"<tr><td>{html.escape(texts[k])}</td>{cells}</tr>"
     page = f"""<!doctype html><meta charset="utf-8"><title>compressed</title><style>
 body{{font:15px system-ui;margin:2em}}
 td,th{{padding:4px 10px;text-align:left}}img{{width:110px;image-rendering:auto;border:1px solid #eee}}

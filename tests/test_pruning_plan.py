@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 
 from align.errors import UserError
+from pruning import sizes
 from pruning.graph import BlockGraph
 from pruning.plan import Budget, Plan, by_hand, costs, key, parse_ranges, to_budget
 from tests.test_pruning_graph import flux, sd3, sd15, sdxl
@@ -230,20 +232,7 @@ def test_the_picture_shows_what_goes_what_is_frozen_and_what_heals(tmp_path: Pat
 
 def test_eight_blocks_of_sd35_large_and_the_gigabytes_of_the_paper() -> None:
     """Method sheet 6.1 and 3.5: 8.06 to 6.36 B parameters, 3.58 GB in NF4, within 1 %."""
-    with torch.device("meta"):
-        large = SD3Transformer2DModel(
-            num_layers=38,
-            num_attention_heads=38,
-            attention_head_dim=64,
-            joint_attention_dim=4096,
-            caption_projection_dim=2432,
-            pooled_projection_dim=2048,
-            in_channels=16,
-            patch_size=2,
-            pos_embed_max_size=192,
-            qk_norm="rms_norm",
-        )
-        schnell = FluxTransformer2DModel()
+    large, schnell = (cast(Any, sizes.meta(model)) for model in (sizes.SD35_LARGE, sizes.FLUX_SCHNELL))
     plan = by_hand(BlockGraph.of(large), "25-28,31-34")
     assert plan.before == pytest.approx(8.06e9, rel=0.01) and plan.after == pytest.approx(6.36e9, rel=0.01)
     assert plan.after * 4.5 / 8 == pytest.approx(3.58e9, rel=0.01)

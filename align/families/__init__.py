@@ -20,10 +20,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from align.errors import UserError
-from align.process import Grid, Kernel, Kind, Prediction
+from align.process import Grid, Kernel, Kind, Prediction, like
 from align.shapes import EMBEDDED, locate
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of ``mixed_precision``
 SAMPLING_FILE = "sampling.json"  # a folder may say which guidance and steps its pipeline was made for
 # pipeline class in model_index.json -> family; a new family is one file and one line here
 FAMILIES = {
@@ -190,6 +191,14 @@ class Family(ABC):
                 self._null = self.encode([""])
         return self._null
 
+    def emptied(self, cond: Cond, empty: Tensor) -> Cond:
+        """``cond`` on this device, with the empty prompt's in the rows where ``empty`` (B,) is true."""
+        cond = cond.to(self.device)
+        if not empty.any():
+            return cond
+        null, mask = self.null, empty.to(self.device)
+        return Cond({k: torch.where(like(mask, v), null[k].to(v), v) for k, v in cond.tensors.items()})
+
     def to_latent(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] to latents: the posterior's mean, in the denoiser's scale, float32."""
         vae = self.pipe.vae
@@ -240,12 +249,18 @@ def pipeline_class(source: str, revision: str | None = None) -> str:
     return str(json.loads(index.read_text())["_class_name"])
 
 
-def find(source: str, revision: str | None = None) -> str:
-    """Where the family for ``source`` lives, ``module:class``; :class:`Unsupported` where there is none."""
-    name = pipeline_class(source, revision)
-    if name not in FAMILIES:
-        raise Unsupported(f"{source!r} is a {name}; supported pipelines: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+def find(source: str, revision: str | None = None) -> type[Family]:
+    """The family that fits ``source``, without loading a weight; :class:`Unsupported` where there is none."""
+    return _family(pipeline_class(source, revision), source)
+
+
+def _family(pipeline: str, source: str) -> type[Family]:
+    """The family of the pipeline class called ``pipeline``."""
+    if pipeline not in FAMILIES:
+        raise Unsupported(f"{source!r} is a {pipeline}; supported pipelines: {', '.join(FAMILIES)}")
+    module, _, name = FAMILIES[pipeline].partition(":")
+    found: type[Family] = getattr(import_module(module), name)
+    return found
 
 
 def load(
@@ -259,8 +274,7 @@ def load(
 
     Raises :class:`Unsupported` naming the pipeline class and those that are supported.
     """
-    module, _, name = find(source, revision).partition(":")
-    family: type[Family] = getattr(import_module(module), name)
+    family = find(source, revision)
     # use_safetensors: a pickled checkpoint is refused rather than run
     options = {"dtype": dtype, "revision": revision, "variant": variant, "use_safetensors": True}
     return family(family.read(locate(source), options).to(device), source)
@@ -268,12 +282,7 @@ def load(
 
 def of(pipe: DiffusionPipeline, source: str) -> Family:
     """The family of a pipeline that is loaded already. Raises :class:`Unsupported`."""
-    name = type(pipe).__name__
-    if name not in FAMILIES:
-        raise Unsupported(f"{source!r} is a {name}; supported pipelines: {', '.join(FAMILIES)}")
-    module, _, cls = FAMILIES[name].partition(":")
-    found: Family = getattr(import_module(module), cls)(pipe, source)
-    return found
+    return _family(type(pipe).__name__, source)(pipe, source)
 
 
 def tuned(family: Family, source: str) -> Family:

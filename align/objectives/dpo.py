@@ -70,11 +70,8 @@ class DPO(Objective):
         """One row a pair: its two latents, its caption, and the noise and time that both members share."""
         family = ctx.policy.family
         generators = ctx.generators("dpo")
-        cond = batch.cond.to(family.device)
         empty = draws.uniform(generators) < self.proportion_empty_prompts
-        if empty.any():
-            null, mask = family.null, empty.to(family.device)
-            cond = Cond({k: torch.where(like(mask, v), null[k].to(v.dtype), v) for k, v in cond.tensors.items()})
+        cond = family.emptied(batch.cond, empty)
         t = family.draw_t(draws.uniform(generators))
         eps = draws.normal(tuple(batch.latents.shape[2:]), generators)
         latents = batch.latents.to(family.device).float()

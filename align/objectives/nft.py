@@ -103,8 +103,7 @@ class NFT(Objective):
         all_of = group_advantages(total, groups, self.spread)
         mine = all_of[ctx.positions[0] : ctx.positions[-1] + 1].float()
         generators = ctx.generators("nft")
-        level = (torch.stack([draws.uniform(generators) for _ in range(count)], 1) + torch.arange(count)) / count
-        t = family.draw_t(level.flatten())  # one level in each of ``count`` equal shares
+        t = family.draw_t(draws.strata(generators, count).flatten())
         eps = draws.normal((count, *latents.shape[2:]), generators).flatten(0, 1)
         image = torch.arange(len(mine)).repeat_interleave(count)
         shared = {

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from align.data import PromptBatch
 from align.errors import UserError
-from align.families import Cond, Family
+from align.families import Family
 from align.objectives import Context, Metrics, Objective, Plan
 from align.policy import Policy
 from align.process import DDIM, Grid, Kernel, Prediction, Step, reduce
-from align.rollouts import Sampler, draw, grid_of
+from align.rollouts import Sampler, answer, draw, grid_of
 from align.scoring import Scorer
 from align.table import Table
 from align.teachers import LoRATeacher, Teacher, average
@@ -155,7 +155,7 @@ class OPD(Objective):
         count = self.trained_steps
         drawn = draw(
             ctx,
-            replace(self.sampler, guidance=self._guidance(ctx.policy.family)),
+            self._own(ctx.policy.family),
             batch,
             self.group,
             range(count),
@@ -216,13 +216,7 @@ class OPD(Objective):
     def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
         family, step, picture = ctx.policy.family, rows.tensor("step"), rows.image
         grid, device = grid_of(family, self.sampler.steps), family.device
-        latents = rows.images["latents"]
-        assert isinstance(latents, Tensor)
-        x = latents[picture.to(latents.device), step.to(latents.device)].to(device)
-        bound = rows.images["cond"]
-        assert isinstance(bound, Cond)
-        cond = bound.take(rows.tensor("prompt").to(device))
-        student = ctx.policy.predict(x, grid.t[step].to(device), cond, self._guidance(family))
+        student = answer(ctx, self._own(family), rows.images, picture, step)
         apart = self._apart(student, rows.images["target"][picture, step].to(device), grid, step, family)  # type: ignore[index]
         weight = torch.tensor(self.step_weights)[step].to(device) if self.step_weights else torch.ones_like(apart)
         loss = (weight * apart).mean()
@@ -241,6 +235,10 @@ class OPD(Objective):
     def _guidance(self, family: Family) -> float:
         """The student's guidance scale, in rollout and training."""
         return 1.0 if self.target == "guided_to_conditional" else self.sampler.guidance_of(family)
+
+    def _own(self, family: Family) -> Sampler:
+        """The sampler at the student's guidance."""
+        return replace(self.sampler, guidance=self._guidance(family))
 
     def _asked(self, family: Family, teacher: Teacher) -> float:
         """The guidance scale at which ``teacher`` is asked."""
