@@ -1,6 +1,7 @@
 """The cache of encodings on disk.
 
-A cache folder is named by everything that its contents depend on. It holds shards of 256 pairs and of 256 captions,
+A cache folder is named by everything that its contents depend on. It holds shards of 256 items (pairs, or
+captioned pictures) and of 256 captions,
 written whole or not at all, so that an interrupted run goes on at the first shard that is missing.
 """
 
@@ -21,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.data import Bad, Pair, PairSet
+from align.data import Bad, Item, ItemSet
 from align.families import Cond
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same inputs would give other files
-SHARD = 256  # pairs, or captions, in a file
+SHARD = 256  # items, or captions, in a file
 
 
 class Encoder(Protocol):
@@ -67,7 +68,7 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a kept pair lies: row ``row`` of latents shard ``shard``, and its caption's number."""
+    """Where a kept item lies: row ``row`` of latents shard ``shard``, and its caption's number."""
 
     id: int
     shard: int
@@ -75,13 +76,13 @@ class Entry:
     caption: int
 
 
-def key_of(family: Encoder, found: PairSet, pairs: Sequence[Pair], views: Views) -> str:
-    """What a cache depends on: the pairs, the files they come from, the encoders and the views."""
-    files = sorted({*found.files, *(picture.file for pair in pairs for picture in (pair.chosen, pair.rejected))})
+def key_of(family: Encoder, found: ItemSet, items: Sequence[Item], views: Views) -> str:
+    """What a cache depends on: the items, the files they come from, the encoders and the views."""
+    files = sorted({*found.files, *(picture.file for item in items for picture in item.pictures)})
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     number = {file: index for index, file in enumerate(files)}
-    sides = [[[number[side.file], side.row, side.column] for side in (pair.chosen, pair.rejected)] for pair in pairs]
-    parts = [[pair.id, pair.caption, *side] for pair, side in zip(pairs, sides, strict=True)]
+    sides = [[[number[side.file], side.row, side.column] for side in item.pictures] for item in items]
+    parts = [[item.id, item.caption, *side] for item, side in zip(items, sides, strict=True)]
     model = {"family": dict(family.identity()), "dtype": str(family.dtype)}
     whole = {"format": FORMAT, "layout": found.layout, "files": stats, "pairs": parts, "views": views.key()} | model
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
@@ -111,16 +112,16 @@ def header_of(file: Path, key: str) -> dict[str, Any] | None:
 
 
 def index_of(
-    pairs: Sequence[Pair], captions: Sequence[str], headers: Sequence[dict[str, Any]]
+    items: Sequence[Item], captions: Sequence[str], headers: Sequence[dict[str, Any]]
 ) -> tuple[list[Entry], list[Bad]]:
-    """Where each kept pair lies, and the rows that encoding found unusable."""
+    """Where each kept item lies, and the rows that encoding found unusable."""
     number = {caption: index for index, caption in enumerate(captions)}
     entries, bad = [], []
     for shard, header in enumerate(headers):
         for row, place in enumerate(header["kept"]):
-            pair = pairs[shard * SHARD + place]
-            entries.append(Entry(pair.id, shard, row, number[pair.caption]))
+            item = items[shard * SHARD + place]
+            entries.append(Entry(item.id, shard, row, number[item.caption]))
         for place, reason in header["bad"]:
-            pair = pairs[shard * SHARD + place]
-            bad.append(Bad(pair.id, pair.source, reason))
+            item = items[shard * SHARD + place]
+            bad.append(Bad(item.id, item.source, reason))
     return entries, bad

@@ -11,6 +11,8 @@ COMMANDS = {
     "rollout": "align.rollout",
     "evaluate": "align.evaluate",
     "score": "rewards.score",
+    "agree": "rewards.agree",
+    "serve": "rewards.serve",
     "compress": "pruning.compress",
 }
 

@@ -22,7 +22,7 @@ from align.errors import DataError
 from align.families import Cond, Family
 from align.files import write
 from align.layouts import CAPTIONS, parse, recognise
-from align.pictures import Picture
+from align.pictures import Picture, Readable
 from align.shapes import locate
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,27 @@ class Pair:
     chosen: Picture
     rejected: Picture
 
+    @property
+    def pictures(self) -> tuple[Readable, ...]:
+        return (self.chosen, self.rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """One picture and its caption. ``id`` counts the source's rows, bad ones too."""
+
+    id: int
+    source: str
+    caption: str
+    picture: Readable
+
+    @property
+    def pictures(self) -> tuple[Readable, ...]:
+        return (self.picture,)
+
+
+Item = Pair | Captioned
+
 
 @dataclass(frozen=True)
 class Bad:
@@ -49,21 +70,21 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class PairSet:
-    """The usable pairs in file order, and what was left out of ``total``."""
+class ItemSet:
+    """The usable pairs, or captioned pictures, in file order, and what was left out of ``total`` rows."""
 
     layout: str
-    pairs: list[Pair]
+    items: Sequence[Item]
     bad: list[Bad]
     ties: int
     total: int
     files: list[Path]
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> Pair:
-        return self.pairs[index]
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
 
 
 def read_pairs(
@@ -74,7 +95,7 @@ def read_pairs(
     report: Path | None = None,
     caption_column: str | None = None,
     image_root: str | Path | None = None,
-) -> PairSet:
+) -> ItemSet:
     """The preference pairs at ``path``: a file, a folder or a hub id, in one of :data:`align.layouts.LAYOUTS`.
 
     Args:
@@ -106,7 +127,7 @@ def read_pairs(
     check_bad(bad, total, max_bad_share, report)
     if not pairs:
         raise DataError(f"{path} ({layout}) holds no usable pair: {total} rows, {tied} ties, {len(bad)} bad")
-    return PairSet(layout, pairs, bad, tied, total, files)
+    return ItemSet(layout, pairs, bad, tied, total, files)
 
 
 def check_bad(bad: Sequence[Bad], total: int, max_share: float, report: Path | None) -> None:

@@ -55,8 +55,8 @@ class Evaluate:
         batch_size: pictures sampled at once.
         resolution: side in pixels; null is the model's own.
         max_prompts: use evenly spaced prompts, so many at most.
-        diversity_features: a vision model (DINOv2, CLIP) to measure diversity by, beside pixels; with several
-            pictures a prompt.
+        diversity_features: a vision model (DINOv2, CLIP) or ``lpips:FILE`` to measure diversity by, beside pixels;
+            with several pictures a prompt.
         device: where to run; null takes a GPU where there is one.
     """
 
@@ -138,7 +138,7 @@ def diversity(pictures: dict[str, Tensor], samples: int, features: Features | No
         found.setdefault("pixels", {})[who] = pairwise(thumbnails(images), groups).mean().item()
         if features is not None:
             values = torch.cat([features(part) for part in images.split(64)])
-            found.setdefault("features", {})[who] = pairwise(values, groups).mean().item()
+            found.setdefault("features", {})[who] = pairwise(values, groups, features.power).mean().item()
     return found
 
 

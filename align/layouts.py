@@ -1,46 +1,24 @@
-"""The layouts in which people keep preference pairs: which one a path holds, and its rows. Nothing is decoded here."""
+"""The layouts of preference pairs, as :mod:`rewards.pairs` reads them, with this package's pictures and errors."""
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
-import json
-import logging
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from align.errors import DataError
-from align.pictures import Arrow, Picture, Shards, Source
+from align.pictures import Picture
 from align.shapes import locate
+from rewards import RewardError, pairs, tables
+from rewards.pairs import CAPTIONS, LAYOUTS
 
-logger = logging.getLogger(__name__)
-
-LAYOUTS = """\
-  Pick-a-Pic       columns caption, jpg_0, jpg_1, label_0 in a .parquet file, a folder of them, a `save_to_disk`
-                   folder (dataset_info.json or dataset_dict.json) or a hub id; label_0 = 1, 0, or 0.5 for a tie
-  columns          caption or prompt, chosen, rejected (pictures) in any of the same
-  HPDv2            .json: [{"prompt", "image_path" or "file_path": [..], "human_preference" or "rank": [..]}]
-  pairs            .jsonl, .json or .csv: {"prompt", "chosen", "rejected"}; HPDv3's path1, path2 too
-  imagefolder      metadata.jsonl or metadata.csv: {"file_name", "rejected_file_name", "text"}
-  sibling folders  chosen/ and rejected/, or w/ and l/, with the same stems; captions as .txt beside the winners"""
-CAPTIONS = ("caption", "prompt", "text")
-SIDES = (("chosen", "rejected"), ("chosen_file_name", "rejected_file_name"), ("file_name", "rejected_file_name"))
-RANKED = (("image_path", "file_path"), ("human_preference", "rank"))
-FOLDERS = (("chosen", "rejected"), ("w", "l"))
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
-SPLITS = frozenset(
-    {"train", "val", "valid", "validation", "validation_unique", "eval", "test", "test_unique", "heldout"}
-)
+__all__ = ["CAPTIONS", "LAYOUTS", "Row", "parse", "recognise"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as a reader found it; without sides it is a tie, or bad when it has a ``problem``."""
+    """One row as a reader found it, winner first; without sides it is a tie, or bad when it has a ``problem``."""
 
     source: str
     caption: object = None
@@ -48,235 +26,37 @@ class Row:
     problem: str = ""
 
     def fault(self) -> str:
-        if self.problem or self.sides is None:
-            return self.problem
-        if not isinstance(self.caption, str) or not self.caption.strip():
-            return f"empty caption: {self.caption!r}"
-        missing = [str(side) for side in self.sides if side.table is None and not side.file.is_file()]
-        return f"no such file: {', '.join(missing)}" if missing else ""
+        return self.problem
 
 
-# Finding the layout. Each reader gives (layout, files read, rows).
-Found = tuple[str, list[Path], Iterable[Row]]
+def recognise(
+    path: str, split: str | None, caption: str | None, root: Path | None
+) -> tuple[str, list[Path], Iterable[Row]]:
+    """What ``path`` (file, folder, hub id or embedded name) holds: its layout, the files read, and the rows.
 
-
-def recognise(path: str, split: str | None, caption: str | None, root: Path | None) -> Found:
-    """What ``path`` (file, folder or hub id) holds. Raises :class:`DataError` for no layout, or more than one."""
-    place = Path(locate(path)).expanduser()
-    if not place.exists():
-        return _hub(path, split or "train", caption)
-    if place.is_dir() and split is not None:
-        for suffix in (".parquet", ".jsonl", ".json", ".csv", ""):
-            if (place / f"{split}{suffix}").exists():
-                return recognise(str(place / f"{split}{suffix}"), None, caption, root)
-    if place.is_dir():
-        return _folder(place, split, caption, root)
-    if split is not None:
-        raise DataError(f"{place} is one file and has no split {split!r}; leave split out")
-    if place.suffix == ".parquet":
-        return _parquet([place], caption)
-    if place.suffix in (".json", ".jsonl", ".csv"):
-        return _records(place, caption, root)
-    raise DataError(f"{place} is not a preference file that is understood. What is:\n{LAYOUTS}")
-
-
-def _folder(folder: Path, split: str | None, caption: str | None, root: Path | None) -> Found:
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        return _saved(folder, split, caption)
-    shards = [(file, _split_of(file)) for file in sorted(folder.rglob("*.parquet"))]
-    if split is not None:
-        chosen = [file for file, label in shards if label == split or file.parent.name == split]
-        if chosen:
-            return _parquet(chosen, caption)
-        labels = sorted({label for _, label in shards})
-        raise DataError(f"{folder} has no split {split!r}" + (f"; its parquet files are {labels}" if labels else ""))
-    names = sorted(file for suffix in ("jsonl", "json", "csv") for file in folder.glob(f"*.{suffix}"))
-    metadata = [file for file in names if file.stem == "metadata"]
-    siblings = [pair for pair in FOLDERS if all((folder / name).is_dir() for name in pair)]
-    if metadata:
-        return _records(metadata[0], caption, root)
-    if siblings and any(file.suffix in (".txt", ".caption") for file in (folder / siblings[0][0]).rglob("*")):
-        return _siblings(folder, *siblings[0])
-    if shards:
-        labels = sorted({label for _, label in shards})
-        if len(labels) > 1 and SPLITS & set(labels):  # training on the held-out file must not happen by accident
-            raise DataError(f"{folder} holds parquet files of {labels}; say which with split")
-        return _parquet([file for file, _ in shards], caption)
-    if len(names) == 1:
-        return _records(names[0], caption, root)
-    seen = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-    raise DataError(f"{folder} holds {seen}: not a layout that is understood, or more than one. What is:\n{LAYOUTS}")
-
-
-def _split_of(file: Path) -> str:
-    """``train-00000-of-00003-ab12.parquet`` -> ``train``."""
-    return re.sub(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]+)?$", "", file.stem)
-
-
-def _columns(path: object, names: Sequence[str], caption: str | None) -> tuple[str, str, str]:
-    """The names of caption, winner and loser (``jpg_0``, ``jpg_1`` for Pick-a-Pic) among a table's columns."""
-    sides = next((s for s in (("jpg_0", "jpg_1"), *SIDES, ("path1", "path2")) if set(s) <= set(names)), None)
-    text = next((name for name in ((caption,) if caption else CAPTIONS) if name in names), None)
-    if sides is None or text is None or ("jpg_0" in sides and "label_0" not in names):
-        wanted = f" (caption_column {caption!r})" if caption else ""
-        raise DataError(
-            f"{path} has {sorted(names)}, which is no layout that is understood{wanted}. What is:\n{LAYOUTS}"
-        )
-    return text, sides[0], sides[1]
-
-
-# Tables: parquet shards, Arrow data sets on disk, the hub.
-def _parquet(files: list[Path], caption: str | None) -> Found:
-    try:
-        names = [pq.read_schema(file).names for file in files]
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise DataError(f"{files[0].parent} has a file that is not parquet: {error}") from error
-    text, *sides = _columns(files[0], sorted(set(names[0]).intersection(*names)), caption)
-    return _table(
-        f"{len(files)} parquet file{'s' if len(files) > 1 else ''}", Shards(files, (sides[0], sides[1])), text, *sides
-    )
-
-
-def _saved(folder: Path, split: str | None, caption: str | None) -> Found:
-    from datasets import DatasetDict, load_from_disk
-
-    found = load_from_disk(str(folder))
-    splits = dict(found) if isinstance(found, DatasetDict) else {str(found.split or "train"): found}
-    if split is None and len(splits) == 1:
-        split = next(iter(splits))
-    if split not in splits:
-        raise DataError(f"{folder} holds the splits {sorted(map(str, splits))}; say which with split, not {split!r}")
-    text, *sides = _columns(folder, splits[split].column_names, caption)
-    return _table(f"save_to_disk folder, split {split}", Arrow(splits[split], (sides[0], sides[1])), text, *sides)
-
-
-def _hub(name: str, split: str, caption: str | None) -> Found:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.endswith(
-        (".parquet", ".json", ".jsonl", ".csv", ".txt")
-    ):
-        raise DataError(f"there is no file or folder {name}, and it is not a hub id of the form owner/name")
-    from datasets import load_dataset
-
-    logger.info("%s is no file or folder here; asking the hub for it", name)
-    try:
-        found = load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # not found, no network, no such split, needs code to run
-        raise DataError(f"{name} is no file or folder here, nor a hub data set with split {split}: {error}") from error
-    text, *sides = _columns(name, found.column_names, caption)
-    return _table(f"hub data set, split {split}", Arrow(found, (sides[0], sides[1])), text, *sides)
-
-
-def _table(what: str, table: Source, text: str, first: str, second: str) -> Found:
-    labelled = first == "jpg_0"
-
-    def rows() -> Iterator[Row]:
-        captions = table.column(text)
-        labels = table.column("label_0") if labelled else [1] * len(captions)
-        for row, (caption, label) in enumerate(zip(captions, labels, strict=True)):
-            file = table.home(row)
-            sides = (Picture(file, row, first, table), Picture(file, row, second, table))
-            yield _labelled(f"{file} row {row}", caption, label, sides)
-
-    name = f"Pick-a-Pic ({text}, jpg_0, jpg_1, label_0)" if labelled else f"columns ({text}, {first}, {second})"
-    return f"{name}, {what}", table.files, rows()
-
-
-def _labelled(source: str, caption: object, label: object, sides: tuple[Picture, Picture]) -> Row:
-    """Pick-a-Pic's rule: ``label_0`` is 1 when the first picture won, 0 when the second did, 0.5 for a tie."""
-    if label == 0.5:
-        return Row(source, caption)
-    if label == 1 or label == 0:
-        return Row(source, caption, sides if label == 1 else (sides[1], sides[0]))
-    return Row(source, problem=f"label_0 is {label!r}, expected 1, 0 or 0.5")
-
-
-# Files of records and folders of files.
-def _records(file: Path, caption: str | None, root: Path | None) -> Found:
-    records = parse(file)
-    root = root or file.parent
-    names = sorted({str(key) for _, record in records[:100] if isinstance(record, dict) for key in record})
-    images, scores = (next((name for name in group if name in names), None) for group in RANKED)
-    if images and scores:
-        text = caption or next((name for name in CAPTIONS if name in names), "prompt")
-        rows = (row for where, record in records for row in _ranked(where, record, text, images, scores, root))
-        return f"HPDv2 ({text}, {images}, {scores}), {file.name}", [file], rows
-    text, first, second = _columns(file, names, caption)
-    kind = "imagefolder" if file.stem == "metadata" else "pairs"
-    rows = (_paired(where, record, text, first, second, root) for where, record in records)
-    return f"{kind} ({text}, {first}, {second}), {file.name}", [file], rows
-
-
-def _paired(where: str, record: object, text: str, first: str, second: str, root: Path) -> Row:
-    if not isinstance(record, dict):
-        return Row(where, problem="not a JSON object")
-    paths = [record.get(first), record.get(second)]
-    if not all(isinstance(path, str) and path for path in paths):
-        return Row(where, problem=f"{first} and {second} must be paths, found {paths}")
-    sides = (Picture(root / str(paths[0])), Picture(root / str(paths[1])))
-    return _labelled(where, record.get(text), record.get("label_0") if first == "jpg_0" else 1, sides)
-
-
-def _ranked(where: str, record: object, text: str, images: str, scores: str, root: Path) -> Iterator[Row]:
-    """Every two pictures of a record are a pair; a higher ``human_preference`` wins, and so does a lower ``rank``."""
-    paths, marks = (record.get(images), record.get(scores)) if isinstance(record, dict) else (None, None)
-    if not (isinstance(record, dict) and isinstance(paths, list) and isinstance(marks, list)):
-        yield Row(where, problem=f"expected lists {images} and {scores}")
-    elif len(paths) != len(marks) or len(paths) < 2 or not all(isinstance(mark, int | float) for mark in marks):
-        yield Row(where, problem=f"{len(paths)} pictures with {scores} {marks}")
-    else:
-        gains = [-mark for mark in marks] if scores == "rank" else marks
-        for i, j in itertools.combinations(range(len(paths)), 2):
-            label = 0.5 if gains[i] == gains[j] else float(gains[i] > gains[j])
-            sides = (Picture(root / str(paths[i])), Picture(root / str(paths[j])))
-            yield _labelled(where, record.get(text), label, sides)
-
-
-def _siblings(folder: Path, winners: str, losers: str) -> Found:
-    def stems(side: str, suffixes: frozenset[str]) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
-        for file in sorted((folder / side).rglob("*")):
-            if file.suffix.lower() in suffixes:
-                found.setdefault(str(file.relative_to(folder / side).with_suffix("")), []).append(file)
-        return found
-
-    won, lost, texts = (
-        stems(winners, PICTURES),
-        stems(losers, PICTURES),
-        stems(winners, frozenset({".txt", ".caption"})),
-    )
-
-    def rows() -> Iterator[Row]:
-        for stem in sorted(won.keys() | lost.keys()):
-            counts = {winners: won.get(stem, []), losers: lost.get(stem, []), "captions": texts.get(stem, [])}
-            wrong = [f"{len(files)} in {name}" for name, files in counts.items() if len(files) != 1]
-            if wrong:
-                yield Row(f"{folder}: {stem}", problem=f"expected one file of this stem each, found {', '.join(wrong)}")
-            else:
-                caption = texts[stem][0].read_text(encoding="utf-8-sig", errors="replace")
-                yield Row(f"{folder}: {stem}", caption, (Picture(won[stem][0]), Picture(lost[stem][0])))
-
-    files = [file for group in texts.values() for file in group]
-    return f"sibling folders {winners}/ {losers}/ with captions as text files", files, rows()
+    Raises :class:`DataError` for no layout, or more than one.
+    """
+    with _data_errors():
+        layout, files, rows = pairs.recognise(locate(path), split, caption, root)
+    return layout, files, map(_row, rows)
 
 
 def parse(file: Path) -> list[tuple[str, object]]:
-    """(where, value) of each entry of a JSON list, of JSON lines (a broken line is None), of CSV, or of text lines."""
-    text = file.read_text(encoding="utf-8-sig", errors="replace")
-    if file.suffix == ".csv":
-        return [(f"{file}:{line}", row) for line, row in enumerate(csv.DictReader(io.StringIO(text)), 2)]
-    lines = [(f"{file}:{line}", words.strip()) for line, words in enumerate(text.split("\n"), 1) if words.strip()]
-    if file.suffix not in (".json", ".jsonl"):
-        return list[tuple[str, object]](lines)
-    if not text.lstrip().startswith("["):
-        return [(where, _json(words)) for where, words in lines]
-    try:
-        return [(f"{file}[{index}]", value) for index, value in enumerate(json.loads(text))]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file} is not a JSON list: {error}") from error
+    """:func:`rewards.tables.parse`. Raises :class:`DataError`."""
+    with _data_errors():
+        return tables.parse(file)
 
 
-def _json(text: str) -> object:
+def _row(row: pairs.Row) -> Row:
+    if row.sides is None:
+        return Row(row.source, row.caption, None, row.fault())
+    first, second = (Picture(side.file, side.row, side.column, side.table) for side in row.sides)
+    return Row(row.source, row.caption, (first, second), row.fault())
+
+
+@contextmanager
+def _data_errors() -> Iterator[None]:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
+        yield
+    except RewardError as error:
+        raise DataError(str(error)) from error

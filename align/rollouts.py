@@ -244,7 +244,8 @@ def _metrics(ctx: Context, scores: dict[str, Tensor], groups: Tensor, spread: di
     found = {"pictures": float(len(everyone))}
     found |= {f"reward/{name}": ctx.gather(values).mean().item() for name, values in scores.items()}
     for name, values in spread.items():
-        distances = pairwise(ctx.gather(values), everyone)
+        power = ctx.features.power if ctx.features is not None and name == "features" else 1
+        distances = pairwise(ctx.gather(values), everyone, power)
         if len(distances):
             found[f"diversity/{name}"] = distances.mean().item()
     return found

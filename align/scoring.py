@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from align.errors import UserError
-from rewards import Reward, RewardError, checked, load
+from rewards import Reward, RewardError, check_statistics, checked, load
 
 
 @dataclass
@@ -20,6 +20,7 @@ class RewardSetting:
     Args:
         name: a built-in reward's name, or an import path.
         weight: in the total that is trained on; 0 only watches it, so that hacking of the others shows.
+        normalise: [mean, std] of its scores, measured beforehand: (score - mean) / std is what ``weight`` is of.
         args: the reward's own arguments.
         label: its name in logs; default ``name``.
     """
@@ -28,16 +29,23 @@ class RewardSetting:
     weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
+    normalise: list[float] | None = None
 
 
 class Scorer:
     """Scores pictures by every reward of a run. One worker thread: rewards keep their order and never race.
 
     A reward that says ``concurrent = False`` (it shares the sampler's device and memory) is scored at once instead.
+    ``statistics`` are (mean, std) of the rewards that are normalised before they are summed.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
-        self.rewards = dict(rewards)
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float],
+        statistics: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        self.rewards, self.statistics = dict(rewards), dict(statistics or {})
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self._worker: ThreadPoolExecutor | None = None
 
@@ -48,8 +56,12 @@ class Scorer:
         labels = [setting.label or setting.name for setting in settings]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise UserError(f"two rewards are called {twice[0]!r}; give one of them a label of its own")
-        loaded = {label: load(s.name, s.args) for label, s in zip(labels, settings, strict=True)}
-        return cls(loaded, {label: s.weight for label, s in zip(labels, settings, strict=True)})
+        named = dict(zip(labels, settings, strict=True))
+        statistics = {label: setting.normalise for label, setting in named.items() if setting.normalise is not None}
+        for label, found in statistics.items():
+            check_statistics(label, found)
+        loaded = {label: load(setting.name, setting.args) for label, setting in named.items()}
+        return cls(loaded, {label: setting.weight for label, setting in named.items()}, statistics)
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -85,5 +97,9 @@ class Scorer:
         return self.total(parts)
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """(N,) the weighted sum that is trained on."""
-        return sum((weight * scores[name] for name, weight in self.weights.items()), 0 * next(iter(scores.values())))
+        """(N,) the weighted sum that is trained on, of scores that are normalised where that is set."""
+        total = 0 * next(iter(scores.values()))
+        for name, weight in self.weights.items():
+            mean, std = self.statistics.get(name, (0.0, 1.0))
+            total = total + weight * ((scores[name] - mean) / std)
+        return total

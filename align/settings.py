@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 import align.encoded
+import align.images
 import align.labels
 import align.objectives.b2_diffurl
 import align.objectives.d3po
@@ -42,11 +43,11 @@ class Train:
     """Fine-tune a diffusers pipeline through an objective.
 
     Args:
-        data: what to train on: PreferencePairs, Prompts, LabelledRollout, or anyone's import path.
+        data: what to train on: PreferencePairs, Images, Prompts, LabelledRollout, or anyone's import path.
         objective: how: a class of ``align.objectives`` or anyone's import path, with its arguments.
         rewards: what online objectives score their pictures by; those of weight 0 are only watched.
-        diversity_features: a vision model (DINOv2, CLIP) by whose features the diversity of rollouts is measured beside
-            pixels and latents.
+        diversity_features: a vision model (DINOv2, CLIP) or ``lpips:FILE`` by whose features the diversity of rollouts
+            is measured beside pixels and latents.
         validation_data: held-out pairs, on which the objective's metrics are measured, or held-out prompts, whose
             pictures are scored by the rewards; logged and put into the model card.
         pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``.

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from align import draws, families
 from align.data import PromptBatch
-from align.encoded import PairBatch
 from align.errors import UserError
 from align.families import Cond, Family
+from align.images import ImageBatch
 from align.objectives import Context, Metrics, Objective, Plan
 from align.policy import Policy
 from align.process import diffuse
@@ -85,7 +85,7 @@ class Heal(Objective):
     measure: importance.Measure = "mse"
     proportion_empty_prompts: float = 0.2
 
-    batch_types: ClassVar[tuple[type, ...]] = (PromptBatch, PairBatch)
+    batch_types: ClassVar[tuple[type, ...]] = (PromptBatch, ImageBatch)
     online: ClassVar[bool] = True
     scored: ClassVar[bool] = False
 
@@ -148,20 +148,20 @@ class Heal(Objective):
         each = self.sampler.evaluations(family)
         return Plan(self.count, self.count + self.sampler.steps * each, self.count)
 
-    def rollout(self, ctx: Context, batch: PromptBatch | PairBatch) -> Table:
+    def rollout(self, ctx: Context, batch: PromptBatch | ImageBatch) -> Table:
         family, generators = ctx.policy.family, ctx.generators("heal")
         cond = batch.cond.to(family.device)
         empty = torch.stack([draws.uniform(generators) for _ in range(self.count)], 1).flatten()
         rows: dict[str, Tensor | Cond] = {"empty": empty < self.proportion_empty_prompts}
         image = torch.arange(len(ctx.positions)).repeat_interleave(self.count)
-        if isinstance(batch, PairBatch):
-            x0 = batch.latents[:, 0].float()
+        if isinstance(batch, ImageBatch):
+            x0 = batch.latents.float()
             t = family.draw_t(draws.strata(generators, self.count).flatten())
             eps = draws.normal((self.count, *x0.shape[1:]), generators).flatten(0, 1)
             rows |= {"t": t, "eps": eps, "x_t": diffuse(x0[image], eps, *family.path(t))}
             return Table(rows, {"x0": x0, "cond": cond}, image)
         if self.task_weight:
-            raise UserError("task_weight needs data with pictures (PreferencePairs); the student's own are no target")
+            raise UserError("task_weight needs data with pictures (Images); the student's own are no target")
         stochastic = None if self.sampler.kernel else ()
         drawn = draw(ctx, self.sampler, batch, 1, range(self.sampler.steps), stochastic, likelihood=False)
         latents = drawn.columns["latents"]

@@ -18,7 +18,7 @@ from typing import Any
 import bitsandbytes as bnb
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pruning
 from align import families, gallery, runs
@@ -62,8 +62,15 @@ class Reporting:
 
 def opened(source: str) -> Family:
     """A pipeline of any of our folders, or a model by its name, ready to sample: on a GPU as it was saved; on a CPU,
-    which is slow in half precision, in float32, but for what is packed."""
-    return families.of(pruning.load(locate(source), None if torch.cuda.is_available() else torch.float32), source)
+    many of which multiply half precision ten times as slowly, in float32, the products with packed weights too."""
+    if torch.cuda.is_available():
+        return families.of(pruning.load(locate(source)), source)
+    pipe = pruning.load(locate(source), torch.float32)
+    for component in pipe.components.values():
+        for module in component.modules() if isinstance(component, nn.Module) else ():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.compute_dtype = torch.float32
+    return families.of(pipe, source)
 
 
 def weights_bytes(folder: Path) -> int:

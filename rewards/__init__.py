@@ -22,9 +22,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import builtins  # noqa: E402
 import importlib  # noqa: E402
 import inspect  # noqa: E402
+import math  # noqa: E402
 from collections.abc import Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
-from typing import Any, Protocol, runtime_checkable  # noqa: E402
+from typing import Any, Literal, Protocol, runtime_checkable  # noqa: E402
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -37,6 +38,7 @@ _BUILT_IN: dict[str, str] = {
     "EndpointJudge": "rewards.judge.EndpointJudge",
     "GenEval-style": "rewards.gen_eval.GenEvalStyle",
     "HPSv2": "rewards.hps.HPSv2",
+    "HPSv3": "rewards.hpsv3.HPSv3",
     "ImageReward": "rewards.image_reward.ImageReward",
     "JPEGCompressibility": "rewards.jpeg.JPEGCompressibility",
     "JPEGIncompressibility": "rewards.jpeg.JPEGIncompressibility",
@@ -128,19 +130,33 @@ def _check_input(
 
 @dataclass
 class RewardSum:
-    """Weighted sum of rewards, itself a reward. A reward that ``weights`` does not name has weight 1."""
+    """Weighted sum of rewards, itself a reward.
+
+    Args:
+        rewards: by name.
+        weights: of what is summed; a reward that is not named has weight 1.
+        normalise: how a reward is brought to a scale that can be summed with others'; one that is not named is taken as
+            it is. ``(mean, std)``, measured beforehand (``summary.json`` of ``rewards.score`` has both), gives
+            (score - mean) / std: an image's score is the same alone and in a batch. ``"batch"`` takes mean and standard
+            deviation (over n) of the batch at hand, so by definition an image's score depends on its batch mates; it
+            is 0 for an image alone, and where all scores are equal.
+    """
 
     rewards: dict[str, Reward]
     weights: dict[str, float] | None = None
+    normalise: dict[str, tuple[float, float] | Literal["batch"]] | None = None
 
     def __post_init__(self) -> None:
         if not self.rewards:
             raise RewardError("RewardSum got no rewards; expected at least one")
         if "total" in self.rewards:
             raise RewardError("RewardSum: 'total' is the name of the weighted sum; give that reward another name")
-        unknown = sorted(set(self.weights or {}) - set(self.rewards))
-        if unknown:
-            raise RewardError(f"RewardSum got weights for {unknown}; the rewards are {sorted(self.rewards)}")
+        for what, named in {"weights": self.weights, "normalise": self.normalise}.items():
+            if unknown := sorted(set(named or {}) - set(self.rewards)):
+                raise RewardError(f"RewardSum got {what} for {unknown}; the rewards are {sorted(self.rewards)}")
+        for name, how in (self.normalise or {}).items():
+            if how != "batch":
+                check_statistics(name, how)
 
     @property
     def differentiable(self) -> bool:
@@ -155,17 +171,38 @@ class RewardSum:
     def components(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> dict[str, Tensor]:
-        """Every reward's own score by name, unweighted, and their weighted sum as ``"total"``; each (B,)."""
+        """Every reward's own score by name, neither normalised nor weighted, and their weighted sum as ``"total"``;
+        each (B,) float32."""
         scores = {name: checked(reward, name, images, prompts, metadata) for name, reward in self.rewards.items()}
-        weights = self.weights or {}
-        total = torch.stack([weights.get(name, 1.0) * score for name, score in scores.items()]).sum(0)
-        return scores | {"total": total}
+        weights, normalise = self.weights or {}, self.normalise or {}
+        parts = [weights.get(name, 1.0) * _normalised(score, normalise.get(name)) for name, score in scores.items()]
+        return scores | {"total": torch.stack(parts).sum(0)}
 
     def score(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> Tensor:
         """The weighted sum: (B,) float32."""
         return self.components(images=images, prompts=prompts, metadata=metadata)["total"]
+
+
+def check_statistics(name: str, statistics: Sequence[float]) -> None:
+    """``RewardError`` unless these are the mean and the standard deviation of the scores of the reward ``name``."""
+    numbers = [value for value in statistics if isinstance(value, int | float) and math.isfinite(value)]
+    if len(statistics) != 2 or len(numbers) != 2 or numbers[1] <= 0:
+        raise RewardError(
+            f"reward {name!r} is to be normalised by {statistics}; expected (mean, std), finite, std above 0"
+        )
+
+
+def _normalised(scores: Tensor, how: tuple[float, float] | Literal["batch"] | None) -> Tensor:
+    if how is None:
+        return scores
+    if how != "batch":
+        return (scores - how[0]) / how[1]
+    exact = scores.double()  # in which the mean of equal float32 numbers is that number
+    centred = exact - exact.mean()
+    spread = centred.square().mean().sqrt()
+    return (centred / spread if spread > 0 else centred).float()
 
 
 def needs_prompt(reward: Reward) -> bool:

@@ -18,7 +18,8 @@ class Aesthetic(Network):
     Heads: version 2, ``sac+logos+ava1-l14-linearMSE`` (Apache-2.0, christophschuhmann/improved-aesthetic-predictor;
     as safetensors in the hub repository ``ttj/sac-logos-ava1-l14-linearMSE``), five linear maps with nothing between
     them; and version 1, ``sa_0_4_vit_l_14_linear.pth`` (MIT, LAION-AI/aesthetic-predictor), a single one. The file
-    shows which it is. Encoder: ``openai/clip-vit-large-patch14`` (MIT, 0.43 B; its text tower is dropped).
+    shows which it is. Encoder: ``openai/clip-vit-large-patch14`` (MIT by OpenAI's repository, 0.43 B;
+    its text tower is dropped).
     Preprocessing: shorter edge to 224, bicubic, centre crop, CLIP's mean and deviation, embedding to length one;
     forgetting the last gives scores of 20 to 30.
     Range: about 1 to 10.

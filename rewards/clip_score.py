@@ -21,8 +21,9 @@ class CLIPScore(Network):
     Hessel et al. 2021, arXiv 2104.08718. The defaults are torchmetrics' (scale 100, no prefix); the paper's are
     ``model="openai/clip-vit-base-patch32", scale=2.5, prefix="A photo depicts "``.
 
-    Checkpoints: any CLIP in the layout of transformers, such as ``openai/clip-vit-large-patch14`` (MIT, 0.43 B), or,
-    with ``library="open_clip"``, any folder or hub repository with an ``open_clip_config.json``.
+    Checkpoints: any CLIP in the layout of transformers, such as ``openai/clip-vit-large-patch14`` (MIT by
+    OpenAI's repository, 0.43 B), or, with ``library="open_clip"``, any folder or hub repository with an
+    ``open_clip_config.json``.
     Preprocessing: shorter edge to the network's size, bicubic, centre crop, the checkpoint's mean and deviation;
     prompts are cut at 77 tokens.
     Range: 0 to ``scale``, with scale 100 typically 20 to 35. Scores of different checkpoints are not comparable.

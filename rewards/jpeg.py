@@ -26,7 +26,15 @@ def kilobytes(images: Tensor, quality: int) -> Tensor:
 
 @dataclass
 class JPEGCompressibility:
-    """Minus the file size in kB over 500, at JPEG ``quality`` 1..95: smooth, empty pictures score high (towards 0)."""
+    """Minus the file size in kB over 500, at JPEG ``quality`` 1..95: smooth, empty pictures score high (towards 0).
+
+    No checkpoint; the encoder is Pillow's. Preprocessing: to 8 bits a channel, once; no resize, so that sizes only
+    compare between pictures of one size.
+    Formula: ``-kB / 500``, kB in units of 1000 bytes; 500 is the scale of the DDPO code, for 512 x 512.
+    Range: below 0, about -1 to 0 at 512 x 512.
+    Not differentiable; the prompt is not read.
+    Caveats: trained on alone, pictures lose what they show; meant to prove that a loop learns.
+    """
 
     quality: int = 95
 
@@ -45,7 +53,11 @@ class JPEGCompressibility:
 
 @dataclass
 class JPEGIncompressibility:
-    """The file size in kB, at JPEG ``quality`` 1..95: busy, noisy pictures score high."""
+    """The file size in kB, at JPEG ``quality`` 1..95: busy, noisy pictures score high.
+
+    Everything else is as in :class:`JPEGCompressibility`, but that the size is not divided and so runs to some hundreds
+    at 512 x 512.
+    """
 
     quality: int = 95
 

@@ -125,16 +125,16 @@ def test_the_feature_term_pairs_blocks_by_their_old_places(tiny_folders: dict[st
 
 
 def test_real_pictures_have_a_task_term(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    from align.encoded import PairBatch
+    from align.images import ImageBatch
 
     policy, objective = healing(
         tiny_folders["flow"], tmp_path, "1", task_weight=1.0, output_weight=0.0, feature_weight=0.0
     )
     prompts = batch(policy)
-    latents = torch.randn(4, 2, *policy.family.latent_shape(), generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(4, *policy.family.latent_shape(), generator=torch.Generator().manual_seed(1))
     ctx = Context(policy, 0, 0, range(4))
-    table = objective.rollout(ctx, PairBatch(latents, prompts.cond, PROMPTS, [0, 1, 2, 3]))
-    assert torch.equal(table.images["x0"], latents[:, 0]), "the chosen pictures"  # type: ignore[arg-type]
+    table = objective.rollout(ctx, ImageBatch(latents, prompts.cond, PROMPTS, [0, 1, 2, 3]))
+    assert torch.equal(table.images["x0"], latents)  # type: ignore[arg-type]
     loss, metrics = objective.loss(ctx, table)
     assert loss.item() == pytest.approx(metrics["task"].item())
     with pytest.raises(UserError, match="needs data with pictures"):

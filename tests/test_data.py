@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from align import cache, encoded
+from align import cache, encoded, encoding
 from align.data import Prompts, read_pairs, read_prompts, shuffled
-from align.encoded import EncodedPairs, PairBatch, PreferencePairs, cut
+from align.encoded import EncodedPairs, PairBatch, PreferencePairs
+from align.encoding import cut
 from align.errors import DataError
 from align.families import Cond
 from align.pictures import Picture, UnreadableError, decode
@@ -89,7 +90,7 @@ def places(drawn: list[Drawn], tmp_path_factory: pytest.TempPathFactory) -> dict
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (cache, encoded):
         monkeypatch.setattr(module, "SHARD", 4)
-    monkeypatch.setattr(encoded, "TEXTS", 3)
+    monkeypatch.setattr(encoding, "TEXTS", 3)
 
 
 def whole(pairs: EncodedPairs, variants: Sequence[int] | None = None) -> PairBatch:
@@ -128,9 +129,9 @@ LAYOUTS = {
 def test_every_layout_holds_the_same_pairs(name: str, places: dict[str, Path], drawn: list[Drawn]) -> None:
     found = read_pairs(places[name])
     assert found.layout.startswith(LAYOUTS[name])
-    assert [pair.caption for pair in found.pairs] == [pair.caption for pair in drawn]
-    assert [pair.id for pair in found.pairs] == list(range(COUNT))
-    for pair, true in zip(found.pairs, drawn, strict=True):
+    assert [pair.caption for pair in found.items] == [pair.caption for pair in drawn]
+    assert [pair.id for pair in found.items] == list(range(COUNT))
+    for pair, true in zip(found.items, drawn, strict=True):
         assert pair.chosen.read().tobytes() == decode(true.chosen).tobytes()
         assert pair.rejected.read().tobytes() == decode(true.rejected).tobytes()
 
@@ -208,7 +209,7 @@ def test_a_ranked_record_gives_every_pair(tmp_path: Path) -> None:
     record = {"prompt": "p", "image_path": ["0.png", "1.png", "2.png"], "rank": [2, 1, 2]}
     (tmp_path / "test.json").write_text(json.dumps([record]))
     found = read_pairs(tmp_path, split="test")
-    assert [(pair.id, pair.chosen.file.name, pair.rejected.file.name) for pair in found.pairs] == [
+    assert [(pair.id, pair.chosen.file.name, pair.rejected.file.name) for pair in found.items] == [
         (0, "1.png", "0.png"),
         (2, "1.png", "2.png"),
     ]
@@ -220,7 +221,7 @@ def test_ties_are_dropped_and_counted_or_refused(tmp_path: Path) -> None:
     one, two = [noise(1)] * 3, [noise(2)] * 3
     file = table(tmp_path / "a.parquet", caption=["a", "b", "c"], jpg_0=one, jpg_1=two, label_0=[0.0, 0.5, 1.0])
     found = read_pairs(file)
-    assert [(pair.id, pair.chosen.column) for pair in found.pairs] == [(0, "jpg_1"), (2, "jpg_0")]
+    assert [(pair.id, pair.chosen.column) for pair in found.items] == [(0, "jpg_1"), (2, "jpg_0")]
     assert found.ties == 1
     with pytest.raises(DataError, match="row 1 is a tie"):
         read_pairs(file, ties="error")
@@ -285,7 +286,7 @@ def test_bad_rows_are_reported_and_stop_a_run(tmp_path: Path) -> None:
     assert lines[1]["source"].endswith("a.jsonl:3")
     wanted = ("empty caption", "not a JSON object", "no such file", "must be paths")
     assert all(want in line["reason"] for want, line in zip(wanted, lines, strict=True))
-    assert [pair.id for pair in read_pairs(file, max_bad_share=0.8).pairs] == [0]
+    assert [pair.id for pair in read_pairs(file, max_bad_share=0.8).items] == [0]
     label = table(tmp_path / "a.parquet", caption=["a"], jpg_0=[b""], jpg_1=[b""], label_0=[float("nan")])
     with pytest.raises(DataError, match="label_0 is nan"):
         read_pairs(label)

@@ -28,7 +28,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -39,12 +38,8 @@ from transformers import (
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
     Owlv2Processor,
-    Qwen2Tokenizer,
-    Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
     Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -58,7 +53,7 @@ from rewards.mps import MPS
 from rewards.ocr import OCR, closeness, edits, target, to_pil
 from rewards.safety import OpenNSFW, Safety, prepare
 from rewards.vqa_score import VQAScore
-from tests.test_reward_models import PROMPTS, SIZES, new_clip, pictures, randomise, tensor
+from tests.reward_samples import PROMPTS, Sample, new_clip, new_qwen, pictures, randomise, samples, tensor
 
 PORTRAIT = Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg"
 
@@ -73,6 +68,11 @@ def same_alone(
         rows = None if metadata is None else metadata[k : k + 1]
         alone = reward.score(images=images[k : k + 1], prompts=prompts[k : k + 1], metadata=rows)
         torch.testing.assert_close(alone[0], score, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    return samples(tmp_path_factory.mktemp("modes"))
 
 
 def test_all_are_built_in_and_none_is_imported_unasked() -> None:
@@ -170,19 +170,19 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_safety_is_one_minus_the_labels_probability(classifier: str) -> None:
+def test_safety_is_one_minus_the_labels_probability(classifier: str, drawn: list[Sample]) -> None:
     scorer = Safety(classifier, device="cpu")
     both = Safety(classifier, unsafe=["nsfw", "drawing"], device="cpu")
     model = ViTForImageClassification.from_pretrained(classifier).double()
     processor = ViTImageProcessorPil.from_pretrained(classifier)
     expected = []
-    for picture in pictures(SIZES):
-        pixels = processor(picture, return_tensors="pt").pixel_values.double()
+    for sample in drawn:
+        pixels = processor(sample.picture, return_tensors="pt").pixel_values.double()
         with torch.no_grad():
             p = model(pixels).logits[0].softmax(-1)
         expected.append(1 - float(p[1]))
-        assert float(scorer.score(images=tensor(picture), prompts=[""])) == pytest.approx(expected[-1], rel=1e-4)
-        assert float(both.score(images=tensor(picture), prompts=[""])) == pytest.approx(float(p[0]), rel=1e-4)
+        assert float(scorer.score(images=sample.images, prompts=[""])) == pytest.approx(expected[-1], rel=1e-4)
+        assert float(both.score(images=sample.images, prompts=[""])) == pytest.approx(float(p[0]), rel=1e-4)
     assert max(expected) - min(expected) > 0.01
     same_alone(scorer, torch.cat([tensor(p) for p in pictures([(50, 41)] * 3)]), [""] * 3)
     assert not scorer.needs_prompt and not scorer.differentiable
@@ -190,8 +190,8 @@ def test_safety_is_one_minus_the_labels_probability(classifier: str) -> None:
         Safety(classifier, unsafe=["porn"], device="cpu")
 
 
-def test_open_nsfw_prepares_pictures_as_its_package_does() -> None:
-    for picture in pictures([(300, 200), (224, 224), (31, 90)]):
+def test_open_nsfw_prepares_pictures_as_its_package_does(drawn: list[Sample]) -> None:
+    for picture in [*pictures([(300, 200), (224, 224)]), *(sample.picture for sample in drawn)]:
         small = picture.resize((256, 256), resample=Image.Resampling.BILINEAR)
         file = io.BytesIO()
         small.crop(((256 - 224) / 2, (256 - 224) / 2, (256 + 224) / 2, (256 + 224) / 2)).save(file, "JPEG")
@@ -223,67 +223,33 @@ def test_open_nsfw_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monk
 
 # -- a tiny Qwen2-VL ---------------------------------------------------------------------------------------------
 
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("qwen")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    special += ["<|image_pad|>", "<|video_pad|>"]
-    vocab = {piece: number for number, piece in enumerate([*sorted(ByteLevel.alphabet()), *special, "Yes"])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    tokenizer.add_tokens(["Yes"])
-    processor = Qwen2VLProcessor(
-        Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=12 * 28 * 28),
-        tokenizer,
-        Qwen2VLVideoProcessor(),
-        chat_template=TEMPLATE,
-    )
-    processor.save_pretrained(folder)
-    numbers = {
-        name: vocab[f"<|{name}|>"] for name in ("image_pad", "video_pad", "vision_start", "vision_end", "im_end")
-    }
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"num_key_value_heads": 1, "vocab_size": len(vocab), "eos_token_id": numbers["im_end"]}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
-    config = Qwen2VLConfig(
-        text_config=text,
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
-        image_token_id=numbers["image_pad"],
-        video_token_id=numbers["video_pad"],
-        vision_start_token_id=numbers["vision_start"],
-        vision_end_token_id=numbers["vision_end"],
-    )
-    model = Qwen2VLForConditionalGeneration(config)
-    randomise(model, 5)
-    model.generation_config.eos_token_id = numbers["im_end"]
-    model.save_pretrained(folder)
+    new_qwen(folder)
     return str(folder)
 
 
-def test_vqa_score_is_the_probability_of_yes(qwen: str) -> None:
+def test_vqa_score_is_the_probability_of_yes(qwen: str, drawn: list[Sample]) -> None:
     scorer = VQAScore(qwen, device="cpu", dtype="float32")
     model = Qwen2VLForConditionalGeneration.from_pretrained(qwen).double()
     processor = Qwen2VLProcessor.from_pretrained(qwen)
     (yes,) = processor.tokenizer.encode("Yes")
     expected = []
-    for picture, prompt in zip(pictures([(max(w, 30), max(h, 30)) for w, h in SIZES]), PROMPTS, strict=True):
-        question = f'Does this image show "{prompt}"?'
+    for sample in drawn:
+        question = f'Does this image show "{sample.prompt}"?'
         text = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n"
         text += "<|im_start|>assistant\n"
-        inputs = processor(text=[text], images=[picture], return_tensors="pt")
+        inputs = processor(text=[text], images=[sample.picture], return_tensors="pt")
         inputs["pixel_values"] = inputs["pixel_values"].double()
         made = model.generate(
             **inputs, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
         )
         expected.append(float(made.scores[0][0].softmax(-1)[yes]))
-        assert float(scorer.score(images=tensor(picture), prompts=[prompt])) == pytest.approx(expected[-1], rel=1e-4)
+        assert float(scorer.score(images=sample.images, prompts=[sample.prompt])) == pytest.approx(
+            expected[-1], rel=1e-4
+        )
     assert max(expected) > 1.1 * min(expected)
     same_alone(scorer, torch.cat([tensor(p) for p in pictures([(50, 41)] * 3)]), ["a fox", "", "x" * 90])
     assert not scorer.differentiable
@@ -423,6 +389,20 @@ def test_endpoint_judge_asks_as_openai_does(
     assert "from the caption: a fox {prompt}\n" in body["messages"][0]["content"][1]["text"]
     same_alone(judge, images, prompts)
     assert isinstance(judge, Reward) and not judge.differentiable
+
+
+def test_endpoint_judge_sends_every_picture_and_prompt_whole(
+    endpoint: tuple[str, type[Endpoint]], drawn: list[Sample]
+) -> None:
+    url, server = endpoint
+    server.scenes = [says("Score: 3")]
+    judge = EndpointJudge(url, "m", question="<{prompt}>", workers=1)
+    for sample in drawn:
+        assert judge.score(images=sample.images, prompts=[sample.prompt]).tolist() == [0.5]
+        image, text = server.seen[-1]["body"]["messages"][0]["content"]
+        with Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].partition(",")[2]))) as sent:
+            assert np.array_equal(np.asarray(sent), np.asarray(sample.picture))
+        assert text["text"] == f"<{sample.prompt}>"
 
 
 def test_endpoint_judge_asks_again_only_where_that_can_help(endpoint: tuple[str, type[Endpoint]]) -> None:
@@ -575,11 +555,11 @@ def owl(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> str:
     return str(folder)
 
 
-def test_geneval_style_finds_what_the_detector_says(owl: str, clip: Path) -> None:
+def test_geneval_style_finds_what_the_detector_says(owl: str, clip: Path, drawn: list[Sample]) -> None:
     scorer = ge.GenEvalStyle(owl, str(clip), threshold=0.0, counting_threshold=0.5, overlap=2.0, device="cpu")
     model, processor = Owlv2ForObjectDetection.from_pretrained(owl), Owlv2Processor.from_pretrained(owl)
-    names = ["cup", "dog"]
-    for picture in pictures([(60, 40), (40, 90)]):
+    names, boxes_found = ["cup", "dog"], 0
+    for picture in (sample.picture for sample in drawn):
         inputs = processor(text=[[f"a photo of a {n}" for n in names]], images=[picture], return_tensors="pt")
         with torch.no_grad():
             outputs = model(**inputs)
@@ -594,13 +574,14 @@ def test_geneval_style_finds_what_the_detector_says(owl: str, clip: Path) -> Non
             boxes = boxes.clamp(min=0).minimum(limits)
             boxes = boxes[(boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])]
             torch.testing.assert_close(torch.tensor(found[name]).reshape(-1, 4), boxes, rtol=1e-4, atol=1e-3)
-        assert sum(map(len, found.values())) > 1
+        boxes_found += sum(map(len, found.values()))
         sure = scorer.find(tensor(picture)[0], "counting", names)  # the other threshold
         assert sum(map(len, sure.values())) == int((expected["scores"] > 0.5).sum())
         scorer.overlap = 0.3
         kept = scorer.find(tensor(picture)[0], "colors", names)["dog"]
         assert all(ge.shared(a, b) < 0.3 for k, a in enumerate(kept) for b in kept[:k])
         scorer.overlap = 2.0
+    assert boxes_found > 2 * len(drawn)
 
 
 def test_geneval_style_names_colours_as_clip_does(owl: str, clip: Path) -> None:
@@ -734,7 +715,7 @@ def mps_reference(
     return float(model.logit_scale.exp() * F.cosine_similarity(whole, x[0], dim=0)), int((mask < 0).sum())
 
 
-def test_mps_is_upstreams(mps: str, clip: Path) -> None:
+def test_mps_is_upstreams(mps: str, clip: Path, drawn: list[Sample]) -> None:
     scorer = MPS(mps, processor=str(clip), condition="", device="cpu")
     weights = load_file(Path(mps) / "model.safetensors")
     model = CLIPModel.from_pretrained(clip)
@@ -744,14 +725,10 @@ def test_mps_is_upstreams(mps: str, clip: Path) -> None:
     model.double()
     parts = CLIPTokenizer.from_pretrained(clip), CLIPImageProcessorPil.from_pretrained(clip)
     with torch.no_grad():
-        both = [
-            mps_reference(weights, model, parts, picture, prompt, "")
-            for picture, prompt in zip(pictures(SIZES), PROMPTS, strict=True)
-        ]
+        both = [mps_reference(weights, model, parts, sample.picture, sample.prompt, "") for sample in drawn]
     expected = [score for score, _ in both]
     assert sum(0 < hidden < 77 for _, hidden in both) > 3, both
-    pairs = zip(pictures(SIZES), PROMPTS, strict=True)
-    scores = [float(scorer.score(images=tensor(picture), prompts=[prompt])) for picture, prompt in pairs]
+    scores = [float(scorer.score(images=sample.images, prompts=[sample.prompt])) for sample in drawn]
     assert scores == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert np.std(expected) > 0.1
     images = torch.cat([tensor(picture) for picture in pictures([(50, 41)] * 3)])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,9 +17,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
+import rewards
+from align.config import parse as parse_settings
+from align.scoring import RewardSetting, Scorer
+from align.settings import Train
 from align.shapes.world import COMBINATIONS, SIZE, Body, caption, draw, outline
 from rewards import Reward, RewardError, RewardSum, available, checked, load
 from rewards.blobs import Found
@@ -228,9 +235,88 @@ def test_reward_sum_components_and_weights() -> None:
     assert not RewardSum({"a": Fixed([1.0]), "b": Shapes()}).differentiable
 
 
+class Mean(Fixed):
+    """The mean level of each image."""
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+def test_reward_sum_normalises_what_is_summed_and_keeps_what_was_said() -> None:
+    images, prompts = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)), [""] * 5
+    values, mean = [3.0, 1.0, 4.0, 1.0, 5.0], images.double().mean((1, 2, 3))
+    parts_of: dict[str, Reward] = {"fixed": Fixed(values), "mean": Mean([]), "plain": Fixed(values)}
+    total = RewardSum(parts_of, {"mean": -2.0, "plain": 0.5}, {"mean": (0.5, 0.1), "fixed": "batch"})
+    parts = total.components(images=images, prompts=prompts)
+    expected = (np.array(values) - np.mean(values)) / np.std(values) - 2 * (mean.numpy() - 0.5) / 0.1
+    assert parts["total"].tolist() == pytest.approx((expected + 0.5 * np.array(values)).tolist(), abs=1e-5)
+    assert parts["fixed"].tolist() == parts["plain"].tolist() == values
+    assert parts["mean"].tolist() == pytest.approx(mean.tolist(), abs=1e-6)
+
+
+def test_only_batch_statistics_make_a_score_depend_on_its_batch() -> None:
+    images = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def alone_and_together(how: Any) -> tuple[list[float], list[float]]:
+        reward = RewardSum({"mean": Mean([])}, None, {"mean": how})
+        alone = [reward.score(images=image[None], prompts=[""]).item() for image in images]
+        return alone, reward.score(images=images, prompts=[""] * 4).tolist()
+
+    alone, together = alone_and_together((0.4, 0.05))
+    assert alone == pytest.approx(together, abs=1e-5)
+    alone, together = alone_and_together("batch")
+    assert alone == [0.0] * 4 and (np.mean(together), np.std(together)) == pytest.approx((0, 1), abs=1e-5)
+    same = RewardSum({"x": Fixed([0.1] * 7)}, None, {"x": "batch"})
+    assert same.score(images=torch.rand(7, 3, 2, 2), prompts=[""] * 7).tolist() == [0.0] * 7
+
+
+def test_batch_statistics_keep_the_gradient() -> None:
+    images = torch.rand(3, 3, 2, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    reward = RewardSum({"mean": Mean([])}, None, {"mean": "batch"})
+    reward.score(images=images, prompts=[""] * 3)[0].backward()
+    assert images.grad is not None
+    step = torch.full_like(images, 1e-2) * torch.tensor([1.0, -1.0, 0.5]).view(3, 1, 1, 1)
+    with torch.no_grad():
+        up, down = (reward.score(images=images + sign * step, prompts=[""] * 3)[0] for sign in (1, -1))
+    assert float((up - down) / 2) == pytest.approx(float((images.grad * step).sum()), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "statistics", [(0.0, 0.0), (0.0, -1.0), (math.nan, 1.0), (1.0,), (0.0, math.inf), "rank", "ab"]
+)
+def test_statistics_that_cannot_be_are_named(statistics: Any) -> None:
+    with pytest.raises(RewardError, match=r"reward 'a' is to be normalised by .*; expected \(mean, std\)"):
+        RewardSum({"a": Fixed([1.0])}, None, {"a": statistics})
+    if not isinstance(statistics, str):
+        with pytest.raises(RewardError, match="reward 'light' is to be normalised by"):
+            Scorer.of([RewardSetting("tests.helpers.Bright", label="light", normalise=list(statistics))])
+
+
+def test_a_runs_rewards_are_normalised_alike() -> None:
+    scorer = Scorer.of(
+        [
+            RewardSetting("JPEGIncompressibility", 2.0, normalise=[3.0, 0.5]),
+            RewardSetting("JPEGCompressibility", -1.0, label="small"),
+            RewardSetting("Shapes", 0.0, label="watched", normalise=[9.0, 9.0]),
+        ]
+    )
+    images, texts = scenes(3)
+    scores = scorer.score(images, texts)
+    expected = 2 * (scores["JPEGIncompressibility"] - 3) / 0.5 - scores["small"]
+    torch.testing.assert_close(scorer.total(scores), expected)
+    torch.testing.assert_close(scorer.graded(images, texts), expected)
+    both = {"JPEGIncompressibility": load("JPEGIncompressibility"), "small": load("JPEGCompressibility")}
+    total = RewardSum(both, {"JPEGIncompressibility": 2.0, "small": -1.0}, {"JPEGIncompressibility": (3.0, 0.5)})
+    torch.testing.assert_close(total.score(images=images, prompts=texts), expected)
+
+
 def test_reward_sum_refuses_bad_names() -> None:
     with pytest.raises(RewardError, match=r"weights for \['c'\]"):
         RewardSum({"a": Fixed([1.0])}, {"c": 1.0})
+    with pytest.raises(RewardError, match=r"normalise for \['c'\]"):
+        RewardSum({"a": Fixed([1.0])}, None, {"c": "batch"})
     with pytest.raises(RewardError, match="total"):
         RewardSum({"total": Fixed([1.0])})
     with pytest.raises(RewardError, match="no rewards"):
@@ -263,6 +349,33 @@ def test_nonsense_answers_stop_with_the_rewards_name() -> None:
 def test_bad_input_is_named(images: Tensor, prompts: Sequence[str], message: str) -> None:
     with pytest.raises(RewardError, match=message):
         checked(Fixed([1.0, 2.0]), "any", images, prompts)
+
+
+def test_as_many_metadata_rows_as_images() -> None:
+    with pytest.raises(RewardError, match="reward 'any' got 1 metadata rows for 2 images"):
+        checked(Fixed([1.0, 2.0]), "any", torch.rand(2, 3, 8, 8), ["x", "y"], [{}])
+
+
+@pytest.mark.parametrize("config", ["ddpo_smoke", "flow_grpo_smoke", "dpo_shapes"])
+def test_policy_gradient_and_dpo_take_every_reward_by_name(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings parse and pass their check, and the run's scorer has the class behind each name."""
+    wanted = [{"name": name, "weight": 0.5, "normalise": [1.0, 2.0]} for name in available()]
+    arguments = ["--config", str(ROOT / f"configs/{config}.yaml"), "--rewards", json.dumps(wanted)]
+    if config == "dpo_shapes":  # held-out prompts, whose pictures are scored while it trains
+        arguments += ["--validation_data", "Prompts", "--validation_data.path", "shapes-prompts-heldout"]
+    settings, text = parse_settings(Train, "align.train", None, arguments)
+    settings.check()
+    assert [(r.name, r.weight, r.normalise) for r in settings.rewards] == [(n, 0.5, [1.0, 2.0]) for n in available()]
+    assert [entry["name"] for entry in yaml.safe_load(text)["rewards"]] == available()
+    for path in rewards._BUILT_IN.values():  # their weights are elsewhere
+        monkeypatch.setattr(f"{path}.__init__", lambda self: None)
+    scorer = settings.scorer()
+    assert scorer is not None
+    for name, reward in scorer.rewards.items():
+        assert f"{type(reward).__module__}.{type(reward).__name__}" == rewards._BUILT_IN[name]
+        arguments_of = inspect.signature(type(reward).score).parameters
+        assert {"images", "prompts", "metadata"} <= set(arguments_of)
+    assert list(scorer.rewards) == available()
 
 
 def test_load() -> None:

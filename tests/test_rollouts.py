@@ -287,9 +287,18 @@ def test_pairwise_distance_is_the_loop_over_pairs() -> None:
     assert len(pairwise(values, torch.arange(7))) == 0
 
 
+class Alike:
+    """Features that see no difference."""
+
+    power = 1
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.ones(len(images), 5)
+
+
 def test_a_rollout_measures_its_diversity(tiny: Build) -> None:
     policy = Policy(tiny("epsilon"), LoRA(2))
-    ctx = Context(policy, 0, 0, range(6), bright(), features=lambda images: torch.ones(len(images), 5))
+    ctx = Context(policy, 0, 0, range(6), bright(), features=Alike())  # type: ignore[arg-type]
     with torch.no_grad():
         rollout = draw(ctx, Sampler(2, 1.0), prompted(policy), 3, ())
     assert rollout.metrics["diversity/pixels"] > 0

@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import sys
@@ -25,9 +26,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import RewardError, load
+from rewards import RewardError, decoder, load
+from rewards.decoder import Batch, Decoder, ahead
 from rewards.inputs import Named, decode, load_rewards, open_input, parse_rewards
-from rewards.score import ahead, main
+from rewards.score import main
 
 COUNT = 10
 FILES = [f"{number}.png" for number in range(COUNT)]
@@ -159,7 +161,7 @@ LAYOUTS = ["sidecar", "imagefolder", "jsonl", "csv", "parquet", "struct", "tar",
 def test_every_layout_gives_the_rewards_own_scores(tmp_path: Path, layout: str) -> None:
     source = lay(tmp_path / "in", layout)
     out = tmp_path / "out"
-    options = ["--output", str(out), "--batch_size", "2", "--shard_size", "4", "--workers", "2"]
+    options = ["--output", str(out), "--batch_size", "2", "--shard_size", "4", "--threads", "2"]
     assert main([source, "--reward", REWARD, "--reward", "JPEGCompressibility:quality=50", *options]) == 0
     assert scores(out) == pytest.approx(expected(), abs=1e-4)
     assert len(set(files(out))) == COUNT
@@ -272,6 +274,33 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, layout: str
     assert files(out) == files(whole) and scores(out) == scores(whole)
     first, second = (json.loads((folder / "summary.json").read_text())["rewards"] for folder in (whole, out))
     assert first == second
+
+
+def test_every_picture_is_there_once_after_kills_at_random_moments(tmp_path: Path) -> None:
+    """The small version of ``tests/benchmarks/scoring.py``: 300 pictures, three kills."""
+    count, moments = 300, random.Random(0)
+    prompts = [f"picture {number}" for number in range(count)]
+    table = pa.table({"image": [encoded(number) for number in range(count)], "caption": prompts})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=7)
+    options = [str(tmp_path / "in.parquet"), "--shard_size", "6", "--batch_size", "4"]
+    assert main([*options, "--reward", REWARD, "--output", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+    slow = [*options, "--reward", f"{{name: {REWARD}, args: {{pause: 0.01}}}}", "--output", str(out)]
+    for kill in range(3):
+        before, process = len(files(out)), launch(slow)
+        deadline = time.monotonic() + 60
+        while len(files(out)) == before:
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"it ended before kill {kill}"
+    assert before < len(files(out)) < count
+    assert main(slow) == 0
+    assert sorted(files(out)) == sorted(f"in.parquet#{number}" for number in range(count))
+    assert files(out) == files(tmp_path / "whole") and scores(out) == scores(tmp_path / "whole")
+    assert not list(out.glob(".*"))  # nor is anything left of the killed processes
 
 
 def test_other_settings_are_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,6 +430,18 @@ def test_gallery_shows_best_and_worst(tmp_path: Path, layout: str) -> None:
     assert "<b>picture" not in page and ("&lt;b&gt;picture 9" in page) == (layout == "sidecar")
 
 
+def test_sizes_that_fill_no_batch_leave_before_memory_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_input(lay(tmp_path / "in", "sidecar"))
+
+    def batches() -> list[list[int]]:
+        work = Decoder(source, None, COUNT, 4, 1).work(lambda shard: True)
+        return [sorted(item.rows) for item in work if isinstance(item, Batch)]
+
+    assert batches() == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]  # of a size each, as one becomes full or the end comes
+    monkeypatch.setattr(decoder, "WAITING", 4 * 8 * 12 * 3)
+    assert batches() == [[0, 3], [1, 4], [2, 5], [6, 9], [7], [8]]
+
+
 def test_ahead_passes_items_and_errors_on() -> None:
     assert list(ahead(iter(range(9)), 3)) == list(range(9))
 
@@ -419,7 +460,7 @@ def test_decoding_goes_on_while_the_reward_computes(tmp_path: Path) -> None:
     the meantime is scored all the same."""
     source = Path(lay(tmp_path / "in", "sidecar"))
     Breaker.file = source / "4.png"
-    options = ["--output", str(tmp_path / "out"), "--batch_size", "1", "--workers", "2"]
+    options = ["--output", str(tmp_path / "out"), "--batch_size", "1", "--threads", "2"]
     command = [str(source), "--reward", "tests.test_score.Breaker", *options]
     assert main(command) == 0
     assert files(tmp_path / "out") == FILES

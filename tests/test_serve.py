@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
+import resource
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -21,11 +24,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor
 
 from rewards import Reward, RewardError, RewardSum, checked, load, remote, serve
-from rewards.remote import Remote
-from rewards.serve import Limits, Server
+from rewards.batching import Limits
+from rewards.remote import TENSORS, Remote
+from rewards.server import Server
 
 TOKEN = "a-token-for-tests"
 
@@ -56,14 +61,14 @@ class Mean:
 @contextmanager
 def served(rewards: Mapping[str, Reward], token: str | None = None, **limits: Any) -> Iterator[tuple[Server, str]]:
     server = Server(rewards, port=0, token=token, limits=Limits(**limits))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        yield server, f"http://127.0.0.1:{server.server_port}"
+        yield server, f"http://127.0.0.1:{server.port}"
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.stop()
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def pictures(count: int, seed: int = 0, side: int = 8) -> Tensor:
@@ -116,8 +121,7 @@ def test_remote_scores_are_local_scores() -> None:
                 assert torch.equal(checked(client, name, images, prompts, metadata), local)
         floats = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
         client = Remote(url, reward="mean")
-        away = (client.score(images=floats, prompts=["", ""]) - floats.mean((1, 2, 3))).abs()
-        assert 0 < away.max() <= 1 / 510
+        assert torch.equal(client.score(images=floats, prompts=["", ""]), floats.mean((1, 2, 3)))
         total = RewardSum({"here": Mean(), "there": client}, {"there": 2.0})
         parts = total.components(images=images, prompts=prompts)
         assert torch.equal(parts["here"], parts["there"])
@@ -140,7 +144,7 @@ def test_many_clients_share_batches_and_none_is_lost() -> None:
         with ThreadPoolExecutor(64) as pool:
             found = list(pool.map(ask, range(64)))
     local = [checked(Mean(), "mean", images[n : n + 1], ["x" * n]).item() for n in range(64)]
-    assert found == pytest.approx(local, abs=1e-5)
+    assert found == local
     assert sum(reward.batches) == 64 and max(reward.batches) > 1 and max(reward.batches) <= 16
 
 
@@ -160,7 +164,7 @@ def test_one_bad_prompt_fails_its_own_call_only() -> None:
             good, refused, bug = pool.map(ask, [["a", "b"], ["c", "stop"], ["bug", "d"]])
     assert isinstance(good, list)
     assert isinstance(refused, RewardError) and refused.row == 1
-    assert "answered 422 this prompt is refused" in str(refused)
+    assert f"reward 'mean' at {url} answered 422 this prompt is refused" in str(refused)
     assert isinstance(bug, RewardError) and "500 reward 'mean' failed: ZeroDivisionError: somebody" in str(bug)
     assert reward.batches[0] > 2  # they were together at first
 
@@ -206,64 +210,187 @@ def test_what_is_wrong_is_refused_in_words_and_the_server_goes_on() -> None:
         good = {"reward": "mean", "items": [item()]}
         broken = base64.b64encode(base64.b64decode(png())[:50]).decode()
         for body, status, message in [
-            (b"{", 400, "not JSON"),
-            (b"[" * 4000, 400, "not JSON"),
-            ([], 400, "expected {"),
-            (good | {"more": 1}, 400, "expected {"),
+            (b"{", 400, "body: Invalid JSON"),
+            (b"[" * 4000, 400, "body: Invalid JSON"),
+            (b"\xff", 400, "body: Invalid JSON"),
+            ([], 400, "body: Input should be an object; expected {"),
+            (good | {"more": 1}, 400, "more: Extra inputs are not permitted; expected {"),
             (good | {"reward": "other"}, 400, "no reward 'other' here; there are mean"),
-            (good | {"reward": []}, 400, "no reward"),
+            (good | {"reward": []}, 400, "reward: Input should be a valid string"),
             (good | {"items": []}, 400, "0 items; expected 1 to 3"),
             (good | {"items": [item()] * 4}, 413, "4 items; expected 1 to 3"),
-            (good | {"items": [item(), "x"]}, 400, "item 1 is not"),
-            (good | {"items": [item(prompt=3)]}, 400, "item 0 is not"),
-            (good | {"items": [item(metadata=[])]}, 400, "item 0 is not"),
-            (good | {"items": [item(image="???")]}, 400, "image 0 is not base64"),
+            (good | {"items": [item(), "x"]}, 400, "items.1: Input should be an object"),
+            (good | {"items": [item(prompt=3)]}, 400, "items.0.prompt: Input should be a valid string"),
+            (good | {"items": [item(metadata=[])]}, 400, "items.0.metadata: Input should be"),
+            (good | {"items": [item(image="???")]}, 400, "image 0 cannot be read"),
             (good | {"items": [item(), item(image=broken)]}, 400, "image 1 cannot be read"),
             (good | {"items": [item(image=base64.b64encode(gif.getvalue()).decode())]}, 400, "cannot be read"),
             (good | {"items": [item(image=bomb())]}, 400, "cannot be read"),
             (good | {"items": [item(image=png(11))]}, 400, "11 x 11 pixels; at most 100"),
             (good | {"items": [item(image=png(8)), item(image=png(8))]}, 400, "at most 36"),
-            (b" " * 6000, 413, "6000 bytes; at most 5000"),
+            (b" " * 6000, 413, "6000 bytes or more; at most 5000"),
         ]:
             assert call(url, body)[0] == status, body
             assert message in call(url, body)[1]["error"], body
             assert call(url, good)[0] == 200
         assert call(url, good, "/other")[0] == call(url, b"", "/other", "GET")[0] == 404
+        assert call(url, good, method="PUT") == (405, {"error": "Method Not Allowed"})
         assert call(url, good, **{"Content-Type": "text/plain"})[0] == 415
-        head = b"POST /score HTTP/1.1\r\nContent-Type: application/json\r\n"
+        assert call(url, good | {"items": [item(), "x"]})[1]["image"] == 1
+        head = b"POST /score HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
         assert b" 413 " in raw(url, head + b"Content-Length: 1000000000\r\n\r\n")
-        assert b" 411 " in raw(url, head + b"\r\n")
-        assert b" 411 " in raw(url, head + b"Content-Length: -1\r\n\r\n")
-        assert b" 501 " in raw(url, b"PUT / HTTP/1.1\r\n\r\n") and b'{"error"' in raw(url, b"PUT / HTTP/1.1\r\n\r\n")
-        with pytest.raises(RewardError, match="100 pixels a call; one image has 121"):
+        chunks = b"1000\r\n" + b" " * 4096 + b"\r\n"
+        assert b"5001 bytes or more" not in raw(
+            url, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+        )
+        assert b" 413 " in raw(url, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks * 2)  # and no end of it
+        assert b" 400 " in raw(url, head + b"\r\n")
+        assert b" 400 " in raw(url, head + b"Content-Length: -1\r\n\r\n")
+        assert b" 400 " in raw(url, b"nonsense\r\n\r\n")
+        with pytest.raises(RewardError, match="100 pixels; one image has 121"):
             Remote(url).score(images=pictures(1, side=11), prompts=[""])
-        with pytest.raises(RewardError, match="5000 bytes a call; one image has"):
+        with pytest.raises(RewardError, match="5000 bytes; one image and its texts have"):
             Remote(url).score(images=pictures(1), prompts=["x" * 5000])
         with pytest.raises(RewardError, match="metadata must be JSON"):
             Remote(url).score(images=pictures(1), prompts=[""], metadata=[{"add": object()}])
         assert call(url, good)[1] == {"scores": [pytest.approx(1 + 1 / 3)]}
 
 
+def test_a_large_body_is_refused_and_its_client_reads_why() -> None:
+    """Also a client that sends all of it before it looks."""
+    with served({"mean": Mean()}) as (_, url):
+        before = memory()
+        connection = HTTPConnection(url.removeprefix("http://"), timeout=20)
+        connection.putrequest("POST", "/score")
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(10**9)}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        for _ in range(50):
+            connection.send(bytes(4 << 20))
+        response = connection.getresponse()
+        assert response.status == 413 and "1000000000 bytes or more" in json.loads(response.read())["error"]
+        connection.close()
+        assert memory() - before < 100 << 20
+        assert call(url, {"reward": "mean", "items": [item()]})[0] == 200
+
+
+def memory() -> int:
+    """The most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def quiet(server: Server) -> None:
+    """Wait until no connection and no call is left at the server."""
+    state, deadline = server._server.server_state, time.monotonic() + 10
+    while state.connections or state.tasks:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def last(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(4096)
+    except ConnectionResetError:  # a byte that was under way when the server closed
+        return b""
+
+
 def test_a_slow_client_is_cut_off() -> None:
-    with served({"mean": Mean()}, read_timeout=0.3, max_connections=2) as (_, url):
+    before = threading.active_count()
+    with served({"mean": Mean()}, read_timeout=0.6, max_connections=2) as (server, url):
         host, port = url.removeprefix("http://").split(":")
-        head = b"POST /score HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
-        start = time.monotonic()
-        with socket.create_connection((host, int(port)), timeout=10) as slow:
-            slow.sendall(head)
-            with socket.create_connection((host, int(port)), timeout=10) as silent:
-                assert b"503 Busy" in raw(url, b"GET /health HTTP/1.1\r\n\r\n")  # both places are taken
-                sent = 0
-                while not select.select([slow], [], [], 0.1)[0]:  # every byte comes in time, all of them do not
-                    slow.sendall(b" ")
-                    sent += 1
-                    assert sent < 30
-                assert b" 408 " in slow.recv(4096)
-                assert silent.recv(10) == b""
-        assert time.monotonic() - start < 5
-        deadline = time.monotonic() + 5
-        while b"503" in raw(url, b"GET /health HTTP/1.1\r\n\r\n"):
-            assert time.monotonic() < deadline
+        head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        health = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        for first, trickle, expected in [(head, b" ", b"HTTP/1.1 408"), (b"GET /health HTTP/1.1\r\nX: ", b"x", b"")]:
+            with socket.create_connection((host, int(port)), timeout=10) as slow:
+                slow.sendall(first)
+                with socket.create_connection((host, int(port)), timeout=10) as silent:
+                    assert b"too many connections" in raw(url, health)  # both places are taken
+                    sent = 0
+                    while not select.select([slow], [], [], 0.1)[0]:  # every byte comes in time, all of them do not
+                        slow.sendall(trickle)
+                        sent += 1
+                        assert sent < 30
+                    assert last(slow)[:12] == expected
+                    assert last(silent) == b""
+            quiet(server)
+            assert b" 200 " in raw(url, health)
+        with socket.create_connection((host, int(port)), timeout=10) as idle:  # the second call of a connection
+            idle.sendall(health.replace(b"close", b"keep-alive"))
+            found = idle.recv(4096)
+            idle.sendall(b"GET /h")
+            while part := last(idle):
+                found += part
+            assert found.count(b" 200 ") == 1
+        with socket.create_connection((host, int(port)), timeout=10) as gone:  # in the midst of its body
+            gone.sendall(head + b"{")
+        quiet(server)
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+
+
+def test_tensors_are_taken() -> None:
+    """Of a safetensors file only what is asked for in its metadata, and only pictures."""
+    images = {"a": pictures(1)[0], "b": (pictures(1)[0] * 255).byte()}
+    good = {"reward": "mean", "items": [{"image": name, "prompt": "xy"} for name in images]}
+    expected = (2 + images["a"].mean()).item()
+    with served({"mean": Mean()}, max_pixels=200) as (_, url):
+
+        def ask(asked: Any, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+            return call(url, save(dict(tensors), {"call": json.dumps(asked)}), **{"Content-Type": TENSORS})
+
+        assert ask(good, images) == (200, {"scores": [expected, expected]})
+        zeros = torch.zeros
+        for wrong, message in [
+            ({"b": images["b"]}, "image 0 cannot be read: there is no tensor 'a'"),
+            (images | {"b": zeros(3, 9, 17)}, r"F32 of shape [3, 9, 17]; expected U8 or F32, (3, H, W), H x W <= 136"),
+            (images | {"b": zeros(3, 8, 8).double()}, "F64 of shape"),
+            (images | {"b": zeros(1, 8, 8)}, "F32 of shape [1, 8, 8]"),
+            (images | {"b": zeros(3, 0, 8)}, "F32 of shape [3, 0, 8]"),
+            (images | {"b": zeros(8, 8)}, "F32 of shape [8, 8]"),
+        ]:
+            status, answer = ask(good, wrong)
+            assert status == 400 and message in answer["error"], message
+            assert answer["image"] == (0 if "'a'" in message else 1)
+        status, answer = ask(good, images | {"b": images["a"] + 1})
+        assert status == 422 and "in row 1; expected [0, 1]" in answer["error"]
+        whole = save(images, {"call": json.dumps(good)})
+        for body in (b"", b"{}", whole[:-1], b"\xff" * 8 + whole[8:], save(images), save(images, {"other": "{}"})):
+            status, answer = call(url, body, **{"Content-Type": TENSORS})
+            assert status == 400 and "no safetensors file with the metadata" in answer["error"]
+        assert ask({}, images)[0] == 400
+        assert ask(good, images)[0] == 200
+
+
+def test_remote_splits_what_is_too_much_for_one_call() -> None:
+    """By bytes of pictures, then of texts; the row of an error stays that of the batch."""
+    reward = Mean()
+    with served({"mean": reward}, max_body=2000, linger=0.0) as (_, url):
+        client = Remote(url)
+        images, prompts = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(2)), ["é" * 10] * 5
+        assert torch.equal(client.score(images=images, prompts=prompts), Mean().score(images=images, prompts=prompts))
+        assert reward.batches == [2, 2, 1]  # of 768 bytes each
+        reward.batches.clear()
+        client.score(images=pictures(4), prompts=["x" * 250] * 4)
+        assert reward.batches == [2, 2]
+        with pytest.raises(RewardError, match="answered 422 this prompt is refused") as caught:
+            client.score(images=pictures(5), prompts=["x" * 250] * 4 + ["stop"])
+        assert caught.value.row == 4
+
+
+def test_without_fastapi_the_client_works_and_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("fastapi", "starlette", "uvicorn")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("rewards.server", "rewards.batching", "rewards.remote", "rewards.serve"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert importlib.import_module("rewards.remote").Remote
+    assert importlib.import_module("rewards.serve").main(["--reward", "Shapes"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the server needs ") and line.endswith("pip install 't2i-align[serve]'")
 
 
 def test_back_pressure_and_time_out() -> None:

@@ -6,6 +6,7 @@ Objectives see only :class:`Family` and :class:`Cond`. Pictures are (B, 3, H, W)
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from align.errors import UserError
 from align.process import Grid, Kernel, Kind, Prediction, like
@@ -212,17 +214,26 @@ class Family(ABC):
         return (vae.decode(latents.to(vae.device, vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def identity(self) -> Mapping[str, object]:
-        """What a cached encoding depends on: the source, and the configs and weights' sums of encoder parts."""
-        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        """What a cached encoding depends on: everything but the denoiser. Where the pipeline lies does not matter."""
+        parts = {name: part for name, part in self.pipe.components.items() if name != self.denoiser_name}
         return {
-            "source": self.source,
             "family": type(self).__name__,
             "weights": {
-                name: [sum(p.numel() for p in part.parameters()), f"{_checksum(part):.6e}"]
+                name: [type(part).__name__, sum(p.numel() for p in part.parameters()), f"{_checksum(part):.6e}"]
                 for name, part in parts.items()
-                if name != self.denoiser_name
+                if isinstance(part, nn.Module)
+            },
+            "scaling": [self.pipe.vae.config.scaling_factor, self.pipe.vae.config.shift_factor],
+            "tokenizers": {
+                name: [part.model_max_length, _digest(sorted(part.get_vocab().items()))]
+                for name, part in parts.items()
+                if isinstance(part, PreTrainedTokenizerBase)
             },
         }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(str(value).encode()).hexdigest()
 
 
 def _checksum(module: nn.Module) -> float:

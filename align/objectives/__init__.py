@@ -21,6 +21,7 @@ from align.table import Table
 
 if TYPE_CHECKING:
     from align.data import Data
+    from align.diversity import Features
     from align.families import Family
     from align.scoring import Scorer
 
@@ -46,7 +47,7 @@ class Context:
     gather_text: Callable[[list[str]], list[str]] = lambda texts: texts
     fresh: bool = False
     tolerance: float = 1e-3
-    features: Callable[[Tensor], Tensor] | None = None  # of pictures, to measure their diversity by
+    features: Features | None = None  # of pictures, to measure their diversity by
     progress: Callable[[int], object] | None = None
     resolution: int | None = None  # pixels a side of the pictures; None is the model's own
 

@@ -33,7 +33,7 @@ CONFIG = "configs/compress_shapes_sd3.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole method": {},
     "without position weighting": {"position_weighting": False},
-    "healed four times as long": {"max_train_steps": 1600},  # one seed
+    "healed four times as long": {"max_train_steps": 1500, "ema_decay": 0.995},  # one seed
     "without preservation": {"preservation": False},
     "without sensitivity guidance": {"sensitivity": "none"},
 }
@@ -48,7 +48,7 @@ def settings(folder: Path, seed: int, change: dict[str, Any], quick: bool) -> Co
     heal["seed"] = seed
     heal["checkpointing_steps"] = 100
     heal["objective"]["init_args"] |= {k: v for k, v in change.items() if k in ("preservation", "sensitivity")}
-    heal |= {k: v for k, v in change.items() if k == "max_train_steps"}
+    heal |= {k: v for k, v in change.items() if k in ("max_train_steps", "ema_decay")}
     if quick:
         heal["max_train_steps"] = 40
     write(folder / "heal.yaml", yaml.safe_dump(heal))

@@ -266,6 +266,30 @@ def _shapes() -> str:
     return f"**The reward that looks** ({found['date']}): {found['summary']}"
 
 
+def _scoring() -> str:
+    found = load("scoring")
+    kills = found["kills"]
+    lines = [
+        f"**Scoring at scale, `rewards.score`** ({found['date']}, {found['hardware']}): batch {found['batch']}, "
+        "pictures of mixed sizes read from disk, CLIP's architectures with random weights. `Elsewhere` stands in for "
+        "an accelerator: it sleeps for half as long again as all the rest takes, and leaves the core alone.",
+        "",
+        "| scorer | pictures | pictures a second | share of wall time in the scorer | from the first batch on |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["throughput"]:
+        lines.append(
+            f"| {row['scorer']} | {row['images']} | {row['images_per_second']:.2f} | {row['share_in_scorer']:.1%} "
+            f"| {row['share_in_scorer_from_the_first_batch_on']:.1%} |"
+        )
+    lines += [
+        "",
+        f"Killed {kills['kills']} times at random in {kills['images']:,} pictures: "
+        f"{kills['scored_exactly_once']:,} scored exactly once, {kills['missing']} missing, {kills['twice']} twice.",
+    ]
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd"),
     "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3"),
@@ -279,6 +303,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "opd": _opd,
     "pruning": _pruning,
     "int4": _int4,
+    "scoring": _scoring,
     "shapes_reward": _shapes,
     "overhead": _overhead,
     "overhead_online": _overhead_online,

@@ -1,0 +1,49 @@
+"""The embedded world's own pictures: captions and renders of them, as many as asked for, drawn when they are read."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from align.data import Captioned, ItemSet
+from align.images import Images
+from align.shapes import world
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Scene ``row`` of the world that ``column`` (a seed) names: a caption over seen combinations, and its picture."""
+
+    row: int
+    column: str
+    file: Path = Path(world.__file__)  # a cache holds until the renderer changes
+
+    def _scene(self) -> tuple[np.random.Generator, str]:
+        rng = np.random.default_rng([int(self.column), self.row])
+        return rng, world.caption(rng, world.TASKS[rng.integers(len(world.TASKS))])
+
+    @property
+    def caption(self) -> str:
+        return self._scene()[1]
+
+    def data(self) -> bytes:
+        """A PNG of 64 x 64 pixels."""
+        file = io.BytesIO()
+        Image.fromarray(world.render(*self._scene())).save(file, "PNG")
+        return file.getvalue()
+
+
+@dataclass
+class Scenes(Images):
+    """``limit`` scenes (default 8192), tasks in equal shares; ``path`` is a number, the seed that names them."""
+
+    path: str = "0"
+
+    def read(self) -> ItemSet:
+        pictures = [Rendered(row, self.path) for row in range(self.limit or 8192)]
+        items = [Captioned(row, f"scene {row}", picture.caption, picture) for row, picture in enumerate(pictures)]
+        return ItemSet("rendered scenes", items, [], 0, len(items), [Path(world.__file__)])

@@ -1,0 +1,299 @@
+"""How often rewards agree with people: ``python -m rewards.agree --pairs PAIRS --reward PickScore --reward HPSv2``.
+
+``PAIRS`` is a preference set: a file, a folder or a hub id in one of the layouts that :mod:`rewards.pairs` reads
+(Pick-a-Pic's and chosen / rejected columns, HPDv2, HPDv3, JSONL, imagefolder, sibling folders). Every picture is
+decoded once for all rewards. Printed, and written as JSON to ``--output``, are
+
+- accuracy: the share of pairs in which the reward gives the picture that people chose the higher score; equal scores
+  count one half. Pairs on which people were tied are left out, or count one half with ``--human_ties half``. Its 95 %
+  interval is a bootstrap over prompts, since pairs of one prompt are not independent;
+- the same where the annotators agree, in data that says how they voted: at least ``--agreement`` of the votes of a pair
+  are for its winner;
+- margin: the mean of the winner's score less the loser's, in the reward's own unit;
+- how alike two rewards order pictures: Kendall's tau-b over the pairs, which compares pictures of one prompt only, and
+  Spearman's rank correlation over all pictures, in which prompts differ too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+from rewards import Reward, RewardError, available
+from rewards.decoder import Batch, Decoder, Unreadable, ahead
+from rewards.inputs import load_rewards, parse_rewards, pick_device
+from rewards.pairs import recognise
+from rewards.pictures import Input, Row
+from rewards.scorer import score_batch
+from rewards.shards import write
+from rewards.tables import Picture
+
+Bad = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """People chose ``pictures[chosen]`` over ``pictures[rejected]``; ``votes`` for each, where known."""
+
+    prompt: str
+    chosen: int
+    rejected: int
+    votes: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What people said of the distinct ``pictures``, each with its prompt; the prompts of the pairs they were tied on;
+    and the rows that cannot be used."""
+
+    layout: str
+    pictures: list[tuple[Picture, str]]
+    choices: list[Choice]
+    ties: list[str]
+    bad: Bad
+
+
+# Reading and scoring
+def read(
+    path: str, split: str | None, caption_column: str | None, image_root: Path | None, limit: int | None
+) -> Choices:
+    """The first ``limit`` rows at ``path``. ``RewardError`` where it has no layout that is understood, or no pair."""
+    layout, _, rows = recognise(path, split, caption_column, image_root)
+    numbers: dict[tuple[str, str], int] = {}
+    found = Choices(layout, [], [], [], [])
+    for row in itertools.islice(rows, limit):
+        if fault := row.fault():
+            found.bad.append({"source": row.source, "error": fault})
+            continue
+        prompt = str(row.caption).strip()
+        if row.sides is None:
+            found.ties.append(prompt)
+            continue
+        for side in row.sides:
+            if numbers.setdefault((str(side), prompt), len(numbers)) == len(found.pictures):
+                found.pictures.append((side, prompt))
+        chosen, rejected = (numbers[str(side), prompt] for side in row.sides)
+        found.choices.append(Choice(prompt, chosen, rejected, row.votes))
+    if not found.choices:
+        first = f", the first: {found.bad[0]['source']}: {found.bad[0]['error']}" if found.bad else ""
+        raise RewardError(
+            f"{path} ({layout}) holds no pair with a winner: {len(found.ties)} ties, {len(found.bad)} bad{first}"
+        )
+    return found
+
+
+def score(
+    found: Choices, rewards: Mapping[str, Reward], device: str, batch_size: int, threads: int, max_bad: int
+) -> dict[str, np.ndarray]:
+    """Scores of ``found.pictures`` by reward, (P,) float64 with NaN where the picture cannot be read; ``found.bad``
+    gets those too. ``RewardError`` where more than ``max_bad`` of rows and pictures cannot be used."""
+
+    def rows(wanted: Callable[[int], bool]) -> Iterator[Row | None]:
+        for number, (picture, prompt) in enumerate(found.pictures):
+            yield _row(picture, prompt) if wanted(number) else None
+
+    _refuse(found.bad, max_bad)
+    total = len(found.pictures)
+    decoder = Decoder(Input({"layout": "pairs"}, total, rows), None, total, batch_size, threads)
+    scores = {name: np.full(total, np.nan) for name in rewards}
+    with tqdm(total=total, desc="scoring", unit="image") as bar:
+        for item in ahead(decoder.work(lambda shard: True), 4):
+            if isinstance(item, Batch):
+                batch = replace(item, images=item.images.to(device).float() / 255)
+                for name, values in score_batch(rewards, batch).items():
+                    scores[name][list(item.rows)] = values
+                bar.update(len(item.rows))
+            elif isinstance(item, Unreadable):
+                found.bad.append({"source": item.file, "error": item.error})
+                _refuse(found.bad, max_bad)
+                bar.update()
+    return scores
+
+
+def _row(picture: Picture, prompt: str) -> Row:
+    try:
+        return Row(str(picture), prompt, picture.data())
+    except OSError as error:
+        return Row(str(picture), prompt, problem=str(error))
+
+
+def _refuse(bad: Bad, max_bad: int) -> None:
+    if len(bad) > max_bad:
+        raise RewardError(
+            f"{len(bad)} rows or pictures cannot be used, the last {bad[-1]['source']}: {bad[-1]['error']}; put them "
+            f"right, or allow more with --max_bad (now {max_bad})"
+        )
+
+
+# Figures
+def compare(found: Choices, scores: Mapping[str, np.ndarray], human_ties: str, agreement: float) -> dict[str, Any]:
+    """What the JSON file holds, less the settings. Pairs with an unreadable picture are left out."""
+    readable = np.isfinite(np.stack(list(scores.values()))).all(0)
+    choices = [one for one in found.choices if readable[one.chosen] and readable[one.rejected]]
+    if not choices:
+        raise RewardError("no pair is left whose two pictures can be read")
+    pairs = np.array([(one.chosen, one.rejected) for one in choices])
+    agreed = np.array([_agreed(one.votes, agreement) for one in choices])
+    ties = found.ties if human_ties == "half" else []
+    prompts = [one.prompt for one in choices] + ties
+    margins = {name: values[pairs[:, 0]] - values[pairs[:, 1]] for name, values in scores.items()}
+    figures: dict[str, Any] = {}
+    for name, margin in margins.items():
+        points = (margin > 0) + 0.5 * (margin == 0)
+        figures[name] = accuracy(np.concatenate([points, np.full(len(ties), 0.5)]), prompts)
+        figures[name] |= {"score_ties": int((margin == 0).sum()), "margin": float(margin.mean())}
+        chosen = [one.prompt for one, keep in zip(choices, agreed, strict=True) if keep]
+        figures[name]["agreed"] = accuracy(points[agreed], chosen) if chosen else None
+    return {
+        "layout": found.layout,
+        "pairs": len(choices),
+        "prompts": len(set(prompts)),
+        "pictures": int(readable.sum()),
+        "human_ties": {"found": len(found.ties), "counted": human_ties},
+        "agreement": agreement,
+        "rewards": figures,
+        "between": [
+            {
+                "rewards": [one, other],
+                "kendall": kendall(margins[one], margins[other]),
+                "spearman": spearman(scores[one][readable], scores[other][readable]),
+            }
+            for one, other in itertools.combinations(scores, 2)
+        ],
+        "bad": found.bad,
+    }
+
+
+def _agreed(votes: tuple[float, float] | None, share: float) -> bool:
+    return votes is not None and sum(votes) > 0 and votes[0] >= share * sum(votes)
+
+
+def accuracy(points: np.ndarray, prompts: Sequence[str], draws: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Mean of ``points`` (n,) and its 95 % percentile interval, resampling whole prompts: n, accuracy, interval."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    group = np.array([numbers[prompt] for prompt in prompts])
+    sums, counts = np.bincount(group, points), np.bincount(group)
+    rng = np.random.default_rng(seed)
+    drawn = np.empty(draws)
+    for number in range(draws):
+        taken = rng.integers(len(sums), size=len(sums))
+        drawn[number] = sums[taken].sum() / counts[taken].sum()
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"n": len(points), "accuracy": float(points.mean()), "interval": [float(low), float(high)]}
+
+
+def kendall(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Tau-b of two scorers over pairs of pictures, by the margins (n,) of each; None where one has no order at all."""
+    a, b = np.sign(one), np.sign(other)
+    scale = np.sqrt((a != 0).sum() * (b != 0).sum())
+    return float((a * b).sum() / scale) if scale else None
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Rank correlation of two scorers' scores (P,); None where one scores all pictures alike."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return None
+    return float(spearmanr(one, other).statistic)
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as text."""
+    width = max(len("reward"), *map(len, report["rewards"]))
+    head = f"{'reward':{width}}  {'pairs':>7}  {'accuracy, 95 % interval':>25}  {'score ties':>10}  {'mean margin':>12}"
+    lines = [f"{head}  {'agreed':>7}  {'accuracy, 95 % interval':>25}"]
+    for name, figures in report["rewards"].items():
+        row = f"{name:{width}}  {_figures(figures)}  {figures['score_ties']:>10}  {figures['margin']:>+12.4g}"
+        lines.append(f"{row}  {_figures(figures['agreed'])}" if figures["agreed"] else f"{row}  {'no votes':>7}")
+    if report["between"]:
+        pairs = {" and ".join(entry["rewards"]): entry for entry in report["between"]}
+        width = max(map(len, pairs))
+        lines += ["", f"{'between rewards':{width}}  {'tau-b, pairs':>14}  {'Spearman, pictures':>18}"]
+        for name, entry in pairs.items():
+            tau, rho = ("–" if entry[k] is None else f"{entry[k]:+.3f}" for k in ("kendall", "spearman"))
+            lines.append(f"{name:{width}}  {tau:>14}  {rho:>18}")
+    ties = report["human_ties"]
+    told = f"{ties['found']} human ties {'left out' if ties['counted'] == 'drop' else 'counted one half'}"
+    lines += ["", f"{report['layout']}: {report['pairs']} pairs of {report['prompts']} prompts; {told}"]
+    if report["bad"]:
+        lines.append(f"{len(report['bad'])} rows or pictures cannot be used, see the JSON file")
+    return "\n".join(lines)
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    low, high = figures["interval"]
+    known = f"{figures['accuracy']:.3f} ({low:.3f} to {high:.3f})"
+    return f"{figures['n']:>7}  {known:>25}"
+
+
+# The command
+def run(arguments: argparse.Namespace) -> int:
+    """The command; ``RewardError`` where the user has something to put right."""
+    for name, least in (("batch_size", 1), ("threads", 1), ("max_bad", 0), ("limit", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise RewardError(f"--{name} is {value}; expected at least {least}")
+    if not 0.5 < arguments.agreement <= 1:
+        raise RewardError(f"--agreement is {arguments.agreement}; expected more than 0.5 and at most 1")
+    output = Path(arguments.output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise RewardError(f"--output is {output}; expected the name of a file in a folder that is there")
+    named = parse_rewards(arguments.reward)
+    root = Path(arguments.image_root) if arguments.image_root else None
+    found = read(arguments.pairs, arguments.split, arguments.caption_column, root, arguments.limit)
+    device = pick_device(arguments.device)
+    rewards = load_rewards(named, device)
+    scores = score(found, rewards, device, arguments.batch_size, arguments.threads, arguments.max_bad)
+    report = compare(found, scores, arguments.human_ties, arguments.agreement)
+    report |= {"source": arguments.pairs, "settings": {one.label: one.settings() for one in named}}
+    write(output, json.dumps(report, indent=2) + "\n")
+    print(table(report))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 where the user has something to put right."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rewards.agree",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--pairs", required=True, help="file, folder or hub id")
+    parser.add_argument(
+        "--reward",
+        action="append",
+        required=True,
+        metavar="NAME[:KEY=VALUE,...]",
+        help=f"may come several times; {', '.join(available())}, or package.module.Class",
+    )
+    parser.add_argument("--output", default="agreement.json", help="JSON file (default: %(default)s)")
+    parser.add_argument("--split", help="of a hub id (default train), or of a folder that holds several")
+    parser.add_argument("--caption_column", help="default: the first of caption, prompt, text that is there")
+    parser.add_argument("--image_root", help="where relative paths start; default the folder of the file with them")
+    parser.add_argument("--limit", type=int, help="the first LIMIT rows only")
+    parser.add_argument("--human_ties", choices=("drop", "half"), default="drop", help="(default: %(default)s)")
+    parser.add_argument("--agreement", type=float, default=1.0, help="share of votes (default: %(default)s, unanimous)")
+    parser.add_argument("--max_bad", type=int, default=0, help="stop at more unusable rows or pictures (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode")
+    parser.add_argument("--device", help="default: the GPU where there is one")
+    try:
+        return run(parser.parse_args(argv))
+    except RewardError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What scoring leaves on disk: whole shards of scores that say what they are of, and lists of bad files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rewards import RewardError
+
+Bad = dict[int, dict[str, Any]]  # row number -> {"row", "file", "error"}
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The whole shards in ``folder``. Each carries ``settings`` and its bad files within, so it is there with both or
+    not at all."""
+
+    folder: Path
+    settings: dict[str, Any]
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"scores-{number:05d}.parquet"
+
+    def whole(self) -> set[int]:
+        stems = (path.stem.removeprefix("scores-") for path in self.folder.glob("scores-*.parquet"))
+        return {int(stem) for stem in stems if stem.isdigit()}
+
+    def bad(self, number: int) -> Bad:
+        """Its unreadable files. ``RewardError`` names the settings that a shard was not written with."""
+        path = self.path(number)
+        try:
+            metadata = pq.read_schema(path).metadata
+            settings, bad = (json.loads(metadata[key]) for key in (b"t2i-align.settings", b"t2i-align.bad"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RewardError(f"{path} is no shard of this command; give another --output") from error
+        before, now = _flat(settings), _flat(self.settings)
+        if changed := [key for key in sorted(before | now) if before.get(key) != now.get(key)]:
+            words = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
+            raise RewardError(
+                f"{self.folder} holds scores of other settings ({words}); give another --output or delete it"
+            )
+        return {entry["row"]: entry for entry in bad}
+
+    def read(self, number: int) -> pa.Table:
+        return pq.read_table(self.path(number)).replace_schema_metadata()
+
+    def done(self, retry_bad: bool) -> set[int]:
+        """The shards to leave as they are; with ``retry_bad``, those that have unreadable files are not among them."""
+        return {number for number in self.whole() if not (retry_bad and self.bad(number))}
+
+    def sweep(self) -> None:
+        """Take away the drafts that killed processes have left."""
+        for path in self.folder.glob(".scores-*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def write(self, number: int, table: pa.Table, bad: Bad) -> None:
+        entries = [bad[row] for row in sorted(bad)]
+        texts = {"t2i-align.settings": json.dumps(self.settings), "t2i-align.bad": json.dumps(entries)}
+        path = self.path(number)
+        # under a name of this process: a cluster that takes a machine for dead gives its shard to another one
+        draft = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+        pq.write_table(table.replace_schema_metadata(texts), draft)
+        draft.replace(path)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """A whole file or none."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text, "utf-8")
+    draft.replace(path)
+
+
+def write_bad(path: Path, bad: Bad) -> None:
+    """One JSON object a line; nothing bad, no file, so that none is left from an earlier run."""
+    if bad:
+        write(path, "".join(json.dumps(bad[row]) + "\n" for row in sorted(bad)))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def wait_for(shards: Shards, count: int, patience: float) -> None:
+    """Until shards 0 .. count - 1 are there. ``RewardError`` where none has been added for ``patience`` seconds."""
+    missing, since = set(range(count)) - shards.whole(), time.monotonic()
+    while missing:
+        time.sleep(0.05)
+        left = missing - shards.whole()
+        if left != missing:
+            missing, since = left, time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise RewardError(
+                f"{len(missing)} shards of other processes, the first {shards.path(min(missing)).name}, have not come "
+                f"within {patience:g} s; run the command again to score what is missing"
+            )
