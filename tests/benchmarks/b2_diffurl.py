@@ -29,10 +29,16 @@ CONFIGS = {"DDPO": "configs/b2_ddpo_shapes.yaml", "D3PO": "configs/b2_d3po_shape
 PARTS = {"alone": (False, False), "+ progressive": (True, False), "+ branches": (False, True), "+ both": (True, True)}
 
 
+def place(rule: str, part: str, seed: int, root: Path) -> Path:
+    """The run folder of an arm."""
+    progressive, branches = PARTS[part]
+    return root / f"{rule}-{progressive:d}{branches:d}-{seed}"
+
+
 def run(rule: str, part: str, seed: int, root: Path, *options: str) -> dict[str, Any]:
     """One arm with one seed."""
     progressive, branches = PARTS[part]
-    folder = root / f"{rule}-{progressive:d}{branches:d}-{seed}"
+    folder = place(rule, part, seed, root)
     more = [f"--objective.progressive={progressive}".lower(), f"--objective.branches={branches}".lower(), *options]
     report, lines = trained(CONFIGS[rule], seed, folder, *more)
     rollouts = [line for line in lines if "rollout/pictures" in line]
@@ -80,6 +86,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rules", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--finished", action="store_true", help="only put down what has been run already")
     args = parser.parse_args()
     options = ["--max_rollouts", "8"] if args.quick else []
     root = Path("outputs/quick/b2" if args.quick else "outputs/bench/b2")
@@ -87,14 +94,18 @@ def main() -> None:
         : 2 if args.quick else 8
     ]
     seeds = args.seeds[:1] if args.quick else args.seeds
-    runs = [run(rule, part, seed, root, *options) for seed in seeds for rule, part in arms]
-    for rule in dict.fromkeys(rule for rule, _ in arms):
+    wanted = [(rule, part, seed) for seed in seeds for rule, part in arms]
+    if args.finished:
+        wanted = [arm for arm in wanted if (place(*arm, root) / "evaluation/scores.json").exists()]
+    runs = [run(*arm, root, *options) for arm in wanted]
+    for rule in dict.fromkeys(rule for rule, _, _ in wanted):
         same = [r for r in runs if r["rule"] == rule]
         least = min(r["evaluations"] for r in same)
         for r in same:
             r["least_evaluations"], r["strict_at_least"] = least, at(r, least)
         if not args.quick:
-            series = {part: mean_curve([r["curve"] for r in same if r["part"] == part]) for part in PARTS}
+            parts = dict.fromkeys(r["part"] for r in same)
+            series = {part: mean_curve([r["curve"] for r in same if r["part"] == part]) for part in parts}
             curves(
                 RESULTS / f"b2_{rule.lower()}.png",
                 series,

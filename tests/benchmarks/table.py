@@ -87,7 +87,8 @@ def _b2() -> str:
         "| strict, at equal evaluations | diversity, pixels |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for rule in found["configs"]:
+    rules = dict.fromkeys(run["rule"] for run in found["runs"])
+    for rule in rules:
         for part in dict.fromkeys(run["part"] for run in found["runs"]):
             runs = [run for run in found["runs"] if run["rule"] == rule and run["part"] == part]
             if not runs:
@@ -99,9 +100,7 @@ def _b2() -> str:
                 f"| {runs[0]['strict_base']:.3f} → {spread([run['strict_tuned'] for run in runs])} "
                 f"| {spread([run['strict_at_least'] for run in runs])} | {mean(change):+.1%} |"
             )
-    pictures = " ".join(
-        f"![B²-DiffuRL over {rule}](tests/benchmarks/results/b2_{rule.lower()}.png)" for rule in found["configs"]
-    )
+    pictures = " ".join(f"![B²-DiffuRL over {rule}](tests/benchmarks/results/b2_{rule.lower()}.png)" for rule in rules)
     return "\n".join([*lines, "", pictures])
 
 
