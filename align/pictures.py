@@ -5,31 +5,20 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from align.errors import DataError
+from rewards import tables
 
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class UnreadableError(DataError):
     """One picture that cannot be read."""
-
-
-class Source(Protocol):
-    """Rows with pictures inside them."""
-
-    files: list[Path]
-
-    def column(self, name: str) -> list[Any]: ...
-    def cell(self, row: int, name: str) -> Any: ...
-    def home(self, row: int) -> Path: ...
 
 
 class Readable(Protocol):
@@ -44,29 +33,17 @@ class Readable(Protocol):
     def data(self) -> bytes: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """Where a picture lies: a file of its own, or a cell of a table."""
-
-    file: Path
-    row: int = 0
-    column: str = ""
-    table: Source | None = None
-
-    def __str__(self) -> str:
-        return f"{self.file} row {self.row} {self.column}" if self.table else str(self.file)
+class Picture(tables.Picture):
+    """Where a picture lies: a file of its own, or a cell of a table; with this package's errors."""
 
     def data(self) -> bytes:
         """The encoded bytes. Raises :class:`UnreadableError`."""
-        cell = self.table.cell(self.row, self.column) if self.table else str(self.file)
-        if isinstance(cell, Mapping):  # the Image type of `datasets`: {"bytes", "path"}
-            cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
-        if isinstance(cell, bytes):
-            return cell
-        if not isinstance(cell, str):
-            raise UnreadableError(f"expected picture bytes or a path, found {type(cell).__name__}")
         try:
-            return (self.file.parent / cell).read_bytes()
+            found = super().data()
+        except OSError as error:
+            raise UnreadableError(str(error)) from error
+        try:
+            return found if isinstance(found, bytes) else found.read_bytes()
         except OSError as error:
             raise UnreadableError(f"cannot be opened: {error}") from error
 

@@ -97,6 +97,12 @@ def test_every_layout_gives_the_same_batches(name: str, layouts: dict[str, Path]
     assert torch.equal(batch.cond["embeds"], again.cond["embeds"])
 
 
+def test_a_path_may_be_relative(layouts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(layouts["metadata"].parent)
+    batch = encoded(Path("metadata"), tmp_path)
+    assert torch.equal(batch.latents, encoded(layouts["metadata"], tmp_path / "other").latents)
+
+
 def test_pictures_in_larger_files_cost_one_pass(layouts: dict[str, Path]) -> None:
     items = Images(str(layouts["tar"])).read().items
     assert [item.pictures[0].data() for item in items] == PICTURES
