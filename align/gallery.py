@@ -46,7 +46,11 @@ def sample_images(
     for start in tqdm(starts, desc=progress, disable=progress is None):
         part = slice(start, start + batch_size)
         x = initial(prompts[part], initial_noise(shape, seeds[part])).to(family.device)
-        images.append(family.to_image(sample(predict, grid, family.encode(prompts[part]), x, scale)).cpu())
+        cond = family.encode(prompts[part])
+        with torch.autocast(
+            family.device.type, family.dtype, enabled=family.dtype != torch.float32
+        ):  # states are float
+            images.append(family.to_image(sample(predict, grid, cond, x, scale)).cpu())
     return torch.cat(images)
 
 

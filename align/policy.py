@@ -238,6 +238,7 @@ class Policy:
         assert self.anchor is not None
         for k, parameter in enumerate(self.parameters()):
             parameter.data, self.anchor[k] = self.anchor[k], parameter.data
+        torch.clear_autocast_cache()  # it would answer with the half-precision copies of the weights that were there
 
     def _switch(self, on: bool) -> None:
         # peft freezes adapters when it turns them off; turning them on again must give every flag back
@@ -256,10 +257,12 @@ class Policy:
         parameters = self.parameters()
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
+        torch.clear_autocast_cache()
         try:
             yield
         finally:
             self.ema.restore(parameters)
+            torch.clear_autocast_cache()
 
     def after_step(self) -> None:
         """To be called after every optimiser step."""

@@ -64,7 +64,7 @@ class Sampler:
         guidance: guidance scale, the same in rollout and training; null is the pipeline's own.
         kernel: the stochastic step; null is the family's: DDIM with eta 1, or FlowSDE with noise 0.7 on a flow.
         batch_size: pictures drawn at once.
-        keep_on: where latents wait for training: the ``device``, or the ``cpu`` (pinned, where there is a GPU).
+        keep_on: where latents wait for training: the ``device``, or the ``cpu``.
     """
 
     steps: int = 10
@@ -168,6 +168,7 @@ def draw(
     groups = torch.tensor([position // group for position in ctx.positions])
     prompt = groups - groups[0]
     cond = batch.cond.to(family.device)
+    keep_on = family.device if sampler.keep_on == "device" else "cpu"
     origins = groups.tolist() if shared_noise else list(ctx.positions)
     latents, log_probs, centres, waiting = [], [], [], []
     seen: dict[str, list[Tensor]] = {}
@@ -211,11 +212,11 @@ def draw(
         if ctx.features is not None:
             seen.setdefault("features", []).append(ctx.features(images))
         if states:
-            latents.append(_store(torch.stack(states, 1), sampler))
+            latents.append(torch.stack(states, 1).to(keep_on))
             if likelihood:
                 log_probs.append(torch.stack([step.log_prob(y) for step, y in steps], 1))
             if means:
-                centres.append(_store(torch.stack([step.mean for step, _ in steps], 1), sampler))
+                centres.append(torch.stack([step.mean for step, _ in steps], 1).to(keep_on))
         if ctx.progress:
             ctx.progress(len(part))
     found = [wait() for wait in waiting]
@@ -230,12 +231,6 @@ def draw(
     metrics = _metrics(ctx, scores, groups, {name: torch.cat(values) for name, values in seen.items()})
     texts = [batch.prompts[k] for k in prompt.tolist()]
     return Rollout(columns, scores, texts, groups, metrics, torch.cat(whole) if whole else None)
-
-
-def _store(latents: Tensor, sampler: Sampler) -> Tensor:
-    if sampler.keep_on == "device" or latents.device.type == "cpu":
-        return latents
-    return latents.cpu().pin_memory()
 
 
 def _metrics(ctx: Context, scores: dict[str, Tensor], groups: Tensor, spread: dict[str, Tensor]) -> dict[str, float]:

@@ -419,9 +419,10 @@ def _whole(folder: Path, fill: Callable[[Path], Any]) -> None:
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipeline | Model:
     """The pipeline in ``folder``, or the single component; what is not packed in ``dtype``, or as it was saved.
 
-    Where a GPU is, stock ``from_pretrained`` reads it, and puts the quantised parts on the GPU. Built here, on the
-    CPU, is what it cannot read: quantised parts where there is no GPU, which diffusers refuses ("No GPU found"), and
-    denoisers that lost parts of blocks. They are the stock classes, but for their Linears and for what is gone. Raises
+    Where a GPU is, stock ``from_pretrained`` reads it, and puts the quantised parts on the GPU and the rest on the CPU:
+    ``.to("cuda")`` brings them together, as with any pipeline of diffusers. Built here, on the CPU, is what it cannot
+    read: quantised parts where there is no GPU, which diffusers refuses ("No GPU found"), and denoisers that lost parts
+    of blocks. They are the stock classes, but for their Linears and for what is gone. Raises
     :class:`align.errors.UserError` with all that is missing, unexpected or of the wrong size.
     """
     folder = Path(folder)

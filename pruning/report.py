@@ -64,7 +64,7 @@ def opened(source: str) -> Family:
     """A pipeline of any of our folders, or a model by its name, ready to sample: on a GPU as it was saved; on a CPU,
     many of which multiply half precision ten times as slowly, in float32, the products with packed weights too."""
     if torch.cuda.is_available():
-        return families.of(pruning.load(locate(source)), source)
+        return families.of(pruning.load(locate(source)).to("cuda"), source)
     pipe = pruning.load(locate(source), torch.float32)
     for component in pipe.components.values():
         for module in component.modules() if isinstance(component, nn.Module) else ():
@@ -117,7 +117,8 @@ def peak(source: str, settings: Reporting) -> int:
 
 
 def _measure(source: str, batch: int, steps: int) -> int:
-    family = families.of(pruning.load(locate(source)), source)
+    pipe = pruning.load(locate(source))
+    family = families.of(pipe.to("cuda") if torch.cuda.is_available() else pipe, source)
     prompts = ["a red circle"] * batch
     half = torch.bfloat16 if family.dtype == torch.float32 else family.dtype
     with torch.autocast(family.device.type, half):

@@ -66,9 +66,10 @@ def decode(picture: Path | bytes, formats: tuple[str, ...] | None = None, max_pi
             if image.mode != "RGB" or image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            pixels = torch.from_numpy(np.array(image))
+            pixels = np.array(image)
     except OSError:
         raise
     except _BROKEN as error:
         raise OSError(str(error)) from error
-    return pixels.permute(2, 0, 1).contiguous()
+    # by numpy: in every one of the decoding threads torch would start a pool of threads of its own
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

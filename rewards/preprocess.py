@@ -8,6 +8,7 @@ and stop where PIL clips.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -40,14 +41,16 @@ def resize(levels: Tensor, height: int, width: int) -> Tensor:
     """
     fine = levels.double()  # 8 bits times 22 are exact in it
     if fine.shape[-1] != width:
-        fine = eight_bit(fine @ weights(fine.shape[-1], width).to(fine.device).mT)
+        fine = eight_bit(fine @ weights(fine.shape[-1], width, fine.device).mT)
     if fine.shape[-2] != height:
-        fine = eight_bit(weights(fine.shape[-2], height).to(fine.device) @ fine)
+        fine = eight_bit(weights(fine.shape[-2], height, fine.device) @ fine)
     return fine.to(levels.dtype)
 
 
-def weights(old: int, new: int) -> Tensor:
-    """What PIL multiplies ``old`` pixels with to have ``new``: (new, old) float64, multiples of 2 ** -22."""
+@functools.lru_cache(maxsize=32)
+def weights(old: int, new: int, device: torch.device) -> Tensor:
+    """What PIL multiplies ``old`` pixels with to have ``new``: (new, old) float64, multiples of 2 ** -22. Made on the
+    CPU, so that they are the same on any device, and kept: a data set has few sizes."""
     step = old / new
     wide = max(step, 1.0)
     pixel = torch.arange(old)
@@ -57,7 +60,7 @@ def weights(old: int, new: int) -> Tensor:
     near, far = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)
     parts = torch.where(x < 1, near, far) * ((x < 2) & (pixel >= first) & (pixel < end))
     parts = parts / parts.sum(1, keepdim=True) * 2**22
-    return parts.sign() * (parts.abs() + 0.5).floor() / 2**22
+    return (parts.sign() * (parts.abs() + 0.5).floor() / 2**22).to(device)
 
 
 def square(images: Tensor, side: int, crop: Crop) -> Tensor:

@@ -138,6 +138,36 @@ def test_a_run_starts_from_the_weights_of_another(
             assert torch.equal(say(policy), changed)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_autocast_never_answers_with_weights_that_were_exchanged(tiny: Build, tmp_path: Path, kind: str) -> None:
+    """Autocast keeps the half-precision copy of a weight for as long as it lasts, whatever the weight becomes."""
+    first = Policy(tiny(kind), LoRA(2))
+    disturb(first)
+    first.save(tmp_path)
+    policy = Policy(tiny(kind), LoRA(2), initial=tmp_path, anchored=True, ema_decay=0.5)
+    for _ in range(2):  # the first average is of where the first step ended
+        disturb(policy)
+        policy.after_step()
+    disturb(policy)
+
+    def answers(together: bool) -> list[Tensor]:
+        """Of the weights in force, the reference and the average: in one autocast, or in one each."""
+        found = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=together):
+            with torch.enable_grad():
+                found.append(say(policy).detach())
+            for other in (policy.reference, policy.averaged):
+                with other(), torch.enable_grad():
+                    found.append(say(policy).detach())
+            with torch.enable_grad():
+                found.append(say(policy).detach())
+        return found
+
+    apart, together = answers(False), answers(True)
+    assert len({tuple(answer.flatten().tolist()) for answer in apart}) == 3
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+
+
 def test_weights_that_do_not_fit_are_refused(tiny: Build, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected the folder of a LoRA run"):
         Policy(tiny("epsilon"), LoRA(2), initial=tmp_path)

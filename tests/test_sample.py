@@ -62,6 +62,15 @@ def test_pictures_are_the_gallerys(tiny_folders: dict[str, Path], tmp_path: Path
     assert len(drawn(out).flatten(1).unique(dim=0)) == 6
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_half_precision(tiny_folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """States stay float32 while the network's weights are not: the pictures are nearly those of float32."""
+    source = ["--pretrained_model_name_or_path", str(tiny_folders[kind]), "--output_dir", str(tmp_path / "out")]
+    assert main([*source, *QUICK, "--prompts", TEXTS[0], "--mixed_precision", "bf16"]) == 0
+    apart = (drawn(tmp_path / "out").float() - expected(tiny_folders[kind], TEXTS[:1]).float()).abs()
+    assert 0 < apart.mean() < 4
+
+
 def test_one_prompt_and_captions_in_any_script(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     source = ["--pretrained_model_name_or_path", str(tiny_folders["flow"]), "--output_dir", str(tmp_path / "out")]
     assert main([*source, *QUICK, "--prompts", "zwei rote Sterne, größer"]) == 0

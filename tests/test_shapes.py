@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from align import families
 from align.sampling import initial_noise, sample
-from align.shapes import locate
+from align.shapes import locate, preferences, pretrain
 from align.shapes.preferences import held_out
 from align.shapes.pretrain import new_tokenizer
 from align.shapes.world import COMBINATIONS, HELD_OUT, SEEN, TASKS, caption, held_out_prompts, render
@@ -157,3 +157,52 @@ def test_the_notebook_runs() -> None:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), scope)
     assert scope["images"].shape == (6, 3, 64, 64)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_conditions_of_tokens_are_what_the_pipeline_encodes(name: str) -> None:
+    family = families.load(name)
+    texts = ["a red star", "three blue circles", ""]
+    found = pretrain.conditions(family, pretrain.tokens(family.pipe.tokenizer, texts))
+    expected = family.encode(texts)
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected.tensors)
+
+
+def test_pretraining_leaves_a_pipeline_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of each phase from rendered scenes; asked again, it trains nothing and writes the same weights."""
+    monkeypatch.setattr(pretrain, "CHUNK", 8)
+    command = [
+        "pretrain",
+        "--vae",
+        f"{locate('shapes-sd3')}/vae",
+        "--only",
+        "shapes-sd3",
+        "--work",
+        str(tmp_path / "w"),
+    ]
+    phases = ["--sd3_steps", "2", "--sd3_shifted_steps", "1", "--sd3_sharp_steps", "1"]
+    sizes = ["--scenes", "16", "--batch", "4", "--checkpointing_steps", "1"]
+    for out in ("first", "again"):
+        monkeypatch.setattr("sys.argv", [*command, *phases, *sizes, "--output", str(tmp_path / out)])
+        pretrain.main()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "first/shapes-sd3")
+    assert pipe("a red star", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
+    weights = "shapes-sd3/transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "first" / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
+
+
+def test_preference_pairs_come_from_the_model_and_put_the_better_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = ["--train", "4", "--held_out", "1", "--batch", "6", "--seeds", "2", "--steps", "4"]
+    folders = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr("sys.argv", ["preferences", "--model", "shapes-sd", *counts, *folders])
+    preferences.main()
+    rows = pq.read_table(tmp_path / "out/train.parquet").to_pylist()
+    assert len(rows) == 4
+    for row in rows:
+        left, right = (judge(row["caption"], preferences.seen(row[f"jpg_{side}"]))[1] for side in (0, 1))
+        assert (left > right) == (row["label_0"] == 1) and left != right

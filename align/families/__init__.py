@@ -189,7 +189,8 @@ class Family(ABC):
     def null(self) -> Cond:
         """The empty prompt's conditions, a batch of one; encoded once."""
         if self._null is None:
-            with torch.no_grad():
+            # as every other prompt is encoded, whoever asks first: a T5 keeps some layers in float32 for a reason
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 self._null = self.encode([""])
         return self._null
 

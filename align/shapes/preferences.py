@@ -1,4 +1,4 @@
-"""Make the shipped preference set: pairs of pictures that ``shapes-sd`` drew for one caption, judged by the reward.
+"""Make the shipped preference sets: pairs of pictures that a model drew for one caption, judged by the reward.
 
     python -m align.shapes.preferences
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import os
 import zlib
 from pathlib import Path
@@ -63,28 +64,18 @@ def held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 6 == 0
 
 
-def pairs_of(texts: list[str], pictures: Tensor, seeds: int, first: int) -> list[dict[str, Any]]:
-    """Best against worst for each caption; ``pictures`` (len(texts) * seeds, 3, H, W). The winner's column
-    alternates by a coin keyed by the caption's number, which starts at ``first``."""
-    rows = []
-    for k, text in enumerate(texts):
-        files = [jpeg(image) for image in pictures[k * seeds : (k + 1) * seeds]]
-        scores = [judge(text, seen(file))[1] for file in files]
-        best, worst = int(np.argmax(scores)), int(np.argmin(scores))
-        if scores[best] == scores[worst]:
-            continue
-        label = int(np.random.default_rng([7, first + k]).integers(2))
-        left, right = (best, worst) if label else (worst, best)
-        rows.append(
-            {
-                "caption": text,
-                "jpg_0": files[left],
-                "jpg_1": files[right],
-                "label_0": float(label),
-                "label_1": float(1 - label),
-            }
-        )
-    return rows
+def pair(number: int, text: str, pictures: np.ndarray) -> dict[str, Any] | None:
+    """Best against worst of ``pictures`` (K, 3, H, W) in [0, 1] by the graded score, or None where all score alike. A
+    coin keyed by ``number`` says on which side the winner stands."""
+    files = [jpeg(torch.from_numpy(image)) for image in pictures]
+    scores = [judge(text, seen(file))[1] for file in files]
+    best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+    if scores[best] == scores[worst]:
+        return None
+    label = int(np.random.default_rng([7, number]).integers(2))
+    left, right = (best, worst) if label else (worst, best)
+    sides = {"jpg_0": files[left], "jpg_1": files[right]}
+    return {"caption": text, **sides, "label_0": float(label), "label_1": float(1 - label)}
 
 
 def save(rows: list[dict[str, Any]], path: Path) -> None:
@@ -104,14 +95,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, help="default: the pipeline's own")
     parser.add_argument("--batch", type=int, default=24, help="captions per batch")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
-    family = families.load(args.model)
     texts = captions(4 * (args.train + args.held_out), 11)
     train: list[dict[str, Any]] = []
     other: list[dict[str, Any]] = []
-    with tqdm(total=args.train + args.held_out, desc="pairs") as bar:
+    with multiprocessing.Pool() as judges, tqdm(total=args.train + args.held_out, desc="pairs") as bar:
+        family = families.load(args.model, device=args.device)
         for start in range(0, len(texts), args.batch):
             part, path = texts[start : start + args.batch], args.work / f"{start:06d}.parquet"
             if not path.exists():
@@ -120,7 +112,9 @@ def main() -> None:
                 pictures = gallery.sample_images(
                     family.predict, family, repeated, list(seeds), args.steps, args.guidance, len(repeated)
                 )
-                save(pairs_of(part, pictures, args.seeds, start), path)
+                groups = pictures.unflatten(0, (-1, args.seeds)).numpy()
+                asked = [(start + k, part[k], groups[k]) for k in range(len(part))]
+                save([row for row in judges.starmap(pair, asked) if row], path)
             for row in pq.read_table(path).to_pylist():
                 (other if held_out(row["caption"]) else train).append(row)
             bar.n = min(len(train), args.train) + min(len(other), args.held_out)
