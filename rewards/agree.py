@@ -30,7 +30,8 @@ import numpy as np
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from rewards import Reward, RewardError, available
+from rewards import Reward, RewardError
+from rewards.commands import new_parser, status
 from rewards.decoder import Batch, Decoder, Unreadable, ahead
 from rewards.inputs import load_rewards, parse_rewards, pick_device
 from rewards.pairs import recognise
@@ -263,20 +264,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where the user has something to put right."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rewards.agree",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("rewards.agree", __doc__)
     parser.add_argument("--pairs", required=True, help="file, folder or hub id")
-    parser.add_argument(
-        "--reward",
-        action="append",
-        required=True,
-        metavar="NAME[:KEY=VALUE,...]",
-        help=f"may come several times; {', '.join(available())}, or package.module.Class",
-    )
     parser.add_argument("--output", default="agreement.json", help="JSON file (default: %(default)s)")
     parser.add_argument("--split", help="of a hub id (default train), or of a folder that holds several")
     parser.add_argument("--caption_column", help="default: the first of caption, prompt, text that is there")
@@ -288,11 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode")
     parser.add_argument("--device", help="default: the GPU where there is one")
-    try:
-        return run(parser.parse_args(argv))
-    except RewardError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    arguments = parser.parse_args(argv)
+    return status(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from rewards import RewardError, available
+from rewards import RewardError
+from rewards.commands import new_parser, status
 from rewards.decoder import shard_sizes
 from rewards.gallery import Shown, page
 from rewards.inputs import open_input, parse_rewards
@@ -210,21 +211,8 @@ def _environment(name: str, default: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where images could not be read, 2 where the user has something to put right."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rewards.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("rewards.score", __doc__)
     parser.add_argument("source", metavar="SOURCE", help="folder, .jsonl, .csv, .parquet, .tar, or hub id")
-    parser.add_argument(
-        "--reward",
-        action="append",
-        required=True,
-        metavar="NAME[:KEY=VALUE,...]",
-        help=f"may come several times; {', '.join(available())}, or package.module.Class; with a label: "
-        "'{name: NAME, label: LABEL, args: {KEY: VALUE}}'",
-    )
     parser.add_argument(
         "--output", default="scores.parquet", help="a .parquet file, or a folder (default: %(default)s)"
     )
@@ -246,11 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip_errors", action="store_true", help="exit with 0 even if images cannot be read")
     parser.add_argument("--gallery", type=int, nargs="?", const=50, metavar="N", help="write a page: N best, N worst")
     parser.add_argument("--patience", type=float, default=1800, help="seconds to wait for other processes' next shard")
-    try:
-        return run(parser.parse_args(argv))
-    except RewardError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    arguments = parser.parse_args(argv)
+    return status(lambda: run(arguments))
 
 
 if __name__ == "__main__":

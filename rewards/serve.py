@@ -28,8 +28,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rewards import RewardError, available
+from rewards import RewardError
 from rewards.batching import Limits
+from rewards.commands import new_parser, status
 from rewards.inputs import load_rewards, parse_rewards, pick_device
 from rewards.remote import TOKEN
 
@@ -45,21 +46,31 @@ def _token(file: str | None) -> str | None:
         raise RewardError(f"--token_file {file} cannot be read: {error}") from error
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """The command; ``RewardError`` where the user has something to put right."""
+    try:
+        from rewards.server import Server, check_token
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn"):
+            raise
+        raise RewardError(f"the server needs {error.name}; pip install 't2i-align[serve]'") from error
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    limits = Limits(**{one.name: getattr(arguments, one.name) for one in dataclasses.fields(Limits)})
+    named, token = parse_rewards(arguments.reward), _token(arguments.token_file)
+    check_token(arguments.host, token)  # before anything heavy is loaded
+    device = pick_device(arguments.device)
+    server = Server(load_rewards(named, device), arguments.host, arguments.port, token, limits, device)
+    logger.info("%s on http://%s:%d", ", ".join(server.batchers), arguments.host, server.port)
+    try:
+        server.run()
+    except KeyboardInterrupt:  # which uvicorn raises anew when it has ended
+        logger.info("stopped")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where the user has something to put right."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rewards.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--reward",
-        action="append",
-        required=True,
-        metavar="NAME[:KEY=VALUE,...]",
-        help=f"may come several times; {', '.join(available())}, or package.module.Class",
-    )
+    parser = new_parser("rewards.serve", __doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--token_file", help=f"a file that holds the token; default: the variable {TOKEN}")
@@ -67,29 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for one in dataclasses.fields(Limits):
         parser.add_argument(f"--{one.name}", type=type(one.default), default=one.default, help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    try:
-        from rewards.server import Server, check_token
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn"):
-            raise
-        print(f"error: the server needs {error.name}; pip install 't2i-align[serve]'", file=sys.stderr)
-        return 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        limits = Limits(**{one.name: getattr(arguments, one.name) for one in dataclasses.fields(Limits)})
-        named, token = parse_rewards(arguments.reward), _token(arguments.token_file)
-        check_token(arguments.host, token)  # before anything heavy is loaded
-        device = pick_device(arguments.device)
-        server = Server(load_rewards(named, device), arguments.host, arguments.port, token, limits, device)
-    except RewardError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    logger.info("%s on http://%s:%d", ", ".join(server.batchers), arguments.host, server.port)
-    try:
-        server.run()
-    except KeyboardInterrupt:  # which uvicorn raises anew when it has ended
-        logger.info("stopped")
-    return 0
+    return status(lambda: run(arguments))
 
 
 if __name__ == "__main__":
