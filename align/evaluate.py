@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class Evaluate:
         diversity_features: a vision model (DINOv2, CLIP) or ``lpips:FILE`` to measure diversity by, beside pixels;
             with several pictures a prompt.
         device: where to run; null takes a GPU where there is one.
+        mixed_precision: of both models: no (float32), fp16 or bf16.
     """
 
     tuned: Path
@@ -74,6 +75,7 @@ class Evaluate:
     max_prompts: int | None = None
     diversity_features: str | None = None
     device: str | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
 
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     texts = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
     seeds = [config.seed + k for k in range(len(texts))]
 
-    family = families.load(base, device=device)
+    family = families.load(base, families.DTYPES[config.mixed_precision], device)
     guidance = family.default_guidance if config.guidance is None else config.guidance
     scores: dict[str, dict[str, np.ndarray]] = {}
     pictures: dict[str, Tensor] = {}

@@ -95,10 +95,11 @@ def test_the_command_writes_scores_gallery_and_card(tuned: Path, capsys: pytest.
     assert card.count("base against tuned") == 1
 
 
-def test_an_untrained_lora_wins_exactly_half(tuned: Path) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_an_untrained_lora_wins_exactly_half(tuned: Path, precision: str) -> None:
     weights = {name: torch.zeros_like(value) for name, value in load_file(tuned / LORA_FILE).items()}
     save_file(weights, tuned / LORA_FILE)
-    assert evaluate(tuned, "--reward", "[JPEGCompressibility]") == 0
+    assert evaluate(tuned, "--reward", "[JPEGCompressibility]", "--mixed_precision", precision) == 0
     report = json.loads((tuned / "evaluation/scores.json").read_text())
     assert (report["win_rate"], report["win_rate_ci"]) == (0.5, [0.5, 0.5])
 
