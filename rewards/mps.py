@@ -27,9 +27,9 @@ class MPS(Network):
 
     The softmax of the scores of several pictures for one prompt is the probability that each is the preferred one.
 
-    Checkpoints: upstream (Kwai-Kolors/MPS, no licence in its files) gives ``MPS_overall_checkpoint.pth``, a pickle of
-    a whole model, which is code and is not loaded here. Load it once in an environment that you can throw away and
-    store ``model.state_dict()`` as safetensors; names begin with ``model.`` and ``cross_model.``. About 1 B.
+    Checkpoints: upstream (Kwai-Kolors/MPS, whose LICENSE is MIT) gives ``MPS_overall_checkpoint.pth``, a pickle of a
+    whole model, which is code and is not loaded here. Load it once in an environment that you can throw away and store
+    ``model.state_dict()`` as safetensors; names begin with ``model.`` and ``cross_model.``. About 1 B.
     Preprocessing: shorter edge to 224, bicubic, centre crop, CLIP's mean and deviation; prompt and condition are
     padded and cut at 77 tokens, and the padding is attended to as upstream does.
     Formula of the mask: the greatest dot product of each prompt token with any condition token, over the greatest of
@@ -38,7 +38,8 @@ class MPS(Network):
     Differentiable.
     Caveats: only the checkpoint for the overall condition was published. Upstream divides the mask's products by the
     greatest of the whole batch, which its examples keep to one prompt; here each prompt has its own, so that a score
-    does not depend on the rest of the batch.
+    does not depend on the rest of the batch. The published code rounds pixels and mask to float16, which moves a score
+    by up to 4e-3; here they stay as precise as the network.
 
     Args:
         model: the safetensors file, or a folder or hub id that holds ``file``.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from rewards import RewardError
 from rewards.network import Network, loading, pretrained
@@ -22,7 +22,8 @@ class VQAScore(Network):
     as ``Qwen/Qwen2.5-VL-7B-Instruct`` or ``Qwen/Qwen2-VL-7B-Instruct`` (both Apache-2.0 by their cards). The paper's
     CLIP-FlanT5-XXL (11 B) is not in that layout: it needs t2v_metrics 3.0. Scores of different models, and of different
     questions, are not comparable.
-    Preprocessing: the checkpoint's own, on the picture as an 8-bit file holds it; each picture alone.
+    Preprocessing: the checkpoint's own, by PIL, on the picture as an 8-bit file holds it; each picture alone. Where an
+    edge is under 14 pixels t2v_metrics chooses another size, and scores are others.
     Formula: the softmax over the whole vocabulary at the first token of the reply, read at the answer's first token;
     the question is t2v_metrics' for Qwen. It generates the token and so applies the checkpoint's repetition penalty,
     where there is one; here the logits are as the network gives them.
@@ -75,6 +76,8 @@ class Chat(nn.Module):
         with loading(reward, model):
             self.network = pretrained(AutoModelForImageTextToText, model)
             self.processor = AutoProcessor.from_pretrained(model)
+            # upstream and the published scores resize with PIL; transformers 5 unless told with torchvision
+            self.processor.image_processor = AutoImageProcessor.from_pretrained(model, backend="pil")
             if self.processor.chat_template is None:
                 raise ValueError("its processor has no chat template")
 

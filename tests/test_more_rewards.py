@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    AutoImageProcessor,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
@@ -235,6 +236,7 @@ def test_vqa_score_is_the_probability_of_yes(qwen: str, drawn: list[Sample]) -> 
     scorer = VQAScore(qwen, device="cpu", dtype="float32")
     model = Qwen2VLForConditionalGeneration.from_pretrained(qwen).double()
     processor = Qwen2VLProcessor.from_pretrained(qwen)
+    processor.image_processor = AutoImageProcessor.from_pretrained(qwen, backend="pil")  # what t2v_metrics resizes by
     (yes,) = processor.tokenizer.encode("Yes")
     expected = []
     for sample in drawn:
