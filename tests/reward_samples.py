@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import (
@@ -186,3 +187,31 @@ def new_qwen(folder: Path) -> None:
     randomise(model, 5)
     model.generation_config.eos_token_id = numbers["im_end"]
     model.save_pretrained(folder)
+
+
+def mps_weights(clip: Path) -> dict[str, Tensor]:
+    """Of an MPS on the CLIP of width 16 in ``clip``: its weights, and three layers that look at the prompt."""
+    weights = {f"model.{name}": value for name, value in load_file(clip / "model.safetensors").items()}
+    # hardly more than each token's own embedding, so that the condition hides some
+    for name in weights:
+        if name.startswith("model.text_model.encoder") and ("out_proj" in name or "fc2" in name):
+            weights[name] *= 0.1
+    weights["model.text_model.embeddings.position_embedding.weight"] *= 0.1
+    generator, width, inner = torch.Generator().manual_seed(8), 16, 2 * 64
+    shapes = {
+        "0.fn.norm.weight": (width,),
+        "0.fn.to_q.weight": (inner, width),
+        "0.fn.to_kv.weight": (128, width),
+        "0.fn.to_out.weight": (width, inner),
+        "0.fn.ff.0.weight": (8 * width, width),
+        "0.fn.ff.2.weight": (width, 4 * width),
+        "1.fn.norm.weight": (width,),
+        "1.fn.fused_attn_ff_proj.weight": (inner + 128 + 8 * width, width),
+        "1.fn.attn_out.weight": (width, inner),
+        "1.fn.ff_out.1.weight": (width, 4 * width),
+    }
+    for layer in range(3):
+        for name, shape in shapes.items():
+            value = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+            weights[f"cross_model.layers.{layer}.{name}"] = value * 3 if len(shape) > 1 else 1 + value
+    return weights

@@ -54,7 +54,7 @@ from rewards.mps import MPS
 from rewards.ocr import OCR, closeness, edits, target, to_pil
 from rewards.safety import OpenNSFW, Safety, prepare
 from rewards.vqa_score import VQAScore
-from tests.reward_samples import PROMPTS, Sample, new_clip, new_qwen, pictures, randomise, samples, tensor
+from tests.reward_samples import PROMPTS, Sample, mps_weights, new_clip, new_qwen, pictures, randomise, samples, tensor
 
 PORTRAIT = Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg"
 
@@ -642,32 +642,11 @@ def test_geneval_style_scores_a_batch(owl: str, clip: Path) -> None:
 @pytest.fixture(scope="module")
 def mps(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> str:
     folder = tmp_path_factory.mktemp("mps")
-    weights = {f"model.{name}": value for name, value in load_file(clip / "model.safetensors").items()}
-    # hardly more than each token's own embedding, so that the condition hides some
-    for name in weights:
-        if name.startswith("model.text_model.encoder") and ("out_proj" in name or "fc2" in name):
-            weights[name] *= 0.1
-    weights["model.text_model.embeddings.position_embedding.weight"] *= 0.1
+    weights = mps_weights(clip)
     weights["model.text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    generator, width, inner = torch.Generator().manual_seed(8), 16, 2 * 64
-    shapes = {
-        "0.fn.norm.weight": (width,),
-        "0.fn.to_q.weight": (inner, width),
-        "0.fn.to_kv.weight": (128, width),
-        "0.fn.to_out.weight": (width, inner),
-        "0.fn.ff.0.weight": (8 * width, width),
-        "0.fn.ff.2.weight": (width, 4 * width),
-        "1.fn.norm.weight": (width,),
-        "1.fn.fused_attn_ff_proj.weight": (inner + 128 + 8 * width, width),
-        "1.fn.attn_out.weight": (width, inner),
-        "1.fn.ff_out.1.weight": (width, 4 * width),
-    }
-    for layer in range(3):
-        for name, shape in shapes.items():
-            value = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-            weights[f"cross_model.layers.{layer}.{name}"] = value * 3 if len(shape) > 1 else 1 + value
+    for layer in range(3):  # the buffers of the published file
         for part in (0, 1):
-            weights[f"cross_model.layers.{layer}.{part}.fn.norm.bias"] = torch.zeros(width)
+            weights[f"cross_model.layers.{layer}.{part}.fn.norm.bias"] = torch.zeros(16)
         weights[f"cross_model.layers.{layer}.1.fn.rotary_emb.inv_freq"] = torch.rand(32)
     save_file(weights, folder / "model.safetensors")
     return str(folder)

@@ -121,33 +121,12 @@ def new_large_clip(folder: Path) -> None:
 
 
 def new_mps(folder: Path) -> None:
-    """``MPS.safetensors`` beside a CLIP of width 16: its weights, and three layers that look at the prompt."""
-    from safetensors.torch import load_file, save_file
+    """``MPS.safetensors`` beside a CLIP of width 16."""
+    from safetensors.torch import save_file
 
-    weights = {f"model.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
-    # hardly more than each token's own embedding, so that the condition hides some
-    for name in weights:
-        if name.startswith("model.text_model.encoder") and ("out_proj" in name or "fc2" in name):
-            weights[name] *= 0.1
-    weights["model.text_model.embeddings.position_embedding.weight"] *= 0.1
-    generator, width, inner = torch.Generator().manual_seed(8), 16, 2 * 64
-    shapes = {
-        "0.fn.norm.weight": (width,),
-        "0.fn.to_q.weight": (inner, width),
-        "0.fn.to_kv.weight": (128, width),
-        "0.fn.to_out.weight": (width, inner),
-        "0.fn.ff.0.weight": (8 * width, width),
-        "0.fn.ff.2.weight": (width, 4 * width),
-        "1.fn.norm.weight": (width,),
-        "1.fn.fused_attn_ff_proj.weight": (inner + 128 + 8 * width, width),
-        "1.fn.attn_out.weight": (width, inner),
-        "1.fn.ff_out.1.weight": (width, 4 * width),
-    }
-    for layer in range(3):
-        for name, shape in shapes.items():
-            value = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-            weights[f"cross_model.layers.{layer}.{name}"] = value * 3 if len(shape) > 1 else 1 + value
-    save_file(weights, folder / "MPS.safetensors")
+    from tests.reward_samples import mps_weights
+
+    save_file(mps_weights(folder), folder / "MPS.safetensors")
 
 
 def new_published_qwen(folder: Path) -> None:
