@@ -47,9 +47,7 @@ def sample_images(
         part = slice(start, start + batch_size)
         x = initial(prompts[part], initial_noise(shape, seeds[part])).to(family.device)
         cond = family.encode(prompts[part])
-        with torch.autocast(
-            family.device.type, family.dtype, enabled=family.dtype != torch.float32
-        ):  # states are float
+        with family.autocast():
             images.append(family.to_image(sample(predict, grid, cond, x, scale)).cpu())
     return torch.cat(images)
 

@@ -118,7 +118,7 @@ def rollout(config: RolloutSettings) -> Path:
 def _draw(config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: RolloutFolder, shard: int) -> list[Drawn]:
     """A shard's trajectories, pictures and contact sheet, each file whole or absent; returns its manifest lines."""
     family, k, numbers = ctx.policy.family, config.images_per_prompt, ctx.positions
-    with torch.autocast(family.device.type, family.dtype, enabled=config.mixed_precision != "no"):
+    with family.autocast():
         keep = range(config.sampler.steps)
         made = draw(ctx, config.sampler, batch, k, keep, shared_noise=config.shared_noise, pictures=True)
     latents, log_probs, images = made.columns["latents"], made.columns["log_probs"], made.pictures

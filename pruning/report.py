@@ -95,7 +95,7 @@ def latencies(denoisers: Mapping[str, Family], batch: int, repeats: int) -> dict
             t = family.draw_t(torch.full((batch,), 0.5)).to(family.device)
             cond = family.null.expand(batch)
             start = _now(family)
-            with torch.no_grad(), torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+            with torch.no_grad(), family.autocast():
                 family.forward(x, t, cond)
             if k:
                 times[name].append(_now(family) - start)

@@ -132,6 +132,10 @@ class Family(ABC):
         """The precision of the frozen parts."""
         return next(self.pipe.vae.parameters()).dtype
 
+    def autocast(self) -> torch.autocast:
+        """In which a denoiser of half-precision weights takes the float32 states of the process; none for float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     @property
     def default_guidance(self) -> float:
         """The guidance scale that the folder recommends, else the one its pipeline class uses by default."""
