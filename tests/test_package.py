@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from align.cli import COMMANDS
+from align.cli import COMMANDS, main
 from tests.benchmarks import table
 
 ROOT = Path(__file__).parents[1]
@@ -61,14 +62,36 @@ def test_the_checkout_is_small() -> None:
     assert size < 40e6
 
 
+def asked_for_help(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line, without a process of its own: each would import torch and diffusers anew."""
+    monkeypatch.setattr(sys, "argv", ["t2i-align", *command, "--help"])
+    try:
+        code = main()
+    except SystemExit as leaving:
+        code = leaving.code
+    assert not code
+
+
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_help_is_readable(command: str) -> None:
+def test_help_is_readable(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked_for_help([command], monkeypatch)
+    out = capsys.readouterr().out
+    assert "usage:" in out
+    assert len(out.splitlines()) > 5
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked_for_help([], monkeypatch)
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+
+
+def test_a_command_runs_as_a_process() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "align.cli", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "align.cli", "score", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
-    assert len(done.stdout.splitlines()) > 5
 
 
 def test_the_readme_shows_the_recorded_results() -> None:
