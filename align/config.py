@@ -53,10 +53,9 @@ def parse(settings: type[T], prog: str, description: str | None, argv: Sequence[
 def _bare_flags(arguments: list[str], settings: type[DataclassInstance]) -> list[str]:
     """``--dry_run`` alone means ``--dry_run true``, as a user of argparse expects."""
     flags = {f"--{field.name}" for field in dataclasses.fields(settings) if field.type in (bool, "bool")}
-    following = [*arguments[1:], "--"]
     return [
         f"{argument}=true" if argument in flags and after.startswith("--") else argument
-        for argument, after in zip(arguments, following, strict=True)
+        for argument, after in zip(arguments, [*arguments[1:], "--"], strict=False)
     ]
 
 

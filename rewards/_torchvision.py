@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder
 
 import torch
 
@@ -13,27 +13,30 @@ _library: torch.library.Library | None = None  # the operators live exactly as l
 
 
 def ensure() -> None:
-    """Import torchvision where it is installed beside a CPU-only torch, repairing the one way in which that fails.
+    """See to it that torchvision, where it is installed beside a CPU-only torch, can be imported.
 
     Some package indices carry torchvision only as a CUDA build. Its compiled operators do not load without CUDA,
     and the Python code that then describes ``torchvision::nms`` to torch dies with "operator torchvision::nms does
     not exist" - and with it every package that imports torchvision: transformers, open_clip, timm. None of the
-    scorers calls these operators, so declaring their names (without an implementation) is enough. A torch with
-    CUDA, and a torchvision that imports, are left alone; any other error is raised as it is.
+    scorers calls these operators, so declaring their names (without an implementation) is enough.
+
+    torchvision itself is not imported, which would bring torch's compiler along and take three seconds: whether its
+    operators load is asked of their library, as torchvision will. A torch with CUDA is left alone.
     """
     global _library
-    if torch.version.cuda is not None or "torchvision" in sys.modules:
+    if torch.version.cuda is not None or "torchvision" in sys.modules or _library is not None:
         return
-    if importlib.util.find_spec("torchvision") is None:
+    package = importlib.util.find_spec("torchvision")
+    if package is None or not package.submodule_search_locations:
         return
+    finder = FileFinder(package.submodule_search_locations[0], (ExtensionFileLoader, EXTENSION_SUFFIXES))
+    compiled = finder.find_spec("_C")
     try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            _library.define(operator + _SIGNATURE)
-        importlib.import_module("torchvision")
+        if compiled is not None and compiled.origin is not None:
+            torch.ops.load_library(compiled.origin)
+            return
+    except OSError:
+        pass
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        _library.define(operator + _SIGNATURE)

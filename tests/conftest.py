@@ -1,130 +1,48 @@
-"""Tiny random pipelines of real classes, built from config: nothing is downloaded, nothing is mocked."""
+"""Fixtures of all tests. What takes seconds to import is imported where tests are collected and run, which is not in
+the process that hands them out to pytest's workers."""
 
 from __future__ import annotations
 
-import rewards  # isort: skip  first of all: it makes torchvision importable beside a CPU torch
-
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
-from torch import nn
 
-from align import families
-from align.families import Family
-from align.families.sd import SD
-from align.families.sd3 import SD3
-from align.shapes import pretrain
+if TYPE_CHECKING:
+    from tests.pipelines import Build
 
-assert rewards
 os.environ["HF_HUB_OFFLINE"] = "1"
-# networks this small are faster on one thread, and the subprocesses that tests compare with bit by bit use one too
-torch.set_num_threads(1)
-Build = Callable[..., Family]
 
 
-def _randomise(module: nn.Module) -> None:
-    """Fresh networks end in zeros; give every output something to say."""
-    for parameter in module.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
+def pytest_collectstart() -> None:
+    import rewards  # first of all: it makes torchvision importable beside a CPU torch
 
+    assert rewards
+    import torch
 
-def tiny_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.7,
-        shift_factor=0.0,
-    )
-
-
-def tiny_sd(prediction_type: str = "epsilon") -> SD:
-    torch.manual_seed(0)
-    pipe = pretrain.new_sd(tiny_vae(), pretrain.new_tokenizer())
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=96,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    _randomise(unet)
-    pipe.register_modules(unet=unet)
-    # not from_config of the old one: it would take prediction_type for a default that nobody set
-    pipe.register_modules(
-        scheduler=DDIMScheduler(set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
-    )
-    family = SD(pipe, f"tiny-sd-{prediction_type}")
-    assert family.kind == {"epsilon": "epsilon", "v_prediction": "v"}[prediction_type]
-    return family
-
-
-def tiny_sd3(dual: tuple[int, ...] = ()) -> SD3:
-    torch.manual_seed(0)
-    pipe = pretrain.new_sd3(tiny_vae(), pretrain.new_tokenizer())
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=128,
-        caption_projection_dim=16,
-        pooled_projection_dim=128,
-        pos_embed_max_size=8,
-        qk_norm="rms_norm",
-        dual_attention_layers=dual,
-    )
-    _randomise(transformer)
-    pipe.register_modules(transformer=transformer)
-    return SD3(pipe, "tiny-sd3")
+    # networks this small are faster on one thread, and the subprocesses that tests compare with bit by bit use one too
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def tiny() -> Build:
-    """Build a tiny family by kind: ``tiny("epsilon")``, ``tiny("v")`` or ``tiny("flow")``."""
+    from tests import pipelines
 
-    def build(kind: str) -> Family:
-        return tiny_sd3() if kind == "flow" else tiny_sd({"epsilon": "epsilon", "v": "v_prediction"}[kind])
-
-    return build
+    return pipelines.tiny
 
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny pipelines saved as folders that stock diffusers loads, by kind."""
-    root = tmp_path_factory.mktemp("pipelines")
-    for kind, family in {"epsilon": tiny_sd(), "v": tiny_sd("v_prediction")}.items():
-        family.pipe.save_pretrained(root / kind)
-    torch.manual_seed(0)
-    flow = tiny_sd3()
-    flow.pipe.register_modules(
-        text_encoder_3=pretrain.silent_t5(128),
-        tokenizer_3=pretrain.new_sd3(tiny_vae(), flow.pipe.tokenizer).tokenizer_3,
-    )
-    flow.pipe.save_pretrained(root / "flow")
-    assert families.pipeline_class(str(root / "flow")) == "StableDiffusion3Pipeline"
-    return {kind: root / kind for kind in ("epsilon", "v", "flow")}
+    from tests import pipelines
+
+    return pipelines.folders(tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> None:
     """accelerate keeps its first configuration for the life of a process; every test is a process of its own."""
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -28,7 +28,7 @@ from align.policy import LoRA, Policy
 from align.process import Gaussian, Grid, Kernel, Prediction, Step
 from align.scoring import Scorer
 from align.table import Table
-from tests.conftest import Build
+from tests.pipelines import Build
 from tests.test_policy import disturb
 
 TEXTS = ["two red stars", "a star", "a blue circle left of a green square", "a red circle"]
@@ -83,11 +83,13 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     sys.exit(main(list(arguments)))
 
 
-def launch(arguments: Sequence[str], **environment: str) -> ForkServerProcess:
-    """``align.train`` in a process of its own, forked from one that has the imports done."""
+def launch(
+    arguments: Sequence[str], target: Callable[[Sequence[str], Mapping[str, str]], None] = command, **environment: str
+) -> ForkServerProcess:
+    """``align.train``, or another command, in a process of its own, forked from one that has the imports done."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["align.train", "tests.helpers"])
-    process = server.Process(target=command, args=(list(arguments), environment), daemon=True)
+    process = server.Process(target=target, args=(list(arguments), environment), daemon=True)
     process.start()
     return process
 

@@ -19,8 +19,8 @@ from align.objectives.policy_gradient import PolicyGradient
 from align.rollouts import Sampler, Window
 from align.scoring import Scorer
 from align.train import main
-from tests.conftest import Build
 from tests.helpers import Flat, Heard, lines, moved, online, rolled, weights, write
+from tests.pipelines import Build
 from tests.test_policy import disturb
 
 KINDS = ("epsilon", "v", "flow")

@@ -18,8 +18,8 @@ from align.policy import LoRA, Policy
 from align.rollouts import Sampler, log_probs
 from align.scoring import Scorer
 from align.table import Table
-from tests.conftest import Build
 from tests.helpers import Bright, Fixed, Flat, Heard, Toy, bright, gradients, moved, rolled
+from tests.pipelines import Build
 from tests.test_policy import disturb
 
 KINDS = ("epsilon", "v", "flow")
@@ -242,7 +242,7 @@ def test_a_few_updates_prefer_the_winners(tiny: Build) -> None:
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1e-4
+    assert losses[-1] < losses[0] - 5e-5
     assert metrics["implicit_acc"] == 1
 
 

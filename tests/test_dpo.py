@@ -17,7 +17,7 @@ from align.objectives.dpo import DPO
 from align.policy import LoRA, Policy
 from align.process import Prediction
 from align.table import Table
-from tests.conftest import Build
+from tests.pipelines import Build
 from tests.test_policy import disturb
 
 KINDS = ("epsilon", "v", "flow")

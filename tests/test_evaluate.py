@@ -15,7 +15,7 @@ from align import gallery
 from align.evaluate import bootstrap, compare, main
 from align.families import LORA_FILE
 from align.policy import LoRA, Policy
-from tests.conftest import Build
+from tests.pipelines import Build
 from tests.test_policy import disturb
 
 

@@ -15,7 +15,7 @@ from align import families
 from align.families import Family, Unsupported
 from align.process import DDIM
 from align.sampling import initial_noise, sample
-from tests.conftest import Build, tiny_sd3
+from tests.pipelines import Build, tiny_sd3
 
 PROMPTS = ["two red stars", "a blue circle left of a green square", ""]
 

@@ -32,7 +32,6 @@ from align.sampling import sample
 from align.table import Table
 from align.train import main
 from align.value import ValueNet
-from tests.conftest import Build
 from tests.helpers import (
     TEXTS,
     Bright,
@@ -51,6 +50,7 @@ from tests.helpers import (
     untimed,
     write,
 )
+from tests.pipelines import Build
 
 KINDS = ("epsilon", "flow")
 SHAPE = (4, 8, 8)

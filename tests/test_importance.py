@@ -20,8 +20,8 @@ from pruning.graph import BlockGraph
 from pruning.importance import profile, scores, seconds
 from pruning.plan import Budget, key, to_budget
 from rewards import RewardSum
-from tests.conftest import Build
 from tests.helpers import TEXTS, Bright
+from tests.pipelines import Build
 
 STEPS, SEED = 3, 5
 

@@ -11,8 +11,8 @@ from align.policy import LoRA, Policy
 from align.rollouts import Sampler
 from align.sampling import sample
 from align.table import Table
-from tests.conftest import Build
 from tests.helpers import Heard, bright, gradients, moved, rolled
+from tests.pipelines import Build
 from tests.test_policy import disturb
 
 

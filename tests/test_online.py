@@ -27,7 +27,6 @@ from align.rollouts import Sampler, draw
 from align.scoring import RewardSetting, Scorer
 from align.settings import Train
 from align.train import main
-from tests.conftest import Build
 from tests.helpers import (
     Bright,
     errors,
@@ -43,6 +42,7 @@ from tests.helpers import (
     weights,
     write,
 )
+from tests.pipelines import Build
 from tests.test_policy import disturb
 
 SAMPLER = {"steps": 2, "guidance": 2.0}

@@ -80,6 +80,19 @@ def test_help_is_readable(command: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert len(out.splitlines()) > 5
 
 
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_no_argument_at_all_is_a_usage_error(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["t2i-align", command])
+    try:
+        code = main()
+    except SystemExit as leaving:
+        code = leaving.code
+    assert code
+    assert "error:" in capsys.readouterr().err
+
+
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked_for_help([], monkeypatch)
     out = capsys.readouterr().out

@@ -15,7 +15,7 @@ from align.errors import UserError
 from align.families import LORA_FILE, Family
 from align.policy import LoRA, Policy
 from align.sampling import initial_noise, sample
-from tests.conftest import Build
+from tests.pipelines import Build
 
 KINDS = ("epsilon", "v", "flow")
 PROMPTS = ["two red stars", "a star"]

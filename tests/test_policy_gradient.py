@@ -21,8 +21,8 @@ from align.process import DDIM
 from align.rollouts import Sampler, Window, log_probs, transition
 from align.scoring import RewardSetting, Scorer
 from align.table import Table
-from tests.conftest import Build
 from tests.helpers import Bright, Fixed, Flat, Toy, gradients, moved, prompted, rolled
+from tests.pipelines import Build
 from tests.test_policy import disturb
 
 KINDS = ("epsilon", "v", "flow")

@@ -22,7 +22,7 @@ from align.families.sd3 import RepeatedTokenAttention
 from align.sampling import initial_noise
 from pruning.graph import BlockGraph
 from pruning.saving import load_pruned, remap_lora, skeleton
-from tests.conftest import _randomise
+from tests.pipelines import _randomise
 
 Inputs = dict[str, Any]
 

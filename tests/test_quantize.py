@@ -31,7 +31,7 @@ from align.shapes import locate
 from pruning import quantize as q
 from pruning.graph import BlockGraph
 from pruning.quantize import NF4, bytes_of, choose, load, quantize, save, save_pipeline
-from tests.conftest import Build, _randomise
+from tests.pipelines import Build, _randomise
 from tests.test_policy import disturb
 
 FLOAT = NF4(compute_dtype="float32")

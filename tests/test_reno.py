@@ -23,7 +23,6 @@ from align.sampling import sample
 from align.scoring import Scorer
 from align.table import Table
 from align.train import main
-from tests.conftest import Build
 from tests.helpers import (
     TEXTS,
     Bright,
@@ -42,6 +41,7 @@ from tests.helpers import (
     untimed,
     write,
 )
+from tests.pipelines import Build
 
 KINDS = ("epsilon", "flow")
 SHAPE = (4, 8, 8)

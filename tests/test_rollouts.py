@@ -17,8 +17,8 @@ from align.policy import LoRA, Policy
 from align.process import DDIM, FlowSDE, Grid, Kernel
 from align.rollouts import Rollout, Sampler, Window, draw, grid_of, initial, log_probs, noise_of, transition
 from align.scoring import Scorer
-from tests.conftest import Build
 from tests.helpers import TEXTS, Bright, Heard, bright, moved, prompted, rolled
+from tests.pipelines import Build
 
 KINDS = ("epsilon", "v", "flow")
 SHAPE = (4, 8, 8)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -14,7 +13,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from rewards import RewardError, decoder, load
 from rewards.decoder import Batch, Decoder, ahead
 from rewards.inputs import Named, decode, load_rewards, open_input, parse_rewards
 from rewards.score import main
+from tests.helpers import launch
 
 COUNT = 10
 FILES = [f"{number}.png" for number in range(COUNT)]
@@ -239,15 +238,6 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     sys.exit(main(list(arguments)))
 
 
-def launch(arguments: Sequence[str], **environment: str) -> ForkServerProcess:
-    """The command in a process of its own, forked from one that has the imports done."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.test_score"])
-    process = server.Process(target=run, args=(list(arguments), environment), daemon=True)
-    process.start()
-    return process
-
-
 @pytest.mark.parametrize("layout", ["sidecar", "tar"])
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, layout: str) -> None:
     source = lay(tmp_path / "in", layout)
@@ -257,7 +247,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, layout: str
     slow = [source, "--reward", f"{{name: {REWARD}, args: {{pause: 0.05}}}}", "--output", str(out), *options]
     times: dict[str, int] = {}
     for shards in (1, 3):
-        process = launch(slow)
+        process = launch(slow, run)
         deadline = time.monotonic() + 60
         while len(list(out.glob("scores-*.parquet"))) < shards:
             assert process.is_alive() and time.monotonic() < deadline
@@ -287,7 +277,7 @@ def test_every_picture_is_there_once_after_kills_at_random_moments(tmp_path: Pat
     out = tmp_path / "out"
     slow = [*options, "--reward", f"{{name: {REWARD}, args: {{pause: 0.01}}}}", "--output", str(out)]
     for kill in range(3):
-        before, process = len(files(out)), launch(slow)
+        before, process = len(files(out)), launch(slow, run)
         deadline = time.monotonic() + 60
         while len(files(out)) == before:
             assert process.is_alive() and time.monotonic() < deadline
@@ -386,7 +376,7 @@ def test_processes_share_the_shards_and_the_first_one_sums_up(tmp_path: Path) ->
     source = lay(tmp_path / "in", "tar")
     for output in ("out", "one.parquet"):
         command = [source, "--reward", REWARD, "--output", str(tmp_path / output), "--shard_size", "2"]
-        ranks = [launch(command, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+        ranks = [launch(command, run, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
         for process in ranks:
             process.join(60)
         assert [process.exitcode for process in ranks] == [0, 0]

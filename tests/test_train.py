@@ -166,10 +166,8 @@ def test_accumulation_is_a_bigger_batch(config: dict[str, Any], tmp_path: Path, 
         torch.testing.assert_close(found[0][name], found[1][name], atol=2e-5, rtol=1e-3)
 
 
-def accelerate_launch(arguments: list[str]) -> None:
-    """accelerate's own ``launch --cpu --num_processes 2`` starts one process unless MPI is there; its multi-process
-    launcher (torchrun) with the CPU asked for by name is gloo."""
-    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+def accelerate_launch(arguments: list[str], options: str) -> str:
+    """``accelerate launch OPTIONS -m align.train ARGUMENTS``; what it printed."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
@@ -181,10 +179,22 @@ def accelerate_launch(arguments: list[str]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 x 1 accumulated x 2 processes = 4" in done.stdout
+    return done.stdout
 
 
-@pytest.mark.parametrize(("kind", "launcher"), [("epsilon", "accelerate"), ("flow", "fork")])
+def test_accelerate_launches_it(config: dict[str, Any]) -> None:
+    assert "4 x 1 accumulated x 1 processes = 4" in accelerate_launch(["--config", write(config), "--dry_run"], "--cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "launcher"),
+    [
+        ("epsilon", "fork"),
+        ("flow", "fork"),
+        # half a minute of two cores, nearly all of it three processes' imports
+        pytest.param("epsilon", "accelerate", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_are_one_with_twice_the_batch(
     config: dict[str, Any], tiny_folders: dict[str, Path], tmp_path: Path, kind: str, launcher: str
 ) -> None:
@@ -192,7 +202,10 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
     file = write(config, train_batch_size=2)
     if launcher == "accelerate":
-        accelerate_launch(["--config", file])
+        # its own `launch --cpu --num_processes 2` starts one process unless MPI is there; its multi-process launcher
+        # (torchrun) with the CPU asked for by name is gloo
+        options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+        assert "2 x 1 accumulated x 2 processes = 4" in accelerate_launch(["--config", file], options)
     else:
         assert launch_together(["--config", file]) == [0, 0]
     one, two = weights(tmp_path / "one"), weights(config["output_dir"])

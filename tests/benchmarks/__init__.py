@@ -40,14 +40,16 @@ def command(*words: str) -> None:
     subprocess.run([sys.executable, "-m", *words], check=True)
 
 
-def trained(config: str, seed: int, folder: Path, *options: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train ``config`` and evaluate it on the embedded held-out prompts, unless ``folder`` has both already; returns
-    the evaluation's report and the lines of ``metrics.jsonl``."""
+def trained(
+    config: str, seed: int, folder: Path, *options: str, evaluate: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train ``config`` with ``options`` and evaluate it on the embedded held-out prompts with options ``evaluate``,
+    unless ``folder`` has both already; returns the evaluation's report and the lines of ``metrics.jsonl``."""
     scores = folder / "evaluation/scores.json"
     if not scores.exists():
         more = ["--output_dir", str(folder), "--seed", str(seed), "--resume_from_checkpoint", "latest", *options]
         command("align.train", "--config", config, *more)
-        command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", "--tuned", str(folder))
+        command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", "--tuned", str(folder), *evaluate)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return json.loads(scores.read_text()), lines
 
