@@ -251,6 +251,31 @@ def _overhead() -> str:
     )
 
 
+def _jpeg() -> str:
+    found = load("jpeg")
+    pictures = sorted({run["pictures"] for run in found["runs"]})
+    lines = [
+        f"**The online objectives on DDPO's own first task, small JPEG files** ({found['date']}, {found['hardware']}): "
+        f"the configs above with that reward alone, {' or '.join(f'{n:,}' for n in pictures)} pictures a run; file size "
+        "on the held-out prompts, the share of pictures that came out smaller (ties ½), and what it cost: nothing holds "
+        "the pictures to their prompts",
+        "",
+        "| method | seed | kB base → tuned | smaller (95 % interval) | strict base → tuned | diversity of rollouts, first → "
+        "last |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in found["runs"]:
+        low, high = run["smaller_ci"]
+        lines.append(
+            f"| {run['method']} | {run['seed']} | {run['kilobytes_base']:.3f} → {run['kilobytes_tuned']:.3f} "
+            f"({run['kilobytes_tuned'] / run['kilobytes_base'] - 1:+.1%}) | {run['smaller']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {run['strict_base']:.3f} → {run['strict_tuned']:.3f} "
+            f"| {run['diversity_first']:.3f} → {run['diversity_last']:.3f} |"
+        )
+    lines += ["", "![File sizes of the pictures of each rollout](tests/benchmarks/results/jpeg.png)"]
+    return "\n".join(lines)
+
+
 def _overhead_online() -> str:
     found = load("overhead_online")
     return (
@@ -372,6 +397,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_ddpo": lambda: _online("online_ddpo", "DDPO"),
     "online_flow_grpo": lambda: _online("online_flow_grpo", "Flow-GRPO"),
     "online_d3po": lambda: _online("online_d3po", "D3PO, the reward as proxy for people"),
+    "jpeg": _jpeg,
     "b2_diffurl": _b2,
     "online_gpu": _online_gpu,
     "find_shapes_sd": lambda: _find("find_shapes_sd"),
