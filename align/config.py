@@ -44,10 +44,17 @@ def parse(settings: type[T], prog: str, description: str | None, argv: Sequence[
     parser = parser_for(settings, prog, description)
     arguments = _bare_flags(list(sys.argv[1:] if argv is None else argv), settings)
     with tempfile.TemporaryDirectory() as scratch:
-        namespace: Namespace = parser.parse_args(_forget_replaced(arguments, Path(scratch)))
+        try:
+            arguments = _forget_replaced(arguments, Path(scratch))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            parser.error(f"--config is no YAML: {error}")
+        namespace: Namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
-    values = parser.instantiate(namespace)
-    return settings(**vars(values)), parser.dump(namespace, skip_none=False)
+    try:
+        values = settings(**vars(parser.instantiate(namespace)))
+    except ValueError as error:  # how settings, objectives and data refuse a value
+        parser.error(str(error))
+    return values, parser.dump(namespace, skip_none=False)
 
 
 def _bare_flags(arguments: list[str], settings: type[DataclassInstance]) -> list[str]:

@@ -25,8 +25,8 @@ from align import families, gallery, runs
 from align.config import command, parse
 from align.data import read_prompts
 from align.diversity import Features, pairwise, thumbnails
-from align.errors import UserError
-from align.files import write
+from align.errors import UserError, require_counts
+from align.files import claim, write
 from align.shapes.world import held_out_prompts
 from rewards import RewardSum
 from rewards import load as load_reward
@@ -80,6 +80,7 @@ class Evaluate:
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Sample, score, compare and write; returns what ``scores.json`` holds."""
+    require_counts(config, "samples_per_prompt", "steps", "batch_size", "max_prompts")
     prompts, tasks = chosen_prompts(config.prompts, config.max_prompts)
     rewards = RewardSum({name: load_reward(name) for name in config.reward})
     scorers: dict[str, Any] = dict(rewards.rewards)
@@ -92,6 +93,9 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     seeds = [config.seed + k for k in range(len(texts))]
 
     family = families.load(base, families.DTYPES[config.mixed_precision], device)
+    families.what_is_tuned(family, config.tuned)  # now, not after the base's pictures
+    output = config.output_dir or config.tuned / "evaluation"
+    claim(output)
     guidance = family.default_guidance if config.guidance is None else config.guidance
     scores: dict[str, dict[str, np.ndarray]] = {}
     pictures: dict[str, Tensor] = {}
@@ -104,8 +108,6 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         found = rewards.components(images=pictures[who], prompts=texts)
         scores[who] = {name: found[name].double().numpy() for name in scorers}
 
-    output = config.output_dir or config.tuned / "evaluation"
-    output.mkdir(parents=True, exist_ok=True)
     decides = STRICT if config.reward[0] == "Shapes" else config.reward[0]
     report = compare(scores, tasks, config.samples_per_prompt, decides)
     if config.samples_per_prompt > 1:

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+from align.errors import UserError
+
+
+def claim(folder: Path) -> None:
+    """Make ``folder`` where it is missing. Raises :class:`UserError` where nothing can be written into it, so that long
+    work finds out before it begins."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}); give another output_dir") from error
 
 
 def write(path: Path, text: str) -> None:

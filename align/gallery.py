@@ -39,7 +39,7 @@ def sample_images(
     Picture k starts from ``manual_seed(seeds[k])`` whatever the batch size, or what ``initial`` makes of it. ``steps``
     and ``guidance`` None are the pipeline's own.
     """
-    grid, shape = family.grid(steps or family.default_steps), family.latent_shape(resolution)
+    grid, shape = family.grid(family.default_steps if steps is None else steps), family.latent_shape(resolution)
     scale = family.default_guidance if guidance is None else guidance
     images = []
     starts = range(0, len(prompts), batch_size)

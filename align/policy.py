@@ -36,6 +36,10 @@ class LoRA:
     alpha: float | None = None
     targets: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        if self.rank < 1 or (self.alpha is not None and self.alpha <= 0):
+            raise ValueError(f"lora: rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")
+
 
 class Trained(nn.Module, ABC):
     """What an objective trains in the denoiser's stead, such as a distribution of initial noise."""
@@ -104,7 +108,11 @@ class Policy:
                 target_modules=lora.targets or list(family.lora_targets),
                 init_lora_weights="gaussian",
             )
-            self.denoiser.add_adapter(config)
+            try:
+                self.denoiser.add_adapter(config)
+            except ValueError as error:  # peft's for targets that fit nothing
+                own = ", ".join(family.lora_targets)
+                raise UserError(f"lora.targets: {error} The family's own are {own}") from error
             self.adapters = self._layers()
         else:
             if reference:

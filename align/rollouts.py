@@ -21,7 +21,7 @@ from align.diversity import pairwise, thumbnails
 from align.errors import UserError
 from align.families import Cond, Family
 from align.objectives import Context
-from align.process import Gaussian, Grid, Kernel, Prediction, Within
+from align.process import FlowSDE, Gaussian, Grid, Kernel, Prediction, Within
 from align.sampling import sample
 from align.table import Column
 
@@ -73,7 +73,17 @@ class Sampler:
     batch_size: int = 32
     keep_on: Literal["device", "cpu"] = "device"
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            got = f"{self.steps} and {self.batch_size}"
+            raise ValueError(f"sampler: steps and batch_size must be at least 1, got {got}")
+
     def kernel_of(self, family: Family) -> Kernel:
+        if isinstance(self.kernel, FlowSDE) and family.kind != "flow":
+            raise UserError(
+                f"sampler.kernel: FlowSDE draws from flow models, and {family.source} predicts {family.kind}; use DDIM "
+                "with an eta above 0, or leave the kernel out"
+            )
         return self.kernel or family.kernel
 
     def guidance_of(self, family: Family) -> float:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.errors import UserError
-from align.files import write
+from align.files import claim, write
 from align.policy import Policy
 
 if TYPE_CHECKING:
@@ -100,14 +100,18 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def start(self, resolved: str, resumed: bool) -> None:
-        """Make the folder; a run that is not resumed clears the metrics and refuses foreign checkpoints."""
+    def claim(self, resumed: bool) -> None:
+        """Make the folder. Raises :class:`UserError` where it cannot be written, or holds the checkpoints of another
+        run than the one that is resumed."""
         if not resumed and self.checkpoints():
             raise UserError(
                 f"{self.path} holds checkpoints of an earlier run; give another output_dir, delete it, or "
                 "set resume_from_checkpoint: latest"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        claim(self.path)
+
+    def start(self, resolved: str, resumed: bool) -> None:
+        """The first files of a run; one that is not resumed clears the metrics."""
         for leftover in self.path.glob("checkpoint-*.tmp"):
             shutil.rmtree(leftover)
         if not resumed:
@@ -150,7 +154,10 @@ class RunFolder:
         for path in (Path(wanted), self.path / wanted):
             if (path / STATE).is_file():
                 return path
-        raise UserError(f"resume_from_checkpoint: {wanted!r} is not a checkpoint folder; use 'latest' or one of {self}")
+        raise UserError(
+            f"resume_from_checkpoint: {wanted!r} is not a checkpoint folder; use 'latest' or one of "
+            f"{[path.name for path in self.checkpoints()]} in {self.path}"
+        )
 
     def checkpoint(self, accelerator: Accelerator, state: dict[str, Any], limit: int | None) -> None:
         """Save under a temporary name and rename, so that a kill at any moment leaves whole checkpoints only."""

@@ -21,8 +21,8 @@ import torch
 from align import families, gallery
 from align.config import command, parse
 from align.data import read_prompts
-from align.errors import UserError
-from align.files import write
+from align.errors import UserError, require_counts
+from align.files import claim, write
 from align.noise import InitialNoise
 
 
@@ -65,8 +65,7 @@ class Sample:
 
 def sample(config: Sample) -> Path:
     """Draw and write; returns the folder. Raises :class:`align.errors.UserError`."""
-    if config.images_per_prompt < 1:
-        raise UserError(f"images_per_prompt must be at least 1, got {config.images_per_prompt}")
+    require_counts(config, "images_per_prompt", "steps", "batch_size")
     if any(config.output_dir.glob("*.png")):
         raise UserError(f"{config.output_dir} holds pictures already; give another output_dir")
     noise = InitialNoise.load(config.noise) if config.noise else None
@@ -80,6 +79,7 @@ def sample(config: Sample) -> Path:
         noise.check(family, config.resolution)
     if config.weights is not None:
         family = families.tuned(family, str(config.weights))
+    claim(config.output_dir)
     texts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     seeds = [config.seed + k for k in range(len(texts))]
     images = gallery.sample_images(
@@ -94,7 +94,6 @@ def sample(config: Sample) -> Path:
         "draw",
         noise.initial if noise else gallery.as_drawn,
     )
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     names = [f"{k:05d}.png" for k in range(len(texts))]
     for name, image in zip(names, images, strict=True):
         gallery.save_picture(image, config.output_dir / name)

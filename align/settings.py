@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers.optimization import SchedulerType
 
 import align.encoded
 import align.images
@@ -22,7 +23,7 @@ import align.objectives.policy_gradient
 import align.objectives.reno  # noqa: F401  imported, so that `--objective DPO` needs no import path
 from align import families
 from align.data import Data, PromptBatch
-from align.errors import UserError
+from align.errors import UserError, require_counts
 from align.objectives import Objective
 from align.policy import LoRA
 from align.scoring import RewardSetting, Scorer
@@ -36,6 +37,10 @@ class Samples:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"samples: steps must be at least 1, got {self.steps}")
 
 
 @dataclass
@@ -135,11 +140,19 @@ class Train:
 
     def check(self) -> None:
         """Everything that can be known to be wrong before a weight is loaded."""
-        counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps", "inner_epochs")
-        for name in (*counts, "rollout_batch_size", "max_rollouts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        require_counts(self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps")
+        require_counts(self, "inner_epochs", "rollout_batch_size", "max_rollouts", "checkpoints_total_limit")
+        for name in ("checkpointing_steps", "validation_steps", "lr_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.lr_scheduler not in (known := [kind.value for kind in SchedulerType]):
+            raise UserError(f"unknown lr_scheduler {self.lr_scheduler!r}; known are {', '.join(known)}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if self.max_grad_norm <= 0:
+            raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
         if not math.isfinite(self.updates) and not self.lr_scheduler.startswith("constant"):
             raise UserError(f"lr_scheduler {self.lr_scheduler!r} has to know its end: set max_train_steps")
         if self.learning_rate <= 0:

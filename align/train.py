@@ -75,6 +75,9 @@ class Loop:
     def start(self) -> None:
         """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
         config, accelerator = self.config, self.accelerator
+        source = self.folder.find(config.resume_from_checkpoint)
+        if accelerator.is_main_process:
+            self.folder.claim(resumed=source is not None)  # first of all: encoding a data set may take hours
         self.data = config.data.prepare(
             self.family,
             config.seed,
@@ -85,7 +88,6 @@ class Loop:
         )
         self.held_out = config.validation_data.prepare(self.family) if config.validation_data else None
         self._optimise()
-        source = self.folder.find(config.resume_from_checkpoint)
         if accelerator.is_main_process:
             self.folder.start(self.resolved, resumed=source is not None)
         if config.report_to != "none":

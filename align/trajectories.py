@@ -17,7 +17,7 @@ from align import runs
 from align.data import PromptSet
 from align.errors import DataError, UserError
 from align.families import Family
-from align.files import write
+from align.files import claim, write
 from align.rollouts import Sampler
 from align.table import Column
 
@@ -100,6 +100,7 @@ class RolloutFolder:
                     "or delete that folder"
                 )
             return
+        claim(self.path)
         whole = asdict(record) | {"made_with": runs.provenance()}
         write(self.record_file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 

@@ -29,7 +29,7 @@ from align.config import command, parse
 from align.data import read_prompts
 from align.errors import UserError
 from align.families import LORA_FILE, SAMPLING_FILE, Family
-from align.files import write
+from align.files import claim, write
 from align.settings import Train
 from align.shapes import locate
 from align.train import train
@@ -127,7 +127,7 @@ def compress(config: Compress) -> Path:
     :class:`align.errors.UserError`."""
     config.check()
     prompts = read_prompts(config.prompts)[: config.calibration_prompts]
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    claim(config.output_dir)
     original = _original(config)
     stages = [stage for stage in STAGES if stage in config.stages]
     if "analyse" in stages and (config.blocks is None or _graded(config)):

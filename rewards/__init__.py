@@ -238,7 +238,12 @@ def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:
         signature.bind(**arguments)
     except TypeError as error:
         raise RewardError(f"reward {name!r}: {error}; its arguments are {signature}") from error
-    reward = cls(**arguments)
+    try:
+        reward = cls(**arguments)
+    except RewardError:
+        raise
+    except ValueError as error:
+        raise RewardError(f"reward {name!r}: {error}") from error
     if not isinstance(reward, Reward):
         raise RewardError(f"{name!r} is no reward: it lacks the attribute 'differentiable'")
     return reward

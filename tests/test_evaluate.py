@@ -116,6 +116,8 @@ def test_prompt_files(tuned: Path) -> None:
         (["--reward", "[Nothing]"], "Nothing"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--base", "./nowhere"], "no model_index.json"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--samples_per_prompt", "0"], "samples_per_prompt must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -125,6 +127,19 @@ def test_mistakes_are_one_line(
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1
     assert message in error[0]
+
+
+@pytest.mark.parametrize("mistake", ["nothing tuned in", "cannot write into"])
+def test_nothing_is_drawn_for_nothing(
+    tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    monkeypatch.setattr(gallery, "sample_images", lambda *_: pytest.fail("drawn for nothing"))
+    if mistake == "nothing tuned in":
+        (tuned / LORA_FILE).unlink()
+    else:
+        (tuned / "evaluation").touch()
+    assert evaluate(tuned) == 1
+    assert mistake in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_asks_for_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -297,6 +297,15 @@ def test_dry_run_shows_the_arithmetic(config: dict[str, Any], capsys: pytest.Cap
     assert next(line for line in out.splitlines() if line.startswith("updates per rollout")).split()[-1] == "2"
 
 
+def test_a_kernel_of_other_models_is_refused_before_anything_is_drawn(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["objective"]["init_args"]["sampler"] = {"kernel": {"class_path": "align.process.FlowSDE"}}
+    assert main(["--config", write(config), "--dry_run"]) == 1
+    (error,) = errors(capsys.readouterr().err)
+    assert "FlowSDE draws from flow models" in error and "predicts epsilon" in error
+
+
 # rewards
 def test_held_out_prompts_are_scored_by_every_reward(config: dict[str, Any]) -> None:
     """Also by those that nothing trains on; pictures of seeds that never change, of the averaged weights."""

@@ -389,6 +389,8 @@ def test_load() -> None:
         load("nowhere.Nothing")
     with pytest.raises(RewardError, match=r"unexpected keyword argument 'qualty'.*quality"):
         load("JPEGCompressibility", {"qualty": 3})
+    with pytest.raises(RewardError, match="reward 'JPEGCompressibility': .*quality is 500"):
+        load("JPEGCompressibility", {"quality": 500})
     with pytest.raises(RewardError, match="is no reward"):
         load("collections.OrderedDict")
 

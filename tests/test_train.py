@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from align.encoded import PreferencePairs
 from align.families import LORA_FILE
 from align.shapes.world import render
 from align.train import main
@@ -248,6 +249,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config: dict[str, Any], caps
         (["--objective.betta", "1"], "betta"),
         (["--objective", "Nothing"], "Nothing"),
         (["--train_batch_size", "many"], "train_batch_size"),
+        (["--objective.beta", "-5"], "beta must be positive, got -5.0"),
+        (["--lora.rank", "0"], "rank must be at least 1"),
+        (["--samples.steps", "0"], "samples: steps must be at least 1"),
     ],
 )
 def test_wrong_keys_and_types_are_one_line(
@@ -262,6 +266,17 @@ def test_wrong_keys_and_types_are_one_line(
     assert error.count("\n") == 0, error
 
 
+@pytest.mark.parametrize("content", [b"objective:\n\tclass_path: DPO\n", b"\xff\xfe", b"[1, 2]", b""])
+def test_a_config_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    (tmp_path / "broken.yaml").write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", str(tmp_path / "broken.yaml")])
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert "config" in error
+    assert error.count("\n") == 0, error
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -272,7 +287,13 @@ def test_wrong_keys_and_types_are_one_line(
             "DPO trains on PairBatch, but data",
         ),
         ({"train_batch_size": 0}, "train_batch_size must be at least 1"),
-        ({"resume_from_checkpoint": "checkpoint-77"}, "not a checkpoint folder"),
+        ({"resume_from_checkpoint": "checkpoint-77"}, "not a checkpoint folder; use 'latest' or one of [] in"),
+        ({"lr_scheduler": "slow"}, "unknown lr_scheduler 'slow'; known are linear, cosine"),
+        ({"seed": -1}, "seed must lie between"),
+        ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1"),
+        ({"checkpointing_steps": -1}, "checkpointing_steps must be at least 0"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be positive"),
+        ({"lora": {"targets": ["to_nowhere"]}}, "The family's own are to_k"),
     ],
 )
 def test_mistakes_are_one_clear_line(
@@ -293,6 +314,18 @@ def test_corrupt_pictures_stop_the_run_before_training(
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bad.parquet")
     assert main(["--config", write(config, data=paired(tmp_path / "bad.parquet", cache_dir=str(tmp_path)))]) == 1
     assert "1 of 12" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_data_is_encoded(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreferencePairs, "prepare", lambda *_: pytest.fail("encoded for nothing"))
+    (tmp_path / "file").touch()
+    assert main(["--config", write(config), "--output_dir", str(tmp_path / "file" / "run")]) == 1
+    assert "cannot write into" in capsys.readouterr().err
+    (Path(config["output_dir"]) / "checkpoint-3").mkdir(parents=True)
+    assert main(["--config", write(config)]) == 1
+    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_not_overwritten(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -301,21 +301,32 @@ def of(pipe: DiffusionPipeline, source: str) -> Family:
     return _family(type(pipe).__name__, source)(pipe, source)
 
 
+def what_is_tuned(family: Family, folder: Path) -> Literal["pipeline", "lora", "denoiser"]:
+    """What a run folder holds for ``family``. Raises :class:`Unsupported` where that is nothing."""
+    name = family.denoiser_name
+    if (folder / "model_index.json").is_file():
+        return "pipeline"
+    if (folder / LORA_FILE).is_file():
+        return "lora"
+    if (folder / name / "config.json").is_file():
+        return "denoiser"
+    raise Unsupported(
+        f"nothing tuned in '{folder}'; expected {LORA_FILE}, a {name}/ folder, or a whole pipeline (model_index.json)"
+    )
+
+
 def tuned(family: Family, source: str) -> Family:
     """``family`` with the weights of a run folder put in: its LoRA, or its denoiser; or another whole pipeline.
 
     The given family is used up where it can be: LoRA and denoiser go into its own pipeline.
     """
     folder, name = Path(source), family.denoiser_name
-    if (folder / "model_index.json").is_file():
+    found = what_is_tuned(family, folder)
+    if found == "pipeline":
         return load(source, family.dtype, family.device)
-    if (folder / LORA_FILE).is_file():
+    if found == "lora":
         family.pipe.load_lora_weights(str(folder))
         return family
-    if (folder / name / "config.json").is_file():
-        denoiser = type(family.denoiser).from_pretrained(folder, subfolder=name, dtype=family.dtype)
-        family.pipe.register_modules(**{name: denoiser.to(family.device)})
-        return type(family)(family.pipe, family.source)
-    raise Unsupported(
-        f"nothing tuned in {source!r}; expected {LORA_FILE}, a {name}/ folder, or a whole pipeline (model_index.json)"
-    )
+    denoiser = type(family.denoiser).from_pretrained(folder, subfolder=name, dtype=family.dtype)
+    family.pipe.register_modules(**{name: denoiser.to(family.device)})
+    return type(family)(family.pipe, family.source)

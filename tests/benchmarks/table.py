@@ -256,20 +256,20 @@ def _jpeg() -> str:
     pictures = sorted({run["pictures"] for run in found["runs"]})
     lines = [
         f"**The online objectives on DDPO's own first task, small JPEG files** ({found['date']}, {found['hardware']}): "
-        f"the configs above with that reward alone, {' or '.join(f'{n:,}' for n in pictures)} pictures a run; file size "
-        "on the held-out prompts, the share of pictures that came out smaller (ties ½), and what it cost: nothing holds "
-        "the pictures to their prompts",
+        f"the configs above with that reward alone, {' or '.join(f'{n:,}' for n in pictures)} pictures a run; file "
+        "size on the held-out prompts, the share of pictures that came out smaller (ties ½), and what it cost: nothing "
+        "holds the pictures to their prompts",
         "",
-        "| method | seed | kB base → tuned | smaller (95 % interval) | strict base → tuned | diversity of rollouts, first → "
-        "last |",
+        "| method | seed | kB base → tuned | smaller (95 % interval) | strict base → tuned "
+        "| diversity of rollouts, first → last |",
         "|---|---|---|---|---|---|",
     ]
     for run in found["runs"]:
         low, high = run["smaller_ci"]
         lines.append(
             f"| {run['method']} | {run['seed']} | {run['kilobytes_base']:.3f} → {run['kilobytes_tuned']:.3f} "
-            f"({run['kilobytes_tuned'] / run['kilobytes_base'] - 1:+.1%}) | {run['smaller']:.3f} ({low:.3f} to {high:.3f}) "
-            f"| {run['strict_base']:.3f} → {run['strict_tuned']:.3f} "
+            f"({run['kilobytes_tuned'] / run['kilobytes_base'] - 1:+.1%}) "
+            f"| {run['smaller']:.3f} ({low:.3f} to {high:.3f}) | {run['strict_base']:.3f} → {run['strict_tuned']:.3f} "
             f"| {run['diversity_first']:.3f} → {run['diversity_last']:.3f} |"
         )
     lines += ["", "![File sizes of the pictures of each rollout](tests/benchmarks/results/jpeg.png)"]
