@@ -67,6 +67,14 @@ def run(method: str, seed: int, rollouts: int) -> dict[str, Any]:
     }
 
 
+def averaged(drawn: list[list[dict[str, float]]]) -> list[tuple[float, float]]:
+    """The mean over seeds of (pictures, kilobytes)."""
+    return [
+        (points[0]["pictures"], sum(point["kilobytes"] for point in points) / len(points))
+        for points in zip(*drawn, strict=True)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", choices=sorted(METHODS), nargs="+", default=list(METHODS))
@@ -80,8 +88,8 @@ def main() -> None:
         record("jpeg", {"runs": runs})
         curves(
             RESULTS / "jpeg.png",
-            {f"{r['method']}, seed {r['seed']}": [(p["pictures"], p["kilobytes"]) for p in r["curve"]] for r in runs},
-            "JPEGCompressibility: the pictures of each rollout",
+            {method: averaged([r["curve"] for r in runs if r["method"] == method]) for method in METHODS},
+            "JPEGCompressibility: the pictures of each rollout, mean of three seeds",
             "pictures generated before it",
             "file size, kB",
         )
