@@ -89,7 +89,7 @@ def main() -> None:
         curves(
             RESULTS / "jpeg.png",
             {method: averaged([r["curve"] for r in runs if r["method"] == method]) for method in METHODS},
-            "JPEGCompressibility: the pictures of each rollout, mean of three seeds",
+            "Pictures of each rollout, mean of three seeds",
             "pictures generated before it",
             "file size, kB",
         )
