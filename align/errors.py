@@ -5,12 +5,12 @@ class UserError(ValueError):
     """What arrived, what was expected, what to do next."""
 
 
-def require_counts(settings: object, *names: str) -> None:
-    """Raises :class:`UserError` where one of these attributes is a number below 1; None is no number."""
+def require_at_least(least: int, settings: object, *names: str) -> None:
+    """Raises :class:`UserError` where one of these attributes is a number below ``least``; None is no number."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+        if value is not None and value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
 
 
 class NonFinite(UserError):

@@ -25,7 +25,7 @@ from align import families, gallery, runs
 from align.config import command, parse
 from align.data import read_prompts
 from align.diversity import Features, pairwise, thumbnails
-from align.errors import UserError, require_counts
+from align.errors import UserError, require_at_least
 from align.files import claim, write
 from align.shapes.world import held_out_prompts
 from rewards import RewardSum
@@ -80,7 +80,7 @@ class Evaluate:
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Sample, score, compare and write; returns what ``scores.json`` holds."""
-    require_counts(config, "samples_per_prompt", "steps", "batch_size", "max_prompts")
+    require_at_least(1, config, "samples_per_prompt", "steps", "batch_size", "max_prompts")
     prompts, tasks = chosen_prompts(config.prompts, config.max_prompts)
     rewards = RewardSum({name: load_reward(name) for name in config.reward})
     scorers: dict[str, Any] = dict(rewards.rewards)

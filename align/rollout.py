@@ -32,7 +32,7 @@ from tqdm import tqdm
 from align import families, gallery
 from align.config import command, parse
 from align.data import PromptBatch, Prompts, PromptSet
-from align.errors import NonFinite, UserError
+from align.errors import NonFinite, require_at_least
 from align.families import Family
 from align.files import write
 from align.objectives import Context
@@ -83,9 +83,8 @@ class RolloutSettings:
 
 def rollout(config: RolloutSettings) -> Path:
     """Draw what ``config`` says and ``output_dir`` lacks; returns the folder."""
-    for name, least in (("images_per_prompt", 2), ("prompts_per_shard", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name} must be at least {least}, got {getattr(config, name)}")
+    require_at_least(2, config, "images_per_prompt")
+    require_at_least(1, config, "prompts_per_shard")
     rows = Prompts(config.prompts, config.limit).read()
     scorer = Scorer.of(config.rewards) if config.rewards else None
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,7 +21,7 @@ import torch
 from align import families, gallery
 from align.config import command, parse
 from align.data import read_prompts
-from align.errors import UserError, require_counts
+from align.errors import UserError, require_at_least
 from align.files import claim, write
 from align.noise import InitialNoise
 
@@ -65,7 +65,7 @@ class Sample:
 
 def sample(config: Sample) -> Path:
     """Draw and write; returns the folder. Raises :class:`align.errors.UserError`."""
-    require_counts(config, "images_per_prompt", "steps", "batch_size")
+    require_at_least(1, config, "images_per_prompt", "steps", "batch_size")
     if any(config.output_dir.glob("*.png")):
         raise UserError(f"{config.output_dir} holds pictures already; give another output_dir")
     noise = InitialNoise.load(config.noise) if config.noise else None

@@ -23,7 +23,7 @@ import align.objectives.policy_gradient
 import align.objectives.reno  # noqa: F401  imported, so that `--objective DPO` needs no import path
 from align import families
 from align.data import Data, PromptBatch
-from align.errors import UserError, require_counts
+from align.errors import UserError, require_at_least
 from align.objectives import Objective
 from align.policy import LoRA
 from align.scoring import RewardSetting, Scorer
@@ -140,11 +140,9 @@ class Train:
 
     def check(self) -> None:
         """Everything that can be known to be wrong before a weight is loaded."""
-        require_counts(self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps")
-        require_counts(self, "inner_epochs", "rollout_batch_size", "max_rollouts", "checkpoints_total_limit")
-        for name in ("checkpointing_steps", "validation_steps", "lr_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        require_at_least(1, self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps")
+        require_at_least(1, self, "inner_epochs", "rollout_batch_size", "max_rollouts", "checkpoints_total_limit")
+        require_at_least(0, self, "checkpointing_steps", "validation_steps", "lr_warmup_steps")
         if self.lr_scheduler not in (known := [kind.value for kind in SchedulerType]):
             raise UserError(f"unknown lr_scheduler {self.lr_scheduler!r}; known are {', '.join(known)}")
         if not 0 <= self.seed < 2**32:

@@ -162,6 +162,11 @@ def _pair(first: float, second: float, relation: float) -> float:
     return 0.5 * float(first + second) * 0.5 * (1 + holds)
 
 
+def flawless(graded: float) -> bool:
+    """The strict verdict: whether :func:`grade` found nothing to deduct, but for rounding."""
+    return graded > 1 - 1e-6
+
+
 def judge(caption: str, image: Tensor) -> tuple[float, float]:
     """Strict and graded score of one picture (3, H, W), float in [0, 1].
 
@@ -170,7 +175,7 @@ def judge(caption: str, image: Tensor) -> tuple[float, float]:
     ``ValueError`` where the caption is not of the grammar.
     """
     graded = grade(parse(caption), find(image), OFFSET * min(image.shape[-2:]) / SIDE)
-    return float(graded > 1 - 1e-6), graded
+    return float(flawless(graded)), graded
 
 
 @dataclass

@@ -232,7 +232,7 @@ def test_chunks_average_to_the_batch(tiny: Build) -> None:
 
 def test_a_few_updates_prefer_the_winners(tiny: Build) -> None:
     torch.manual_seed(0)
-    policy, objective = Policy(tiny("epsilon"), LoRA(4)), D3PO(Sampler(2, 1.0))
+    policy, objective = Policy(tiny("v"), LoRA(4)), D3PO(Sampler(2, 1.0))
     ctx, table = rolled(objective, policy)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     losses = []
@@ -242,7 +242,7 @@ def test_a_few_updates_prefer_the_winners(tiny: Build) -> None:
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 5e-5
+    assert losses[-1] < losses[0] - 1e-4
     assert metrics["implicit_acc"] == 1
 
 

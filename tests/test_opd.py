@@ -198,8 +198,8 @@ def test_i1_a_student_that_is_its_teacher_has_nothing_to_learn(
             assert loss.item() == metrics["divergence"].item() < 1e-7 * away.item()
             if normalise == "paper":
                 continue  # "code" but for a factor
-            # the gradient is linear in the difference, which is rounding here (1e-4 of it was seen) and 0.1 there
-            assert gradients(policy, loss).abs().max() < 1e-3 * gradients(policy, away).abs().max()
+            # the gradient is linear in the difference, which is rounding here (1.4e-4 of it was seen) and 0.1 there
+            assert gradients(policy, loss).abs().max() < 2e-4 * gradients(policy, away).abs().max()
 
 
 def surrogate(policy_mean: Tensor, teacher_mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:

@@ -62,19 +62,18 @@ def test_the_checkout_is_small() -> None:
     assert size < 40e6
 
 
-def asked_for_help(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line, without a process of its own: each would import torch and diffusers anew."""
-    monkeypatch.setattr(sys, "argv", ["t2i-align", *command, "--help"])
+def exit_code(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    """Of the command line, without a process of its own: each would import torch and diffusers anew."""
+    monkeypatch.setattr(sys, "argv", ["t2i-align", *words])
     try:
-        code = main()
+        return main()
     except SystemExit as leaving:
-        code = leaving.code
-    assert not code
+        return leaving.code
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_is_readable(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    asked_for_help([command], monkeypatch)
+    assert not exit_code([command, "--help"], monkeypatch)
     out = capsys.readouterr().out
     assert "usage:" in out
     assert len(out.splitlines()) > 5
@@ -84,17 +83,12 @@ def test_help_is_readable(command: str, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_no_argument_at_all_is_a_usage_error(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["t2i-align", command])
-    try:
-        code = main()
-    except SystemExit as leaving:
-        code = leaving.code
-    assert code
+    assert exit_code([command], monkeypatch)
     assert "error:" in capsys.readouterr().err
 
 
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    asked_for_help([], monkeypatch)
+    assert not exit_code(["--help"], monkeypatch)
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
 

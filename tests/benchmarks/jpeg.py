@@ -29,8 +29,9 @@ METHODS = {
     "Flow-GRPO": ("configs/flow_grpo_shapes_sd3.yaml", 20, ["--objective.beta", "0"]),
 }
 REWARD = "JPEGCompressibility"
+KILOBYTES = -500  # by which the reward is a size
 REWARDS = [
-    {"name": REWARD, "weight": 500.0},  # minus kB
+    {"name": REWARD, "weight": float(-KILOBYTES)},
     {"name": "Shapes", "args": {"mode": "strict"}, "weight": 0.0, "label": "strict"},
 ]
 
@@ -52,8 +53,8 @@ def run(method: str, seed: int, rollouts: int) -> dict[str, Any]:
         "seed": seed,
         "pictures": int(drawn[0]["rollout/pictures"] * len(drawn)),
         "updates": lines[-1]["step"],
-        "kilobytes_base": -500 * size["base_overall"],
-        "kilobytes_tuned": -500 * size["tuned_overall"],
+        "kilobytes_base": KILOBYTES * size["base_overall"],
+        "kilobytes_tuned": KILOBYTES * size["tuned_overall"],
         "smaller": report["win_rate"],
         "smaller_ci": report["win_rate_ci"],
         "strict_base": strict["base_overall"],
@@ -61,7 +62,7 @@ def run(method: str, seed: int, rollouts: int) -> dict[str, Any]:
         "diversity_first": drawn[0]["rollout/diversity/pixels"],
         "diversity_last": drawn[-1]["rollout/diversity/pixels"],
         "curve": [
-            {"pictures": k * line["rollout/pictures"], "kilobytes": -500 * line[f"rollout/reward/{REWARD}"]}
+            {"pictures": k * line["rollout/pictures"], "kilobytes": KILOBYTES * line[f"rollout/reward/{REWARD}"]}
             for k, line in enumerate(drawn)
         ],
     }

@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from align.shapes.world import COMBINATIONS, Body, caption, draw, place
-from rewards.shapes import COUNTS, PALETTE, RELATIONS, SHAPES, TASKS, Spec, Thing, find, grade, parse
+from rewards.shapes import COUNTS, PALETTE, RELATIONS, SHAPES, TASKS, Spec, Thing, find, flawless, grade, parse
 from tests.benchmarks import record
 
 Degrade = Callable[[Tensor, np.random.Generator], Tensor]
@@ -126,11 +126,11 @@ def measure(degrade: Degrade, n: int, seed: int) -> dict[str, Any]:
         image = degrade(picture, rng)
         start = time.perf_counter()
         found = find(image)  # pictures of 64 x 64, for which grade needs no offset
-        right[task] += grade(parse(text), found) > 1 - 1e-6  # judge has the same margin
+        right[task] += flawless(grade(parse(text), found))
         seconds += time.perf_counter() - start
         for kind, other in wrong_captions(rng, text, bodies).items():
             asked[kind] += 1
-            refused[kind] += grade(parse(other), found) <= 1 - 1e-6
+            refused[kind] += not flawless(grade(parse(other), found))
     return {
         "accuracy": sum(right.values()) / n,
         "accuracy_by_task": {task: right[task] * len(TASKS) / n for task in TASKS},
