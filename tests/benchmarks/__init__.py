@@ -17,6 +17,12 @@ from align.files import write
 from align.runs import provenance
 
 RESULTS = Path(__file__).parent / "results"
+QUICK = ("--samples_per_prompt", "1", "--steps", "10")  # a quick run's evaluation: a quarter of the network evaluations
+
+
+def runs_folder(quick: bool) -> Path:
+    """Where finished runs are kept; a quick run never passes for a whole one."""
+    return Path("outputs/quick" if quick else "outputs/bench")
 
 
 def record(name: str, figures: dict[str, Any], quick: bool = False) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT, summary
-from tests.benchmarks import RESULTS, curves, record, trained
+from tests.benchmarks import QUICK, RESULTS, curves, record, runs_folder, trained
 
 CONFIGS = {"DDPO": "configs/b2_ddpo_shapes.yaml", "D3PO": "configs/b2_d3po_shapes.yaml"}
 PARTS = {"alone": (False, False), "+ progressive": (True, False), "+ branches": (False, True), "+ both": (True, True)}
@@ -35,12 +35,13 @@ def place(rule: str, part: str, seed: int, root: Path) -> Path:
     return root / f"{rule}-{progressive:d}{branches:d}-{seed}"
 
 
-def run(rule: str, part: str, seed: int, root: Path, *options: str) -> dict[str, Any]:
+def run(rule: str, part: str, seed: int, root: Path, quick: bool) -> dict[str, Any]:
     """One arm with one seed."""
     progressive, branches = PARTS[part]
     folder = place(rule, part, seed, root)
-    more = [f"--objective.progressive={progressive}".lower(), f"--objective.branches={branches}".lower(), *options]
-    report, lines = trained(CONFIGS[rule], seed, folder, *more)
+    more = [f"--objective.progressive={progressive}".lower(), f"--objective.branches={branches}".lower()]
+    more += ["--max_rollouts", "6"] if quick else []
+    report, lines = trained(CONFIGS[rule], seed, folder, *more, evaluate=QUICK if quick else ())
     rollouts = [line for line in lines if "rollout/pictures" in line]
     curve = []
     for line in lines:
@@ -88,8 +89,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--finished", action="store_true", help="only put down what has been run already")
     args = parser.parse_args()
-    options = ["--max_rollouts", "8"] if args.quick else []
-    root = Path("outputs/quick/b2" if args.quick else "outputs/bench/b2")
+    root = runs_folder(args.quick) / "b2"
     arms = [(r, p) for r in args.rules for p in (("alone", "+ both") if args.quick else PARTS)][
         : 2 if args.quick else 8
     ]
@@ -97,7 +97,7 @@ def main() -> None:
     wanted = [(rule, part, seed) for seed in seeds for rule, part in arms]
     if args.finished:
         wanted = [arm for arm in wanted if (place(*arm, root) / "evaluation/scores.json").exists()]
-    runs = [run(*arm, root, *options) for arm in wanted]
+    runs = [run(*arm, root, args.quick) for arm in wanted]
     for rule in dict.fromkeys(rule for rule, _, _ in wanted):
         same = [r for r in runs if r["rule"] == rule]
         least = min(r["evaluations"] for r in same)

@@ -3,7 +3,7 @@
     python tests/benchmarks/dpo.py shapes_sd            # configs/dpo_shapes.yaml
     python tests/benchmarks/dpo.py shapes_sd3           # configs/dpo_shapes_sd3.yaml
 
-``--quick`` runs one seed and records nothing. Finished seeds are kept in ``outputs/`` and not run again.
+``--quick`` runs one seed, evaluated on fewer pictures, and records nothing. Finished seeds are kept in ``outputs/`` and not run again.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT, summary
-from tests.benchmarks import record, trained
+from tests.benchmarks import QUICK, record, runs_folder, trained
 
 CONFIGS = {"shapes_sd": "configs/dpo_shapes.yaml", "shapes_sd3": "configs/dpo_shapes_sd3.yaml"}
 
 
-def run(config: str, seed: int, folder: Path) -> dict[str, Any]:
+def run(config: str, seed: int, folder: Path, quick: bool) -> dict[str, Any]:
     """One seed: train, evaluate, and the figures of both."""
-    report, lines = trained(config, seed, folder)
+    report, lines = trained(config, seed, folder, evaluate=QUICK if quick else ())
     held_out = [line["held_out/implicit_acc"] for line in lines if "held_out/implicit_acc" in line]
     figures = {name: value for name, value in summary(report).items() if name != "gallery"}
     graded = {name: report["rewards"]["Shapes"][name] for name in ("win_rate", "win_rate_ci")}
@@ -39,7 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     seeds = [0] if args.quick else [0, 1, 2]
     name = f"dpo_{args.model}"
-    runs = [run(CONFIGS[args.model], seed, Path(f"outputs/bench/{name}-{seed}")) for seed in seeds]
+    root = runs_folder(args.quick)
+    runs = [run(CONFIGS[args.model], seed, root / f"{name}-{seed}", args.quick) for seed in seeds]
     figures = {"config": CONFIGS[args.model], "seeds": runs}
     record(name, figures, args.quick)
     print(json.dumps(figures))

@@ -32,7 +32,7 @@ from align.files import write
 from align.noise import InitialNoise
 from align.shapes.world import held_out_prompts
 from rewards.shapes import Shapes
-from tests.benchmarks import RESULTS, command, curves, record
+from tests.benchmarks import RESULTS, command, curves, record, runs_folder
 
 STEPS, SCREEN, FRESH = 10, 16, 32
 UPDATES = {"shapes-sd": 48, "shapes-sd3": 24}  # of the policy gradient; two a rollout
@@ -85,7 +85,7 @@ def gradient(model: str, prompts: Path, count: int, goal: float, folder: Path, u
 
 def run(model: str, quick: bool) -> dict[str, Any]:
     family = families.load(model)
-    folder = Path(f"outputs/{'quick' if quick else 'bench'}/find_{model}")
+    folder = runs_folder(quick) / f"find_{model}"
     wanted, drawn = (4, 64) if quick else (24, 256)
     everything = list(dict.fromkeys(held_out_prompts()))[:: 6 if quick else 1]
     screened = judged(pictures(family, everything, SCREEN, 20000), everything).mean(1)

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT
-from tests.benchmarks import RESULTS, curves, record, trained
+from tests.benchmarks import QUICK, RESULTS, curves, record, runs_folder, trained
 
 # config, updates in ten rollouts, over which the learning rate decays, and further options; the KL to the reference, at
 # the weight of the config, lets file sizes fall by 1 % only
@@ -36,15 +36,15 @@ REWARDS = [
 ]
 
 
-def run(method: str, seed: int, rollouts: int) -> dict[str, Any]:
+def run(method: str, seed: int, quick: bool) -> dict[str, Any]:
     """One seed of one method: train, evaluate on the held-out prompts, and the figures of both."""
     config, updates, more = METHODS[method]
-    folder = Path(f"outputs/{'bench' if rollouts == 10 else 'quick'}/jpeg-{method}-{seed}")
-    options = ["--rewards", json.dumps(REWARDS), "--max_rollouts", str(rollouts), "--max_train_steps", str(updates)]
+    folder = runs_folder(quick) / f"jpeg-{method}-{seed}"
+    options = ["--rewards", json.dumps(REWARDS), "--max_train_steps", str(updates)]
+    options += ["--max_rollouts", "3" if quick else "10"]
     options += ["--validation_steps", "1000", "--checkpointing_steps", "0", *more]
-    report, lines = trained(
-        config, seed, folder, *options, evaluate=[f"--reward=[{REWARD},Shapes]", "--samples_per_prompt", "1"]
-    )
+    shown = QUICK if quick else ("--samples_per_prompt", "1")
+    report, lines = trained(config, seed, folder, *options, evaluate=[f"--reward=[{REWARD},Shapes]", *shown])
     drawn = [line for line in lines if "rollout/pictures" in line]
     size, strict = report["rewards"][REWARD], report["rewards"][STRICT]
     return {
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     seeds = args.seeds[:1] if args.quick else args.seeds
-    runs = [run(method, seed, 3 if args.quick else 10) for method in args.methods for seed in seeds]
+    runs = [run(method, seed, args.quick) for method in args.methods for seed in seeds]
     # what a few methods or seeds give is not the table's
     if not args.quick and len(runs) == 3 * len(METHODS):
         record("jpeg", {"runs": runs})

@@ -6,7 +6,7 @@
 
 Each run trains on captions of seen combinations, is looked at on the held-out prompts as it goes (the curve), and is
 compared with its base on them at the end, two pictures a prompt: strict and graded score, diversity. ``--quick`` runs
-one seed for a quarter of the rollouts and records nothing. Finished seeds are kept in ``outputs/`` and not run again.
+one seed for six rollouts and records nothing. Finished seeds are kept in ``outputs/`` and not run again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT, summary
-from tests.benchmarks import RESULTS, curves, record, trained
+from tests.benchmarks import QUICK, RESULTS, curves, record, runs_folder, trained
 
 CONFIGS = {
     "ddpo": "configs/ddpo_shapes.yaml",
@@ -29,9 +29,10 @@ CONFIGS = {
 }
 
 
-def run(config: str, seed: int, folder: Path, *options: str) -> dict[str, Any]:
+def run(config: str, seed: int, folder: Path, quick: bool) -> dict[str, Any]:
     """One seed: train, evaluate, and the figures of both."""
-    report, lines = trained(config, seed, folder, *options)
+    options = ["--max_rollouts", "6"] if quick else []
+    report, lines = trained(config, seed, folder, *options, evaluate=QUICK if quick else ())
     rollouts = [line for line in lines if "rollout/pictures" in line]
     held_out = [line for line in lines if "held_out/strict" in line]
     # pictures drawn when a held-out line was written: those of the rollouts before it
@@ -65,10 +66,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     name, config = f"online_{args.method}", CONFIGS[args.method]
-    options = ["--max_rollouts", "10"] if args.quick else []
     seeds = args.seeds[:1] if args.quick else args.seeds
-    kept = "quick" if args.quick else "bench"
-    runs = [run(config, seed, Path(f"outputs/{kept}/{name}-{seed}"), *options) for seed in seeds]
+    runs = [run(config, seed, runs_folder(args.quick) / f"{name}-{seed}", args.quick) for seed in seeds]
     figures = {"config": config, "seeds": runs}
     if not args.quick:
         record(name, figures)

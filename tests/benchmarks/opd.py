@@ -7,7 +7,7 @@ its own task; one student learns from all by configs/opd_shapes_sd3.yaml. Beside
 experts' LoRAs averaged, and joint training on all captions with as many network evaluations as the experts and the
 student took together. Graded and strict score on the held-out captions of each task, four pictures each, ten steps.
 Also how the gradient of the closed form varies against that of PPO on the same rollouts. ``--quick`` runs one seed
-briefly and records nothing. Finished runs are kept in ``outputs/`` and not run again.
+briefly, scores one picture each, and records nothing. Finished runs are kept in ``outputs/`` and not run again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from align.rollouts import Sampler, transition
 from align.shapes.world import caption, held_out_prompts
 from align.teachers import LoRATeacher, average
 from rewards.shapes import Shapes, parse
-from tests.benchmarks import RESULTS, command, curves, record
+from tests.benchmarks import RESULTS, command, curves, record, runs_folder
 
 TASKS = ("counting", "position", "attribution")
-BASE, STEPS, PICTURES = "shapes-sd3", 10, 4
+BASE, STEPS = "shapes-sd3", 10
 
 
 def prompt_files(folder: Path) -> dict[str, str]:
@@ -53,15 +53,15 @@ def prompt_files(folder: Path) -> dict[str, str]:
     return found
 
 
-def scores(folder: Path | None) -> dict[str, dict[str, float]]:
-    """Mean graded and strict score of each task; kept in ``folder``."""
+def scores(folder: Path | None, pictures: int) -> dict[str, dict[str, float]]:
+    """Mean graded and strict score of each task, ``pictures`` a caption; kept in ``folder``."""
     kept = folder / "tasks.json" if folder else None
     if kept and kept.exists():
         return json.loads(kept.read_text())
     family = families.load(BASE)
     if folder:
         family = families.tuned(family, str(folder))
-    prompts = [p for p in held_out_prompts() if parse(p).task in TASKS for _ in range(PICTURES)]
+    prompts = [p for p in held_out_prompts() if parse(p).task in TASKS for _ in range(pictures)]
     images = gallery.sample_images(
         family.predict, family, prompts, range(3000, 3000 + len(prompts)), STEPS, batch_size=96
     )
@@ -177,12 +177,13 @@ def curve(folder: Path) -> list[tuple[float, float]]:
 
 
 def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
-    root = Path(f"outputs/{'quick' if quick else 'bench'}/opd")
+    root = runs_folder(quick) / "opd"
     files = prompt_files(root)
     held = root / "held-out.txt"
     write(held, "\n".join(p for p in held_out_prompts() if parse(p).task in TASKS) + "\n")
     teach = "configs/opd_teacher_shapes_sd3.yaml"
-    short = ["--max_rollouts", "6"] if quick else []
+    short = ["--max_rollouts", "3"] if quick else []
+    each = 1 if quick else 4
     teachers = [
         LoRATeacher(task, None, trained(root / f"teacher-{task}", teach, "--data.init_args.path", files[task], *short))
         for task in TASKS
@@ -194,11 +195,11 @@ def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
     watch = ["--validation_data", json.dumps({"class_path": "Prompts", "init_args": {"path": str(held)}})]
     watch += ["--rewards", json.dumps(rewards)]
     tasks = ["--data.init_args.tasks", json.dumps(files)]
-    figures: dict[str, Any] = {"base": scores(None), "teachers": {}, "seeds": []}
+    figures: dict[str, Any] = {"base": scores(None, each), "teachers": {}, "seeds": []}
     for teacher in teachers:
-        figures["teachers"][teacher.task] = {"scores": scores(teacher.path), "evaluations": spent(teacher.path)}
+        figures["teachers"][teacher.task] = {"scores": scores(teacher.path, each), "evaluations": spent(teacher.path)}
     taught = sum(entry["evaluations"] for entry in figures["teachers"].values())
-    figures["averaged"] = scores(averaged(root / "averaged", teachers, 48))
+    figures["averaged"] = scores(averaged(root / "averaged", teachers, 48), each)
     series: dict[str, list[tuple[float, float]]] = {}
     for seed in seeds:
         entry: dict[str, Any] = {"seed": seed}
@@ -212,9 +213,9 @@ def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
                 str(seed),
             ]
             if quick:
-                options += ["--max_train_steps", "12"]
+                options += ["--max_train_steps", "8", "--validation_steps", "8"]
             folder = trained(root / f"{form}-{seed}", "configs/opd_shapes_sd3.yaml", *options, *tasks, *watch)
-            entry[form] = {"scores": scores(folder), "evaluations": spent(folder), "curve": curve(folder)}
+            entry[form] = {"scores": scores(folder, each), "evaluations": spent(folder), "curve": curve(folder)}
             series[f"{form}, seed {seed}"] = curve(folder)
         total = taught + entry["ode"]["evaluations"]
         # of 18 prompts, six a task, where an expert had 16
@@ -229,7 +230,7 @@ def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
         joint += ["--max_train_steps", str(steps), "--rollout_batch_size", "18", "--train_batch_size", "72"]
         if joint_too and not quick:
             folder = trained(root / f"joint-{seed}", teach, *joint)
-            entry["joint"] = {"scores": scores(folder), "evaluations": spent(folder)}
+            entry["joint"] = {"scores": scores(folder, each), "evaluations": spent(folder)}
         figures["seeds"].append(entry)
     figures["kept"] = {
         task: [

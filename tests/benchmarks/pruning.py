@@ -27,7 +27,7 @@ from align.files import write
 from pruning.compress import Compress, compress
 from pruning.plan import Plan
 from pruning.report import Reporting, report
-from tests.benchmarks import RESULTS, record
+from tests.benchmarks import RESULTS, record, runs_folder
 
 CONFIG = "configs/compress_shapes_sd3.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -91,7 +91,7 @@ def one(root: Path, name: str, seed: int, first: bool, quick: bool, finished: bo
 
 
 def run(quick: bool, seeds: list[int], finished: bool) -> dict[str, Any]:
-    root = Path(f"outputs/{'quick' if quick else 'bench'}/pruning")
+    root = runs_folder(quick) / "pruning"
     figures: dict[str, Any] = {"config": CONFIG, "variants": {}}
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     for seed in seeds:
