@@ -395,6 +395,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3"),
     "emoji": _emoji,
     "online_ddpo": lambda: _online("online_ddpo", "DDPO"),
+    "online_ddpo_unguided": lambda: _online("online_ddpo_unguided", "DDPO without guidance"),
     "online_flow_grpo": lambda: _online("online_flow_grpo", "Flow-GRPO"),
     "online_d3po": lambda: _online("online_d3po", "D3PO, the reward as proxy for people"),
     "jpeg": _jpeg,
