@@ -4,6 +4,7 @@
     python tests/benchmarks/online.py ddpo_unguided    # configs/ddpo_unguided_shapes.yaml, shapes-sd
     python tests/benchmarks/online.py flow_grpo        # configs/flow_grpo_shapes_sd3.yaml, shapes-sd3
     python tests/benchmarks/online.py d3po             # configs/d3po_shapes.yaml, shapes-sd
+    python tests/benchmarks/online.py opd_unguided     # configs/opd_unguided_shapes_sd3.yaml, shapes-sd3: no reward
 
 Each run trains on captions of seen combinations, is looked at on the held-out prompts as it goes (the curve), and is
 compared with its base on them at the end, two pictures a prompt: strict and graded score, diversity; at the guidance
@@ -31,6 +32,7 @@ CONFIGS = {
     "ddpo_unguided": "configs/ddpo_unguided_shapes.yaml",
     "flow_grpo": "configs/flow_grpo_shapes_sd3.yaml",
     "d3po": "configs/d3po_shapes.yaml",
+    "opd_unguided": "configs/opd_unguided_shapes_sd3.yaml",
 }
 
 

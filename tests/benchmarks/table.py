@@ -404,6 +404,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "find_shapes_sd": lambda: _find("find_shapes_sd"),
     "find_shapes_sd3": lambda: _find("find_shapes_sd3"),
     "opd": _opd,
+    "online_opd_unguided": lambda: _online("online_opd_unguided", "On-policy distillation of guidance"),
     "pruning": _pruning,
     "pruning_gpu": _pruning_gpu,
     "int4": _int4,
