@@ -1,4 +1,5 @@
-"""Every ``configs/*_smoke.yaml`` runs as it stands, on the shipped pipelines, and leaves weights that moved."""
+"""Every ``configs/*_smoke.yaml`` runs as it stands, on the shipped pipelines, and leaves weights that moved; every other
+training config parses as it stands."""
 
 from __future__ import annotations
 
@@ -8,11 +9,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from align.config import parse
 from align.families import LORA_FILE
 from align.noise import NOISE_FILE
+from align.settings import Train
 from align.train import main
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*_smoke.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("*_smoke.yaml"))
+OTHERS = sorted(
+    path for path in set(FOLDER.glob("*.yaml")) - set(CONFIGS) if not path.stem.startswith(("compress", "evaluate"))
+)
 WRITTEN = {LORA_FILE: "lora_B", NOISE_FILE: "mean"}  # what a run leaves, and which of its tensors begin at zero
 
 
@@ -24,3 +31,9 @@ def test_smoke_config_runs(config: Path, tmp_path: Path) -> None:
     assert any("loss" in line for line in lines)
     written, part = next((n, p) for n, p in WRITTEN.items() if (tmp_path / n).is_file())
     assert any(value.any() for name, value in load_file(tmp_path / written).items() if part in name)
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda path: path.stem)
+def test_training_config_parses(config: Path) -> None:
+    settings, _ = parse(Train, "x", None, ["--config", str(config)])
+    assert settings.objective is not None
