@@ -1,5 +1,5 @@
-"""Every ``configs/*_smoke.yaml`` runs as it stands, on the shipped pipelines, and leaves weights that moved; every other
-training config parses as it stands."""
+"""Every ``configs/*_smoke.yaml`` runs as it stands, on the shipped pipelines, and leaves weights that moved; every
+other training config parses as it stands."""
 
 from __future__ import annotations
 
