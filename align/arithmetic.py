@@ -11,6 +11,14 @@ from align.policy import Policy
 from align.settings import Train
 
 
+def shares(count: int, size: int) -> list[slice]:
+    """``count`` things in about ``count / size`` shares as equal as they can be; of ``size`` each where that divides.
+
+    A short last share would be a noisy update, and Adam would step as far for it as for a whole one."""
+    parts = max(1, round(count / size))
+    return [slice(count * k // parts, count * (k + 1) // parts) for k in range(parts)]
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """The numbers of a run of ``config`` on ``world`` processes."""

@@ -55,6 +55,20 @@ class Window:
         return range(first, first + self.size)
 
 
+def count_trained(sampler: Sampler, window: Window | None, timestep_fraction: float) -> int:
+    """Steps of each picture that train: those of the window, or this fraction of all.
+
+    Raises ValueError for a fraction outside (0, 1], for both at once, and for a window that does not fit."""
+    if not 0 < timestep_fraction <= 1:
+        raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
+    if window is None:
+        return max(1, int(sampler.steps * timestep_fraction))
+    if timestep_fraction < 1:
+        raise ValueError("window and timestep_fraction both choose the trained steps: give one of them")
+    window.steps(sampler.steps, 0, 0)
+    return window.size
+
+
 @dataclass
 class Sampler:
     """How an online objective draws its pictures.

@@ -63,7 +63,7 @@ class Train:
         lora: rank, alpha and targets; ``null`` trains every weight of the denoiser.
         initial_weights: a run or LoRA folder to start from, such as the last round's.
         train_batch_size: rows (pairs, sampler steps of pictures) a process passes through the network at once.
-        gradient_accumulation_steps: such chunks per optimiser step.
+        gradient_accumulation_steps: such chunks per optimiser step; about as many where the number of rows varies.
         rollout_batch_size: pairs or prompts drawn from the data for one rollout, over all processes; null draws as
             many as make one update, one row each.
         inner_epochs: passes over the rows of a rollout.

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from align import draws, families, runs
-from align.arithmetic import Arithmetic
+from align.arithmetic import Arithmetic, shares
 from align.config import command, parse
 from align.data import PromptSet, shuffled
 from align.diversity import Features
@@ -173,10 +173,9 @@ class Loop:
         for epoch in range(config.inner_epochs if rows else 0):
             shuffle = draws.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
             chunks = list(table.shuffled(shuffle).take(torch.arange(rows)).chunks(config.train_batch_size))
-            for start in range(0, len(chunks), config.gradient_accumulation_steps):
-                fresh = epoch == start == 0
-                some = chunks[start : start + config.gradient_accumulation_steps]
-                metrics = self.update(dataclasses.replace(ctx, fresh=fresh), some, batch.ids)
+            for some in shares(len(chunks), config.gradient_accumulation_steps):
+                fresh = epoch == some.start == 0
+                metrics = self.update(dataclasses.replace(ctx, fresh=fresh), chunks[some], batch.ids)
                 yield metrics | (measured | {"rollout": self.rollouts} if fresh and measured else {})
 
     def update(self, ctx: Context, chunks: Sequence[Table], ids: Sequence[int]) -> dict[str, float]:

@@ -257,6 +257,7 @@ class Other:
         ({"update": gradient(), "first": 5}, "first must be between 1 and the sampler's 4 steps, got 5"),
         ({"update": gradient(), "first": 2, "stages": 0}, "stages must be at least 1"),
         ({"update": PolicyGradient(Sampler(20), window=Window(2))}, "leave the update's window unset"),
+        ({"update": D3PO(Sampler(20), window=Window(2))}, "leave the update's window unset"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from align.objectives import Context
 from align.objectives.d3po import D3PO, preferences
 from align.policy import LoRA, Policy
-from align.rollouts import Sampler, log_probs
+from align.rollouts import Sampler, Window, log_probs
 from align.scoring import Scorer
 from align.table import Table
 from tests.helpers import Bright, Fixed, Flat, Heard, Toy, bright, gradients, moved, rolled
@@ -190,10 +190,9 @@ def test_the_reference_is_asked_once_about_each_picture_that_is_in_a_pair(tiny: 
     assert heard.rows(False) == (6 + 3) * 4 * each
     assert table.metrics["tie_share"] == 0.5
     for _ in range(2):  # inner epochs ask it no more
-        for chunk in table.chunks(5):
-            objective.loss(ctx, chunk)[0].backward()
+        objective.loss(ctx, table)[0].backward()
     assert heard.rows(False) == (6 + 3) * 4 * each
-    assert heard.rows(True) == 2 * (3 * 4) * 2 * each
+    assert len(table) == 3 * 4 and heard.rows(True) == 2 * 3 * 4 * each  # each picture is in two of the three pairs
     assert policy.evaluations == {"trained": heard.rows(True), "frozen": heard.rows(False)}
 
 
@@ -218,6 +217,21 @@ def test_a_share_of_the_steps(tiny: Build) -> None:
     assert heard.times(trained=True) == set(policy.family.grid(4).t[:2].tolist())
     assert (plan.trained * 4, plan.frozen * 4) == (heard.rows(True), heard.rows(False))
     assert heard.rows(False) == 4 * (4 + 2)
+
+
+def test_a_window_is_drawn_with_noise_and_trained_and_nothing_else_is(tiny: Build) -> None:
+    policy, objective = moved(tiny, "flow"), D3PO(Sampler(4, 1.0), window=Window(2, until=3, every=1))
+    heard, plan = Heard(policy), objective.plan(policy.family, None)
+    ctx, table = rolled(objective, policy, step=1)
+    states = table.images["latents"]
+    assert isinstance(states, Tensor) and states.shape[:2] == (4, 3)
+    assert table.images["steps"].tolist() == [1, 2]  # type: ignore[union-attr]
+    pair = (table.tensor("winner")[0], table.tensor("loser")[0])
+    assert torch.equal(*(states[k, 0] for k in pair))  # one noise, and none drawn on the way to the window
+    assert (states[pair[0], 1] - states[pair[1], 1]).abs().mean() > 0.05
+    objective.loss(ctx, table)[0].backward()
+    assert heard.times(trained=True) == set(policy.family.grid(4).t[1:3].tolist())
+    assert (plan.trained * 4, plan.frozen * 4) == (heard.rows(True), heard.rows(False))
 
 
 def test_chunks_average_to_the_batch(tiny: Build) -> None:
@@ -299,6 +313,7 @@ def test_several_rewards_of_a_rollout(tiny: Build) -> None:
         ({"beta": 0.0}, "beta must be positive"),
         ({"clip_range": 1.0}, "clip_range in"),
         ({"timestep_fraction": 1.5}, "timestep_fraction must be in"),
+        ({"timestep_fraction": 0.5, "window": Window(2)}, "give one of them"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align import families
-from align.arithmetic import Arithmetic
+from align.arithmetic import Arithmetic, shares
 from align.data import Prompts
 from align.errors import UserError
 from align.families import LORA_FILE
@@ -236,6 +236,13 @@ def test_processes_that_select_unequally_step_together(tiny_folders: dict[str, P
 
 
 # arithmetic and what is missing
+@pytest.mark.parametrize(("count", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [5, 5]), (11, [3, 4, 4]), (1, [1])])
+def test_updates_are_of_equal_size_where_rows_vary(count: int, sizes: list[int]) -> None:
+    found = [range(count)[share] for share in shares(count, 4)]
+    assert [len(share) for share in found] == sizes
+    assert [k for share in found for k in share] == list(range(count))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

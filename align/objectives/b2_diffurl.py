@@ -70,7 +70,7 @@ class B2DiffuRL(Objective):
             raise ValueError(f"first must be between 1 and the sampler's {total} steps, got {self.first}")
         if self.stages < 1 or self.history < 0:
             raise ValueError(f"stages must be at least 1 and history at least 0, got {self.stages}, {self.history}")
-        if isinstance(self.update, PolicyGradient) and self.update.window:
+        if self.rule.window:
             raise ValueError("B2DiffuRL chooses the trained steps itself: leave the update's window unset")
         self.scores = PromptHistory(self.history, "stage")
 

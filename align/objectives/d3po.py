@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from align.data import PromptBatch
+from align.errors import UserError
 from align.families import Family
 from align.objectives import Context, Metrics, Objective, Plan
-from align.rollouts import Sampler, draw, log_probs, transition
+from align.rollouts import Sampler, Window, count_trained, draw, log_probs, transition
 from align.table import Column, Table
 from align.trajectories import TrajectoryBatch
 
@@ -42,6 +43,8 @@ class D3PO(Objective):
         reference: ``base``, or ``round_start``, the weights that this run started from (the paper's rounds); they
             differ when ``initial_weights`` is set.
         timestep_fraction: the share of the steps that is trained, from the noisiest on (official: all).
+        window: draw only these steps with noise and train them, so that what is preferred follows from them; null draws
+            every step with noise. For a reward as proxy: people's labels bring pictures that are drawn already.
         shared_noise: the pictures of a prompt start from one noise, or the preference is mostly about noise.
         reference_batch: rows in one call of the reference.
     """
@@ -52,6 +55,7 @@ class D3PO(Objective):
     clip_range: float = 0.1
     reference: Literal["base", "round_start"] = "base"
     timestep_fraction: float = 1.0
+    window: Window | None = None
     shared_noise: bool = True
     reference_batch: int = 32
 
@@ -62,8 +66,7 @@ class D3PO(Objective):
     def __post_init__(self) -> None:
         if self.images_per_prompt < 2:
             raise ValueError(f"a preference needs two pictures: images_per_prompt is {self.images_per_prompt}")
-        if not 0 < self.timestep_fraction <= 1:
-            raise ValueError(f"timestep_fraction must be in (0, 1], got {self.timestep_fraction}")
+        count_trained(self.sampler, self.window, self.timestep_fraction)
         if self.beta <= 0 or not 0 < self.clip_range < 1:
             raise ValueError(f"beta must be positive and clip_range in (0, 1), got {self.beta} and {self.clip_range}")
         self._known: dict[str, Tensor] = {}
@@ -75,7 +78,7 @@ class D3PO(Objective):
     @property
     def trained_steps(self) -> int:
         """Steps of each trajectory that are trained."""
-        return max(1, int(self.sampler.steps * self.timestep_fraction))
+        return count_trained(self.sampler, self.window, self.timestep_fraction)
 
     def plan(self, family: Family, resolution: int | None) -> Plan:
         each, steps, trained = self.sampler.evaluations(family), self.sampler.steps, self.trained_steps
@@ -89,18 +92,21 @@ class D3PO(Objective):
             f"a sample is a pair: {2 * trained * each} trained evaluations each, none frozen but the "
         )
         notes["people's labels"] += "reference's, once for each picture"
-        # drawn once, asked of the reference once; in as many pairs as there are other pictures of the prompt
-        return Plan((self.images_per_prompt - 1) * trained * each, (steps + trained) * each, None, notes)
+        notes["trained"] = "once a picture where train_batch_size holds the pairs of a prompt, else once a chunk"
+        return Plan(trained * each, (steps + trained) * each, None, notes)
 
     def rollout(self, ctx: Context, batch: PromptBatch | TrajectoryBatch) -> Table:
         if isinstance(batch, TrajectoryBatch):
+            if self.window:
+                raise UserError("window chooses steps of pictures to be drawn; of labelled ones timestep_fraction does")
             batch.require(self.sampler, ctx.policy.family)
             latents = batch.columns["latents"]
             assert isinstance(latents, Tensor)
             columns = dict(batch.columns) | {"latents": latents[:, : self.trained_steps + 1]}
             return self.table(ctx, columns, batch.pairs, names=batch.names)
-        keep = range(self.trained_steps)
-        drawn = draw(ctx, self.sampler, batch, self.group, keep, shared_noise=self.shared_noise)
+        window = self.window.steps(self.sampler.steps, ctx.seed, ctx.step) if self.window else None
+        keep = range(self.trained_steps) if window is None else window
+        drawn = draw(ctx, self.sampler, batch, self.group, keep, window, self.shared_noise)
         assert ctx.scorer is not None
         scores = torch.stack([weight * drawn.scores[name] for name, weight in ctx.scorer.weights.items()], 1)
         pairs = preferences(scores, drawn.groups)
@@ -116,7 +122,8 @@ class D3PO(Objective):
         metrics: Mapping[str, float] | None = None,
         names: Sequence[str] | None = None,
     ) -> Table:
-        """Every step of every pair (P, 2), winner first, as a row: both members at the same step.
+        """Every step of every pair (P, 2), winner first, as a row: both members at the same step. The pairs of a prompt
+        keep together in training, where pictures that are in several are then asked about once.
 
         The reference is asked about the pictures that are in a pair, and about those that have ``names``, which stay
         the same from batch to batch, once in a run.
@@ -129,12 +136,14 @@ class D3PO(Objective):
         images["reference"] = self.reference_log_probs(ctx, images, [names[k] for k in needed] if names else None)
         steps = latents.shape[1] - 1
         pair = torch.arange(len(pairs)).repeat_interleave(steps)
+        prompt = columns["prompt"]
+        assert isinstance(prompt, Tensor)
         rows: dict[str, Column] = {
             "winner": place[pair, 0],
             "loser": place[pair, 1],
             "step": torch.arange(steps).repeat(len(pairs)),
         }
-        return Table(rows, images, pair, metrics or {})
+        return Table(rows, images, prompt[pairs[pair, 0]], metrics or {})
 
     def reference_log_probs(self, ctx: Context, images: dict[str, Column], names: Sequence[str] | None) -> Tensor:
         """(N, K) what the reference gives each kept step; pictures with names are asked about once in a run."""
@@ -150,13 +159,13 @@ class D3PO(Objective):
         return torch.stack([self._known[name] for name in names])
 
     def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
-        """One forward of 2R rows, winners first."""
-        picture = torch.cat([rows.tensor("winner"), rows.tensor("loser")])
-        step = rows.tensor("step").repeat(2)
+        """One forward of the pictures and steps in these rows, at most 2R."""
+        members = torch.stack([torch.cat([rows.tensor("winner"), rows.tensor("loser")]), rows.tensor("step").repeat(2)])
+        (picture, step), place = torch.unique(members, dim=1, return_inverse=True)
         new, y = transition(ctx, self.sampler, rows.images, picture, step)
         reference = rows.images["reference"]
         assert isinstance(reference, Tensor)
-        log_ratio = new.log_prob(y) - reference[picture, step].to(y.device)
+        log_ratio = (new.log_prob(y) - reference[picture, step].to(y.device))[place.to(y.device)]
         low, high = torch.log(torch.tensor([1 - self.clip_range, 1 + self.clip_range])).tolist()
         winner, loser = log_ratio.clamp(low, high).chunk(2)
         logit = self.beta * (winner - loser)

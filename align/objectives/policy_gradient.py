@@ -27,7 +27,7 @@ from align.data import PromptBatch
 from align.families import Family
 from align.objectives import Context, Metrics, Objective, Plan
 from align.process import Reduction, like, reduce
-from align.rollouts import Rollout, Sampler, Window, draw, grid_of, require_on_policy, transition
+from align.rollouts import Rollout, Sampler, Window, count_trained, draw, grid_of, require_on_policy, transition
 from align.table import Table
 
 
@@ -83,12 +83,7 @@ class PolicyGradient(Objective):
             raise ValueError("a group of one picture has no advantage: images_per_prompt must be at least 2")
         if self.clip_range <= 0 or self.adv_clip_max <= 0 or self.beta < 0:
             raise ValueError("clip_range and adv_clip_max must be positive, beta at least 0")
-        if not 0 < self.timestep_fraction <= 1:
-            raise ValueError(f"timestep_fraction must be in (0, 1], got {self.timestep_fraction}")
-        if self.window and self.timestep_fraction < 1:
-            raise ValueError("window and timestep_fraction both choose the trained steps: give one of them")
-        if self.window:
-            self.window.steps(self.sampler.steps, 0, 0)
+        count_trained(self.sampler, self.window, self.timestep_fraction)
         self.history = advantages.PromptHistory(self.history_size, "score")
 
     @property
@@ -102,7 +97,7 @@ class PolicyGradient(Objective):
     @property
     def trained_steps(self) -> int:
         """Steps of each picture that are trained."""
-        return self.window.size if self.window else max(1, int(self.sampler.steps * self.timestep_fraction))
+        return count_trained(self.sampler, self.window, self.timestep_fraction)
 
     @property
     def keeps_means(self) -> bool:

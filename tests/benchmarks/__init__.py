@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from align.files import write
 from align.runs import provenance
@@ -49,10 +50,13 @@ def command(*words: str) -> None:
 def trained(
     config: str, seed: int, folder: Path, *options: str, evaluate: Sequence[str] = ()
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train ``config`` with ``options`` and evaluate it on the embedded held-out prompts with options ``evaluate``,
-    unless ``folder`` has both already; returns the evaluation's report and the lines of ``metrics.jsonl``."""
+    """Train ``config`` with ``options`` and evaluate it on the embedded held-out prompts, at the guidance of its
+    samples, with options ``evaluate``, unless ``folder`` has both already; returns the evaluation's report and the
+    lines of ``metrics.jsonl``."""
     scores = folder / "evaluation/scores.json"
     if not scores.exists():
+        guidance = yaml.safe_load(Path(config).read_text()).get("samples", {}).get("guidance")
+        evaluate = [*evaluate, *([] if guidance is None else ["--guidance", str(guidance)])]
         more = ["--output_dir", str(folder), "--seed", str(seed), "--resume_from_checkpoint", "latest", *options]
         command("align.train", "--config", config, *more)
         command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", "--tuned", str(folder), *evaluate)

@@ -133,7 +133,7 @@ def _opd() -> str:
     tasks = list(found["teachers"])
     lines = [
         f"**On-policy distillation, `configs/opd_shapes_sd3.yaml`** ({found['date']}, {found['hardware']}): strict "
-        "(graded) score on held-out captions of each task.",
+        f"(graded) score on held-out captions of each task, guidance {found['guidance']:g}, {found['steps']} steps.",
         "",
         "| | " + " | ".join(tasks) + " | evaluations |",
         "|---" * (len(tasks) + 2) + "|",
@@ -153,8 +153,18 @@ def _opd() -> str:
         for kind, title in (("ode", "student"), ("sde", "student, `form: sde`"), ("joint", "joint training")):
             if kind in run:
                 lines.append(row(f"{title}, seed {run['seed']}", run[kind]["scores"], run[kind]["evaluations"]))
+
+    def kept(run: dict[str, Any], mode: str) -> float:
+        taught = {task: found["teachers"][task]["scores"][mode][task] for task in tasks}
+        return min(run["ode"]["scores"][mode][task] / taught[task] for task in tasks)
+
+    kept_of = [
+        f"{mode} {' '.join(f'{kept(run, mode):.0%}' for run in found['seeds'])}" for mode in ("strict", "graded")
+    ]
     gradient = found["gradient"]
     lines += [
+        "",
+        f"Of every expert's score on its own task the student keeps at least {', '.join(kept_of)}.",
         "",
         "On the same rollouts PPO's gradient has a variance of "
         f"{gradient['ppo_variance_over_squared_gradient']:.2g} times the squared norm of the closed form's gradient, "
@@ -398,6 +408,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_ddpo_unguided": lambda: _online("online_ddpo_unguided", "DDPO without guidance"),
     "online_flow_grpo": lambda: _online("online_flow_grpo", "Flow-GRPO"),
     "online_d3po": lambda: _online("online_d3po", "D3PO, the reward as proxy for people"),
+    "online_d3po_unguided": lambda: _online("online_d3po_unguided", "D3PO without guidance"),
     "jpeg": _jpeg,
     "b2_diffurl": _b2,
     "online_gpu": _online_gpu,
