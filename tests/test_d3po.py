@@ -190,9 +190,13 @@ def test_the_reference_is_asked_once_about_each_picture_that_is_in_a_pair(tiny: 
     assert heard.rows(False) == (6 + 3) * 4 * each
     assert table.metrics["tie_share"] == 0.5
     for _ in range(2):  # inner epochs ask it no more
-        objective.loss(ctx, table)[0].backward()
+        for chunk in table.chunks(5):
+            objective.loss(ctx, chunk)[0].backward()
     assert heard.rows(False) == (6 + 3) * 4 * each
-    assert len(table) == 3 * 4 and heard.rows(True) == 2 * 3 * 4 * each  # each picture is in two of the three pairs
+    # of 3 pairs x 4 steps x 2 members, in chunks of 5 rows, two are of a picture and step that their chunk has already
+    assert heard.rows(True) == 2 * (3 * 4 * 2 - 2) * each
+    objective.loss(ctx, table)[0].backward()  # in one chunk each picture, though in two pairs, is asked about once
+    assert heard.rows(True) == 2 * (3 * 4 * 2 - 2) * each + 3 * 4 * each
     assert policy.evaluations == {"trained": heard.rows(True), "frozen": heard.rows(False)}
 
 
@@ -238,6 +242,9 @@ def test_chunks_average_to_the_batch(tiny: Build) -> None:
     policy, objective = moved(tiny, "v", scale=0.01), D3PO(Sampler(3, 1.0), images_per_prompt=3)
     ctx, table = rolled(objective, policy)
     whole, metrics = objective.loss(ctx, table)
+    shared = gradients(policy, whole)
+    alone = torch.stack([gradients(policy, objective.loss(ctx, row)[0]) for row in table.chunks(1)]).mean(0)
+    assert (shared - alone).norm() < 1e-4 * alone.norm()  # alone, a row shares no picture with another
     parts = [objective.loss(ctx, chunk) for chunk in table.chunks(6)]
     assert whole.item() == pytest.approx(sum(loss.item() for loss, _ in parts) / 3, rel=1e-5)
     for name in set(metrics) - {"ratio_max"}:

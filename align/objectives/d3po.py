@@ -88,11 +88,11 @@ class D3PO(Objective):
             f"{self.sampler.guidance_of(family):g}",
             "sigmoid's argument": f"within {bound:.3g} of 0 (beta {self.beta:g}, clamp {self.clip_range:g})",
         }
-        notes["people's labels"] = (
-            f"a sample is a pair: {2 * trained * each} trained evaluations each, none frozen but the "
-        )
-        notes["people's labels"] += "reference's, once for each picture"
         notes["trained"] = "once a picture where train_batch_size holds the pairs of a prompt, else once a chunk"
+        notes["people's labels"] = (
+            f"a sample is a pair: at most {2 * trained * each} trained evaluations each, none frozen but the "
+            "reference's, once for each picture"
+        )
         return Plan(trained * each, (steps + trained) * each, None, notes)
 
     def rollout(self, ctx: Context, batch: PromptBatch | TrajectoryBatch) -> Table:

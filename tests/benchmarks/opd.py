@@ -196,8 +196,13 @@ def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
     watch = ["--validation_data", json.dumps({"class_path": "Prompts", "init_args": {"path": str(held)}})]
     watch += ["--rewards", json.dumps(rewards)]
     tasks = ["--data.init_args.tasks", json.dumps(files)]
-    figures: dict[str, Any] = {"guidance": GUIDANCE, "steps": STEPS, "base": scores(None, each)}
-    figures |= {"teachers": {}, "seeds": []}
+    figures: dict[str, Any] = {
+        "guidance": GUIDANCE,
+        "steps": STEPS,
+        "base": scores(None, each),
+        "teachers": {},
+        "seeds": [],
+    }
     for teacher in teachers:
         figures["teachers"][teacher.task] = {"scores": scores(teacher.path, each), "evaluations": spent(teacher.path)}
     taught = sum(entry["evaluations"] for entry in figures["teachers"].values())
