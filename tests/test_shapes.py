@@ -19,7 +19,7 @@ from align.sampling import initial_noise, sample
 from align.shapes import locate, preferences, pretrain
 from align.shapes.preferences import held_out
 from align.shapes.pretrain import new_tokenizer
-from align.shapes.world import COMBINATIONS, HELD_OUT, SEEN, TASKS, caption, held_out_prompts, render
+from align.shapes.world import COMBINATIONS, HELD_OUT, SEEN, TASKS, caption, held_out_prompts, render, training_prompts
 from rewards.shapes import PALETTE, SHAPES, find, flawless, grade, judge, parse
 
 PIPELINES = ("shapes-sd", "shapes-sd3")
@@ -38,6 +38,14 @@ def test_training_captions_and_pictures_never_show_a_held_out_combination() -> N
         found = find(image)
         for colour, shape in HELD_OUT:
             assert not flawless(grade(parse(f"a {colour} {shape}"), found))
+
+
+def test_the_shipped_training_prompts() -> None:
+    files = ("shapes-prompts", "shapes-prompts-counting")
+    every, counting = (Path(locate(name)).read_text().splitlines() for name in files)
+    assert every == training_prompts()
+    assert counting == [prompt for prompt in every if parse(prompt).task == "counting"]
+    assert not any(HELD_OUT & set(combinations(prompt)) for prompt in every)
 
 
 def test_the_held_out_prompts() -> None:

@@ -6,7 +6,7 @@ Nothing else in the library knows about it but the names below, which stand for 
 from importlib.resources import files
 
 EMBEDDED = ("shapes-sd", "shapes-sd3", "shapes-preferences", "shapes-preferences-sd3")
-FILES = {"shapes-prompts": "shapes-prompts.txt", "shapes-prompts-heldout": "shapes-prompts-heldout.txt"}
+FILES = {name: f"{name}.txt" for name in ("shapes-prompts", "shapes-prompts-counting", "shapes-prompts-heldout")}
 
 
 def locate(source: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,12 +39,15 @@ def record(name: str, figures: dict[str, Any], quick: bool = False) -> None:
 
 
 def spread(values: list[float]) -> str:
-    """``mean (min to max)`` over seeds."""
+    """``mean (min to max)`` over seeds; of one seed its value."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def command(*words: str) -> None:
-    """Run a module of ours as a user would."""
+    """Run a module of ours as a user would; a SIGTERM ends both."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and `run` kills what it waits for
     subprocess.run([sys.executable, "-m", *words], check=True)
 
 

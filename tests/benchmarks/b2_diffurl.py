@@ -60,6 +60,7 @@ def run(rule: str, part: str, seed: int, root: Path, quick: bool) -> dict[str, A
         "seed": seed,
         **{name: value for name, value in summary(report).items() if name != "gallery"},
         "diversity": report["diversity"],
+        "guidance": report["guidance"],
         "tasks": report["rewards"][STRICT]["tasks"],
         "pictures": sum(line["rollout/pictures"] for line in rollouts),
         "evaluations": curve[-1]["evaluations"],
@@ -90,11 +91,10 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="only put down what has been run already")
     args = parser.parse_args()
     root = runs_folder(args.quick) / "b2"
-    arms = [(r, p) for r in args.rules for p in (("alone", "+ both") if args.quick else PARTS)][
-        : 2 if args.quick else 8
-    ]
-    seeds = args.seeds[:1] if args.quick else args.seeds
-    wanted = [(rule, part, seed) for seed in seeds for rule, part in arms]
+    rules, parts, seeds = args.rules, list(PARTS), args.seeds
+    if args.quick:
+        rules, parts, seeds = rules[:1], ["alone", "+ both"], seeds[:1]
+    wanted = [(rule, part, seed) for seed in seeds for rule in rules for part in parts]
     if args.finished:
         wanted = [arm for arm in wanted if (place(*arm, root) / "evaluation/scores.json").exists()]
     runs = [run(*arm, root, args.quick) for arm in wanted]
@@ -104,8 +104,10 @@ def main() -> None:
         for r in same:
             r["least_evaluations"], r["strict_at_least"] = least, at(r, least)
         if not args.quick:
-            parts = dict.fromkeys(r["part"] for r in same)
-            series = {part: mean_curve([r["curve"] for r in same if r["part"] == part]) for part in parts}
+            series = {
+                part: mean_curve([r["curve"] for r in same if r["part"] == part])
+                for part in dict.fromkeys(r["part"] for r in same)
+            }
             curves(
                 RESULTS / f"b2_{rule.lower()}.png",
                 series,

@@ -6,7 +6,7 @@ Experts for counting, position and attribution are trained by configs/opd_teache
 its own task; one student learns from all by configs/opd_shapes_sd3.yaml. Beside it: the same with ``form: sde``, the
 experts' LoRAs averaged, and joint training on all captions with as many network evaluations as the experts and the
 student took together. All without guidance, where there is something to learn (configs/ddpo_unguided_shapes.yaml).
-Graded and strict score on the held-out captions of each task, four pictures each, ten steps.
+Graded and strict score on the held-out captions of each task, sixteen pictures each, ten steps.
 Also how the gradient of the closed form varies against that of PPO on the same rollouts. ``--quick`` runs one seed
 briefly, scores one picture each, and records nothing. Finished runs are kept in ``outputs/`` and not run again.
 """
@@ -56,7 +56,7 @@ def prompt_files(folder: Path) -> dict[str, str]:
 
 def scores(folder: Path | None, pictures: int) -> dict[str, dict[str, float]]:
     """Mean graded and strict score of each task, ``pictures`` a caption; kept in ``folder``."""
-    kept = folder / "tasks.json" if folder else None
+    kept = folder / f"tasks-{pictures}.json" if folder else None
     if kept and kept.exists():
         return json.loads(kept.read_text())
     family = families.load(BASE)
@@ -162,29 +162,29 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
     }
 
 
-def curve(folder: Path) -> list[tuple[float, float]]:
-    """(pictures, mean strict score on held-out captions) as a run went."""
+def curve(folder: Path, evaluations_before: int | None = None) -> list[tuple[float, float]]:
+    """(pictures, mean strict score on held-out captions) as a run went; or network evaluations in the pictures' place,
+    counted on from ``evaluations_before``."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    pictures = {
-        line["step"]: line["rollout"] * line["rollout/pictures"] for line in lines if "rollout/pictures" in line
-    }
-    found = []
+    at, found = 0.0, []
     for line in lines:
+        if "rollout/pictures" in line:
+            at = line["rollout"] * line["rollout/pictures"]
+            if evaluations_before is not None:
+                at = line["evaluations/trained"] + line["evaluations/frozen"]
         if "held_out/strict" in line:
-            found.append(
-                (max([n for s, n in pictures.items() if s <= line["step"]], default=0.0), line["held_out/strict"])
-            )
+            found.append((at + (evaluations_before or 0), line["held_out/strict"]))
     return found
 
 
-def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
+def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]:
     root = runs_folder(quick) / "opd"
     files = prompt_files(root)
     held = root / "held-out.txt"
     write(held, "\n".join(p for p in held_out_prompts() if parse(p).task in TASKS) + "\n")
     teach = "configs/opd_teacher_shapes_sd3.yaml"
     short = ["--max_rollouts", "3"] if quick else []
-    each = 1 if quick else 4
+    each = 1 if quick else 16
     teachers = [
         LoRATeacher(task, None, trained(root / f"teacher-{task}", teach, "--data.init_args.path", files[task], *short))
         for task in TASKS
@@ -199,6 +199,7 @@ def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "guidance": GUIDANCE,
         "steps": STEPS,
+        "pictures": each,
         "base": scores(None, each),
         "teachers": {},
         "seeds": [],
@@ -208,6 +209,7 @@ def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
     taught = sum(entry["evaluations"] for entry in figures["teachers"].values())
     figures["averaged"] = scores(averaged(root / "averaged", teachers, 48), each)
     series: dict[str, list[tuple[float, float]]] = {}
+    beside: dict[str, list[tuple[float, float]]] = {}
     for seed in seeds:
         entry: dict[str, Any] = {"seed": seed}
         for form in ("ode", "sde"):
@@ -235,13 +237,19 @@ def run(quick: bool, seeds: list[int], joint_too: bool) -> dict[str, Any]:
             str(seed),
         ]
         joint += ["--max_train_steps", str(steps), "--rollout_batch_size", "36", "--train_batch_size", "72"]
-        if joint_too and not quick:
+        joint += ["--validation_steps", "16", *watch]
+        if seed in joint_seeds and not quick:
             folder = trained(root / f"joint-{seed}", teach, *joint)
             entry["joint"] = {"scores": scores(folder, each), "evaluations": spent(folder)}
+            beside[f"joint training, seed {seed}"] = curve(folder, 0)
+            beside[f"experts, then a student, seed {seed}"] = curve(root / f"ode-{seed}", taught)
         figures["seeds"].append(entry)
     figures["gradient"] = variance(teachers, files)
     if not quick:
-        curves(RESULTS / "opd.png", series, "one student of three experts", "pictures", "strict, held-out captions")
+        title = "one student of three experts"
+        curves(RESULTS / "opd.png", series, title, "pictures", "strict, held-out captions")
+        if beside:
+            curves(RESULTS / "opd_joint.png", beside, title, "network evaluations", "strict, held-out captions")
     return figures
 
 
@@ -249,9 +257,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--without_joint", action="store_true", help="leave out joint training, the dearest")
+    parser.add_argument(
+        "--joint", type=int, nargs="*", default=[0, 1, 2], help="seeds that get joint training too, the dearest"
+    )
     args = parser.parse_args()
-    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds, not args.without_joint)
+    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds, args.joint)
     record("opd", figures, args.quick)
     print(json.dumps(figures))
 

@@ -79,9 +79,9 @@ def _b2() -> str:
     found = load("b2_diffurl")
     seeds = ", ".join(map(str, found["seeds"]))
     lines = [
-        f"**B²-DiffuRL's claim** ({found['date']}, {found['hardware']}), seeds {seeds}: means, with the range over "
-        "seeds in brackets. *At equal evaluations* is read off the curve of single held-out pictures at the total of "
-        "the cheapest arm.",
+        f"**B²-DiffuRL's claim** ({found['date']}, {found['hardware']}), guidance "
+        f"{found['runs'][0]['guidance']:g}, seeds {seeds}: means, with the range over seeds in brackets. *At equal "
+        "evaluations* is read off the curve of single held-out pictures at the total of the cheapest arm.",
         "",
         "| update | rollout | pictures | evaluations | updates | strict, at equal pictures "
         "| strict, at equal evaluations | diversity, pixels |",
@@ -133,7 +133,8 @@ def _opd() -> str:
     tasks = list(found["teachers"])
     lines = [
         f"**On-policy distillation, `configs/opd_shapes_sd3.yaml`** ({found['date']}, {found['hardware']}): strict "
-        f"(graded) score on held-out captions of each task, guidance {found['guidance']:g}, {found['steps']} steps.",
+        f"(graded) score on held-out captions of each task, {found['pictures']} pictures each, guidance "
+        f"{found['guidance']:g}, {found['steps']} steps.",
         "",
         "| | " + " | ".join(tasks) + " | evaluations |",
         "|---" * (len(tasks) + 2) + "|",
@@ -161,7 +162,7 @@ def _opd() -> str:
     kept_of = [
         f"{mode} {' '.join(f'{kept(run, mode):.0%}' for run in found['seeds'])}" for mode in ("strict", "graded")
     ]
-    gradient = found["gradient"]
+    gradient, joint = found["gradient"], any("joint" in run for run in found["seeds"])
     lines += [
         "",
         f"Of every expert's score on its own task the student keeps at least {', '.join(kept_of)}.",
@@ -170,7 +171,8 @@ def _opd() -> str:
         f"{gradient['ppo_variance_over_squared_gradient']:.2g} times the squared norm of the closed form's gradient, "
         "which has none.",
         "",
-        "![Students on the way](tests/benchmarks/results/opd.png)",
+        "![Students on the way](tests/benchmarks/results/opd.png)"
+        + (" ![Beside joint training](tests/benchmarks/results/opd_joint.png)" if joint else ""),
     ]
     return "\n".join(lines)
 
@@ -407,6 +409,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_ddpo": lambda: _online("online_ddpo", "DDPO"),
     "online_ddpo_unguided": lambda: _online("online_ddpo_unguided", "DDPO without guidance"),
     "online_flow_grpo": lambda: _online("online_flow_grpo", "Flow-GRPO"),
+    "online_flow_grpo_counting": lambda: _online(
+        "online_flow_grpo_counting", "Flow-GRPO on counting, without guidance"
+    ),
     "online_d3po": lambda: _online("online_d3po", "D3PO, the reward as proxy for people"),
     "online_d3po_unguided": lambda: _online("online_d3po_unguided", "D3PO without guidance"),
     "jpeg": _jpeg,
