@@ -64,8 +64,26 @@ def trained(
         more = ["--output_dir", str(folder), "--seed", str(seed), "--resume_from_checkpoint", "latest", *options]
         command("align.train", "--config", config, *more)
         command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", "--tuned", str(folder), *evaluate)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads(scores.read_text()), lines
+    return json.loads(scores.read_text()), metrics(folder)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def looks(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Strict and graded score whenever an online run looked at its held-out prompts, with the pictures that it had
+    drawn by then, and the network evaluations that its last rollout had counted."""
+    pictures, evaluations, found = 0, 0, []
+    for line in lines:
+        if "rollout/pictures" in line:
+            pictures = line["rollout"] * line["rollout/pictures"]
+            evaluations = line["evaluations/trained"] + line["evaluations/frozen"]
+        if "held_out/strict" in line:
+            scores = {"strict": line["held_out/strict"], "graded": line["held_out/Shapes"]}
+            found.append({"pictures": pictures, "evaluations": evaluations} | scores)
+    return found
 
 
 def curves(

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT, summary
-from tests.benchmarks import QUICK, RESULTS, curves, record, runs_folder, trained
+from tests.benchmarks import QUICK, RESULTS, curves, looks, record, runs_folder, trained
 
 CONFIGS = {"DDPO": "configs/b2_ddpo_shapes.yaml", "D3PO": "configs/b2_d3po_shapes.yaml"}
 PARTS = {"alone": (False, False), "+ progressive": (True, False), "+ branches": (False, True), "+ both": (True, True)}
@@ -43,17 +43,7 @@ def run(rule: str, part: str, seed: int, root: Path, quick: bool) -> dict[str, A
     more += ["--max_rollouts", "6"] if quick else []
     report, lines = trained(CONFIGS[rule], seed, folder, *more, evaluate=QUICK if quick else ())
     rollouts = [line for line in lines if "rollout/pictures" in line]
-    curve = []
-    for line in lines:
-        if "held_out/strict" in line:
-            before = [r for r in rollouts if r["step"] <= line["step"]] if line["step"] else []
-            last = before[-1] if before else {}
-            curve.append(
-                {
-                    "evaluations": last.get("evaluations/frozen", 0) + last.get("evaluations/trained", 0),
-                    "strict": line["held_out/strict"],
-                }
-            )
+    curve = looks(lines)
     return {
         "rule": rule,
         "part": part,

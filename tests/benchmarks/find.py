@@ -32,7 +32,7 @@ from align.files import write
 from align.noise import InitialNoise
 from align.shapes.world import held_out_prompts
 from rewards.shapes import Shapes
-from tests.benchmarks import RESULTS, command, curves, record, runs_folder
+from tests.benchmarks import RESULTS, command, curves, looks, metrics, record, runs_folder
 
 STEPS, SCREEN, FRESH = 10, 16, 32
 UPDATES = {"shapes-sd": 48, "shapes-sd3": 24}  # of the policy gradient; two a rollout
@@ -73,12 +73,9 @@ def gradient(model: str, prompts: Path, count: int, goal: float, folder: Path, u
         more += ["--rollout_batch_size", str(count), "--gradient_accumulation_steps", str(count // 8)]
         more += ["--max_train_steps", str(updates), "--validation_steps", "4", "--output_dir", str(folder)]
         command("align.train", "--config", GRADIENT[model], "--resume_from_checkpoint", "latest", *more)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    spent, curve = 0, []
-    for line in lines:
-        spent = max(spent, line.get("evaluations/trained", 0) + line.get("evaluations/frozen", 0))
-        if "held_out/strict" in line:
-            curve.append({"evaluations": spent, "strict": line["held_out/strict"]})
+    lines = metrics(folder)
+    curve = looks(lines)
+    spent = max(line.get("evaluations/trained", 0) + line.get("evaluations/frozen", 0) for line in lines)
     reached = next((point["evaluations"] for point in curve if point["strict"] >= goal), None)
     return {"curve": curve, "reached_at": reached, "spent": spent}
 
@@ -97,7 +94,7 @@ def run(model: str, quick: bool) -> dict[str, Any]:
         more = ["--pretrained_model_name_or_path", model, "--data.init_args.path", str(listed)]
         more += ["--rollout_batch_size", str(len(prompts)), "--max_rollouts", str(drawn // 16)]
         command("align.train", "--config", "configs/find_shapes.yaml", "--output_dir", str(folder / "run"), *more)
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder / "run")
     noise = InitialNoise.load(folder / "run")
     with torch.no_grad():
         base, learned = (pictures(family, prompts, FRESH, 50000, n) for n in (None, noise))

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT, summary
-from tests.benchmarks import QUICK, RESULTS, curves, record, runs_folder, trained
+from tests.benchmarks import QUICK, RESULTS, curves, looks, record, runs_folder, trained
 
 CONFIGS = {
     "ddpo": "configs/ddpo_shapes.yaml",
@@ -43,17 +43,6 @@ def run(config: str, seed: int, folder: Path, quick: bool) -> dict[str, Any]:
     options = ["--max_rollouts", "6"] if quick else []
     report, lines = trained(config, seed, folder, *options, evaluate=QUICK if quick else ())
     rollouts = [line for line in lines if "rollout/pictures" in line]
-    held_out = [line for line in lines if "held_out/strict" in line]
-    # pictures drawn when a held-out line was written: those of the rollouts before it
-    per_rollout = rollouts[0]["rollout/pictures"]
-    curve = [
-        {
-            "pictures": per_rollout * max([r["rollout"] for r in rollouts if r["step"] <= line["step"]], default=0),
-            "strict": line["held_out/strict"],
-            "graded": line["held_out/Shapes"],
-        }
-        for line in held_out
-    ]
     strict = report["rewards"][STRICT]
     return {
         "seed": seed,
@@ -62,9 +51,9 @@ def run(config: str, seed: int, folder: Path, quick: bool) -> dict[str, Any]:
         "graded_tuned": report["rewards"]["Shapes"]["tuned_overall"],
         "diversity": report["diversity"],
         "tasks": strict["tasks"],
-        "pictures": per_rollout * len(rollouts),
+        "pictures": sum(line["rollout/pictures"] for line in rollouts),
         "updates": lines[-1]["step"],
-        "curve": curve,
+        "curve": looks(lines),
     }
 
 

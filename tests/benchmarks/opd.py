@@ -36,7 +36,7 @@ from align.rollouts import Sampler, transition
 from align.shapes.world import caption, held_out_prompts
 from align.teachers import LoRATeacher, average
 from rewards.shapes import Shapes, parse
-from tests.benchmarks import RESULTS, command, curves, record, runs_folder
+from tests.benchmarks import RESULTS, command, curves, looks, metrics, record, runs_folder
 
 TASKS = ("counting", "position", "attribution")
 BASE, STEPS, GUIDANCE = "shapes-sd3", 10, 1.0
@@ -78,16 +78,17 @@ def scores(folder: Path | None, pictures: int) -> dict[str, dict[str, float]]:
 
 def spent(folder: Path) -> int:
     """Network evaluations of a finished run: what its last rollout had counted, and that rollout's own training."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     counts = [
-        line["evaluations/trained"] + line["evaluations/frozen"] for line in lines if "evaluations/frozen" in line
+        line["evaluations/trained"] + line["evaluations/frozen"]
+        for line in metrics(folder)
+        if "evaluations/frozen" in line
     ]
     return counts[-1] + (counts[-1] - counts[-2] if len(counts) > 1 else 0)
 
 
 def rollouts_of(folder: Path) -> int:
     """How many rollouts a run took."""
-    return sum("rollout/pictures" in line for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return sum("rollout/pictures" in line for line in metrics(folder))
 
 
 def trained(folder: Path, config: str, *options: str) -> Path:
@@ -162,19 +163,10 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
     }
 
 
-def curve(folder: Path, evaluations_before: int | None = None) -> list[tuple[float, float]]:
-    """(pictures, mean strict score on held-out captions) as a run went; or network evaluations in the pictures' place,
-    counted on from ``evaluations_before``."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    at, found = 0.0, []
-    for line in lines:
-        if "rollout/pictures" in line:
-            at = line["rollout"] * line["rollout/pictures"]
-            if evaluations_before is not None:
-                at = line["evaluations/trained"] + line["evaluations/frozen"]
-        if "held_out/strict" in line:
-            found.append((at + (evaluations_before or 0), line["held_out/strict"]))
-    return found
+def curve(folder: Path, across: str = "pictures", before: int = 0) -> list[tuple[float, float]]:
+    """(pictures, mean strict score on held-out captions) as a run went; or ``evaluations``, counted on from
+    ``before``."""
+    return [(before + point[across], point["strict"]) for point in looks(metrics(folder))]
 
 
 def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]:
@@ -225,7 +217,7 @@ def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]
                 options += ["--max_train_steps", "8", "--validation_steps", "8"]
             folder = trained(root / f"{form}-{seed}", "configs/opd_shapes_sd3.yaml", *options, *tasks, *watch)
             entry[form] = {"scores": scores(folder, each), "evaluations": spent(folder), "curve": curve(folder)}
-            series[f"{form}, seed {seed}"] = curve(folder)
+            series[f"{form}, seed {seed}"] = entry[form]["curve"]
         total = taught + entry["ode"]["evaluations"]
         # of 36 prompts, twelve a task, where an expert had 32
         per_rollout = taught / sum(rollouts_of(root / f"teacher-{task}") for task in TASKS) * 36 / 32
@@ -241,8 +233,8 @@ def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]
         if seed in joint_seeds and not quick:
             folder = trained(root / f"joint-{seed}", teach, *joint)
             entry["joint"] = {"scores": scores(folder, each), "evaluations": spent(folder)}
-            beside[f"joint training, seed {seed}"] = curve(folder, 0)
-            beside[f"experts, then a student, seed {seed}"] = curve(root / f"ode-{seed}", taught)
+            beside[f"joint training, seed {seed}"] = curve(folder, "evaluations")
+            beside[f"experts, then a student, seed {seed}"] = curve(root / f"ode-{seed}", "evaluations", taught)
         figures["seeds"].append(entry)
     figures["gradient"] = variance(teachers, files)
     if not quick:
