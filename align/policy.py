@@ -115,6 +115,11 @@ class Policy:
                 raise UserError(f"lora.targets: {error} The family's own are {own}") from error
             self.adapters = self._layers()
         else:
+            if not all(p.is_floating_point() for p in self.denoiser.parameters()):
+                raise UserError(
+                    f"the {family.denoiser_name} of {family.source!r} has weights in 4 bit, which cannot be trained "
+                    "themselves; set lora, which trains beside them, or start from the pipeline before it was quantised"
+                )
             if reference:
                 self._copy = copy.deepcopy(self.denoiser).requires_grad_(False)
             self.denoiser.requires_grad_(True)

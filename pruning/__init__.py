@@ -6,17 +6,35 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import rewards  # noqa: F401  first: it makes torchvision importable beside a CPU torch
 
-__all__ = ["load"]
+__all__ = ["load", "reads"]
 
 
 def load(folder: Path | str, dtype: Any = None) -> Any:
     """The pipeline in ``folder``, or a single denoiser or text encoder: whole, pruned, in 4 bit, or both; what is not
-    packed in ``dtype``, or as it was saved. See :func:`pruning.quantize.load`."""
-    from pruning.quantize import load as load_any  # bitsandbytes takes a second to import
+    packed in ``dtype``, or as it was saved. See :func:`pruning.loading.load`."""
+    from pruning.loading import load as load_any  # bitsandbytes takes a second to import
 
     return load_any(folder, dtype)
+
+
+def reads(folder: Path | str) -> bool:
+    """Whether ``folder``, a pipeline or one component, is of the kind that :func:`load` reads here and stock diffusers
+    does not: a denoiser that lost parts of blocks, or 4 bit without a GPU. Looks at each ``config.json``."""
+    folder = Path(folder)
+    for path in filter(Path.is_file, (folder / "config.json", *folder.glob("*/config.json"))):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return False  # stock diffusers will say so
+        if "pruning" in config or "quantization_config" in config:
+            from pruning.loading import stock_reads  # bitsandbytes, as above
+
+            if not stock_reads(config):
+                return True
+    return False

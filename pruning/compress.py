@@ -33,9 +33,10 @@ from align.files import claim, write
 from align.settings import Train
 from align.shapes import locate
 from align.train import train
-from pruning import drawing, importance
+from pruning import drawing, importance, reads
 from pruning.graph import BlockGraph
-from pruning.plan import Budget, Plan, by_hand, to_budget
+from pruning.loading import load
+from pruning.plan import Budget, Plan, by_hand, key, to_budget
 from pruning.quantize import NF4, merge_lora, quantize, save_pipeline
 from pruning.report import Reporting, report
 from rewards import RewardSum
@@ -158,8 +159,10 @@ def _family(config: Compress, original: str) -> Family:
     return families.load(original, device=_device(config))
 
 
-def _stock(source: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The pipeline as diffusers has it; a family may leave out parts that say nothing."""
+def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """The whole pipeline; a family may leave out parts that say nothing."""
+    if reads(locate(source)):
+        return load(locate(source), dtype)
     return DiffusionPipeline.from_pretrained(locate(source), dtype=dtype, use_safetensors=True)
 
 
@@ -175,7 +178,7 @@ def _original(config: Compress) -> str:
     if config.weights is None:
         return source
     if not config.at("merged").exists():
-        pipe = _stock(source)
+        pipe = _pipeline(source)
         merge_lora(pipe, config.weights)
         save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("merged"), _beside(source))
     return str(config.at("merged"))
@@ -213,7 +216,8 @@ def _decide(config: Compress, family: Family) -> Plan:
     else:
         assert config.budget is not None
         profile = importance.read(config.at("profile.json"))
-        measured = importance.scores(profile, config.measure)
+        units = {key(unit) for unit in graph.units(config.components)}  # the profile may know more
+        measured = {unit: v for unit, v in importance.scores(profile, config.measure).items() if unit in units}
         times = importance.seconds(profile)
         plan = to_budget(graph, measured, config.budget, times, config.position_weighting, source)
     before = Plan.load(config.at("plan.json")) if config.at("plan.json").is_file() else None
@@ -228,7 +232,7 @@ def _decide(config: Compress, family: Family) -> Plan:
 
 
 def _remove(config: Compress, original: str) -> None:
-    plan, pipe, name = Plan.load(config.at("plan.json")), _stock(original), families.find(original).denoiser_name
+    plan, pipe, name = Plan.load(config.at("plan.json")), _pipeline(original), families.find(original).denoiser_name
     graph = BlockGraph.of(getattr(pipe, name))
     plan.fits(graph)
     graph.remove(plan.dropped)
@@ -251,19 +255,19 @@ def _heal(config: Compress, original: str) -> None:
     words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
     settings, resolved = parse(Train, "align.train", None, ["--config", str(config.heal), *words])
     train(settings, resolved)
-    pipe = _stock(str(student))
+    pipe = _pipeline(str(student))
     name = families.find(str(student)).denoiser_name
     if (run / LORA_FILE).is_file():
         merge_lora(pipe, run)
     else:
-        pipe.register_modules(**{name: type(getattr(pipe, name)).from_pretrained(run, subfolder=name)})
+        pipe.register_modules(**{name: load(run / name, torch.float32)})
     card = _card(config, Plan.load(config.at("plan.json")), f"pruned and healed by `{config.heal}`")
     save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("healed"), _beside(original) | {"README.md": card})
     shutil.rmtree(run / name, ignore_errors=True)  # the healed pipeline has the same weights
 
 
 def _quantise(config: Compress, source: str, name: str) -> None:
-    pipe = _stock(source, DTYPES[config.dtype])
+    pipe = _pipeline(source, DTYPES[config.dtype])
     parts = [families.find(source).denoiser_name]
     if config.text_encoders:
         parts += [part for part in pipe.components if part.startswith("text_encoder") and getattr(pipe, part)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align import draws, families
+from align import draws
 from align.data import PromptBatch
 from align.errors import UserError
 from align.families import Cond, Family
@@ -33,18 +33,9 @@ from align.teachers import PipelineTeacher
 from pruning import importance
 from pruning.graph import BlockGraph, Streams, follow
 from pruning.plan import Plan as PruningPlan
-from pruning.quantize import load as load_packed
 
 Sensitivity = Literal["graded", "binary", "none"]
 _INTO = ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "time_embedding", "add_embedding", "conv_in")
-
-
-@dataclass
-class PackedTeacher(PipelineTeacher):
-    """A pipeline that was saved in 4 bit, also where there is no GPU and stock diffusers refuses it."""
-
-    def load(self, policy: Policy) -> Family:
-        return families.of(load_packed(self.path), self.path)
 
 
 @dataclass

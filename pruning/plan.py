@@ -61,16 +61,17 @@ class Budget:
             wrong.append(f"bits is {self.bits}; expected more than 0")
         return [f"budget: {text}" for text in wrong]
 
-    def reached(self, graph: BlockGraph, drop: Iterable[str], seconds: Mapping[str, float]) -> bool:
-        """Whether dropping ``drop`` is enough. ``seconds`` is :func:`pruning.importance.seconds`, for latency."""
+    def missing(self, graph: BlockGraph, drop: Iterable[str], seconds: Mapping[str, float]) -> float:
+        """What has to go beside ``drop``, in parameters or seconds; 0 or less where ``drop`` is enough. ``seconds`` is
+        :func:`pruning.importance.seconds`, for latency."""
         drop = set(drop)
-        if self.bytes is not None:
-            return graph.parameters(drop) * self.bits / 8 <= self.bytes
         if self.latency is not None:
-            return sum(seconds[name] for name in drop) >= self.latency * seconds["denoiser"]
+            return self.latency * seconds["denoiser"] - sum(seconds[name] for name in drop)
+        total, left = graph.parameters(), graph.parameters(drop)
+        if self.bytes is not None:
+            return left - self.bytes * 8 / self.bits
         assert self.parameters is not None
-        total = graph.parameters()
-        return total - graph.parameters(drop) >= self.parameters * (total if self.parameters < 1 else 1)
+        return self.parameters * (total if self.parameters < 1 else 1) - (total - left)
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,10 @@ class Plan:
 
     def text(self) -> str:
         """One line a reader understands."""
-        share = 1 - self.after / self.before
+        share, parts = 1 - self.after / self.before, len(self.owners)
+        also = f" and {parts} parts of others" if parts else ""
         return (
-            f"{self.model}: {len(self.dropped)} of {len(self.sizes) - len(self.owners)} blocks or parts of them go, "
+            f"{self.model}: {len(self.dropped) - parts} of {len(self.sizes) - parts} blocks{also} go, "
             f"{self.before - self.after:,} of {self.before:,} parameters ({share:.1%}); {len(self.frozen)} blocks "
             f"frozen, {len(self.healing)} heal"
         )
@@ -209,26 +211,36 @@ def to_budget(
 ) -> Plan:
     """The cheapest units first until ``budget`` is met, never against :meth:`BlockGraph.check`.
 
-    ``importance`` is :func:`pruning.importance.scores`: its keys are what may be chosen. A block replaces parts of its
-    own that were chosen before. Raises :class:`UserError` for a budget that is wrong or out of reach.
+    What a unit gives beyond the budget is worth nothing: where a part is enough, no block goes for it. A block replaces
+    parts of its own that were chosen before. ``importance`` is :func:`pruning.importance.scores`: its keys are what may
+    be chosen. Raises :class:`UserError` for a budget that is wrong or out of reach.
     """
     wrong = budget.check()
     names = {name for unit in importance for name in unit.split("+")}
-    if budget.latency is not None and (missing := (names | {"denoiser"}) - (seconds or {}).keys()):
-        wrong.append(f"budget: a latency needs measured seconds; there are none of {', '.join(sorted(missing)[:5])}")
+    if budget.latency is not None and (untimed := (names | {"denoiser"}) - (seconds or {}).keys()):
+        wrong.append(f"budget: a latency needs measured seconds; there are none of {', '.join(sorted(untimed)[:5])}")
     if wrong:
         raise UserError("; ".join(wrong))
     prices, times = costs(graph, importance, position_weighting), seconds or {}
     chosen: set[str] = set()
-    for unit in (price.split("+") for price in prices):
-        if budget.reached(graph, chosen, times):
+    while (missing := budget.missing(graph, chosen, times)) > 0:
+        best, found = math.inf, None
+        for unit, price in prices.items():
+            if price >= best:
+                break  # cheapest first, and what is counted of a unit never makes it cheaper
+            new = unit.split("+")
+            if any(name in chosen or graph[name].part_of in chosen for name in new):
+                continue
+            grown = {name for name in chosen if graph[name].part_of not in new} | set(new)
+            if graph.check(grown):
+                continue
+            given = missing - budget.missing(graph, grown, times)
+            if (counted := price * max(1.0, given / missing)) < best:
+                best, found = counted, grown
+        if found is None:
             break
-        if any(name in chosen or graph[name].part_of in chosen for name in unit):
-            continue
-        grown = {name for name in chosen if graph[name].part_of not in unit} | set(unit)
-        if not graph.check(grown):
-            chosen = grown
-    if not budget.reached(graph, chosen, times):
+        chosen = found
+    if missing > 0:
         share = 1 - graph.parameters(chosen) / graph.parameters()
         slow = f" and {sum(times[n] for n in chosen) / times['denoiser']:.1%} of its time" if budget.latency else ""
         asked = " at ".join(f"{name} {value:g}" for name, value in _said(budget).items())
@@ -237,6 +249,10 @@ def to_budget(
             f"budget: {asked} is out of reach: all {len(chosen)} blocks and parts that may go together are "
             f"{share:.1%} of the parameters{slow}, and what is left takes {left}"
         )
+    for unit in reversed(prices):  # what a later choice made dispensable stays after all
+        fewer = chosen - set(unit.split("+"))
+        if not graph.check(fewer) and budget.missing(graph, fewer, times) <= 0:
+            chosen = fewer
     return _plan(graph, chosen, model, _said(budget), position_weighting, prices)
 
 

@@ -6,12 +6,11 @@ quantisation, ibid. §3.2). It saves bytes, not time.
 
     report = quantize(pipe.transformer)          # in place; says what was kept and why
     save_pipeline(pipe, "outputs/int4")          # stock `from_pretrained` reads it where a GPU is
-    pipe = load("outputs/int4")                  # here, without one
+    pipe = pruning.load("outputs/int4")          # here, without one
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -25,13 +24,10 @@ import bitsandbytes as bnb
 import diffusers
 import torch
 import transformers
-from accelerate import init_empty_weights
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -39,7 +35,6 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from align.errors import UserError
 from align.families import LORA_FILE
-from pruning.saving import skeleton
 
 Model = Any  # a ModelMixin or a PreTrainedModel
 BLOCK = 64  # weights that share one scale
@@ -180,7 +175,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         return y.to(x.dtype)
 
 
-def _empty(linear: nn.Linear, settings: NF4) -> Linear4bit:
+def empty_layer(linear: nn.Linear, settings: NF4) -> Linear4bit:
     """A layer of the same size without weights."""
     layer = Linear4bit(
         linear.in_features,
@@ -197,7 +192,7 @@ def _empty(linear: nn.Linear, settings: NF4) -> Linear4bit:
 
 def _packed(linear: nn.Linear, settings: NF4) -> Linear4bit:
     """``linear`` as NF4, on its device."""
-    layer = _empty(linear, settings)
+    layer = empty_layer(linear, settings)
     layer.weight = bnb.nn.Params4bit(
         linear.weight.detach(),
         requires_grad=False,
@@ -224,7 +219,7 @@ def choose(module: Model, settings: NF4 = NF4()) -> tuple[Layer, ...]:
     own = [*(module._keep_in_fp32_modules or ())]
     reasons = {entry: f"{entry!r} is on the skip list" for entry in skip_list(module, settings)}
     reasons |= {entry: f"its library keeps {entry!r} in full precision" for entry in own}
-    layers = tuple(Layer(*found) for found in _split(module, reasons))
+    layers = tuple(Layer(*found) for found in split(module, reasons))
     idle = [e for e in settings.skip or () if not any(layer.kept == reasons[e] for layer in layers)]
     if idle:
         raise UserError(f"skip: {', '.join(map(repr, idle))} names no Linear of {type(module).__name__}")
@@ -258,7 +253,7 @@ def _against(module: nn.Module) -> list[str]:
     return problems
 
 
-def _split(module: Model, reasons: Mapping[str, str]) -> Iterator[tuple[str, int, str | None]]:
+def split(module: Model, reasons: Mapping[str, str]) -> Iterator[tuple[str, int, str | None]]:
     """Name, weights and reason (None: quantised) of every Linear."""
     for name, linear in module.named_modules():
         if not isinstance(linear, nn.Linear):
@@ -296,7 +291,7 @@ def bytes_of(module: nn.Module) -> Bytes:
     packed = {name for name, m in module.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     parts: Counter[str] = Counter()
     for key, tensor in {id(t): (key, t) for key, t in module.state_dict(keep_vars=True).items()}.values():
-        layer, piece = _piece(key)
+        layer, piece = piece_of(key)
         part = _PARTS.get(piece, "maps") if layer in packed else "rest"
         parts[part] += tensor.numel() * tensor.element_size()
     return Bytes(parts["codes"], parts["scales"], parts["maps"], parts["rest"])
@@ -305,7 +300,7 @@ def bytes_of(module: nn.Module) -> Bytes:
 _PARTS = {"": "codes", "absmax": "scales", "nested_absmax": "scales"}
 
 
-def _piece(key: str) -> tuple[str, str]:
+def piece_of(key: str) -> tuple[str, str]:
     """A state dict's ``block.0.proj.weight.absmax`` is a piece of ``block.0.proj``: ``("block.0.proj", "absmax")``. The
     weight itself is the piece ``""``; what is no weight belongs to no layer."""
     found = re.fullmatch(r"(.*)\.weight(?:\.(.+))?", key)
@@ -322,11 +317,11 @@ def quantize(module: Model, settings: NF4 = NF4()) -> Report:
     for layer in layers:
         if layer.kept is None:
             module.set_submodule(layer.name, _packed(module.get_submodule(layer.name), settings))
-    _mark(module, settings)
+    mark(module, settings)
     return Report(type(module).__name__, layers, before, bytes_of(module))
 
 
-def _mark(module: Model, settings: NF4) -> None:
+def mark(module: Model, settings: NF4) -> None:
     """Give the model what the libraries give theirs, so that it saves, trains adapters and refuses casts as theirs."""
     diffusing = isinstance(module, ModelMixin)
     config = (diffusers if diffusing else transformers).BitsAndBytesConfig(
@@ -413,205 +408,3 @@ def _whole(folder: Path, fill: Callable[[Path], Any]) -> None:
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-# from disk
-def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipeline | Model:
-    """The pipeline in ``folder``, or the single component; what is not packed in ``dtype``, or as it was saved.
-
-    Where a GPU is, stock ``from_pretrained`` reads it, and puts the quantised parts on the GPU and the rest on the CPU:
-    ``.to("cuda")`` brings them together, as with any pipeline of diffusers. Built here, on the CPU, is what it cannot
-    read: quantised parts where there is no GPU, which diffusers refuses ("No GPU found"), and denoisers that lost parts
-    of blocks. They are the stock classes, but for their Linears and for what is gone. Raises
-    :class:`align.errors.UserError` with all that is missing, unexpected or of the wrong size.
-    """
-    folder = Path(folder)
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        return _component(folder, dtype)
-    index = json.loads(index_file.read_text(encoding="utf-8"))
-    cls = _class(diffusers, index.get("_class_name"), index_file)
-    parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
-    if absent := [name for name in parts if not (folder / name).is_dir()]:
-        raise UserError(f"{folder} lacks {', '.join(absent)}, which its model_index.json names")
-    models = [folder / name for name in parts if (folder / name / "config.json").is_file()]
-    own = {part.name: build(part, dtype) for part in models if not _stock_reads(part)}
-    dtypes = {part.name: dtype or _stored_dtype(part) for part in models} | {"default": torch.float32}
-    return cls.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **own)
-
-
-def _component(folder: Path, dtype: torch.dtype | None) -> Model:
-    if not _gpu() or not _stock_reads(folder):
-        return build(folder, dtype)
-    return _model_class(folder).from_pretrained(folder, dtype=dtype or _stored_dtype(folder), use_safetensors=True)
-
-
-def _stock_reads(part: Path) -> bool:
-    config = _config(part)
-    return not _lost_parts(config) and ("quantization_config" not in config or _gpu())
-
-
-def _lost_parts(config: Mapping[str, Any]) -> bool:
-    return bool((config.get("pruning") or {}).get("removed"))
-
-
-def _gpu() -> bool:
-    """diffusers' own condition (``quantizers/bitsandbytes/bnb_quantizer.py``)."""
-    return torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
-
-
-def build(folder: Path, dtype: torch.dtype | None = None) -> Model:
-    """One component on the CPU, quantised or pruned or neither: its class without weights, Linears swapped, tensors
-    put in; what is not packed in ``dtype``, or as it was saved. Raises :class:`align.errors.UserError`."""
-    model = _skeleton(folder)
-    saved = _config(folder).get("quantization_config")
-    settings = _settings(saved, folder) if saved else NF4()
-    packed: dict[str, dict[str, Tensor]] = {}
-    if saved:
-        reasons = dict.fromkeys(skip_list(model, settings), "")
-        packed = {name: {} for name, _, kept in _split(model, reasons) if kept is None}
-    for name in packed:
-        model.set_submodule(name, _empty(model.get_submodule(name), settings))
-    tensors = {key: tensor for file in _files(folder) for key, tensor in load_file(file).items()}
-    for key in list(tensors):
-        layer, piece = _piece(key)
-        if layer in packed:
-            packed[layer][piece] = tensors.pop(key)
-    problems = [problem for name in packed for problem in _torn(model.get_submodule(name), name, packed[name])]
-    problems += _fill(model, tensors, {f"{name}.weight" for name in packed})
-    if problems:
-        raise UserError(f"{folder} does not fit {type(model).__name__}: " + "; ".join(problems))
-    for name, pieces in packed.items():
-        linear = model.get_submodule(name)
-        codes = pieces.pop("")
-        linear.weight = bnb.nn.Params4bit.from_prequantized(codes, pieces, device="cpu", module=linear)
-    for tensor in (*model.parameters(), *model.buffers()) if dtype else ():
-        if tensor.is_floating_point() and not isinstance(tensor, bnb.nn.Params4bit):
-            tensor.data = tensor.data.to(dtype)
-    if saved:
-        _mark(model, settings)
-    return model.eval()
-
-
-def _skeleton(folder: Path) -> Model:
-    """The component from its config, parameters on the meta device."""
-    cls, config = _model_class(folder), _config(folder)
-    if _lost_parts(config):
-        return skeleton({key: value for key, value in config.items() if key != "quantization_config"})
-    with init_empty_weights(include_buffers=False):
-        if issubclass(cls, ModelMixin):
-            return cls.from_config(cls.load_config(folder))
-        return cls(cls.config_class.from_pretrained(folder))
-
-
-def _settings(saved: Mapping[str, Any], folder: Path) -> NF4:
-    """The settings that a saved ``quantization_config`` stands for."""
-    expected = {
-        "quant_method": ("bitsandbytes",),
-        "load_in_4bit": (True,),
-        "bnb_4bit_quant_type": ("nf4",),
-        "bnb_4bit_quant_storage": ("uint8",),
-        "bnb_4bit_compute_dtype": COMPUTE,
-        "bnb_4bit_use_double_quant": (True, False),
-    }
-    wrong = [
-        f"{key} is {saved.get(key)!r}, expected {' or '.join(map(repr, values))}"
-        for key, values in expected.items()
-        if saved.get(key) not in values
-    ]
-    if wrong:
-        raise UserError(f"{folder / 'config.json'}: in quantization_config, " + "; ".join(wrong))
-    return NF4(
-        saved["bnb_4bit_use_double_quant"], saved["bnb_4bit_compute_dtype"], saved.get("llm_int8_skip_modules") or ()
-    )
-
-
-def _fill(model: Model, tensors: Mapping[str, Tensor], elsewhere: set[str]) -> list[str]:
-    """Put in what is not packed, in the dtype it has; returns what is missing, unexpected or of another size. The keys
-    ``elsewhere`` are not looked for."""
-    expected = {key: tensor for key, tensor in model.state_dict().items() if key not in elsewhere}
-    fits = {key: tensor for key, tensor in tensors.items() if key in expected and tensor.shape == expected[key].shape}
-    model.load_state_dict(fits, strict=False, assign=True)
-    if isinstance(model, PreTrainedModel):
-        model.tie_weights()  # of tied weights the file holds one
-    buffers = dict(model.named_buffers())
-    lost = [key for key, t in model.state_dict().items() if key not in elsewhere and (t.is_meta or key in buffers)]
-    return [
-        *(f"{key} is missing" for key in lost if key not in tensors),
-        *(f"{key} is unexpected" for key in tensors if key not in expected),
-        *(
-            f"{key} is {tuple(tensors[key].shape)}, expected {tuple(tensor.shape)}"
-            for key, tensor in expected.items()
-            if key in tensors and key not in fits
-        ),
-    ]
-
-
-def _torn(layer: Linear4bit, name: str, pieces: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with the pieces of one packed weight."""
-    needed = {"", "absmax", "quant_map", STATE}
-    if layer.weight.compress_statistics:
-        needed |= {"nested_absmax", "nested_quant_map"}
-    full = {piece: f"{name}.weight.{piece}".removesuffix(".") for piece in needed | pieces.keys()}
-    problems = [f"{full[piece]} is missing" for piece in sorted(needed - pieces.keys())]
-    problems += [f"{full[piece]} is unexpected" for piece in sorted(pieces.keys() - needed)]
-    if problems:
-        return problems
-    size, weights = [layer.out_features, layer.in_features], layer.out_features * layer.in_features
-    said = json.loads(bytes(pieces[STATE].tolist()))
-    if (said["shape"], said["blocksize"]) != (size, BLOCK):
-        return [f"{name} was {said['shape']} in blocks of {said['blocksize']}, expected {size} in blocks of {BLOCK}"]
-    counts = {"": -(-weights // 2), "absmax": -(-weights // BLOCK)}
-    return [
-        f"{full[piece]} holds {pieces[piece].numel()} values, expected {count}"
-        for piece, count in counts.items()
-        if pieces[piece].numel() != count
-    ]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no model_index.json and no config.json in {folder}; expected a pipeline or one part of it")
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def _model_class(folder: Path) -> Any:
-    """diffusers writes ``_class_name``, transformers ``architectures``."""
-    config = _config(folder)
-    if "_class_name" in config:
-        return _class(diffusers, config["_class_name"], folder / "config.json")
-    return _class(transformers, (config.get("architectures") or [None])[0], folder / "config.json")
-
-
-def _class(library: Any, name: str | None, where: Path) -> Any:
-    cls = getattr(library, name or "", None)
-    if cls is None:
-        raise UserError(f"{where} names the class {name!r}, which the installed {library.__name__} does not have")
-    return cls
-
-
-def _files(folder: Path) -> list[Path]:
-    """The safetensors that hold the weights: one, or the shards that an index names."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        if (index := folder / f"{stem}.safetensors.index.json").is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = [folder / name for name in dict.fromkeys(names)]
-            if absent := [file.name for file in files if not file.is_file()]:
-                raise UserError(f"{folder} lacks {', '.join(absent)}, which {index.name} names")
-            return files
-        if (whole := folder / f"{stem}.safetensors").is_file():
-            return [whole]
-    raise UserError(f"no safetensors weights in {folder}")
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The commonest dtype of the tensors that are not pieces of packed weights."""
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    count: Counter[torch.dtype] = Counter()
-    for file in _files(folder):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  it is no dict
-                kind = tensors.get_slice(key).get_dtype()
-                if not _piece(key)[1] and kind in kinds:
-                    count[kinds[kind]] += 1
-    return count.most_common(1)[0][0] if count else torch.float32

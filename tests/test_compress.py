@@ -23,7 +23,7 @@ from align.policy import LoRA, Policy
 from align.rollouts import Sampler
 from align.teachers import PipelineTeacher
 from pruning import compress
-from pruning.distill import Heal, PackedTeacher, sensitivity
+from pruning.distill import Heal, sensitivity
 from pruning.graph import BlockGraph
 from pruning.plan import _plan, by_hand
 from tests.helpers import errors, lines
@@ -249,6 +249,25 @@ def test_the_pruned_folder_is_the_skipped_model_bit_by_bit(config: dict[str, Any
         assert torch.equal(small.forward(x, t, cond), skipped)
 
 
+def test_parts_of_blocks_go_through_every_stage(config: dict[str, Any], tmp_path: Path) -> None:
+    assert run(config | {"blocks": "1-2.ff, 0.norm1_context", "budget": None}, tmp_path) == 0
+    out, parts = tmp_path / "out", ["transformer_blocks.1.ff", "transformer_blocks.2.ff"]
+    parts.append("transformer_blocks.0.norm1_context")
+    report = json.loads((out / "report.json").read_text())["pipelines"]
+    assert report["original"]["parameters"] > report["int4"]["parameters"] == report["healed"]["parameters"]
+    assert report["int4"]["denoiser_bytes"] < report["healed"]["denoiser_bytes"] < report["original"]["denoiser_bytes"]
+    # the pruned pipeline is the whole one without those parts, healed and quantised ones are others; align reads all
+    whole = families.load(config["pretrained_model_name_or_path"])
+    x = torch.randn(2, *whole.latent_shape(), generator=torch.Generator().manual_seed(3))
+    t, cond = whole.draw_t(torch.tensor([0.2, 0.7])), whole.encode(PROMPTS[:2])
+    with torch.no_grad():
+        said = [families.load(str(out / name)).forward(x, t, cond) for name in ("pruned", "healed", "int4")]
+        with BlockGraph.of(whole.denoiser).skip(parts):
+            assert torch.equal(said[0], whole.forward(x, t, cond))
+    assert not torch.equal(said[0], said[1])
+    assert 0 < (said[1] - said[2]).norm() / said[1].norm() < 0.5
+
+
 def test_a_lora_is_merged_first(config: dict[str, Any], tmp_path: Path) -> None:
     policy = Policy(families.load(config["pretrained_model_name_or_path"]), LoRA(2))
     with torch.no_grad():
@@ -306,16 +325,28 @@ def test_a_healed_run_is_a_run_of_the_loop(config: dict[str, Any], tmp_path: Pat
     assert {"output", "feature"} <= found[0].keys()
 
 
-def test_a_packed_teacher(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_teacher_in_4_bit(config: dict[str, Any], tmp_path: Path) -> None:
     assert run(config | {"heal": None}, tmp_path, "--stages", "[analyse,plan,remove,quantise]") == 0
     student = Policy(families.load(config["pretrained_model_name_or_path"]), LoRA(2))
-    teacher = PackedTeacher(path=str(tmp_path / "out/int4-alone"))
+    teacher = PipelineTeacher(path=str(tmp_path / "out/int4-alone"))
     teacher.open(student)
     x = torch.randn(2, *student.family.latent_shape(), generator=torch.Generator().manual_seed(3))
     t, cond = student.family.draw_t(torch.tensor([0.2, 0.7])), student.family.encode(PROMPTS[:2])
     with torch.no_grad():
         said, own = teacher.predict(student, x, t, cond, 1.0).raw.float(), student.predict(x, t, cond).raw
     assert 0 < (said - own).norm() / own.norm() < 0.5
+
+
+def test_in_4_bit_a_lora_trains_and_nothing_else(config: dict[str, Any], tmp_path: Path) -> None:
+    assert run(config | {"heal": None}, tmp_path, "--stages", "[analyse,plan,remove,quantise]") == 0
+    source = str(tmp_path / "out/int4")
+    policy = Policy(families.load(source), LoRA(2))
+    x = torch.randn(2, *policy.family.latent_shape(), generator=torch.Generator().manual_seed(3))
+    t, cond = policy.family.draw_t(torch.tensor([0.2, 0.7])), policy.family.encode(PROMPTS[:2])
+    policy.predict(x, t, cond).raw.square().sum().backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.parameters())
+    with pytest.raises(UserError, match="4 bit, which cannot be trained"):
+        Policy(families.load(source), None)
 
 
 def test_damaged_weights_are_refused(config: dict[str, Any], tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def test_bytes_are_those_of_what_is_left() -> None:
 def test_latency_goes_by_measured_seconds() -> None:
     graph = equal()
     times = {block.name: 1.0 for block in graph.blocks} | {"denoiser": 10.0, "transformer_blocks.7": 0.1}
-    assert to_budget(graph, flat(graph), Budget(latency=0.2), times).dropped == names(5, 6, 7)
+    assert to_budget(graph, flat(graph), Budget(latency=0.21), times).dropped == names(5, 6, 7)
+    # without the quick one, which would go first, two are enough
+    assert to_budget(graph, flat(graph), Budget(latency=0.2), times).dropped == names(5, 6)
     with pytest.raises(UserError, match="needs measured seconds"):
         to_budget(graph, flat(graph), Budget(latency=0.2))
 
@@ -196,6 +198,18 @@ def test_a_block_takes_the_place_of_its_parts() -> None:
     assert everything.dropped == names(0, 1, 2, 3, 4)
 
 
+def test_no_block_goes_for_the_last_few_parameters() -> None:
+    graph = BlockGraph.of(sd3())
+    block, part = names(4)[0], f"{names(3)[0]}.ff"
+    small = graph[part].parameters
+    assert 2 * small < graph[block].parameters
+    # by the parameter the part is dearer by a half, but all of it is needed
+    importance = {block: float(graph[block].parameters), part: 1.5 * small}
+    for asked, dropped in ((small, {part}), (small + 1, {block}), (graph[block].parameters + 1, {block, part})):
+        plan = to_budget(graph, importance, Budget(parameters=float(asked)), position_weighting=False)
+        assert set(plan.dropped) == dropped
+
+
 # on disk and on paper
 def test_a_plan_survives_json(tmp_path: Path) -> None:
     graph = BlockGraph.of(sd3())
@@ -227,7 +241,7 @@ def test_the_picture_shows_what_goes_what_is_frozen_and_what_heals(tmp_path: Pat
     frozen, goes, heals = (159, 191, 223), (244, 214, 210), (159, 208, 168)
     assert rows == [frozen, frozen, goes, heals, heals, heals, heals, goes, heals]
     assert not list(tmp_path.glob("*.tmp*"))
-    assert "2 of 9" not in plan.text() and "4 of 9 blocks or parts" in plan.text() and "2 blocks frozen" in plan.text()
+    assert "2 of 9 blocks and 2 parts of others go" in plan.text() and "2 blocks frozen" in plan.text()
 
 
 def test_eight_blocks_of_sd35_large_and_the_gigabytes_of_the_paper() -> None:

@@ -28,9 +28,11 @@ from align.errors import UserError
 from align.families.sd3 import SD3
 from align.policy import LoRA, Policy
 from align.shapes import locate
+from pruning import loading
 from pruning import quantize as q
 from pruning.graph import BlockGraph
-from pruning.quantize import NF4, bytes_of, choose, load, quantize, save, save_pipeline
+from pruning.loading import load
+from pruning.quantize import NF4, bytes_of, choose, quantize, save, save_pipeline
 from tests.pipelines import Build, _randomise
 from tests.test_policy import disturb
 
@@ -547,7 +549,7 @@ def test_where_a_gpu_is_stock_diffusers_loads(
     shapes: tuple[StableDiffusion3Pipeline, Path], as_if_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, folder = shapes
-    monkeypatch.setattr(q, "_gpu", lambda: True)
+    monkeypatch.setattr(loading, "_gpu", lambda: True)
     stock = load(folder)
     layers = {**packed(stock.transformer), **packed(load(folder / "text_encoder"))}
     assert layers and all(type(layer) is bnb.nn.Linear4bit for layer in layers.values())

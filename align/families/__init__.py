@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +28,7 @@ from align.shapes import EMBEDDED, locate
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of ``mixed_precision``
+READERS = "t2i_align.readers"
 SAMPLING_FILE = "sampling.json"  # a folder may say which guidance and steps its pipeline was made for
 # pipeline class in model_index.json -> family; a new family is one file and one line here
 FAMILIES = {
@@ -286,14 +288,34 @@ def load(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Family:
-    """Load a diffusers folder, hub id or embedded pipeline as the family that fits it.
+    """Load a diffusers folder, hub id or embedded pipeline as the family that fits it; also a folder that stock
+    diffusers does not read, where an installed package does (:func:`reader`).
 
     Raises :class:`Unsupported` naming the pipeline class and those that are supported.
     """
     family = find(source, revision)
+    if (other := reader(locate(source))) is not None:
+        return family(other.load(locate(source), dtype).to(device), source)
     # use_safetensors: a pickled checkpoint is refused rather than run
     options = {"dtype": dtype, "revision": revision, "variant": variant, "use_safetensors": True}
-    return family(family.read(locate(source), options).to(device), source)
+    pipe = family.read(locate(source), options)
+    denoiser = getattr(pipe, family.denoiser_name)
+    if empty := [name for name, tensor in denoiser.named_parameters() if tensor.is_meta]:
+        raise Unsupported(
+            f"'{source}' lacks {empty[0]} and {len(empty) - 1} more weights of its {family.denoiser_name}; a model "
+            "that lost parts of blocks is read from a local folder, by an installed t2i-align (pip install -e .)"
+        )
+    return family(pipe.to(device), source)
+
+
+def reader(folder: Path | str) -> Any | None:
+    """Who reads ``folder``, a pipeline or one component, in place of stock diffusers; None where nobody has to.
+
+    Packages of the entry point group ``t2i_align.readers`` are asked; each has ``reads(folder)`` and
+    ``load(folder, dtype)``. :mod:`pruning` is one.
+    """
+    readers = (entry.load() for entry in entry_points(group=READERS)) if Path(folder).is_dir() else ()
+    return next((found for found in readers if found.reads(folder)), None)
 
 
 def of(pipe: DiffusionPipeline, source: str) -> Family:
@@ -327,6 +349,9 @@ def tuned(family: Family, source: str) -> Family:
     if found == "lora":
         family.pipe.load_lora_weights(str(folder))
         return family
-    denoiser = type(family.denoiser).from_pretrained(folder, subfolder=name, dtype=family.dtype)
+    if (other := reader(folder / name)) is not None:
+        denoiser = other.load(folder / name, family.dtype)
+    else:
+        denoiser = type(family.denoiser).from_pretrained(folder, subfolder=name, dtype=family.dtype)
     family.pipe.register_modules(**{name: denoiser.to(family.device)})
     return type(family)(family.pipe, family.source)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -84,6 +85,14 @@ def looks(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
             scores = {"strict": line["held_out/strict"], "graded": line["held_out/Shapes"]}
             found.append({"pictures": pictures, "evaluations": evaluations} | scores)
     return found
+
+
+def mean_curve(runs: Sequence[Sequence[Mapping[str, float]]], across: str) -> list[tuple[float, float]]:
+    """(``across``, strict): the mean over runs of the k-th of each one's :func:`looks`."""
+    return [
+        (fmean(point[across] for point in points), fmean(point["strict"] for point in points))
+        for points in zip(*runs, strict=False)
+    ]
 
 
 def curves(

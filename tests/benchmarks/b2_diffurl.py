@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT, summary
-from tests.benchmarks import QUICK, RESULTS, curves, looks, record, runs_folder, trained
+from tests.benchmarks import QUICK, RESULTS, curves, looks, mean_curve, record, runs_folder, trained
 
 CONFIGS = {"DDPO": "configs/b2_ddpo_shapes.yaml", "D3PO": "configs/b2_d3po_shapes.yaml"}
 PARTS = {"alone": (False, False), "+ progressive": (True, False), "+ branches": (False, True), "+ both": (True, True)}
@@ -65,14 +65,6 @@ def at(run: dict[str, Any], evaluations: float) -> float:
     return float(np.interp(evaluations, [p["evaluations"] for p in points], [p["strict"] for p in points]))
 
 
-def mean_curve(curves_of: list[list[dict[str, float]]]) -> list[tuple[float, float]]:
-    """The mean over seeds of the k-th points of their curves: (evaluations, strict)."""
-    return [
-        (float(np.mean([p["evaluations"] for p in points])), float(np.mean([p["strict"] for p in points])))
-        for points in zip(*curves_of, strict=False)
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -95,7 +87,7 @@ def main() -> None:
             r["least_evaluations"], r["strict_at_least"] = least, at(r, least)
         if not args.quick:
             series = {
-                part: mean_curve([r["curve"] for r in same if r["part"] == part])
+                part: mean_curve([r["curve"] for r in same if r["part"] == part], "evaluations")
                 for part in dict.fromkeys(r["part"] for r in same)
             }
             curves(

@@ -53,8 +53,9 @@ from align.shapes import locate
 from pruning import quantize as q
 from pruning import sizes
 from pruning.graph import BlockGraph
+from pruning.loading import build
 from pruning.plan import by_hand
-from pruning.quantize import NF4, build, bytes_of, quantize, save_pipeline
+from pruning.quantize import NF4, bytes_of, quantize, save_pipeline
 from tests.benchmarks import record
 
 NAME = "pruning_gpu"

@@ -3,10 +3,11 @@
     python tests/benchmarks/opd.py
 
 Experts for counting, position and attribution are trained by configs/opd_teacher_shapes_sd3.yaml, each on captions of
-its own task; one student learns from all by configs/opd_shapes_sd3.yaml. Beside it: the same with ``form: sde``, the
-experts' LoRAs averaged, and joint training on all captions with as many network evaluations as the experts and the
-student took together. All without guidance, where there is something to learn (configs/ddpo_unguided_shapes.yaml).
-Graded and strict score on the held-out captions of each task, sixteen pictures each, ten steps.
+its own task; one student learns from all by configs/opd_shapes_sd3.yaml, which begins at the experts' average. Beside
+it: students that begin at the base model, with ``form: ode`` and ``form: sde``; the experts' LoRAs averaged and left at
+that; and joint training on all captions with as many network evaluations as the experts and the student took together.
+All without guidance, where there is something to learn (configs/ddpo_unguided_shapes.yaml). Graded and strict score on
+the held-out captions of each task, sixteen pictures each, ten steps.
 Also how the gradient of the closed form varies against that of PPO on the same rollouts. ``--quick`` runs one seed
 briefly, scores one picture each, and records nothing. Finished runs are kept in ``outputs/`` and not run again.
 """
@@ -36,10 +37,17 @@ from align.rollouts import Sampler, transition
 from align.shapes.world import caption, held_out_prompts
 from align.teachers import LoRATeacher, average
 from rewards.shapes import Shapes, parse
-from tests.benchmarks import RESULTS, command, curves, looks, metrics, record, runs_folder
+from tests.benchmarks import RESULTS, command, curves, looks, mean_curve, metrics, record, runs_folder
 
 TASKS = ("counting", "position", "attribution")
 BASE, STEPS, GUIDANCE = "shapes-sd3", 10, 1.0
+FROM_BASE = ("--objective.init_args.cold_start", "false", "--lora.rank", "32")
+STUDENTS: dict[str, tuple[str, ...]] = {
+    "cold": (),  # the config as it stands
+    "ode": FROM_BASE,
+    "sde": (*FROM_BASE, "--objective.init_args.form", "sde"),
+}
+NAMES = {"cold": "from the experts' average", "ode": "from the base model", "sde": "from the base model, form: sde"}
 
 
 def prompt_files(folder: Path) -> dict[str, str]:
@@ -84,6 +92,11 @@ def spent(folder: Path) -> int:
         if "evaluations/frozen" in line
     ]
     return counts[-1] + (counts[-1] - counts[-2] if len(counts) > 1 else 0)
+
+
+def figures_of(folder: Path, each: int) -> dict[str, Any]:
+    """What a finished run is judged by; ``each`` pictures a caption."""
+    return {"scores": scores(folder, each), "evaluations": spent(folder), "curve": looks(metrics(folder))}
 
 
 def rollouts_of(folder: Path) -> int:
@@ -163,12 +176,6 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
     }
 
 
-def curve(folder: Path, across: str = "pictures", before: int = 0) -> list[tuple[float, float]]:
-    """(pictures, mean strict score on held-out captions) as a run went; or ``evaluations``, counted on from
-    ``before``."""
-    return [(before + point[across], point["strict"]) for point in looks(metrics(folder))]
-
-
 def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]:
     root = runs_folder(quick) / "opd"
     files = prompt_files(root)
@@ -200,25 +207,15 @@ def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]
         figures["teachers"][teacher.task] = {"scores": scores(teacher.path, each), "evaluations": spent(teacher.path)}
     taught = sum(entry["evaluations"] for entry in figures["teachers"].values())
     figures["averaged"] = scores(averaged(root / "averaged", teachers, 48), each)
-    series: dict[str, list[tuple[float, float]]] = {}
-    beside: dict[str, list[tuple[float, float]]] = {}
     for seed in seeds:
         entry: dict[str, Any] = {"seed": seed}
-        for form in ("ode", "sde"):
-            options = [
-                "--objective.init_args.teachers",
-                listed,
-                "--objective.init_args.form",
-                form,
-                "--seed",
-                str(seed),
-            ]
+        for kind, changes in STUDENTS.items():
+            options = ["--objective.init_args.teachers", listed, "--seed", str(seed), *changes]
             if quick:
                 options += ["--max_train_steps", "8", "--validation_steps", "8"]
-            folder = trained(root / f"{form}-{seed}", "configs/opd_shapes_sd3.yaml", *options, *tasks, *watch)
-            entry[form] = {"scores": scores(folder, each), "evaluations": spent(folder), "curve": curve(folder)}
-            series[f"{form}, seed {seed}"] = entry[form]["curve"]
-        total = taught + entry["ode"]["evaluations"]
+            folder = trained(root / f"{kind}-{seed}", "configs/opd_shapes_sd3.yaml", *options, *tasks, *watch)
+            entry[kind] = figures_of(folder, each)
+        total = taught + entry["cold"]["evaluations"]
         # of 36 prompts, twelve a task, where an expert had 32
         per_rollout = taught / sum(rollouts_of(root / f"teacher-{task}") for task in TASKS) * 36 / 32
         steps = 2 * max(1, round(total / per_rollout))
@@ -232,17 +229,29 @@ def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]
         joint += ["--validation_steps", "16", *watch]
         if seed in joint_seeds and not quick:
             folder = trained(root / f"joint-{seed}", teach, *joint)
-            entry["joint"] = {"scores": scores(folder, each), "evaluations": spent(folder)}
-            beside[f"joint training, seed {seed}"] = curve(folder, "evaluations")
-            beside[f"experts, then a student, seed {seed}"] = curve(root / f"ode-{seed}", "evaluations", taught)
+            entry["joint"] = figures_of(folder, each)
         figures["seeds"].append(entry)
     figures["gradient"] = variance(teachers, files)
     if not quick:
-        title = "one student of three experts"
-        curves(RESULTS / "opd.png", series, title, "pictures", "strict, held-out captions")
-        if beside:
-            curves(RESULTS / "opd_joint.png", beside, title, "network evaluations", "strict, held-out captions")
+        draw_curves(figures["seeds"], taught)
     return figures
+
+
+def draw_curves(seeds: list[dict[str, Any]], taught: int) -> None:
+    """How the students learn, and, where it was run, joint training beside experts and student, who begins when
+    ``taught`` evaluations are spent; means over seeds."""
+    title, along = f"One student of three experts, mean of {len(seeds)} seed(s)", "strict, held-out captions"
+    series = {NAMES[kind]: mean_curve([seed[kind]["curve"] for seed in seeds], "pictures") for kind in STUDENTS}
+    curves(RESULTS / "opd.png", series, title, "pictures", along)
+    joint = [seed for seed in seeds if "joint" in seed]
+    if joint:
+        student = mean_curve([seed["cold"]["curve"] for seed in joint], "evaluations")
+        beside = {
+            "joint training": mean_curve([seed["joint"]["curve"] for seed in joint], "evaluations"),
+            "experts, then a student": [(taught + x, y) for x, y in student],
+        }
+        title = f"One student of three experts, mean of {len(joint)} seed(s)"
+        curves(RESULTS / "opd_joint.png", beside, title, "network evaluations", along)
 
 
 def main() -> None:
