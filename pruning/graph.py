@@ -8,7 +8,7 @@ What a stock diffusers config can express: any whole block of SD3 (but the last)
 pairs of a down stage and of the up stage that consumes its skips, the middle block, and single transformer layers as
 long as the middle block keeps as many as the first pair of the last down stage, since the config has one number for
 both. A U-Net loses nothing else. SD3 and FLUX blocks can lose parts as well (attention, feed-forward, norms): the
-config then lists them under ``pruning``, which :func:`pruning.saving.load_pruned` reads and stock diffusers does not.
+config then lists them under ``pruning``, which :func:`pruning.load` reads and stock diffusers does not.
 """
 
 from __future__ import annotations

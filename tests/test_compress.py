@@ -251,8 +251,7 @@ def test_the_pruned_folder_is_the_skipped_model_bit_by_bit(config: dict[str, Any
 
 def test_parts_of_blocks_go_through_every_stage(config: dict[str, Any], tmp_path: Path) -> None:
     assert run(config | {"blocks": "1-2.ff, 0.norm1_context", "budget": None}, tmp_path) == 0
-    out, parts = tmp_path / "out", ["transformer_blocks.1.ff", "transformer_blocks.2.ff"]
-    parts.append("transformer_blocks.0.norm1_context")
+    out, parts = tmp_path / "out", [f"transformer_blocks.{part}" for part in ("0.norm1_context", "1.ff", "2.ff")]
     report = json.loads((out / "report.json").read_text())["pipelines"]
     assert report["original"]["parameters"] > report["int4"]["parameters"] == report["healed"]["parameters"]
     assert report["int4"]["denoiser_bytes"] < report["healed"]["denoiser_bytes"] < report["original"]["denoiser_bytes"]

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/pruning.py
 
-configs/compress_shapes_sd3.yaml as it stands, and changed in one thing: without healing, position weighting (another
-plan), positional weight preservation, or sensitivity guidance; healed for longer; or with whole blocks only, as
-stock diffusers loads them. Strict ShapesEval on the held-out prompts, two pictures each, for
-the original, INT4 alone, and every variant after INT4. ``--quick`` heals 40 steps with one seed and records nothing.
-Finished variants are kept in ``outputs/`` and not run again.
+configs/compress_shapes_sd3.yaml as it stands, and changed in one thing: without position weighting (another plan),
+positional weight preservation, or sensitivity guidance; healed for longer; or with whole blocks only, as stock
+diffusers loads them. Strict ShapesEval on the held-out prompts, two pictures each, for the original, INT4 alone, pruned
+and not healed, and every variant after INT4. ``--quick`` heals 40 steps with one seed and records nothing. Finished
+variants are kept in ``outputs/`` and not run again.
 """
 
 from __future__ import annotations

@@ -150,13 +150,13 @@ def _opd() -> str:
             row(f"expert for {task}", found["teachers"][task]["scores"], found["teachers"][task]["evaluations"])
         )
     lines.append(row("experts' LoRAs averaged", found["averaged"], None))
+    titles = {
+        "cold": "student",
+        "ode": "student from the base model",
+        "sde": "student from the base model, `form: sde`",
+        "joint": "joint training",
+    }
     for run in found["seeds"]:
-        titles = {
-            "cold": "student",
-            "ode": "student from the base model",
-            "sde": "student from the base model, `form: sde`",
-            "joint": "joint training",
-        }
         for kind, title in titles.items():
             if kind in run:
                 lines.append(row(f"{title}, seed {run['seed']}", run[kind]["scores"], run[kind]["evaluations"]))
@@ -169,16 +169,15 @@ def _opd() -> str:
     kept_of = [f"{mode} {', '.join(kept(mode, task) for task in tasks)}" for mode in ("strict", "graded")]
     ode, sde = (mean_curve([run[kind]["curve"] for run in found["seeds"]], "pictures") for kind in ("ode", "sde"))
     level = max(score for _, score in sde)
-    first, other = (next((f"{drawn:,.0f}" for drawn, score in line if score >= level), None) for line in (ode, sde))
+    needed = [next((f"{drawn:,.0f}" for drawn, score in line if score >= level), None) for line in (ode, sde)]
+    as_good = f"is as good after {needed[0]}" if needed[0] else "is never as good"
     gradient, joint = found["gradient"], any("joint" in run for run in found["seeds"])
     lines += [
         "",
         f"Of each expert's score on its own task the student keeps, mean over seeds: {'; '.join(kept_of)}.",
         "",
-        f"From the base model, `form: sde` is at its best, {level:.3f} in the mean of the curves below, after {other} "
-        f"pictures; `form: ode` is as good after {first}."
-        if first
-        else "",
+        f"From the base model, `form: sde` is at its best, {level:.3f} in the mean of the curves below, after "
+        f"{needed[1]} pictures; `form: ode` {as_good}.",
         "",
         "On the same rollouts PPO's gradient has a variance of "
         f"{gradient['ppo_variance_over_squared_gradient']:.2g} times the squared norm of the closed form's gradient, "
