@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from align.errors import UserError
+from pruning.graph import BlockGraph
+from pruning.layout import CLASSES
 from pruning.quantize import (
     BLOCK,
     COMPUTE,
@@ -33,7 +35,6 @@ from pruning.quantize import (
     skip_list,
     split,
 )
-from pruning.saving import skeleton
 
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipeline | Model:
@@ -122,6 +123,18 @@ def _skeleton(folder: Path) -> Model:
         if issubclass(cls, ModelMixin):
             return cls.from_config(cls.load_config(folder))
         return cls(cls.config_class.from_pretrained(folder))
+
+
+def skeleton(config: Mapping[str, Any]) -> ModelMixin:
+    """The denoiser of a ``config.json``, parameters on the meta device, without the parts that its ``pruning`` entry
+    lists. Raises :class:`UserError` for a class that has no block graph or an entry that does not fit it."""
+    name = config.get("_class_name")
+    if name not in CLASSES:
+        raise UserError(f"config.json is of a {name}; expected {', '.join(CLASSES)}")
+    removed = (config.get("pruning") or {}).get("removed", [])
+    with init_empty_weights(include_buffers=False):
+        denoiser = CLASSES[name].from_config({key: value for key, value in config.items() if key != "pruning"})
+    return BlockGraph.of(denoiser).remove(removed)
 
 
 def _settings(saved: Mapping[str, Any], folder: Path) -> NF4:

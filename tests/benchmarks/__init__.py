@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import fmean
@@ -37,6 +38,31 @@ def record(name: str, figures: dict[str, Any], quick: bool = False) -> None:
         hardware += f", {torch.cuda.get_device_name()}"
     content = {"date": date.today().isoformat(), "hardware": hardware, **figures, **provenance()}
     write(RESULTS / f"{name}.json", json.dumps(content, indent=2) + "\n")
+
+
+def settings_of(configs: Iterable[str]) -> str:
+    """A digest of what ``configs`` say, comments aside."""
+    said = [yaml.safe_load(Path(config).read_text()) for config in configs]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def earlier(name: str, settings: str) -> dict[str, Any]:
+    """What ``results/NAME.json`` holds, if its ``settings`` (:func:`settings_of`) are these; else nothing. Seeds can so
+    be run one by one, on whatever day there is time."""
+    file = RESULTS / f"{name}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found if found.get("settings") == settings else {}
+
+
+def day(file: Path) -> str:
+    """The day that ``file`` was written."""
+    return date.fromtimestamp(file.stat().st_mtime).isoformat()
+
+
+def span(dates: Iterable[str]) -> str:
+    """``first to last`` of ISO dates; of one day its date."""
+    days = sorted(set(dates))
+    return " to ".join(dict.fromkeys([days[0], days[-1]]))
 
 
 def spread(values: list[float]) -> str:

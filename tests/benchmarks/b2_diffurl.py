@@ -7,7 +7,8 @@ with both, and with neither.
 Every arm draws the same number of pictures from ``shapes-sd`` (the config says how many); arms differ in network
 evaluations, because branches share a prefix and selection drops pictures. Strict score and diversity on held-out
 prompts are therefore given at equal pictures (the end of each run) and at equal evaluations (read off each curve at the
-total of the cheapest arm). Finished arms are kept in ``outputs/`` and not run again.
+total of the cheapest arm). Finished arms are kept in ``outputs/`` and not run again; those that
+``results/b2_diffurl.json`` holds from an earlier day, of the same configs, stay there, unless they are run anew.
 """
 
 from __future__ import annotations
@@ -23,7 +24,20 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT, summary
-from tests.benchmarks import QUICK, RESULTS, curves, looks, mean_curve, record, runs_folder, trained
+from tests.benchmarks import (
+    QUICK,
+    RESULTS,
+    curves,
+    day,
+    earlier,
+    looks,
+    mean_curve,
+    record,
+    runs_folder,
+    settings_of,
+    span,
+    trained,
+)
 
 CONFIGS = {"DDPO": "configs/b2_ddpo_shapes.yaml", "D3PO": "configs/b2_d3po_shapes.yaml"}
 PARTS = {"alone": (False, False), "+ progressive": (True, False), "+ branches": (False, True), "+ both": (True, True)}
@@ -48,6 +62,7 @@ def run(rule: str, part: str, seed: int, root: Path, quick: bool) -> dict[str, A
         "rule": rule,
         "part": part,
         "seed": seed,
+        "date": day(folder / "evaluation/scores.json"),
         **{name: value for name, value in summary(report).items() if name != "gallery"},
         "diversity": report["diversity"],
         "guidance": report["guidance"],
@@ -80,7 +95,12 @@ def main() -> None:
     if args.finished:
         wanted = [arm for arm in wanted if (place(*arm, root) / "evaluation/scores.json").exists()]
     runs = [run(*arm, root, args.quick) for arm in wanted]
-    for rule in dict.fromkeys(rule for rule, _, _ in wanted):
+    digest = settings_of(CONFIGS.values())
+    if not args.quick and (before := earlier("b2_diffurl", digest)):
+        known = [{"date": before["date"], **r} for r in before["runs"]]
+        runs += [r for r in known if (r["rule"], r["part"], r["seed"]) not in wanted]
+        runs.sort(key=lambda r: (r["seed"], list(CONFIGS).index(r["rule"]), list(PARTS).index(r["part"])))
+    for rule in dict.fromkeys(r["rule"] for r in runs):
         same = [r for r in runs if r["rule"] == rule]
         least = min(r["evaluations"] for r in same)
         for r in same:
@@ -93,11 +113,11 @@ def main() -> None:
             curves(
                 RESULTS / f"b2_{rule.lower()}.png",
                 series,
-                f"B²-DiffuRL over {rule}: held-out prompts, mean of {len(seeds)} seed(s)",
+                f"B²-DiffuRL over {rule}: held-out prompts, mean of {len({r['seed'] for r in same})} seed(s)",
                 "network evaluations",
                 "strict ShapesEval",
             )
-    figures = {"configs": CONFIGS, "seeds": seeds, "runs": runs}
+    figures = {"date": span(r["date"] for r in runs), "configs": CONFIGS, "settings": digest, "runs": runs}
     record("b2_diffurl", figures, args.quick)
     print(json.dumps(figures))
 

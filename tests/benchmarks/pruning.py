@@ -6,7 +6,8 @@ configs/compress_shapes_sd3.yaml as it stands, and changed in one thing: without
 positional weight preservation, or sensitivity guidance; healed for longer; or with whole blocks only, as stock
 diffusers loads them. Strict ShapesEval on the held-out prompts, two pictures each, for the original, INT4 alone, pruned
 and not healed, and every variant after INT4. ``--quick`` heals 40 steps with one seed and records nothing. Finished
-variants are kept in ``outputs/`` and not run again.
+variants are kept in ``outputs/`` and not run again. ``--only VARIANT ...`` runs those alone; of the others it puts down
+what was run before, here or for ``results/pruning.json``, as long as configs and plan are still the same.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from align.files import write
 from pruning.compress import Compress, compress
 from pruning.plan import Plan
 from pruning.report import Reporting, report
-from tests.benchmarks import RESULTS, record, runs_folder
+from tests.benchmarks import RESULTS, day, earlier, record, runs_folder, settings_of, span
 
 CONFIG = "configs/compress_shapes_sd3.yaml"
 BLOCKS = {"config": "configs/compress_blocks_shapes_sd3.yaml"}
@@ -38,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without preservation": {"preservation": False},
     "without sensitivity guidance": {"sensitivity": "none"},
     "healed four times as long": {"max_train_steps": 1600, "ema_decay": 0.995},
+    "healed eight times as long": {"max_train_steps": 3200, "ema_decay": 0.998},
     "whole blocks only": BLOCKS,
     "whole blocks only, without preservation": BLOCKS | {"preservation": False},
     "whole blocks only, without sensitivity guidance": BLOCKS | {"sensitivity": "none"},
@@ -75,49 +77,60 @@ def measured(folders: dict[str, str], config: Compress, where: Path) -> dict[str
     return json.loads((where / "report.json").read_text())["pipelines"]
 
 
-def one(root: Path, name: str, seed: int, first: bool, quick: bool, finished: bool) -> dict[str, Any] | None:
-    """One variant and seed: what goes and the report; None where it is not there and only ``finished`` is asked for."""
-    folder, change = root / name.replace(",", "").replace(" ", "-") / str(seed), VARIANTS[name]
-    if finished and "position_weighting" not in change and not (folder / "report.json").exists():
-        return None
+def planned(root: Path, name: str, seed: int, quick: bool) -> tuple[Compress, list[str]]:
+    """The compression of one variant with one seed, its plan made, and what goes."""
+    folder = root / name.replace(",", "").replace(" ", "-") / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     profile = root / "profile.json"
     if profile.exists():
         shutil.copy(profile, folder / "profile.json")
-    config = settings(folder, seed, change, quick)
+    config = settings(folder, seed, VARIANTS[name], quick)
     config.stages = ["analyse", "plan"]
     compress(config)
     shutil.copy(folder / "profile.json", profile)
-    dropped = list(Plan.load(folder / "plan.json").dropped)
-    if "position_weighting" in change and dropped == list(Plan.load(root / "whole-method/0/plan.json").dropped):
-        return {"seed": seed, "dropped": dropped, "same": True}  # the whole method once more
-    if finished and not (folder / "report.json").exists():
-        return None
+    return config, list(Plan.load(folder / "plan.json").dropped)
+
+
+def one(config: Compress, name: str, first: bool) -> dict[str, Any]:
+    """The other stages of a variant, and what its pipelines are worth; the ``first`` run of a plan compares all."""
+    folder = config.output_dir
     config.stages = ["remove", "heal", "quantise"]
     compress(config)
     kinds = ["healed", "int4"] if name.startswith(("whole", "healed")) else ["int4"]
     compared = {"original": "shapes-sd3", "pruned": "", "int4-alone": ""} if first else {}
     folders = {kind: str(folder / kind) for kind in [*compared, *kinds]} | {k: v for k, v in compared.items() if v}
-    return {"seed": seed, "dropped": dropped, "pipelines": measured(folders, copy.copy(config), folder)}
+    pipelines = measured(folders, copy.copy(config), folder)
+    return {"date": day(folder / "report.json"), "pipelines": pipelines}
 
 
-def run(quick: bool, seeds: list[int], finished: bool) -> dict[str, Any]:
+def run(quick: bool, seeds: list[int], only: list[str]) -> dict[str, Any]:
     root = runs_folder(quick) / "pruning"
-    figures: dict[str, Any] = {"config": CONFIG, "variants": {}}
+    digest = settings_of([CONFIG, BLOCKS["config"], "configs/heal_shapes_sd3.yaml"])
+    before = earlier("pruning", digest)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    plans: dict[str, list[str]] = {}
     for seed in seeds:
-        for name in VARIANTS:
-            longer = "max_train_steps" in VARIANTS[name]
-            if longer and (quick or ("config" in VARIANTS[name] and seed != seeds[0])):
+        for name, change in VARIANTS.items():
+            longer = "max_train_steps" in change
+            if longer and (quick or ("config" in change and seed != seeds[0])):
                 continue
-            first = name in ("whole method", "whole blocks only") and seed == seeds[0]
-            if (row := one(root, name, seed, first, quick, finished)) is not None:
-                rows[name].append(row)
+            config, plans[name] = planned(root, name, seed, quick)
+            if "position_weighting" in change and plans[name] == plans["whole method"]:
+                continue  # the whole method once more
+            if name in only or (config.output_dir / "report.json").exists():
+                first = name in ("whole method", "whole blocks only") and seed == seeds[0]
+                rows[name].append({"seed": seed, "dropped": plans[name], **one(config, name, first)})
+            else:
+                known = before.get("variants", {}).get(name, {"seeds": []})["seeds"]
+                same = [row for row in known if row["seed"] == seed and row["dropped"] == plans[name]]
+                rows[name] += [{"date": before["date"], **row} for row in same]
+    figures: dict[str, Any] = {"config": CONFIG, "settings": digest, "variants": {}}
     for name, found in rows.items():
-        if found:
-            same = "same" in found[0]
-            kept = rows["whole method"] if same else found
-            figures["variants"][name] = {"dropped": found[0]["dropped"], "same_as_whole": same, "seeds": kept}
+        as_whole = "position_weighting" in VARIANTS[name] and plans[name] == plans["whole method"]
+        if found or as_whole:
+            seeds_of = rows["whole method"] if as_whole else found
+            figures["variants"][name] = {"dropped": plans[name], "same_as_whole": as_whole, "seeds": seeds_of}
+    figures["date"] = span(row["date"] for found in rows.values() for row in found)
     original = figures["variants"]["whole method"]["seeds"][0]["pipelines"]["original"]
     figures["summary"] = {
         "parameters": original["parameters"],
@@ -138,11 +151,11 @@ def run(quick: bool, seeds: list[int], finished: bool) -> dict[str, Any]:
             for name, variant in figures["variants"].items()
         },
     }
-    if not quick:
-        first = root / "whole-method" / str(seeds[0])
-        shutil.copy(first / "gallery.png", RESULTS / "pruning.png")
-        shutil.copy(first / "plan.png", RESULTS / "pruning_plan.png")
-        shutil.copy(first / "profile.png", RESULTS / "pruning_profile.png")
+    pictures = {"gallery": "pruning", "plan": "pruning_plan", "profile": "pruning_profile"}
+    for picture, name in pictures.items() if not quick else ():
+        drawn = root / "whole-method" / str(seeds[0]) / f"{picture}.png"
+        if drawn.exists():
+            shutil.copy(drawn, RESULTS / f"{name}.png")
     return figures
 
 
@@ -150,9 +163,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--finished", action="store_true", help="only put down what has been run already")
+    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     args = parser.parse_args()
-    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds, args.finished)
+    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds, args.only)
     record("pruning", figures, args.quick)
     print(json.dumps(figures["summary"]))
 

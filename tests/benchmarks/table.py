@@ -77,7 +77,7 @@ def _online(name: str, title: str) -> str:
 
 def _b2() -> str:
     found = load("b2_diffurl")
-    seeds = ", ".join(map(str, found["seeds"]))
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in found["runs"]})))
     lines = [
         f"**B²-DiffuRL's claim** ({found['date']}, {found['hardware']}), guidance "
         f"{found['runs'][0]['guidance']:g}, seeds {seeds}: means, with the range over seeds in brackets. *At equal "
