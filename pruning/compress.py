@@ -35,9 +35,9 @@ from align.shapes import locate
 from align.train import train
 from pruning import drawing, importance, reads
 from pruning.graph import BlockGraph
-from pruning.loading import load
+from pruning.loading import load, outline
 from pruning.plan import Budget, Plan, by_hand, key, to_budget
-from pruning.quantize import NF4, merge_lora, quantize, save_pipeline
+from pruning.quantize import NF4, Model, merge_lora, quantize, save_pipeline, settings_for, unnamed
 from pruning.report import Reporting, report
 from rewards import RewardSum
 from rewards import load as load_reward
@@ -71,7 +71,7 @@ class Compress:
         position_weighting: protect early blocks.
         heal: a config of align.train with the objective pruning.distill.Heal; student, teacher, plan, profile and
             output_dir are filled in. null heals nothing.
-        quantise: NF4 settings.
+        quantise: NF4 settings; an entry of ``skip`` has to name a Linear of the denoiser or of a text encoder.
         text_encoders: quantise those too.
         dtype: of the saved pipelines.
         report: what the pipelines are compared by.
@@ -129,8 +129,10 @@ def compress(config: Compress) -> Path:
     config.check()
     prompts = read_prompts(config.prompts)[: config.calibration_prompts]
     claim(config.output_dir)
-    original = _original(config)
     stages = [stage for stage in STAGES if stage in config.stages]
+    if "quantise" in stages:
+        _check_skip(config)
+    original = _original(config)
     if "analyse" in stages and (config.blocks is None or _graded(config)):
         _analyse(config, _family(config, original), prompts)
     if "plan" in stages:
@@ -266,14 +268,35 @@ def _heal(config: Compress, original: str) -> None:
     shutil.rmtree(run / name, ignore_errors=True)  # the healed pipeline has the same weights
 
 
+def _check_skip(config: Compress) -> None:
+    """Refuse a skip list that names nothing before a weight is loaded; of a model of the hub, when it is quantised."""
+    folder = Path(locate(config.pretrained_model_name_or_path))
+    if folder.is_dir():
+        parts = [file.parent.name for file in sorted(folder.glob("*/config.json"))]
+        _all_named(config, [outline(folder / part) for part in _quantised(config, str(folder), parts)])
+
+
+def _all_named(config: Compress, models: Sequence[Model]) -> None:
+    if idle := unnamed(config.quantise, *models):
+        kinds = ", ".join(dict.fromkeys(type(model).__name__ for model in models))
+        raise UserError(f"quantise.skip: {', '.join(map(repr, idle))} names no Linear of {kinds}")
+
+
+def _quantised(config: Compress, source: str, components: Sequence[str]) -> list[str]:
+    """Which of a pipeline's components are put in 4 bit."""
+    texts = [part for part in components if part.startswith("text_encoder")]
+    return [families.find(source).denoiser_name, *(texts if config.text_encoders else [])]
+
+
 def _quantise(config: Compress, source: str, name: str) -> None:
     pipe = _pipeline(source, DTYPES[config.dtype])
-    parts = [families.find(source).denoiser_name]
-    if config.text_encoders:
-        parts += [part for part in pipe.components if part.startswith("text_encoder") and getattr(pipe, part)]
+    parts = [part for part, component in pipe.components.items() if component is not None]
+    models = [getattr(pipe, part) for part in _quantised(config, source, parts)]
+    if name == "int4-alone":
+        _all_named(config, models)  # what is pruned may lack what an entry names
     said = []
-    for part in parts:
-        said.append(str(quantize(getattr(pipe, part), config.quantise)))
+    for model in models:
+        said.append(str(quantize(model, settings_for(model, config.quantise))))
         print(said[-1].splitlines()[0])
     plan = Plan.load(config.at("plan.json")) if name == "int4" else None
     text = _card(config, plan, "4-bit NF4 weights (bitsandbytes)") + "\n```\n" + "\n".join(said) + "\n```\n"

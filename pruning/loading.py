@@ -84,7 +84,7 @@ def _gpu() -> bool:
 def build(folder: Path, dtype: torch.dtype | None = None) -> Model:
     """One component on the CPU, quantised or pruned or neither: its class without weights, Linears swapped, tensors
     put in; what is not packed in ``dtype``, or as it was saved. Raises :class:`align.errors.UserError`."""
-    model = _skeleton(folder)
+    model = outline(folder)
     saved = _config(folder).get("quantization_config")
     settings = _settings(saved, folder) if saved else NF4()
     packed: dict[str, dict[str, Tensor]] = {}
@@ -114,8 +114,8 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Model:
     return model.eval()
 
 
-def _skeleton(folder: Path) -> Model:
-    """The component from its config, parameters on the meta device."""
+def outline(folder: Path) -> Model:
+    """The component of ``folder`` from its config, parameters on the meta device."""
     cls, config = _model_class(folder), _config(folder)
     if _lost_parts(config):
         return skeleton({key: value for key, value in config.items() if key != "quantization_config"})

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -220,12 +220,26 @@ def choose(module: Model, settings: NF4 = NF4()) -> tuple[Layer, ...]:
     reasons = {entry: f"{entry!r} is on the skip list" for entry in skip_list(module, settings)}
     reasons |= {entry: f"its library keeps {entry!r} in full precision" for entry in own}
     layers = tuple(Layer(*found) for found in split(module, reasons))
-    idle = [e for e in settings.skip or () if not any(layer.kept == reasons[e] for layer in layers)]
-    if idle:
+    if idle := unnamed(settings, module):
         raise UserError(f"skip: {', '.join(map(repr, idle))} names no Linear of {type(module).__name__}")
     if not any(layer.kept is None for layer in layers):
         raise UserError(f"nothing to quantise in {type(module).__name__}: it has {len(layers)} Linears, all kept")
     return layers
+
+
+def unnamed(settings: NF4, *modules: Model) -> list[str]:
+    """The entries of ``settings.skip`` that name no Linear of any of ``modules``."""
+    linears = [(m, name) for m in modules for name, layer in m.named_modules() if isinstance(layer, nn.Linear)]
+    return [entry for entry in settings.skip or () if not any(_names(m, entry, name) for m, name in linears)]
+
+
+def settings_for(module: Model, settings: NF4) -> NF4:
+    """The settings of a whole pipeline for one of its models: the entries of ``skip`` that name a Linear of it. A model
+    that none of them names keeps its own list (``KEPT``)."""
+    others = unnamed(settings, module)
+    if not others:
+        return settings
+    return replace(settings, skip=[entry for entry in settings.skip or () if entry not in others] or None)
 
 
 def skip_list(module: Model, settings: NF4) -> list[str]:

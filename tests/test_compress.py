@@ -26,6 +26,7 @@ from pruning import compress
 from pruning.distill import Heal, sensitivity
 from pruning.graph import BlockGraph
 from pruning.plan import _plan, by_hand
+from pruning.quantize import Linear4bit
 from tests.helpers import errors, lines
 
 PROMPTS = ["two red stars", "a star", "a red circle", "a blue circle left of a green square"]
@@ -250,7 +251,8 @@ def test_the_pruned_folder_is_the_skipped_model_bit_by_bit(config: dict[str, Any
 
 
 def test_parts_of_blocks_go_through_every_stage(config: dict[str, Any], tmp_path: Path) -> None:
-    assert run(config | {"blocks": "1-2.ff, 0.norm1_context", "budget": None}, tmp_path) == 0
+    more = {"blocks": "1-2.ff, 0.norm1_context", "budget": None, "quantise": {"skip": ["proj_out"]}}
+    assert run(config | more, tmp_path) == 0
     out, parts = tmp_path / "out", [f"transformer_blocks.{part}" for part in ("0.norm1_context", "1.ff", "2.ff")]
     report = json.loads((out / "report.json").read_text())["pipelines"]
     assert report["original"]["parameters"] > report["int4"]["parameters"] == report["healed"]["parameters"]
@@ -265,6 +267,12 @@ def test_parts_of_blocks_go_through_every_stage(config: dict[str, Any], tmp_path
             assert torch.equal(said[0], whole.forward(x, t, cond))
     assert not torch.equal(said[0], said[1])
     assert 0 < (said[1] - said[2]).norm() / said[1].norm() < 0.5
+    # what the denoiser skips is no matter of the text encoders, which keep their own list
+    packed = pruning.load(out / "int4")
+    kept = [m.config.quantization_config.llm_int8_skip_modules for m in (packed.transformer, packed.text_encoder)]
+    assert kept == [["proj_out"], ["text_projection"]]
+    assert type(packed.transformer.proj_out) is type(packed.text_encoder.text_projection) is torch.nn.Linear
+    assert isinstance(packed.transformer.norm_out.linear, Linear4bit)
 
 
 def test_a_lora_is_merged_first(config: dict[str, Any], tmp_path: Path) -> None:
@@ -294,6 +302,7 @@ def test_a_lora_is_merged_first(config: dict[str, Any], tmp_path: Path) -> None:
         ({"measure": "drop"}, "needs a reward"),
         ({"heal": "nowhere.yaml"}, "no config nowhere.yaml"),
         ({"weights": "nowhere"}, "nowhere"),
+        ({"quantise": {"skip": ["proj_out", "proj_in"]}}, "'proj_in' names no Linear of SD3Transformer2DModel"),
         ({"budget": None, "blocks": "0-2"}, "cannot prune"),
         ({"budget": None, "blocks": "7, nonsense"}, "nonsense"),
     ],

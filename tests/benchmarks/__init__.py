@@ -40,10 +40,10 @@ def record(name: str, figures: dict[str, Any], quick: bool = False) -> None:
     write(RESULTS / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
 
-def settings_of(configs: Iterable[str]) -> str:
-    """A digest of what ``configs`` say, comments aside."""
+def settings_of(configs: Iterable[str], **more: Any) -> str:
+    """A digest of what ``configs`` say, comments aside, and of whatever else decides about the figures."""
     said = [yaml.safe_load(Path(config).read_text()) for config in configs]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([said, more], sort_keys=True).encode()).hexdigest()
 
 
 def earlier(name: str, settings: str) -> dict[str, Any]:

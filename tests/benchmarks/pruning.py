@@ -4,10 +4,11 @@
 
 configs/compress_shapes_sd3.yaml as it stands, and changed in one thing: without position weighting (another plan),
 positional weight preservation, or sensitivity guidance; healed for longer; or with whole blocks only, as stock
-diffusers loads them. Strict ShapesEval on the held-out prompts, two pictures each, for the original, INT4 alone, pruned
-and not healed, and every variant after INT4. ``--quick`` heals 40 steps with one seed and records nothing. Finished
-variants are kept in ``outputs/`` and not run again. ``--only VARIANT ...`` runs those alone; of the others it puts down
-what was run before, here or for ``results/pruning.json``, as long as configs and plan are still the same.
+diffusers loads them. Strict ShapesEval on the held-out prompts, eight pictures each (with two, chance alone moves it by
+0.02), for the original, INT4 alone, pruned and not healed, and every variant after INT4. ``--quick`` heals 40 steps
+with one seed and records nothing. Finished variants are kept in ``outputs/`` and not run again. ``--only VARIANT ...``
+runs those alone; of the others it puts down what was run before, here or for ``results/pruning.json``, as long as
+configs and plan are still the same.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whole blocks only, healed fifteen times as long": BLOCKS | {"max_train_steps": 6000, "ema_decay": 0.998},
 }
 STRICT = "Shapes (strict)"
+PICTURES = 8
 
 
 def settings(folder: Path, seed: int, change: dict[str, Any], quick: bool) -> Compress:
@@ -66,7 +68,7 @@ def settings(folder: Path, seed: int, change: dict[str, Any], quick: bool) -> Co
     write(folder / "heal.yaml", yaml.safe_dump(heal))
     config.heal = folder / "heal.yaml"
     config.position_weighting = change.get("position_weighting", True)
-    config.report = Reporting(samples_per_prompt=1 if quick else 2, max_prompts=48 if quick else None)
+    config.report = Reporting(samples_per_prompt=1 if quick else PICTURES, max_prompts=48 if quick else None)
     return config
 
 
@@ -92,20 +94,21 @@ def planned(root: Path, name: str, seed: int, quick: bool) -> tuple[Compress, li
 
 
 def one(config: Compress, name: str, first: bool) -> dict[str, Any]:
-    """The other stages of a variant, and what its pipelines are worth; the ``first`` run of a plan compares all."""
+    """The other stages of a variant, and what its pipelines are worth; beside the ``first`` of a plan the original."""
     folder = config.output_dir
     config.stages = ["remove", "heal", "quantise"]
     compress(config)
     kinds = ["healed", "int4"] if name.startswith(("whole", "healed")) else ["int4"]
-    compared = {"original": "shapes-sd3", "pruned": "", "int4-alone": ""} if first else {}
-    folders = {kind: str(folder / kind) for kind in [*compared, *kinds]} | {k: v for k, v in compared.items() if v}
+    if first:
+        kinds = ["original", "pruned", *(["int4-alone"] if name == "whole method" else []), *kinds]
+    folders = {kind: "shapes-sd3" if kind == "original" else str(folder / kind) for kind in kinds}
     pipelines = measured(folders, copy.copy(config), folder)
     return {"date": day(folder / "report.json"), "pipelines": pipelines}
 
 
 def run(quick: bool, seeds: list[int], only: list[str]) -> dict[str, Any]:
     root = runs_folder(quick) / "pruning"
-    digest = settings_of([CONFIG, BLOCKS["config"], "configs/heal_shapes_sd3.yaml"])
+    digest = settings_of([CONFIG, BLOCKS["config"], "configs/heal_shapes_sd3.yaml"], pictures=PICTURES)
     before = earlier("pruning", digest)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     plans: dict[str, list[str]] = {}
