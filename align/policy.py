@@ -66,7 +66,8 @@ class Policy:
 
     ``lora=None`` trains every weight of the denoiser. The parameters that train are float32 whatever the frozen rest
     is in. ``reference=False`` spares full fine-tuning its frozen copy where the objective never asks for it. With
-    ``trained``, that module trains and every weight of the pipeline stays as it is.
+    ``trained``, that module trains and every weight of the pipeline stays as it is. With ``around_packed``,
+    ``lora=None`` trains of a denoiser in 4 bit what is not packed; such a one is refused otherwise.
     ``initial`` is a folder of :meth:`save` to start from; with ``anchored`` the reference is what stands there
     (D3PO's last round) rather than the pipeline without it.
     """
@@ -81,6 +82,7 @@ class Policy:
         initial: Path | None = None,
         anchored: bool = False,
         trained: Trained | None = None,
+        around_packed: bool = False,
     ) -> None:
         self.family = family
         self.lora = lora if trained is None else None
@@ -115,14 +117,15 @@ class Policy:
                 raise UserError(f"lora.targets: {error} The family's own are {own}") from error
             self.adapters = self._layers()
         else:
-            if not all(p.is_floating_point() for p in self.denoiser.parameters()):
+            if not around_packed and not all(p.is_floating_point() for p in self.denoiser.parameters()):
                 raise UserError(
                     f"the {family.denoiser_name} of {family.source!r} has weights in 4 bit, which cannot be trained "
                     "themselves; set lora, which trains beside them, or start from the pipeline before it was quantised"
                 )
             if reference:
                 self._copy = copy.deepcopy(self.denoiser).requires_grad_(False)
-            self.denoiser.requires_grad_(True)
+            for parameter in self.denoiser.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
         if initial is not None and (lora or not anchored):

@@ -64,6 +64,7 @@ class Loop:
             config.initial_weights,
             config.objective.reference == "round_start",
             config.objective.trains(self.family, config.data),
+            config.objective.around_packed,
         )
         self.scorer = config.scorer()
         config.objective.prepare(self.policy, self.scorer)

@@ -1,14 +1,14 @@
-"""Make an aligned pipeline small: analyse -> plan -> remove -> heal -> quantise -> report.
+"""Make an aligned pipeline small: analyse -> plan -> remove -> heal -> quantise -> tune -> report.
 
     python -m pruning.compress --config configs/compress_shapes_sd3.yaml
     python -m pruning.compress --config configs/compress_shapes_sd3.yaml --stages [report]
 
 Every stage leaves its result in ``output_dir`` and is skipped where that is there already, so that a killed run goes on
 and a stage can be run by itself: ``profile.json`` (``.png``), ``plan.json`` (``.png``), the pipelines ``pruned``,
-``healed``, ``int4`` (the last of these, quantised) and ``int4-alone`` (the original, quantised), and ``report.json``,
-``report.md``, ``gallery.png``, ``gallery.html``. Pipelines of whole-block plans load with stock
-``DiffusionPipeline.from_pretrained``, quantised ones where there is a GPU; :func:`pruning.load` reads all of them
-anywhere.
+``healed``, ``int4`` (the last of these, quantised), ``int4-alone`` (the original, quantised) and ``int4-tuned``
+(``int4`` with its biases healed), and ``report.json``, ``report.md``, ``gallery.png``, ``gallery.html``. Pipelines of
+whole-block plans load with stock ``DiffusionPipeline.from_pretrained``, quantised ones where there is a GPU;
+:func:`pruning.load` reads all of them anywhere.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from pruning.report import Reporting, report
 from rewards import RewardSum
 from rewards import load as load_reward
 
-Stage = Literal["analyse", "plan", "remove", "heal", "quantise", "report"]
-STAGES: tuple[Stage, ...] = ("analyse", "plan", "remove", "heal", "quantise", "report")
+Stage = Literal["analyse", "plan", "remove", "heal", "quantise", "tune", "report"]
+STAGES: tuple[Stage, ...] = ("analyse", "plan", "remove", "heal", "quantise", "tune", "report")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -73,6 +73,8 @@ class Compress:
             output_dir are filled in. null heals nothing.
         quantise: NF4 settings; an entry of ``skip`` has to name a Linear of the denoiser or of a text encoder.
         text_encoders: quantise those too.
+        tune: a second such config, for what is not packed of the quantised pipeline: biases and skipped layers make up
+            for the rounding. null leaves them as they are.
         dtype: of the saved pipelines.
         report: what the pipelines are compared by.
         device: where to run; null takes a GPU where there is one.
@@ -97,6 +99,7 @@ class Compress:
     heal: Path | None = None
     quantise: NF4 = field(default_factory=NF4)
     text_encoders: bool = True
+    tune: Path | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     report: Reporting = field(default_factory=Reporting)
     device: str | None = None
@@ -111,8 +114,15 @@ class Compress:
             wrong.append("measure: drop needs a reward")
         if self.calibration_prompts < 1:
             wrong.append(f"calibration_prompts must be at least 1, got {self.calibration_prompts}")
-        if self.heal is not None and not self.heal.is_file():
-            wrong.append(f"heal: no config {self.heal}")
+        for name, path in (("heal", self.heal), ("tune", self.tune)):
+            if path is not None and not path.is_file():
+                wrong.append(f"{name}: no config {path}")
+        if (
+            self.tune is not None
+            and self.tune.is_file()
+            and yaml.safe_load(self.tune.read_text()).get("lora", "") is not None
+        ):
+            wrong.append(f"tune: {self.tune} trains a LoRA, which cannot be merged into 4 bit; set lora: null")
         if self.weights is not None and not (self.weights / LORA_FILE).is_file():
             wrong.append(f"weights: no {LORA_FILE} in {self.weights}")
         if wrong:
@@ -140,14 +150,16 @@ def compress(config: Compress) -> Path:
     if "remove" in stages and not config.at("pruned").exists():
         _remove(config, original)
     if "heal" in stages and config.heal is not None and not config.at("healed").exists():
-        _heal(config, original)
+        _heal(config, original, config.heal, "pruned", "healed")
     if "quantise" in stages:
         last = config.at("healed" if config.at("healed").exists() else "pruned")
         for source, name in ((str(last), "int4"), (original, "int4-alone")):
             if not config.at(name).exists():
                 _quantise(config, source, name)
+    if "tune" in stages and config.tune is not None and not config.at("int4-tuned").exists():
+        _heal(config, original, config.tune, "int4", "int4-tuned")
     if "report" in stages:
-        known = ("pruned", "healed", "int4-alone", "int4")
+        known = ("pruned", "healed", "int4-alone", "int4", "int4-tuned")
         folders = {"original": original} | {n: str(config.at(n)) for n in known if config.at(n).exists()}
         print(report(folders, config.report, config.output_dir))
     return config.output_dir
@@ -188,10 +200,8 @@ def _original(config: Compress) -> str:
 
 def _graded(config: Compress) -> bool:
     """Whether healing wants the profile, though blocks are given by hand."""
-    if config.heal is None:
-        return False
-    arguments = yaml.safe_load(config.heal.read_text())["objective"].get("init_args", {})
-    return arguments.get("sensitivity", "graded") != "none"
+    found = (yaml.safe_load(path.read_text())["objective"] for path in (config.heal, config.tune) if path is not None)
+    return any(objective.get("init_args", {}).get("sensitivity", "graded") != "none" for objective in found)
 
 
 def _analyse(config: Compress, family: Family, prompts: Sequence[str]) -> None:
@@ -242,9 +252,9 @@ def _remove(config: Compress, original: str) -> None:
     save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("pruned"), _beside(original) | {"README.md": card})
 
 
-def _heal(config: Compress, original: str) -> None:
-    assert config.heal is not None
-    student, run = config.at("pruned"), config.at("heal")
+def _heal(config: Compress, original: str, settings_file: Path, before: str, after: str) -> None:
+    """The pipeline ``after`` is ``before``, taught by the original as ``settings_file`` says."""
+    student, run = config.at(before), config.at({"healed": "heal", "int4-tuned": "tune"}[after])
     filled = {
         "pretrained_model_name_or_path": student,
         "objective.init_args.teacher.path": original,
@@ -255,16 +265,17 @@ def _heal(config: Compress, original: str) -> None:
     if config.at("profile.json").is_file():
         filled["objective.init_args.profile"] = config.at("profile.json")
     words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
-    settings, resolved = parse(Train, "align.train", None, ["--config", str(config.heal), *words])
+    settings, resolved = parse(Train, "align.train", None, ["--config", str(settings_file), *words])
     train(settings, resolved)
-    pipe = _pipeline(str(student))
-    name = families.find(str(student)).denoiser_name
-    if (run / LORA_FILE).is_file():
+    lora, name = (run / LORA_FILE).is_file(), families.find(str(student)).denoiser_name
+    pipe = _pipeline(str(student), torch.float32 if lora else DTYPES[config.dtype])
+    if lora:
         merge_lora(pipe, run)
+        pipe.to(DTYPES[config.dtype])
     else:
-        pipe.register_modules(**{name: load(run / name, torch.float32)})
-    card = _card(config, Plan.load(config.at("plan.json")), f"pruned and healed by `{config.heal}`")
-    save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("healed"), _beside(original) | {"README.md": card})
+        pipe.register_modules(**{name: load(run / name, DTYPES[config.dtype])})
+    card = _card(config, Plan.load(config.at("plan.json")), f"{before}, then healed by `{settings_file}`")
+    save_pipeline(pipe, config.at(after), _beside(original) | {"README.md": card})
     shutil.rmtree(run / name, ignore_errors=True)  # the healed pipeline has the same weights
 
 

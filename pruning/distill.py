@@ -4,6 +4,9 @@ HierarchicalPrune (arXiv 2508.04663) trains on task + output + feature terms, fr
 was removed (positional weight preservation), and changes blocks the less, the more it costs to lose them
 (sensitivity-guided distillation). Their states are noised real pictures; the student's own trajectories, where it will
 be used, are on-policy distillation (:mod:`align.objectives.opd`) with the unpruned model as the teacher.
+
+A student in 4 bit heals too: without a LoRA, what is not packed (biases, the layers that were skipped) learns to make
+up for the rounding of the rest, and costs no byte more.
 """
 
 from __future__ import annotations
@@ -79,6 +82,7 @@ class Heal(Objective):
     batch_types: ClassVar[tuple[type, ...]] = (PromptBatch, ImageBatch)
     online: ClassVar[bool] = True
     scored: ClassVar[bool] = False
+    around_packed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if (
@@ -126,7 +130,9 @@ class Heal(Objective):
         return found
 
     def _importance(self) -> Mapping[str, float]:
-        return {} if self.profile is None else importance.scores(importance.read(self.profile), self.measure)
+        if self.sensitivity == "none" or self.profile is None:
+            return {}
+        return importance.scores(importance.read(self.profile), self.measure)
 
     def rate(self, name: str) -> float:
         paths = name.split(".")

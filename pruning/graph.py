@@ -46,6 +46,12 @@ class Block:
     part_of: str | None = None
 
 
+def weights(parameter: nn.Parameter) -> int:
+    """How many a parameter holds; of one in 4 bit, two to a byte, those that it stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
 class BlockGraph:
     """The blocks of a denoiser; make it by :meth:`of`.
 
@@ -82,7 +88,7 @@ class BlockGraph:
     def _add(self, name: str, kind: Kind, modules: tuple[str, ...], part_of: str | None = None) -> None:
         whole = sum(block.part_of is None for block in self._named.values())
         position = self._named[part_of].position if part_of else whole
-        parameters = sum(p.numel() for path in modules for p in self._modules[path].parameters())
+        parameters = sum(weights(p) for path in modules for p in self._modules[path].parameters())
         self._named[name] = Block(name, kind, position, parameters, modules, part_of)
 
     def __getitem__(self, name: str) -> Block:
@@ -100,7 +106,7 @@ class BlockGraph:
 
     def parameters(self, drop: Iterable[str] = ()) -> int:
         """How many parameters the denoiser has without ``drop``."""
-        return sum(p.numel() for p in self.denoiser.parameters()) - sum(self[name].parameters for name in set(drop))
+        return sum(map(weights, self.denoiser.parameters())) - sum(self[name].parameters for name in set(drop))
 
     def portable(self, drop: Iterable[str]) -> bool:
         """Whether what is left is a stock diffusers class with a stock config."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -15,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pruning
 from align import families, gallery, runs
@@ -26,6 +24,7 @@ from align.evaluate import STRICT, chosen_prompts
 from align.families import Family
 from align.files import write
 from align.shapes import locate
+from pruning.graph import weights
 from rewards import RewardSum
 from rewards import load as load_reward
 from rewards.shapes import Shapes
@@ -61,28 +60,16 @@ class Reporting:
 
 
 def opened(source: str) -> Family:
-    """A pipeline of any of our folders, or a model by its name, ready to sample: on a GPU as it was saved; on a CPU,
-    many of which multiply half precision ten times as slowly, in float32, the products with packed weights too."""
+    """A pipeline of any of our folders, or a model by its name, ready to sample: on a GPU as it was saved; on a CPU in
+    float32."""
     if torch.cuda.is_available():
         return families.of(pruning.load(locate(source)).to("cuda"), source)
-    pipe = pruning.load(locate(source), torch.float32)
-    for component in pipe.components.values():
-        for module in component.modules() if isinstance(component, nn.Module) else ():
-            if isinstance(module, bnb.nn.Linear4bit):
-                module.compute_dtype = torch.float32
-    return families.of(pipe, source)
+    return families.of(pruning.load(locate(source), torch.float32), source)
 
 
 def weights_bytes(folder: Path) -> int:
     """Bytes of the safetensors under ``folder``."""
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-
-
-def logical(family: Family) -> int:
-    """Parameters of the denoiser, a packed one counted as what it stands for."""
-    packed = (p for p in family.denoiser.parameters() if isinstance(p, bnb.nn.Params4bit))
-    count = sum(p.numel() for p in family.denoiser.parameters() if not isinstance(p, bnb.nn.Params4bit))
-    return count + sum(math.prod(p.quant_state.shape) for p in packed)
 
 
 def latencies(denoisers: Mapping[str, Family], batch: int, repeats: int) -> dict[str, float]:
@@ -151,7 +138,7 @@ def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str
         scores = rewards.components(images=pictures[name], prompts=texts)
         entry = found[name] = {
             "source": source,
-            "parameters": logical(family),
+            "parameters": sum(map(weights, family.denoiser.parameters())),
             "denoiser_bytes": weights_bytes(where / family.denoiser_name),
             "pipeline_bytes": weights_bytes(where),
             "peak_bytes": peak(source, settings) if settings.memory else None,

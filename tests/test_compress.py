@@ -357,6 +357,39 @@ def test_in_4_bit_a_lora_trains_and_nothing_else(config: dict[str, Any], tmp_pat
         Policy(families.load(source), None)
 
 
+def test_what_is_not_packed_makes_up_for_the_rounding(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune = yaml.safe_load((tmp_path / "heal.yaml").read_text()) | {"max_train_steps": 40, "learning_rate": 1e-2}
+    tune["objective"]["init_args"] |= {"preservation": False, "sensitivity": "none", "feature_weight": 0.0}
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(tune))
+    config |= {"heal": None, "tune": str(tmp_path / "tune.yaml"), "blocks": "1.norm1_context", "budget": None}
+    assert run(config, tmp_path) == 0
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())["pipelines"]
+    assert list(report) == ["original", "pruned", "int4-alone", "int4", "int4-tuned"]
+    for what in ("parameters", "denoiser_bytes"):
+        assert report["int4-tuned"][what] == report["int4"][what]
+    before, after = (
+        load_file(out / name / "transformer/diffusion_pytorch_model.safetensors") for name in ("int4", "int4-tuned")
+    )
+    assert before.keys() == after.keys()
+    packed = {key for key in before if ".weight." in key or before[key].dtype == torch.uint8}
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert packed and not packed & moved and any(key.endswith("attn.to_q.bias") for key in moved)
+    whole = families.load(config["pretrained_model_name_or_path"])
+    x = torch.randn(8, *whole.latent_shape(), generator=torch.Generator().manual_seed(3))
+    t, cond = whole.draw_t(torch.linspace(0.1, 0.9, 8)), whole.encode(PROMPTS * 2)
+    with torch.no_grad():
+        right = whole.forward(x, t, cond)
+        errors_of = [(families.load(str(out / n)).forward(x, t, cond) - right).norm() for n in ("int4", "int4-tuned")]
+    assert errors_of[1] < 0.9 * errors_of[0]
+    # a LoRA could not be merged into it
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump({key: value for key, value in tune.items() if key != "lora"}))
+    assert run(config, tmp_path) == 1
+    assert "set lora: null" in errors(capsys.readouterr().err)[0]
+
+
 def test_damaged_weights_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
     assert (
         run(config | {"heal": None, "blocks": "1", "budget": None}, tmp_path, "--stages", "[plan,remove,quantise]") == 0

@@ -75,6 +75,7 @@ class Objective(ABC):
     online: ClassVar[bool] = False  # draws pictures of its own
     scored: ClassVar[bool] = True  # learns, if it draws pictures, from their scores
     whole_groups: ClassVar[bool] = False  # all pictures of a prompt have to be drawn by one process
+    around_packed: ClassVar[bool] = False  # without a LoRA, of a pipeline in 4 bit, trains what is not packed
 
     @property
     def needs_reference(self) -> bool:

@@ -41,6 +41,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without sensitivity guidance": {"sensitivity": "none"},
     "healed four times as long": {"max_train_steps": 1600, "ema_decay": 0.995},
     "healed eight times as long": {"max_train_steps": 3200, "ema_decay": 0.998},
+    "without preservation, healed four times as long": {
+        "preservation": False,
+        "max_train_steps": 1600,
+        "ema_decay": 0.995,
+        "tune": "configs/tune_shapes_sd3.yaml",
+    },
     "whole blocks only": BLOCKS,
     "whole blocks only, without preservation": BLOCKS | {"preservation": False},
     "whole blocks only, without sensitivity guidance": BLOCKS | {"sensitivity": "none"},
@@ -67,6 +73,10 @@ def settings(folder: Path, seed: int, change: dict[str, Any], quick: bool) -> Co
         heal["max_train_steps"] = 40
     write(folder / "heal.yaml", yaml.safe_dump(heal))
     config.heal = folder / "heal.yaml"
+    if "tune" in change:
+        tune = yaml.safe_load(Path(change["tune"]).read_text()) | {"seed": seed}
+        write(folder / "tune.yaml", yaml.safe_dump(tune))
+        config.tune = folder / "tune.yaml"
     config.position_weighting = change.get("position_weighting", True)
     config.report = Reporting(samples_per_prompt=1 if quick else PICTURES, max_prompts=48 if quick else None)
     return config
@@ -96,9 +106,10 @@ def planned(root: Path, name: str, seed: int, quick: bool) -> tuple[Compress, li
 def one(config: Compress, name: str, first: bool) -> dict[str, Any]:
     """The other stages of a variant, and what its pipelines are worth; beside the ``first`` of a plan the original."""
     folder = config.output_dir
-    config.stages = ["remove", "heal", "quantise"]
+    config.stages = ["remove", "heal", "quantise", "tune"]
     compress(config)
-    kinds = ["healed", "int4"] if name.startswith(("whole", "healed")) else ["int4"]
+    kinds = ["healed"] if name.startswith(("whole", "healed")) or config.tune else []
+    kinds += ["int4"] if config.tune is None else ["int4", "int4-tuned"]
     if first:
         kinds = ["original", "pruned", *(["int4-alone"] if name == "whole method" else []), *kinds]
     folders = {kind: "shapes-sd3" if kind == "original" else str(folder / kind) for kind in kinds}
@@ -108,7 +119,9 @@ def one(config: Compress, name: str, first: bool) -> dict[str, Any]:
 
 def run(quick: bool, seeds: list[int], only: list[str]) -> dict[str, Any]:
     root = runs_folder(quick) / "pruning"
-    digest = settings_of([CONFIG, BLOCKS["config"], "configs/heal_shapes_sd3.yaml"], pictures=PICTURES)
+    digest = settings_of(
+        [CONFIG, BLOCKS["config"], "configs/heal_shapes_sd3.yaml", "configs/tune_shapes_sd3.yaml"], pictures=PICTURES
+    )
     before = earlier("pruning", digest)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     plans: dict[str, list[str]] = {}
@@ -149,7 +162,7 @@ def run(quick: bool, seeds: list[int], only: list[str]) -> dict[str, Any]:
                 kind: [
                     seed["pipelines"][kind]["rewards"][STRICT] for seed in variant["seeds"] if kind in seed["pipelines"]
                 ]
-                for kind in ("pruned", "healed", "int4", "int4-alone")
+                for kind in ("pruned", "healed", "int4", "int4-alone", "int4-tuned")
             }
             for name, variant in figures["variants"].items()
         },
