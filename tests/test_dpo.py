@@ -132,9 +132,11 @@ def test_i4_constant_shift(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None
     plain, heard = policy.predict, []
 
     def predict(x_t: Tensor, t: Tensor, cond: Any, guidance: float = 1.0) -> Prediction:
-        said = plain(x_t, t, cond, guidance)
+        with torch.no_grad():  # with gradients some processors take products by another kernel than the reference's
+            said = plain(x_t, t, cond, guidance)
+        said = Prediction(said.raw.double(), x_t, said.alpha, said.sigma, said.kind)
         if policy._off:
-            heard.append(said.raw.detach())
+            heard.append(said.raw)
             return said
         return Prediction(said.raw + shift, x_t, said.alpha, said.sigma, said.kind)
 
@@ -142,7 +144,7 @@ def test_i4_constant_shift(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None
     loss, _ = run(objective, policy)
     winner, loser = heard[0].double().chunk(2)
     logit = -objective.beta / shift.numel() * (shift * (winner - loser)).flatten(1).sum(1)
-    assert loss.item() == pytest.approx(F.softplus(-logit).mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(F.softplus(-logit).mean().item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("lora", [LoRA(2), None])

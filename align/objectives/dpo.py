@@ -22,7 +22,7 @@ from align import draws
 from align.encoded import PairBatch
 from align.families import Cond, Family
 from align.objectives import Context, Metrics, Objective, Plan
-from align.process import Prediction, Reduction, diffuse, like, reduce
+from align.process import Prediction, Reduction, diffuse, exact, like, reduce
 from align.table import Table
 
 
@@ -106,7 +106,7 @@ class DPO(Objective):
 
     def error(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
         """(R,) squared error of each row in the chosen space and reduction."""
-        gap = prediction.raw.float() - prediction.target(x0, eps)
+        gap = exact(prediction.raw) - prediction.target(x0, eps)
         if self.target_space == "epsilon" and prediction.kind != "epsilon":
             gap = like(prediction.alpha, gap) * gap  # eps - eps_hat = alpha (v - v_hat), for v and flow alike
         return reduce(gap.square(), self.reduction)

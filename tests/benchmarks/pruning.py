@@ -2,13 +2,14 @@
 
     python tests/benchmarks/pruning.py
 
-configs/compress_shapes_sd3.yaml as it stands, and changed in one thing: without position weighting (another plan),
-positional weight preservation, or sensitivity guidance; healed for longer; or with whole blocks only, as stock
-diffusers loads them. Strict ShapesEval on the held-out prompts, eight pictures each (with two, chance alone moves it by
-0.02), for the original, INT4 alone, pruned and not healed, and every variant after INT4. ``--quick`` heals 40 steps
-with one seed and records nothing. Finished variants are kept in ``outputs/`` and not run again. ``--only VARIANT ...``
-runs those alone; of the others it puts down what was run before, here or for ``results/pruning.json``, as long as
-configs and plan are still the same.
+The method of HierarchicalPrune (arXiv 2508.04663) by configs/compress_shapes_sd3.yaml, with positional weight
+preservation, and changed in one thing: without position weighting (another plan), preservation (as the config has it),
+or sensitivity guidance; healed for longer, or longer and without preservation and then with its biases tuned, which is
+the config but for the number of updates; or with whole blocks only, as stock diffusers loads them. Strict ShapesEval on
+the held-out prompts, eight pictures each (with two, chance alone moves it by 0.02), for the original, INT4 alone,
+pruned and not healed, and every variant after INT4. ``--quick`` heals 40 steps with one seed and records nothing.
+Finished variants are kept in ``outputs/`` and not run again. ``--only VARIANT ...`` runs those alone; of the others it
+puts down what was run before, here or for ``results/pruning.json``, as long as configs and plan are still the same.
 """
 
 from __future__ import annotations
@@ -33,20 +34,15 @@ from pruning.report import Reporting, report
 from tests.benchmarks import RESULTS, day, earlier, record, runs_folder, settings_of, span
 
 CONFIG = "configs/compress_shapes_sd3.yaml"
-BLOCKS = {"config": "configs/compress_blocks_shapes_sd3.yaml"}
+PAPER = {"preservation": True}
+BLOCKS = PAPER | {"config": "configs/compress_blocks_shapes_sd3.yaml"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "whole method": {},
-    "without position weighting": {"position_weighting": False},
-    "without preservation": {"preservation": False},
-    "without sensitivity guidance": {"sensitivity": "none"},
-    "healed four times as long": {"max_train_steps": 1600, "ema_decay": 0.995},
-    "healed eight times as long": {"max_train_steps": 3200, "ema_decay": 0.998},
-    "without preservation, healed four times as long": {
-        "preservation": False,
-        "max_train_steps": 1600,
-        "ema_decay": 0.995,
-        "tune": "configs/tune_shapes_sd3.yaml",
-    },
+    "whole method": PAPER,
+    "without position weighting": PAPER | {"position_weighting": False},
+    "without preservation": {},
+    "without sensitivity guidance": PAPER | {"sensitivity": "none"},
+    "healed eight times as long": PAPER | {"max_train_steps": 3200, "ema_decay": 0.998},
+    "without preservation, healed four times as long": {"max_train_steps": 1600, "ema_decay": 0.995, "tune": True},
     "whole blocks only": BLOCKS,
     "whole blocks only, without preservation": BLOCKS | {"preservation": False},
     "whole blocks only, without sensitivity guidance": BLOCKS | {"sensitivity": "none"},
@@ -74,9 +70,12 @@ def settings(folder: Path, seed: int, change: dict[str, Any], quick: bool) -> Co
     write(folder / "heal.yaml", yaml.safe_dump(heal))
     config.heal = folder / "heal.yaml"
     if "tune" in change:
-        tune = yaml.safe_load(Path(change["tune"]).read_text()) | {"seed": seed}
+        assert config.tune is not None
+        tune = yaml.safe_load(config.tune.read_text()) | {"seed": seed}
         write(folder / "tune.yaml", yaml.safe_dump(tune))
         config.tune = folder / "tune.yaml"
+    else:
+        config.tune = None
     config.position_weighting = change.get("position_weighting", True)
     config.report = Reporting(samples_per_prompt=1 if quick else PICTURES, max_prompts=48 if quick else None)
     return config

@@ -198,8 +198,8 @@ def _pruning() -> str:
         f"the held-out prompts, mean (range) over seeds; the original has {summary['strict_original']:.3f} in "
         f"{summary['bytes_bf16']:,} bytes of bf16, INT4 alone {whole['int4-alone'][0]:.3f}.",
         "",
-        "| variant | parameters | bytes after INT4 | time of the denoiser | pruned | healed | after INT4 |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | parameters | bytes after INT4 | time of the denoiser | pruned | healed | INT4 | biases tuned |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, variant in found["variants"].items():
         small = variant["seeds"][0]["pipelines"]["int4"]
@@ -209,7 +209,10 @@ def _pruning() -> str:
             f"{small['parameters'] / summary['parameters'] - 1:+.1%}",
             f"{small['denoiser_bytes']:,} (−{fall})",
             f"× {summary['latency'][name]:.2f}" if name in summary["latency"] else "",
-            *(spread(strict[name][kind]) if strict[name][kind] else "" for kind in ("pruned", "healed", "int4")),
+            *(
+                spread(strict[name][kind]) if strict[name].get(kind) else ""
+                for kind in ("pruned", "healed", "int4", "int4-tuned")
+            ),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "![Original and compressed, the same noise](tests/benchmarks/results/pruning.png)"]
