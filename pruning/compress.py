@@ -138,10 +138,10 @@ def compress(config: Compress) -> Path:
     :class:`align.errors.UserError`."""
     config.check()
     prompts = read_prompts(config.prompts)[: config.calibration_prompts]
-    claim(config.output_dir)
     stages = [stage for stage in STAGES if stage in config.stages]
     if "quantise" in stages:
         _check_skip(config)
+    claim(config.output_dir)
     original = _original(config)
     if "analyse" in stages and (config.blocks is None or _graded(config)):
         _analyse(config, _family(config, original), prompts)
@@ -150,14 +150,14 @@ def compress(config: Compress) -> Path:
     if "remove" in stages and not config.at("pruned").exists():
         _remove(config, original)
     if "heal" in stages and config.heal is not None and not config.at("healed").exists():
-        _heal(config, original, config.heal, "pruned", "healed")
+        _heal(config, original, config.heal, before="pruned", run="heal", after="healed")
     if "quantise" in stages:
         last = config.at("healed" if config.at("healed").exists() else "pruned")
         for source, name in ((str(last), "int4"), (original, "int4-alone")):
             if not config.at(name).exists():
                 _quantise(config, source, name)
     if "tune" in stages and config.tune is not None and not config.at("int4-tuned").exists():
-        _heal(config, original, config.tune, "int4", "int4-tuned")
+        _heal(config, original, config.tune, before="int4", run="tune", after="int4-tuned")
     if "report" in stages:
         known = ("pruned", "healed", "int4-alone", "int4", "int4-tuned")
         folders = {"original": original} | {n: str(config.at(n)) for n in known if config.at(n).exists()}
@@ -252,14 +252,14 @@ def _remove(config: Compress, original: str) -> None:
     save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("pruned"), _beside(original) | {"README.md": card})
 
 
-def _heal(config: Compress, original: str, settings_file: Path, before: str, after: str) -> None:
-    """The pipeline ``after`` is ``before``, taught by the original as ``settings_file`` says."""
-    student, run = config.at(before), config.at({"healed": "heal", "int4-tuned": "tune"}[after])
+def _heal(config: Compress, original: str, settings_file: Path, *, before: str, run: str, after: str) -> None:
+    """The pipeline ``after`` is ``before``, taught by the original in the run ``run`` of ``settings_file``."""
+    student, folder = config.at(before), config.at(run)
     filled = {
         "pretrained_model_name_or_path": student,
         "objective.init_args.teacher.path": original,
         "objective.init_args.plan_path": config.at("plan.json"),
-        "output_dir": run,
+        "output_dir": folder,
         "resume_from_checkpoint": "latest",
     }
     if config.at("profile.json").is_file():
@@ -267,16 +267,16 @@ def _heal(config: Compress, original: str, settings_file: Path, before: str, aft
     words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
     settings, resolved = parse(Train, "align.train", None, ["--config", str(settings_file), *words])
     train(settings, resolved)
-    lora, name = (run / LORA_FILE).is_file(), families.find(str(student)).denoiser_name
+    lora, name = (folder / LORA_FILE).is_file(), families.find(str(student)).denoiser_name
     pipe = _pipeline(str(student), torch.float32 if lora else DTYPES[config.dtype])
     if lora:
-        merge_lora(pipe, run)
+        merge_lora(pipe, folder)
         pipe.to(DTYPES[config.dtype])
     else:
-        pipe.register_modules(**{name: load(run / name, DTYPES[config.dtype])})
+        pipe.register_modules(**{name: load(folder / name, DTYPES[config.dtype])})
     card = _card(config, Plan.load(config.at("plan.json")), f"{before}, then healed by `{settings_file}`")
     save_pipeline(pipe, config.at(after), _beside(original) | {"README.md": card})
-    shutil.rmtree(run / name, ignore_errors=True)  # the healed pipeline has the same weights
+    shutil.rmtree(folder / name, ignore_errors=True)  # the healed pipeline has the same weights
 
 
 def _check_skip(config: Compress) -> None:

@@ -142,7 +142,7 @@ def test_i4_constant_shift(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(policy, "predict", predict)
     loss, _ = run(objective, policy)
-    winner, loser = heard[0].double().chunk(2)
+    winner, loser = heard[0].chunk(2)
     logit = -objective.beta / shift.numel() * (shift * (winner - loser)).flatten(1).sum(1)
     assert loss.item() == pytest.approx(F.softplus(-logit).mean().item(), rel=1e-9)
 

@@ -15,7 +15,6 @@ puts down what was run before, here or for ``results/pruning.json``, as long as 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import shutil
 import sys
@@ -81,13 +80,6 @@ def settings(folder: Path, seed: int, change: dict[str, Any], quick: bool) -> Co
     return config
 
 
-def measured(folders: dict[str, str], config: Compress, where: Path) -> dict[str, Any]:
-    """The report on ``folders``, made once."""
-    if not (where / "report.json").exists():
-        report(folders, config.report, where)
-    return json.loads((where / "report.json").read_text())["pipelines"]
-
-
 def planned(root: Path, name: str, seed: int, quick: bool) -> tuple[Compress, list[str]]:
     """The compression of one variant with one seed, its plan made, and what goes."""
     folder = root / name.replace(",", "").replace(" ", "-") / str(seed)
@@ -112,8 +104,10 @@ def one(config: Compress, name: str, first: bool) -> dict[str, Any]:
     if first:
         kinds = ["original", "pruned", *(["int4-alone"] if name == "whole method" else []), *kinds]
     folders = {kind: "shapes-sd3" if kind == "original" else str(folder / kind) for kind in kinds}
-    pipelines = measured(folders, copy.copy(config), folder)
-    return {"date": day(folder / "report.json"), "pipelines": pipelines}
+    found = folder / "report.json"
+    if not found.exists():
+        report(folders, config.report, folder)
+    return {"date": day(found), "pipelines": json.loads(found.read_text())["pipelines"]}
 
 
 def run(quick: bool, seeds: list[int], only: list[str]) -> dict[str, Any]:
@@ -137,8 +131,7 @@ def run(quick: bool, seeds: list[int], only: list[str]) -> dict[str, Any]:
                 rows[name].append({"seed": seed, "dropped": plans[name], **one(config, name, first)})
             else:
                 known = before.get("variants", {}).get(name, {"seeds": []})["seeds"]
-                same = [row for row in known if row["seed"] == seed and row["dropped"] == plans[name]]
-                rows[name] += [{"date": before["date"], **row} for row in same]
+                rows[name] += [row for row in known if row["seed"] == seed and row["dropped"] == plans[name]]
     figures: dict[str, Any] = {"config": CONFIG, "settings": digest, "variants": {}}
     for name, found in rows.items():
         as_whole = "position_weighting" in VARIANTS[name] and plans[name] == plans["whole method"]

@@ -210,7 +210,7 @@ def _pruning() -> str:
             f"{small['denoiser_bytes']:,} (−{fall})",
             f"× {summary['latency'][name]:.2f}" if name in summary["latency"] else "",
             *(
-                spread(strict[name][kind]) if strict[name].get(kind) else ""
+                spread(strict[name][kind]) if strict[name][kind] else ""
                 for kind in ("pruned", "healed", "int4", "int4-tuned")
             ),
         ]
