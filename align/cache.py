@@ -1,8 +1,9 @@
 """The cache of encodings on disk.
 
-A cache folder is named by everything that its contents depend on. It holds shards of 256 items (pairs, or
-captioned pictures) and of 256 captions,
-written whole or not at all, so that an interrupted run goes on at the first shard that is missing.
+A cache folder is named by everything that its contents depend on: latents by the pictures, how they are cut, and the
+VAE; embeddings by the captions and the text encoders. So models of one VAE, such as a model and its quantised copy,
+share latents. A folder holds shards of 256 items (pairs, or captioned pictures) or captions, written whole or not at
+all, so that an interrupted run goes on at the first shard that is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from align.families import Cond
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the same inputs would give other files
+FORMAT = 2  # raise it when the same inputs would give other files
 SHARD = 256  # items, or captions, in a file
 
 
@@ -41,7 +42,7 @@ class Encoder(Protocol):
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]: ...
     def to_latent(self, images: Tensor) -> Tensor: ...
     def encode(self, prompts: Sequence[str]) -> Cond: ...
-    def identity(self) -> Mapping[str, object]: ...
+    def identity(self) -> Mapping[str, Mapping[str, object]]: ...
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,20 @@ class Entry:
     caption: int
 
 
-def key_of(family: Encoder, found: ItemSet, items: Sequence[Item], views: Views) -> str:
-    """What a cache depends on: the items, the files they come from, the encoders and the views."""
+def keys_of(
+    family: Encoder, found: ItemSet, items: Sequence[Item], captions: Sequence[str], views: Views
+) -> tuple[str, str]:
+    """What latents depend on (the pictures, the files they come from, the views, the VAE), and what embeddings do (the
+    captions, the tokenizers, the text encoders)."""
     files = sorted({*found.files, *(picture.file for item in items for picture in item.pictures)})
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     number = {file: index for index, file in enumerate(files)}
-    sides = [[[number[side.file], side.row, side.column] for side in item.pictures] for item in items]
-    parts = [[item.id, item.caption, *side] for item, side in zip(items, sides, strict=True)]
-    model = {"family": dict(family.identity()), "dtype": str(family.dtype)}
-    whole = {"format": FORMAT, "layout": found.layout, "files": stats, "pairs": parts, "views": views.key()} | model
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    parts = [[item.id, *([number[side.file], side.row, side.column] for side in item.pictures)] for item in items]
+    seen = {"layout": found.layout, "files": stats, "items": parts, "views": views.key()}
+    model, common = family.identity(), {"format": FORMAT, "dtype": str(family.dtype)}
+    whole = (seen | {"model": dict(model["pictures"])}, {"captions": captions, "model": dict(model["captions"])})
+    latents, embeddings = (json.dumps(common | what, sort_keys=True) for what in whole)
+    return hashlib.sha256(latents.encode()).hexdigest(), hashlib.sha256(embeddings.encode()).hexdigest()
 
 
 def save(file: Path, tensors: dict[str, Tensor], header: dict[str, object]) -> None:

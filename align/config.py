@@ -26,12 +26,17 @@ T = TypeVar("T", bound="DataclassInstance")
 class OneLine(ArgumentParser):
     """Says what is wrong in one line, without the usage that would bury it."""
 
+    leaves = True
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"{self.prog}: error: {' '.join(message.split())} (see --help)", file=sys.stderr)
+        said = " ".join(message.split())
+        if not self.leaves:
+            raise UserError(said)
+        print(f"{self.prog}: error: {said} (see --help)", file=sys.stderr)
         sys.exit(2)
 
 
-def parser_for(settings: type[T], prog: str, description: str | None) -> ArgumentParser:
+def parser_for(settings: type[T], prog: str, description: str | None) -> OneLine:
     """A parser whose options are the fields of the dataclass ``settings``, plus ``--config FILE``."""
     parser = OneLine(prog=prog, description=description, parser_mode="yaml", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; options after it on the line win")
@@ -39,9 +44,13 @@ def parser_for(settings: type[T], prog: str, description: str | None) -> Argumen
     return parser
 
 
-def parse(settings: type[T], prog: str, description: str | None, argv: Sequence[str] | None) -> tuple[T, str]:
-    """Settings from the command line, and the resolved YAML that alone gives the same settings."""
+def parse(
+    settings: type[T], prog: str, description: str | None, argv: Sequence[str] | None, leaves: bool = True
+) -> tuple[T, str]:
+    """Settings from the command line, and the resolved YAML that alone gives the same settings. What is wrong with them
+    leaves the process by status 2, or raises :class:`align.errors.UserError`."""
     parser = parser_for(settings, prog, description)
+    parser.leaves = leaves
     arguments = _bare_flags(list(sys.argv[1:] if argv is None else argv), settings)
     with tempfile.TemporaryDirectory() as scratch:
         try:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from align.cache import SHARD, Encoder, Entry, Views, header_of, index_of, key_of, save
+from align.cache import SHARD, Encoder, Entry, Views, header_of, index_of, keys_of, save
 from align.data import Data, ItemSet, check_bad, read_pairs
 from align.encoding import conds_of, latents_of, threads
 from align.errors import DataError
@@ -162,28 +162,30 @@ class Encoded(Data):
         views = Views(resolution, self.center_crop, self.random_flip, self.variants, seed)
         shape = (self.variants, self.pictures, *family.latent_shape(resolution))
         captions = list(dict.fromkeys(item.caption for item in items))
-        key = key_of(family, found, items, views)
-        folder = self.cache / self.what / key[:24]
-        folder.mkdir(parents=True, exist_ok=True)
+        latents_key, conds_key = keys_of(family, found, items, captions, views)
+        folder, texts = self.cache / self.what / latents_key[:24], self.cache / "captions" / conds_key[:24]
+        for place in (folder, texts):
+            place.mkdir(parents=True, exist_ok=True)
         latent_files = [folder / f"latents-{k:05d}.safetensors" for k in range(-(-len(items) // SHARD))]
-        cond_files = [folder / f"conds-{k:05d}.safetensors" for k in range(-(-len(captions) // SHARD))]
+        cond_files = [texts / f"conds-{k:05d}.safetensors" for k in range(-(-len(captions) // SHARD))]
 
-        def mine(files: list[Path]) -> list[tuple[Path, slice]]:
+        def mine(files: list[Path], key: str) -> list[tuple[Path, slice]]:
             spans = [(file, slice(k * SHARD, (k + 1) * SHARD)) for k, file in enumerate(files)]
             return [(file, span) for file, span in spans[rank::world] if header_of(file, key) is None]
 
-        todo_latents, todo_conds = mine(latent_files), mine(cond_files)
+        todo_latents, todo_conds = mine(latent_files, latents_key), mine(cond_files, conds_key)
         count = sum(len(items[span]) for _, span in todo_latents) + sum(len(captions[span]) for _, span in todo_conds)
         logger.info("%s: %d %s, %d captions, cache %s", self.path, len(items), self.what, len(captions), folder)
         show = progress and rank == 0 and count > 0
         with tqdm(total=count, desc="encode", disable=not show) as bar, ThreadPoolExecutor(threads()) as pool:
             for file, span in todo_latents:
                 latents, kept, lost = latents_of(family, items[span], views, self.vae_batch, shape, pool, bar.update)
-                save(file, {"latents": latents}, {"key": key, "kept": kept, "bad": lost})
+                save(file, {"latents": latents}, {"key": latents_key, "kept": kept, "bad": lost})
             for file, span in todo_conds:
-                save(file, conds_of(family, captions[span], bar.update), {"key": key})
+                save(file, conds_of(family, captions[span], bar.update), {"key": conds_key})
         barrier()
-        headers = {file: header_of(file, key) for file in (*latent_files, *cond_files)}
+        headers = {file: header_of(file, latents_key) for file in latent_files}
+        headers |= {file: header_of(file, conds_key) for file in cond_files}
         missing = [str(file) for file, header in headers.items() if header is None]
         if missing:
             raise DataError(f"{missing[0]} is not there or not whole; all processes must share cache_dir {self.cache}")
@@ -196,7 +198,7 @@ class Encoded(Data):
         if not entries:
             raise DataError(f"{self.path}: none of {len(items)} {self.what} is readable")
         if rank == 0:
-            index = {"key": key, "layout": found.layout, "ties": found.ties, "captions": captions}
+            index = {"key": latents_key, "layout": found.layout, "ties": found.ties, "captions": captions}
             rows = {self.what: [asdict(entry) for entry in entries], "bad": [asdict(row) for row in bad]}
             write(folder / "index.json", json.dumps(index | rows, ensure_ascii=False))
         return self.opened(latent_files, cond_files, entries, captions)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 
 from align import families
@@ -34,6 +33,7 @@ from align.settings import Train
 from align.shapes import locate
 from align.train import train
 from pruning import drawing, importance, reads
+from pruning.distill import Heal
 from pruning.graph import BlockGraph
 from pruning.loading import load, outline
 from pruning.plan import Budget, Plan, by_hand, key, to_budget
@@ -114,14 +114,14 @@ class Compress:
             wrong.append("measure: drop needs a reward")
         if self.calibration_prompts < 1:
             wrong.append(f"calibration_prompts must be at least 1, got {self.calibration_prompts}")
-        for name, path in (("heal", self.heal), ("tune", self.tune)):
-            if path is not None and not path.is_file():
-                wrong.append(f"{name}: no config {path}")
-        if (
-            self.tune is not None
-            and self.tune.is_file()
-            and yaml.safe_load(self.tune.read_text()).get("lora", "") is not None
-        ):
+        runs: dict[str, Train] = {}
+        for run in [name for name in self.healing() if name in self.stages]:
+            try:
+                runs[run], _ = self.run(run)
+                runs[run].check()
+            except UserError as error:
+                wrong.append(f"{run}: {error}")
+        if "tune" in runs and runs["tune"].lora is not None:
             wrong.append(f"tune: {self.tune} trains a LoRA, which cannot be merged into 4 bit; set lora: null")
         if self.weights is not None and not (self.weights / LORA_FILE).is_file():
             wrong.append(f"weights: no {LORA_FILE} in {self.weights}")
@@ -131,6 +131,30 @@ class Compress:
 
     def at(self, name: str) -> Path:
         return self.output_dir / name
+
+    def healing(self) -> dict[str, Path]:
+        """The runs that heal, with their configs."""
+        return {run: file for run, file in (("heal", self.heal), ("tune", self.tune)) if file is not None}
+
+    @property
+    def source(self) -> str:
+        """The original: the model's name, or the folder where the LoRA is merged into it."""
+        return self.pretrained_model_name_or_path if self.weights is None else str(self.at("merged"))
+
+    def run(self, name: str, student: str | None = None) -> tuple[Train, str]:
+        """The settings of a run that heals, with what this command knows filled in, and their YAML; until there is a
+        ``student`` the original stands in."""
+        filled = {
+            "pretrained_model_name_or_path": student or self.pretrained_model_name_or_path,
+            "objective.init_args.teacher.path": self.source,
+            "objective.init_args.plan_path": self.at("plan.json"),
+            "output_dir": self.at(name),
+            "resume_from_checkpoint": "latest",
+        }
+        if "analyse" in self.stages or self.at("profile.json").is_file():
+            filled["objective.init_args.profile"] = self.at("profile.json")
+        words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
+        return parse(Train, "align.train", None, ["--config", str(self.healing()[name]), *words], leaves=False)
 
 
 def compress(config: Compress) -> Path:
@@ -150,14 +174,14 @@ def compress(config: Compress) -> Path:
     if "remove" in stages and not config.at("pruned").exists():
         _remove(config, original)
     if "heal" in stages and config.heal is not None and not config.at("healed").exists():
-        _heal(config, original, config.heal, before="pruned", run="heal", after="healed")
+        _heal(config, before="pruned", run="heal", after="healed")
     if "quantise" in stages:
         last = config.at("healed" if config.at("healed").exists() else "pruned")
         for source, name in ((str(last), "int4"), (original, "int4-alone")):
             if not config.at(name).exists():
                 _quantise(config, source, name)
     if "tune" in stages and config.tune is not None and not config.at("int4-tuned").exists():
-        _heal(config, original, config.tune, before="int4", run="tune", after="int4-tuned")
+        _heal(config, before="int4", run="tune", after="int4-tuned")
     if "report" in stages:
         known = ("pruned", "healed", "int4-alone", "int4", "int4-tuned")
         folders = {"original": original} | {n: str(config.at(n)) for n in known if config.at(n).exists()}
@@ -187,21 +211,19 @@ def _beside(source: str) -> dict[str, str]:
 
 
 def _original(config: Compress) -> str:
-    """The model's name, or the folder where the LoRA was merged into it."""
+    """The original's name or folder, the LoRA merged into it."""
     source = config.pretrained_model_name_or_path
-    if config.weights is None:
-        return source
-    if not config.at("merged").exists():
+    if config.weights is not None and not config.at("merged").exists():
         pipe = _pipeline(source)
         merge_lora(pipe, config.weights)
         save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("merged"), _beside(source))
-    return str(config.at("merged"))
+    return config.source
 
 
 def _graded(config: Compress) -> bool:
     """Whether healing wants the profile, though blocks are given by hand."""
-    found = (yaml.safe_load(path.read_text())["objective"] for path in (config.heal, config.tune) if path is not None)
-    return any(objective.get("init_args", {}).get("sensitivity", "graded") != "none" for objective in found)
+    found = (config.run(run)[0].objective for run in config.healing())
+    return any(isinstance(objective, Heal) and objective.sensitivity != "none" for objective in found)
 
 
 def _analyse(config: Compress, family: Family, prompts: Sequence[str]) -> None:
@@ -252,20 +274,10 @@ def _remove(config: Compress, original: str) -> None:
     save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("pruned"), _beside(original) | {"README.md": card})
 
 
-def _heal(config: Compress, original: str, settings_file: Path, *, before: str, run: str, after: str) -> None:
-    """The pipeline ``after`` is ``before``, taught by the original in the run ``run`` of ``settings_file``."""
+def _heal(config: Compress, *, before: str, run: str, after: str) -> None:
+    """The pipeline ``after`` is ``before``, taught by the original in the run ``run``."""
     student, folder = config.at(before), config.at(run)
-    filled = {
-        "pretrained_model_name_or_path": student,
-        "objective.init_args.teacher.path": original,
-        "objective.init_args.plan_path": config.at("plan.json"),
-        "output_dir": folder,
-        "resume_from_checkpoint": "latest",
-    }
-    if config.at("profile.json").is_file():
-        filled["objective.init_args.profile"] = config.at("profile.json")
-    words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
-    settings, resolved = parse(Train, "align.train", None, ["--config", str(settings_file), *words])
+    settings, resolved = config.run(run, str(student))
     train(settings, resolved)
     lora, name = (folder / LORA_FILE).is_file(), families.find(str(student)).denoiser_name
     pipe = _pipeline(str(student), torch.float32 if lora else DTYPES[config.dtype])
@@ -274,8 +286,8 @@ def _heal(config: Compress, original: str, settings_file: Path, *, before: str, 
         pipe.to(DTYPES[config.dtype])
     else:
         pipe.register_modules(**{name: load(folder / name, DTYPES[config.dtype])})
-    card = _card(config, Plan.load(config.at("plan.json")), f"{before}, then healed by `{settings_file}`")
-    save_pipeline(pipe, config.at(after), _beside(original) | {"README.md": card})
+    card = _card(config, Plan.load(config.at("plan.json")), f"{before}, then healed by `{config.healing()[run]}`")
+    save_pipeline(pipe, config.at(after), _beside(config.source) | {"README.md": card})
     shutil.rmtree(folder / name, ignore_errors=True)  # the healed pipeline has the same weights
 
 

@@ -300,7 +300,11 @@ def test_a_lora_is_merged_first(config: dict[str, Any], tmp_path: Path) -> None:
         ({"budget": {"parameters": 0.2, "bytes": 10.0}}, "not parameters and bytes"),
         ({"budget": {"parameters": 0.99}}, "out of reach"),
         ({"measure": "drop"}, "needs a reward"),
-        ({"heal": "nowhere.yaml"}, "no config nowhere.yaml"),
+        ({"heal": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"heal": {"learning_rat": 1.0}}, "learning_rat"),
+        ({"heal": {"max_train_steps": 0}}, "max_train_steps must be at least 1"),
+        ({"heal": ["no mapping"]}, "heal: "),
+        ({"tune": {"lora": {"rank": 2}}}, "set lora: null"),
         ({"weights": "nowhere"}, "nowhere"),
         ({"quantise": {"skip": ["proj_out", "proj_in"]}}, "'proj_in' names no Linear of SD3Transformer2DModel"),
         ({"budget": None, "blocks": "0-2"}, "cannot prune"),
@@ -310,6 +314,12 @@ def test_a_lora_is_merged_first(config: dict[str, Any], tmp_path: Path) -> None:
 def test_bad_settings_in_words(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], said: str
 ) -> None:
+    for name in {"heal", "tune"} & change.keys():
+        if isinstance(change[name], dict | list):  # what its file says
+            heal = yaml.safe_load((tmp_path / "heal.yaml").read_text())
+            said_there = heal | change[name] if isinstance(change[name], dict) else change[name]
+            (tmp_path / "changed.yaml").write_text(yaml.safe_dump(said_there))
+            change = change | {name: str(tmp_path / "changed.yaml")}
     assert run(config | change, tmp_path) == 1
     told = errors(capsys.readouterr().err)
     assert len(told) == 1

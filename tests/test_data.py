@@ -34,8 +34,10 @@ COUNT = 10
 class Tiny:
     """A stand-in for a family: 4x4 average pooling as the VAE, character codes as the text encoder."""
 
-    def __init__(self, name: str = "tiny", dtype: torch.dtype = torch.float32, stop_after: int = 10**9) -> None:
-        self.name, self.dtype, self.stop_after = name, dtype, stop_after
+    def __init__(
+        self, name: str = "tiny", dtype: torch.dtype = torch.float32, stop_after: int = 10**9, texts: str = "codes"
+    ) -> None:
+        self.name, self.dtype, self.stop_after, self.reader = name, dtype, stop_after, texts
         self.pictures = self.texts = 0
 
     resolution = 16
@@ -59,8 +61,8 @@ class Tiny:
         codes = [[float(ord(letter)) for letter in prompt.ljust(8)[:8]] for prompt in prompts]
         return Cond({"embeds": torch.tensor(codes).reshape(-1, 4, 2), "pooled": torch.tensor(codes).sum(1, True)})
 
-    def identity(self) -> Mapping[str, object]:
-        return {"source": self.name}
+    def identity(self) -> Mapping[str, Mapping[str, object]]:
+        return {"pictures": {"source": self.name}, "captions": {"source": self.reader}}
 
 
 def png(array: np.ndarray[Any, Any], format: str = "PNG", **options: Any) -> bytes:
@@ -359,7 +361,7 @@ def test_damaged_and_foreign_files_are_made_again(places: dict[str, Path], tmp_p
     (folder / "latents-00000.safetensors").write_bytes((small / "latents-00000.safetensors").read_bytes())
     cut_off = folder / "latents-00001.safetensors"
     cut_off.write_bytes(cut_off.read_bytes()[:-8])
-    (folder / "conds-00001.safetensors").unlink()
+    next(tmp_path.glob("captions/*/conds-00001.safetensors")).unlink()
     (folder / "latents-00002.safetensors.1.tmp").write_bytes(b"left by a killed run")
     family = Tiny()
     assert same(before, whole(pairs.prepare(family, progress=False)))
@@ -370,21 +372,22 @@ def test_what_an_encoding_depends_on_makes_another_cache(drawn: list[Drawn], tmp
     file = tmp_path / "train.parquet"
     pick_a_pic(drawn, file, seed=0)
 
-    def work(family: Tiny, seed: int = 0, **options: Any) -> int:
+    def work(family: Tiny, seed: int = 0, **options: Any) -> tuple[int, int]:
         PreferencePairs(str(file), cache_dir=str(tmp_path / "c"), **options).prepare(family, seed, progress=False)
-        return family.pictures
+        return family.pictures, family.texts
 
-    crop = {"center_crop": False}
-    assert work(Tiny())
-    assert not work(Tiny())
-    assert work(Tiny("other"))
-    assert work(Tiny(), resolution=8)
-    assert work(Tiny(dtype=torch.bfloat16))
-    assert work(Tiny(), **crop)
-    assert work(Tiny(), seed=1, **crop)
-    assert not work(Tiny(), seed=1, **crop)
+    crop, pictures, captions = {"center_crop": False}, 2 * COUNT, 8
+    assert work(Tiny()) == (pictures, captions)
+    assert work(Tiny()) == (0, 0)
+    assert work(Tiny("another VAE")) == (pictures, 0)
+    assert work(Tiny(texts="another text encoder")) == (0, captions)
+    assert work(Tiny(), resolution=8) == (pictures, 0)
+    assert work(Tiny(dtype=torch.bfloat16)) == (pictures, captions)
+    assert work(Tiny(), **crop) == (pictures, 0)
+    assert work(Tiny(), seed=1, **crop) == (pictures, 0)
+    assert work(Tiny(), seed=1, **crop) == (0, 0)
     pick_a_pic(drawn[::-1], file, seed=0)
-    assert work(Tiny())
+    assert work(Tiny()) == (pictures, captions)
 
 
 def test_half_precision_models_have_half_precision_caches(places: dict[str, Path], tmp_path: Path) -> None:

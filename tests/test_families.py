@@ -114,6 +114,19 @@ def test_pictures_carry_gradients(tiny: Build) -> None:
     assert x0.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(
+    ("changed", "moves"),
+    [("vae", {"pictures"}), ("text_encoder", {"captions"}), ("transformer", set())],
+)
+def test_what_cached_encodings_depend_on(tiny: Build, changed: str, moves: set[str]) -> None:
+    family = tiny("flow")
+    before = family.identity()
+    with torch.no_grad():
+        next(iter(family.pipe.components[changed].parameters())).add_(0.01)
+    after = family.identity()
+    assert {what for what in before if before[what] != after[what]} == moves
+
+
 def test_unsupported_pipelines_are_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     with pytest.raises(Unsupported, match="KandinskyPipeline; supported pipelines: StableDiffusionPipeline"):

@@ -220,22 +220,25 @@ class Family(ABC):
         latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         return (vae.decode(latents.to(vae.device, vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def identity(self) -> Mapping[str, object]:
-        """What a cached encoding depends on: everything but the denoiser. Where the pipeline lies does not matter."""
+    def identity(self) -> Mapping[str, Mapping[str, object]]:
+        """What cached latents of ``pictures`` and embeddings of ``captions`` depend on: the VAE, and all but it and the
+        denoiser. Where the pipeline lies does not matter."""
         parts = {name: part for name, part in self.pipe.components.items() if name != self.denoiser_name}
+        weights = {
+            name: [type(part).__name__, sum(p.numel() for p in part.parameters()), f"{_checksum(part):.6e}"]
+            for name, part in parts.items()
+            if isinstance(part, nn.Module)
+        }
+        tokenizers = {
+            name: [part.model_max_length, _digest(sorted(part.get_vocab().items()))]
+            for name, part in parts.items()
+            if isinstance(part, PreTrainedTokenizerBase)
+        }
+        scaling = [self.pipe.vae.config.scaling_factor, self.pipe.vae.config.shift_factor]
+        family, vae = {"family": type(self).__name__}, weights.pop("vae")
         return {
-            "family": type(self).__name__,
-            "weights": {
-                name: [type(part).__name__, sum(p.numel() for p in part.parameters()), f"{_checksum(part):.6e}"]
-                for name, part in parts.items()
-                if isinstance(part, nn.Module)
-            },
-            "scaling": [self.pipe.vae.config.scaling_factor, self.pipe.vae.config.shift_factor],
-            "tokenizers": {
-                name: [part.model_max_length, _digest(sorted(part.get_vocab().items()))]
-                for name, part in parts.items()
-                if isinstance(part, PreTrainedTokenizerBase)
-            },
+            "pictures": family | {"vae": vae, "scaling": scaling},
+            "captions": family | {"weights": weights, "tokenizers": tokenizers},
         }
 
 

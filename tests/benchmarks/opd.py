@@ -9,7 +9,9 @@ that; and joint training on all captions with as many network evaluations as the
 All without guidance, where there is something to learn (configs/ddpo_unguided_shapes.yaml). Graded and strict score on
 the held-out captions of each task, sixteen pictures each, ten steps.
 Also how the gradient of the closed form varies against that of PPO on the same rollouts. ``--quick`` runs one seed
-briefly, scores one picture each, and records nothing. Finished runs are kept in ``outputs/`` and not run again.
+briefly, scores one picture each, and records nothing. Finished runs are kept in ``outputs/`` and not run again;
+of others it keeps what ``results/opd.json`` holds, as long as configs and experts are still the same, so that ``--seeds
+--joint 1`` runs joint training with one seed and nothing else.
 """
 
 from __future__ import annotations
@@ -37,16 +39,31 @@ from align.rollouts import Sampler, transition
 from align.shapes.world import caption, held_out_prompts
 from align.teachers import LoRATeacher, average
 from rewards.shapes import Shapes, parse
-from tests.benchmarks import RESULTS, command, curves, looks, mean_curve, metrics, record, runs_folder
+from tests.benchmarks import (
+    RESULTS,
+    command,
+    curves,
+    day,
+    earlier,
+    looks,
+    mean_curve,
+    metrics,
+    record,
+    runs_folder,
+    settings_of,
+    span,
+)
 
 TASKS = ("counting", "position", "attribution")
 BASE, STEPS, GUIDANCE = "shapes-sd3", 10, 1.0
-FROM_BASE = ("--objective.init_args.cold_start", "false", "--lora.rank", "32")
+TEACH, LEARN = "configs/opd_teacher_shapes_sd3.yaml", "configs/opd_shapes_sd3.yaml"
+FROM_BASE = ("--objective.init_args.cold_start", "false", "--lora.rank", "32", "--max_train_steps", "60")
 STUDENTS: dict[str, tuple[str, ...]] = {
     "cold": (),  # the config as it stands
     "ode": FROM_BASE,
     "sde": (*FROM_BASE, "--objective.init_args.form", "sde"),
 }
+KINDS = (*STUDENTS, "joint")
 NAMES = {"cold": "from the experts' average", "ode": "from the base model", "sde": "from the base model, form: sde"}
 
 
@@ -96,7 +113,12 @@ def spent(folder: Path) -> int:
 
 def figures_of(folder: Path, each: int) -> dict[str, Any]:
     """What a finished run is judged by; ``each`` pictures a caption."""
-    return {"scores": scores(folder, each), "evaluations": spent(folder), "curve": looks(metrics(folder))}
+    return {
+        "date": day(folder / "README.md"),
+        "scores": scores(folder, each),
+        "evaluations": spent(folder),
+        "curve": looks(metrics(folder)),
+    }
 
 
 def rollouts_of(folder: Path) -> int:
@@ -176,70 +198,93 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
     }
 
 
-def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]:
-    root = runs_folder(quick) / "opd"
-    files = prompt_files(root)
-    held = root / "held-out.txt"
-    write(held, "\n".join(p for p in held_out_prompts() if parse(p).task in TASKS) + "\n")
-    teach = "configs/opd_teacher_shapes_sd3.yaml"
+def experts(root: Path, quick: bool, files: dict[str, str]) -> list[LoRATeacher]:
+    """Trained, each on its own task."""
     short = ["--max_rollouts", "3"] if quick else []
-    each = 1 if quick else 16
-    teachers = [
-        LoRATeacher(task, None, trained(root / f"teacher-{task}", teach, "--data.init_args.path", files[task], *short))
+    return [
+        LoRATeacher(task, None, trained(root / f"teacher-{task}", TEACH, "--data.init_args.path", files[task], *short))
         for task in TASKS
     ]
-    listed = json.dumps(
-        [{"class_path": "LoRATeacher", "init_args": {"task": t.task, "path": str(t.path)}} for t in teachers]
-    )
-    rewards = [{"name": "Shapes"}, {"name": "Shapes", "args": {"mode": "strict"}, "weight": 0, "label": "strict"}]
-    watch = ["--validation_data", json.dumps({"class_path": "Prompts", "init_args": {"path": str(held)}})]
-    watch += ["--rewards", json.dumps(rewards)]
-    tasks = ["--data.init_args.tasks", json.dumps(files)]
-    figures: dict[str, Any] = {
-        "guidance": GUIDANCE,
-        "steps": STEPS,
-        "pictures": each,
-        "base": scores(None, each),
-        "teachers": {},
-        "seeds": [],
+
+
+def before_students(root: Path, teachers: list[LoRATeacher], files: dict[str, str], each: int) -> dict[str, Any]:
+    """What the base, each expert, and the experts' average are worth, and how gradients vary."""
+    found: dict[str, Any] = {"guidance": GUIDANCE, "steps": STEPS, "pictures": each, "base": scores(None, each)}
+    found["teachers"] = {
+        teacher.task: {"rollouts": rollouts_of(teacher.path), **figures_of(teacher.path, each)} for teacher in teachers
     }
-    for teacher in teachers:
-        figures["teachers"][teacher.task] = {"scores": scores(teacher.path, each), "evaluations": spent(teacher.path)}
-    taught = sum(entry["evaluations"] for entry in figures["teachers"].values())
-    figures["averaged"] = scores(averaged(root / "averaged", teachers, 48), each)
-    for seed in seeds:
-        entry: dict[str, Any] = {"seed": seed}
-        for kind, changes in STUDENTS.items():
-            options = ["--objective.init_args.teachers", listed, "--seed", str(seed), *changes]
-            if quick:
-                options += ["--max_train_steps", "8", "--validation_steps", "8"]
-            folder = trained(root / f"{kind}-{seed}", "configs/opd_shapes_sd3.yaml", *options, *tasks, *watch)
-            entry[kind] = figures_of(folder, each)
-        total = taught + entry["cold"]["evaluations"]
-        # of 36 prompts, twelve a task, where an expert had 32
-        per_rollout = taught / sum(rollouts_of(root / f"teacher-{task}") for task in TASKS) * 36 / 32
-        steps = 2 * max(1, round(total / per_rollout))
-        joint = [
-            "--data",
-            json.dumps({"class_path": "TaskPrompts", "init_args": {"tasks": files}}),
-            "--seed",
-            str(seed),
+    found["averaged"] = scores(averaged(root / "averaged", teachers, 48), each)
+    found["gradient"] = variance(teachers, files)
+    return found
+
+
+def learnt(root: Path, kind: str, seed: int, quick: bool, files: dict[str, str], joint_steps: int = 0) -> Path:
+    """The run of one student, or of joint training for so many updates."""
+    held = root / "held-out.txt"
+    write(held, "\n".join(p for p in held_out_prompts() if parse(p).task in TASKS) + "\n")
+    rewards = [{"name": "Shapes"}, {"name": "Shapes", "args": {"mode": "strict"}, "weight": 0, "label": "strict"}]
+    options = ["--validation_data", json.dumps({"class_path": "Prompts", "init_args": {"path": str(held)}})]
+    options += ["--rewards", json.dumps(rewards), "--seed", str(seed)]
+    if kind in STUDENTS:
+        listed = [
+            {"class_path": "LoRATeacher", "init_args": {"task": t, "path": str(root / f"teacher-{t}")}} for t in TASKS
         ]
-        joint += ["--max_train_steps", str(steps), "--rollout_batch_size", "36", "--train_batch_size", "72"]
-        joint += ["--validation_steps", "16", *watch]
-        if seed in joint_seeds and not quick:
-            folder = trained(root / f"joint-{seed}", teach, *joint)
-            entry["joint"] = figures_of(folder, each)
-        figures["seeds"].append(entry)
-    figures["gradient"] = variance(teachers, files)
+        options += ["--objective.init_args.teachers", json.dumps(listed), "--data.init_args.tasks", json.dumps(files)]
+        options += [*STUDENTS[kind], *(["--max_train_steps", "8", "--validation_steps", "8"] if quick else [])]
+        return trained(root / f"{kind}-{seed}", LEARN, *options)
+    data = {"class_path": "TaskPrompts", "init_args": {"tasks": files}}
+    options += ["--data", json.dumps(data), "--max_train_steps", str(joint_steps), "--validation_steps", "16"]
+    options += ["--rollout_batch_size", "36", "--train_batch_size", "72"]
+    return trained(root / f"joint-{seed}", TEACH, *options)
+
+
+def taught(shared: dict[str, Any]) -> int:
+    """Evaluations that the experts took."""
+    return sum(expert["evaluations"] for expert in shared["teachers"].values())
+
+
+def equally_long(shared: dict[str, Any], student: int) -> int:
+    """Updates, two a rollout, that take joint training as many evaluations as all experts and the ``student``."""
+    rollouts = sum(expert["rollouts"] for expert in shared["teachers"].values())
+    each = taught(shared) / rollouts * 36 / 32  # of 36 prompts, twelve a task, where an expert had 32
+    return 2 * max(1, round((taught(shared) + student) / each))
+
+
+def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]:
+    root, each = runs_folder(quick) / "opd", 1 if quick else 16
+    files = prompt_files(root)
+    digest = settings_of([TEACH, LEARN], students=STUDENTS, pictures=each)
+    known = {} if quick else earlier("opd", digest)
+    if known and not seeds:
+        shared = {n: known[n] for n in ("guidance", "steps", "pictures", "base", "teachers", "averaged", "gradient")}
+    else:
+        shared = before_students(root, experts(root, quick, files), files, each)
+    same = [entry for entry in known.get("seeds", []) if scores_of(known) == scores_of(shared)]
+    found: dict[int, dict[str, Any]] = {entry["seed"]: entry for entry in same}
+    if unknown := set(joint_seeds) - found.keys() - set(seeds):
+        raise SystemExit(f"joint training costs what experts and student did: give --seeds {min(unknown)} as well")
+    for seed in seeds:
+        students = {kind: figures_of(learnt(root, kind, seed, quick, files), each) for kind in STUDENTS}
+        found[seed] = found.get(seed, {"seed": seed}) | students
+    for seed in joint_seeds:
+        steps = equally_long(shared, found[seed]["cold"]["evaluations"])
+        found[seed]["joint"] = figures_of(learnt(root, "joint", seed, quick, files, steps), each)
+    figures = {**shared, "settings": digest, "seeds": [found[seed] for seed in sorted(found)]}
+    runs = [entry[kind] for entry in (*found.values(), shared["teachers"]) for kind in entry if kind != "seed"]
+    figures["date"] = span(run["date"] for run in runs)
     if not quick:
-        draw_curves(figures["seeds"], taught)
+        draw_curves(figures["seeds"], taught(shared))
     return figures
 
 
-def draw_curves(seeds: list[dict[str, Any]], taught: int) -> None:
+def scores_of(figures: dict[str, Any]) -> dict[str, Any]:
+    """What the experts can do: where that differs they are others, and so are their students."""
+    return {task: expert["scores"] for task, expert in figures["teachers"].items()}
+
+
+def draw_curves(seeds: list[dict[str, Any]], spent_before: int) -> None:
     """How the students learn, and, where it was run, joint training beside experts and student, who begins when
-    ``taught`` evaluations are spent; means over seeds."""
+    ``spent_before`` evaluations are spent; means over seeds."""
     title, along = f"One student of three experts, mean of {len(seeds)} seed(s)", "strict, held-out captions"
     series = {NAMES[kind]: mean_curve([seed[kind]["curve"] for seed in seeds], "pictures") for kind in STUDENTS}
     curves(RESULTS / "opd.png", series, title, "pictures", along)
@@ -248,7 +293,7 @@ def draw_curves(seeds: list[dict[str, Any]], taught: int) -> None:
         student = mean_curve([seed["cold"]["curve"] for seed in joint], "evaluations")
         beside = {
             "joint training": mean_curve([seed["joint"]["curve"] for seed in joint], "evaluations"),
-            "experts, then a student": [(taught + x, y) for x, y in student],
+            "experts, then a student": [(spent_before + x, y) for x, y in student],
         }
         title = f"One student of three experts, mean of {len(joint)} seed(s)"
         curves(RESULTS / "opd_joint.png", beside, title, "network evaluations", along)
@@ -256,13 +301,13 @@ def draw_curves(seeds: list[dict[str, Any]], taught: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
         "--joint", type=int, nargs="*", default=[0, 1, 2], help="seeds that get joint training too, the dearest"
     )
     args = parser.parse_args()
-    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds, args.joint)
+    figures = run(args.quick, args.seeds[:1] if args.quick else args.seeds, [] if args.quick else args.joint)
     record("opd", figures, args.quick)
     print(json.dumps(figures))
 
