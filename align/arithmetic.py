@@ -74,6 +74,7 @@ class Arithmetic:
         copies = 1 if policy.lora or policy.trained or not config.objective.needs_reference else 2
         state = trained * 4 * (2 + 1 + bool(config.ema_decay))  # two AdamW moments, the gradient, the average
         rows = plan.rows * samples * config.inner_epochs if plan.rows is not None else None
+        frozen = plan.frozen if config.draws else plan.frozen - plan.drawing
         lines = {
             "model": f"{config.pretrained_model_name_or_path} ({type(self.family).__name__}, {self.family.kind})",
             "objective": type(config.objective).__name__,
@@ -82,7 +83,7 @@ class Arithmetic:
             f"x {world} processes = {update}",
             "updates per rollout": f"{rows / update:g}" if rows is not None else "as many as the selected rows make",
             "evaluations per rollout": f"{plan.trained * samples * config.inner_epochs} trained + "
-            f"{plan.frozen * samples} frozen",
+            f"{frozen * samples} frozen",
             "trainable parameters": f"{trained:,} of {total:,} ({kind})",
             "estimated memory": f"{(weights * copies + state) / 2**20:,.0f} MiB for denoiser, gradients and optimiser, "
             "activations not counted",

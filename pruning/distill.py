@@ -142,8 +142,8 @@ class Heal(Objective):
         return 1.0
 
     def plan(self, family: Family, resolution: int | None) -> Plan:
-        each = self.sampler.evaluations(family)
-        return Plan(self.count, self.count + self.sampler.steps * each, self.count)
+        drawing = self.sampler.steps * self.sampler.evaluations(family)
+        return Plan(self.count, self.count + drawing, self.count, drawing=drawing)
 
     def rollout(self, ctx: Context, batch: PromptBatch | ImageBatch) -> Table:
         family, generators = ctx.policy.family, ctx.generators("heal")

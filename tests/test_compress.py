@@ -336,11 +336,20 @@ def test_another_plan_in_the_same_folder_is_refused(
     assert "another plan" in capsys.readouterr().err
 
 
-def test_a_healed_run_is_a_run_of_the_loop(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_healed_run_is_a_run_of_the_loop(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(config, tmp_path, "--stages", "[analyse,plan,remove,heal]") == 0
     found = [line for line in lines(tmp_path / "out/heal") if "loss" in line]
     assert [line["step"] for line in found] == [1, 2]
     assert {"output", "feature"} <= found[0].keys()
+    assert "4 trained + 8 frozen" in capsys.readouterr().out  # two prompts drawn in two steps, and the teacher's
+    heal = yaml.safe_load((tmp_path / "heal.yaml").read_text())
+    heal["data"] = {"class_path": "align.shapes.scenes.Scenes", "init_args": {"limit": 2, "cache_dir": str(tmp_path)}}
+    (tmp_path / "scenes.yaml").write_text(yaml.safe_dump(heal))
+    changed = config | {"heal": str(tmp_path / "scenes.yaml"), "output_dir": str(tmp_path / "scenes")}
+    assert run(changed, tmp_path, "--stages", "[analyse,plan,remove,heal]") == 0
+    assert "4 trained + 4 frozen" in capsys.readouterr().out
 
 
 def test_a_teacher_in_4_bit(config: dict[str, Any], tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ class Plan:
     frozen: int  # network evaluations without one, per sample
     rows: int | None = 1  # rows of the table, per sample
     notes: Mapping[str, str] = field(default_factory=dict)
+    drawing: int = 0  # how many of ``frozen`` fall away where the data has pictures already
 
 
 class Objective(ABC):

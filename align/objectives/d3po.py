@@ -93,7 +93,7 @@ class D3PO(Objective):
             f"a sample is a pair: at most {2 * trained * each} trained evaluations each, none frozen but the "
             "reference's, once for each picture"
         )
-        return Plan(trained * each, (steps + trained) * each, None, notes)
+        return Plan(trained * each, (steps + trained) * each, None, notes, drawing=steps * each)
 
     def rollout(self, ctx: Context, batch: PromptBatch | TrajectoryBatch) -> Table:
         if isinstance(batch, TrajectoryBatch):

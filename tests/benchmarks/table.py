@@ -198,14 +198,15 @@ def _pruning() -> str:
         f"the held-out prompts, mean (range) over seeds; the original has {summary['strict_original']:.3f} in "
         f"{summary['bytes_bf16']:,} bytes of bf16, INT4 alone {whole['int4-alone'][0]:.3f}.",
         "",
-        "| variant | parameters | bytes after INT4 | time of the denoiser | pruned | healed | INT4 | biases tuned |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | seeds | parameters | bytes after INT4 | denoiser's time | pruned | healed | INT4 | biases tuned |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, variant in found["variants"].items():
         small = variant["seeds"][0]["pipelines"]["int4"]
         fall = f"{1 - small['denoiser_bytes'] / summary['bytes_bf16']:.1%}"
         cells = [
             name + (" (chose the same)" if variant["same_as_whole"] else ""),
+            " ".join(str(run["seed"]) for run in variant["seeds"]),
             f"{small['parameters'] / summary['parameters'] - 1:+.1%}",
             f"{small['denoiser_bytes']:,} (−{fall})",
             f"× {summary['latency'][name]:.2f}" if name in summary["latency"] else "",
@@ -215,7 +216,11 @@ def _pruning() -> str:
             ),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "![Original and compressed, the same noise](tests/benchmarks/results/pruning.png)"]
+    lines += [
+        "",
+        "![The plan: what goes, what is frozen](tests/benchmarks/results/pruning_plan.png)",
+        "![Original and compressed, the same noise](tests/benchmarks/results/pruning.png)",
+    ]
     return "\n".join(lines)
 
 
