@@ -7,7 +7,8 @@ its own task; one student learns from all by configs/opd_shapes_sd3.yaml, which 
 it: students that begin at the base model, with ``form: ode`` and ``form: sde``; the experts' LoRAs averaged and left at
 that; and joint training on all captions with as many network evaluations as the experts and the student took together.
 All without guidance, where there is something to learn (configs/ddpo_unguided_shapes.yaml). Graded and strict score on
-the held-out captions of each task, sixteen pictures each, ten steps.
+the held-out captions of each task in ten steps, 32 pictures each, or 16 of students from the base model, whose curves
+are what is compared. (Of 40 captions, 16 pictures each, chance alone moves an expert's strict score by a fifteenth.)
 Also how the gradient of the closed form varies against that of PPO on the same rollouts. ``--quick`` runs one seed
 briefly, scores one picture each, and records nothing. Finished runs are kept in ``outputs/`` and not run again;
 of others it keeps what ``results/opd.json`` holds, as long as configs and experts are still the same, so that ``--seeds
@@ -57,7 +58,8 @@ from tests.benchmarks import (
 TASKS = ("counting", "position", "attribution")
 BASE, STEPS, GUIDANCE = "shapes-sd3", 10, 1.0
 TEACH, LEARN = "configs/opd_teacher_shapes_sd3.yaml", "configs/opd_shapes_sd3.yaml"
-FROM_BASE = ("--objective.init_args.cold_start", "false", "--lora.rank", "32", "--max_train_steps", "60")
+FROM_BASE = ("--objective.init_args.cold_start", "false", "--lora.rank", "32")
+PICTURES, FROM_BASE_PICTURES = 32, 16
 STUDENTS: dict[str, tuple[str, ...]] = {
     "cold": (),  # the config as it stands
     "ode": FROM_BASE,
@@ -79,13 +81,14 @@ def prompt_files(folder: Path) -> dict[str, str]:
     return found
 
 
-def scores(folder: Path | None, pictures: int) -> dict[str, dict[str, float]]:
-    """Mean graded and strict score of each task, ``pictures`` a caption; kept in ``folder``."""
-    kept = folder / f"tasks-{pictures}.json" if folder else None
-    if kept and kept.exists():
+def scores(folder: Path, pictures: int) -> dict[str, dict[str, float]]:
+    """Mean graded and strict score of each task, ``pictures`` a caption, by the LoRA in ``folder`` or, where that is
+    named ``base``, by the base model; kept there."""
+    kept = folder / f"tasks-{pictures}.json"
+    if kept.exists():
         return json.loads(kept.read_text())
     family = families.load(BASE)
-    if folder:
+    if folder.name != "base":
         family = families.tuned(family, str(folder))
     prompts = [p for p in held_out_prompts() if parse(p).task in TASKS for _ in range(pictures)]
     images = gallery.sample_images(
@@ -96,8 +99,7 @@ def scores(folder: Path | None, pictures: int) -> dict[str, dict[str, float]]:
     for mode in ("graded", "strict"):
         values = Shapes(mode=mode).score(images=images, prompts=prompts).double()
         found[mode] = {t: values[torch.tensor([task == t for task in tasks])].mean().item() for t in TASKS}
-    if kept:
-        write(kept, json.dumps(found))
+    write(kept, json.dumps(found))
     return found
 
 
@@ -209,7 +211,12 @@ def experts(root: Path, quick: bool, files: dict[str, str]) -> list[LoRATeacher]
 
 def before_students(root: Path, teachers: list[LoRATeacher], files: dict[str, str], each: int) -> dict[str, Any]:
     """What the base, each expert, and the experts' average are worth, and how gradients vary."""
-    found: dict[str, Any] = {"guidance": GUIDANCE, "steps": STEPS, "pictures": each, "base": scores(None, each)}
+    found: dict[str, Any] = {
+        "guidance": GUIDANCE,
+        "steps": STEPS,
+        "pictures": each,
+        "base": scores(root / "base", each),
+    }
     found["teachers"] = {
         teacher.task: {"rollouts": rollouts_of(teacher.path), **figures_of(teacher.path, each)} for teacher in teachers
     }
@@ -251,9 +258,9 @@ def equally_long(shared: dict[str, Any], student: int) -> int:
 
 
 def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]:
-    root, each = runs_folder(quick) / "opd", 1 if quick else 16
+    root, each, fewer = runs_folder(quick) / "opd", *((1, 1) if quick else (PICTURES, FROM_BASE_PICTURES))
     files = prompt_files(root)
-    digest = settings_of([TEACH, LEARN], students=STUDENTS, pictures=each)
+    digest = settings_of([TEACH, LEARN], students=STUDENTS, pictures=(each, fewer))
     known = {} if quick else earlier("opd", digest)
     if known and not seeds:
         shared = {n: known[n] for n in ("guidance", "steps", "pictures", "base", "teachers", "averaged", "gradient")}
@@ -264,8 +271,10 @@ def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]
     if unknown := set(joint_seeds) - found.keys() - set(seeds):
         raise SystemExit(f"joint training costs what experts and student did: give --seeds {min(unknown)} as well")
     for seed in seeds:
-        students = {kind: figures_of(learnt(root, kind, seed, quick, files), each) for kind in STUDENTS}
-        found[seed] = found.get(seed, {"seed": seed}) | students
+        entry = found.setdefault(seed, {"seed": seed})
+        for kind in STUDENTS:
+            pictures = fewer if STUDENTS[kind] else each
+            entry[kind] = {"pictures": pictures, **figures_of(learnt(root, kind, seed, quick, files), pictures)}
     for seed in joint_seeds:
         steps = equally_long(shared, found[seed]["cold"]["evaluations"])
         found[seed]["joint"] = figures_of(learnt(root, "joint", seed, quick, files, steps), each)

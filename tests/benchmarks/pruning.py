@@ -7,7 +7,7 @@ preservation, and changed in one thing: without position weighting (another plan
 or sensitivity guidance; healed for longer, or longer and without preservation and then with its biases tuned, which is
 the config but for the number of updates; or with whole blocks only, as stock diffusers loads them. Strict ShapesEval on
 the held-out prompts, eight pictures each (with two, chance alone moves it by 0.02), for the original, INT4 alone,
-pruned and not healed, and every variant after INT4. ``--quick`` heals 40 steps with one seed and records nothing.
+pruned and not healed, and every variant after INT4. ``--quick`` heals two variants for 40 steps and records nothing.
 Finished variants are kept in ``outputs/`` and not run again. ``--only VARIANT ...`` runs those alone; of the others it
 puts down what was run before, here or for ``results/pruning.json``, as long as configs and plan are still the same.
 """
@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whole blocks only, healed four times as long": BLOCKS | {"max_train_steps": 1500, "ema_decay": 0.995},
     "whole blocks only, healed fifteen times as long": BLOCKS | {"max_train_steps": 6000, "ema_decay": 0.998},
 }
+QUICK = ("whole method", "whole blocks only")
 STRICT = "Shapes (strict)"
 PICTURES = 8
 
@@ -121,7 +122,7 @@ def run(quick: bool, seeds: list[int], only: list[str]) -> dict[str, Any]:
     for seed in seeds:
         for name, change in VARIANTS.items():
             longer = "max_train_steps" in change
-            if longer and (quick or ("config" in change and seed != seeds[0])):
+            if (quick and name not in QUICK) or (longer and "config" in change and seed != seeds[0]):
                 continue
             config, plans[name] = planned(root, name, seed, quick)
             if "position_weighting" in change and plans[name] == plans["whole method"]:
@@ -134,7 +135,7 @@ def run(quick: bool, seeds: list[int], only: list[str]) -> dict[str, Any]:
                 rows[name] += [row for row in known if row["seed"] == seed and row["dropped"] == plans[name]]
     figures: dict[str, Any] = {"config": CONFIG, "settings": digest, "variants": {}}
     for name, found in rows.items():
-        as_whole = "position_weighting" in VARIANTS[name] and plans[name] == plans["whole method"]
+        as_whole = "position_weighting" in VARIANTS[name] and plans.get(name) == plans["whole method"]
         if found or as_whole:
             seeds_of = rows["whole method"] if as_whole else found
             figures["variants"][name] = {"dropped": plans[name], "same_as_whole": as_whole, "seeds": seeds_of}

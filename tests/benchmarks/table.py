@@ -133,8 +133,9 @@ def _opd() -> str:
     tasks = list(found["teachers"])
     lines = [
         f"**On-policy distillation, `configs/opd_shapes_sd3.yaml`** ({found['date']}, {found['hardware']}): strict "
-        f"(graded) score on held-out captions of each task, {found['pictures']} pictures each, guidance "
-        f"{found['guidance']:g}, {found['steps']} steps.",
+        f"(graded) score on held-out captions of each task, {found['pictures']} pictures each "
+        f"({found['seeds'][0]['ode']['pictures']} of students from the base model), guidance {found['guidance']:g}, "
+        f"{found['steps']} steps.",
         "",
         "| | " + " | ".join(tasks) + " | evaluations |",
         "|---" * (len(tasks) + 2) + "|",
