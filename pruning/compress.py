@@ -114,20 +114,26 @@ class Compress:
             wrong.append("measure: drop needs a reward")
         if self.calibration_prompts < 1:
             wrong.append(f"calibration_prompts must be at least 1, got {self.calibration_prompts}")
-        runs: dict[str, Train] = {}
-        for run in [name for name in self.healing() if name in self.stages]:
-            try:
-                runs[run], _ = self.run(run)
-                runs[run].check()
-            except UserError as error:
-                wrong.append(f"{run}: {error}")
-        if "tune" in runs and runs["tune"].lora is not None:
-            wrong.append(f"tune: {self.tune} trains a LoRA, which cannot be merged into 4 bit; set lora: null")
+        for name, file in self.healing().items():
+            if not file.is_file():
+                wrong.append(f"{name}: no config {file}")
+            elif {name, "analyse"} & set(self.stages):
+                wrong += self._check_run(name)
         if self.weights is not None and not (self.weights / LORA_FILE).is_file():
             wrong.append(f"weights: no {LORA_FILE} in {self.weights}")
         if wrong:
             raise UserError("; ".join(wrong))
         families.find(self.pretrained_model_name_or_path)
+
+    def _check_run(self, name: str) -> list[str]:
+        try:
+            settings, _ = self.run(name)
+            settings.check()
+        except UserError as error:
+            return [f"{name}: {error}"]
+        if name == "tune" and settings.lora is not None:
+            return [f"tune: {self.tune} trains a LoRA, which cannot be merged into 4 bit; set lora: null"]
+        return []
 
     def at(self, name: str) -> Path:
         return self.output_dir / name
@@ -157,15 +163,17 @@ class Compress:
         return parse(Train, "align.train", None, ["--config", str(self.healing()[name]), *words], leaves=False)
 
 
-def compress(config: Compress) -> Path:
-    """Run the stages that are asked for and not done yet; returns ``output_dir``. Raises
-    :class:`align.errors.UserError`."""
+def compress(config: Compress, resolved: str = "") -> Path:
+    """Run the stages that are asked for and not done yet; returns ``output_dir``, where ``resolved``, the settings as
+    YAML, is kept. Raises :class:`align.errors.UserError`."""
     config.check()
     prompts = read_prompts(config.prompts)[: config.calibration_prompts]
     stages = [stage for stage in STAGES if stage in config.stages]
     if "quantise" in stages:
         _check_skip(config)
     claim(config.output_dir)
+    if resolved:
+        write(config.at("config.yaml"), resolved)
     original = _original(config)
     if "analyse" in stages and (config.blocks is None or _graded(config)):
         _analyse(config, _family(config, original), prompts)
@@ -341,13 +349,7 @@ def _card(config: Compress, plan: Plan | None, what: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, resolved = parse(Compress, "pruning.compress", __doc__, argv)
-
-    def run() -> None:
-        config.check()
-        write(config.at("config.yaml"), resolved)
-        compress(config)
-
-    return command(run)
+    return command(lambda: compress(config, resolved))
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ def test_a_lora_is_merged_first(config: dict[str, Any], tmp_path: Path) -> None:
         ({"budget": {"parameters": 0.2, "bytes": 10.0}}, "not parameters and bytes"),
         ({"budget": {"parameters": 0.99}}, "out of reach"),
         ({"measure": "drop"}, "needs a reward"),
-        ({"heal": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"heal": "nowhere.yaml"}, "no config nowhere.yaml"),
         ({"heal": {"learning_rat": 1.0}}, "learning_rat"),
         ({"heal": {"max_train_steps": 0}}, "max_train_steps must be at least 1"),
         ({"heal": ["no mapping"]}, "heal: "),
@@ -325,6 +325,8 @@ def test_bad_settings_in_words(
     assert len(told) == 1
     assert said in told[0]
     assert not (tmp_path / "out/pruned").exists()
+    if {"heal", "tune", "quantise"} & change.keys():
+        assert not (tmp_path / "out").exists()  # refused before anything is written
 
 
 def test_another_plan_in_the_same_folder_is_refused(
