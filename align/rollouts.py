@@ -33,6 +33,7 @@ class Window:
     Args:
         size: how many steps.
         until: the window lies before this step; default the first half, as in Flow-GRPO-Fast.
+        start: and not before this one.
         every: null draws the window's place anew for each rollout (Flow-GRPO-Fast); a number moves it on by
             ``stride`` after so many rollouts, from noise to data (MixGRPO: 25).
         stride: by how many steps it moves.
@@ -42,16 +43,21 @@ class Window:
     until: int | None = None
     every: int | None = None
     stride: int = 1
+    start: int = 0
 
     def steps(self, total: int, seed: int, rollout: int) -> range:
         """The window of this rollout, of a sampler of ``total`` steps."""
         last = (self.until if self.until is not None else total if self.every else -(-total // 2)) - self.size
-        if last < 0 or last + self.size > total:
-            raise ValueError(f"a window of {self.size} steps does not fit before step {last + self.size} of {total}")
+        if not 0 <= self.start <= last or last + self.size > total:
+            after = f"from step {self.start} on and " if self.start else ""
+            raise ValueError(
+                f"a window of {self.size} steps does not fit {after}before step {last + self.size} of {total}"
+            )
         if self.every:
-            first = min(rollout // self.every * self.stride, last)
+            first = min(self.start + rollout // self.every * self.stride, last)
         else:
-            first = int(draws.uniform([draws.generator(seed, "window", rollout)]) * (last + 1))
+            places = last + 1 - self.start
+            first = self.start + int(draws.uniform([draws.generator(seed, "window", rollout)]) * places)
         return range(first, first + self.size)
 
 

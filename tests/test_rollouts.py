@@ -175,6 +175,12 @@ def test_a_fast_window_lies_anywhere_in_the_first_half() -> None:
     assert [Window(2).steps(9, 0, k) for k in range(20)] != [Window(2).steps(9, 1, k) for k in range(20)]
 
 
+def test_a_window_begins_no_earlier_than_told() -> None:
+    places = {tuple(Window(2, until=6, start=2).steps(9, 0, rollout)) for rollout in range(60)}
+    assert places == {(2, 3), (3, 4), (4, 5)}
+    assert [Window(2, until=6, start=3, every=2).steps(9, 0, k)[0] for k in range(5)] == [3, 3, 4, 4, 4]
+
+
 def test_a_mix_window_moves_from_noise_to_data() -> None:
     window = Window(4, every=25)
     first = [window.steps(25, 0, rollout)[0] for rollout in range(25 * 30)]
@@ -183,7 +189,7 @@ def test_a_mix_window_moves_from_noise_to_data() -> None:
     assert [Window(2, until=6, every=1, stride=2).steps(8, 0, k)[0] for k in range(4)] == [0, 2, 4, 4]
 
 
-@pytest.mark.parametrize("window", [Window(6), Window(2, until=12), Window(11, every=1)])
+@pytest.mark.parametrize("window", [Window(6), Window(2, until=12), Window(11, every=1), Window(2, start=4)])
 def test_a_window_that_does_not_fit_is_refused(window: Window) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         PolicyGradient(Sampler(10), window=window)

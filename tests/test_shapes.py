@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
-from align import families
+from align import families, gallery
 from align.sampling import initial_noise, sample
 from align.shapes import locate, preferences, pretrain
 from align.shapes.preferences import held_out
@@ -215,3 +215,11 @@ def test_preference_pairs_come_from_the_model_and_put_the_better_first(
     for row in rows:
         left, right = (judge(row["caption"], preferences.seen(row[f"jpg_{side}"]))[1] for side in (0, 1))
         assert (left > right) == (row["label_0"] == 1) and left != right
+
+
+def test_pictures_of_a_caption_take_turns_at_the_scales() -> None:
+    family, texts = families.load("shapes-sd"), ["a red circle", "a blue star"]
+    found = torch.from_numpy(preferences.drawn(family, texts, 10, 3, 2, [1.0, 3.0]))
+    for k, scale in enumerate((1.0, 3.0, 1.0, 1.0, 3.0, 1.0)):
+        alone = gallery.sample_images(family.predict, family, [texts[k // 3]], [10 + k], 2, scale)[0]
+        torch.testing.assert_close(found[k // 3, k % 3], alone, atol=1e-4, rtol=0)

@@ -4,7 +4,9 @@
 
 Every caption is drawn with several seeds; the best and the worst picture by the graded reward become a pair, and
 captions whose pictures all score alike are left out. Written in Pick-a-Pic's columns, a training split and a held-out
-split of other captions. The pictures are JPEG, as there, and are judged as they are stored. Resumes where it stopped.
+split of other captions. Given several guidance scales, a caption's pictures take turns at them (Pick-a-Pic's users drew
+at scales of their own, too). The pictures are JPEG, as there, and are judged as they are stored. Resumes where it
+stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import io
 import multiprocessing
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from align import families, gallery
+from align.families import Family
 from align.shapes.world import TASKS, caption
 from rewards.shapes import judge
 
@@ -64,6 +68,20 @@ def held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 6 == 0
 
 
+def drawn(
+    family: Family, texts: list[str], first: int, each: int, steps: int, scales: Sequence[float | None]
+) -> np.ndarray:
+    """(N, ``each``, 3, H, W) in [0, 1]: pictures of each caption, seeds from ``first`` on, in turn at ``scales``."""
+    repeated = [text for text in texts for _ in range(each)]
+    pictures: dict[int, Tensor] = {}
+    for turn, scale in enumerate(scales):
+        mine = [k for k in range(len(repeated)) if k % each % len(scales) == turn]
+        prompts, seeds = [repeated[k] for k in mine], [first + k for k in mine]
+        images = gallery.sample_images(family.predict, family, prompts, seeds, steps, scale, len(mine))
+        pictures |= dict(zip(mine, images, strict=True))
+    return torch.stack([pictures[k] for k in range(len(repeated))]).unflatten(0, (-1, each)).numpy()
+
+
 def pair(number: int, text: str, pictures: np.ndarray) -> dict[str, Any] | None:
     """Best against worst of ``pictures`` (K, 3, H, W) in [0, 1] by the graded score, or None where all score alike. A
     coin keyed by ``number`` says on which side the winner stands."""
@@ -93,7 +111,7 @@ def main() -> None:
     parser.add_argument("--held_out", type=int, default=300, help="held-out pairs")
     parser.add_argument("--seeds", type=int, default=3, help="pictures per caption")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, help="default: the pipeline's own")
+    parser.add_argument("--guidance", type=float, nargs="+", help="one or several scales; default: the pipeline's own")
     parser.add_argument("--batch", type=int, default=24, help="captions per batch")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -107,12 +125,8 @@ def main() -> None:
         for start in range(0, len(texts), args.batch):
             part, path = texts[start : start + args.batch], args.work / f"{start:06d}.parquet"
             if not path.exists():
-                repeated = [text for text in part for _ in range(args.seeds)]
-                seeds = range(start * args.seeds, start * args.seeds + len(repeated))
-                pictures = gallery.sample_images(
-                    family.predict, family, repeated, list(seeds), args.steps, args.guidance, len(repeated)
-                )
-                groups = pictures.unflatten(0, (-1, args.seeds)).numpy()
+                scales = args.guidance or [None]
+                groups = drawn(family, part, start * args.seeds, args.seeds, args.steps, scales)
                 asked = [(start + k, part[k], groups[k]) for k in range(len(part))]
                 save([row for row in judges.starmap(pair, asked) if row], path)
             for row in pq.read_table(path).to_pylist():

@@ -9,10 +9,10 @@ that; and joint training on all captions with as many network evaluations as the
 All without guidance, where there is something to learn (configs/ddpo_unguided_shapes.yaml). Graded and strict score on
 the held-out captions of each task in ten steps, 32 pictures each, or 16 of students from the base model, whose curves
 are what is compared. (Of 40 captions, 16 pictures each, chance alone moves an expert's strict score by a fifteenth.)
-Also how the gradient of the closed form varies against that of PPO on the same rollouts. ``--quick`` runs one seed
-briefly, scores one picture each, and records nothing. Finished runs are kept in ``outputs/`` and not run again;
-of others it keeps what ``results/opd.json`` holds, as long as configs and experts are still the same, so that ``--seeds
---joint 1`` runs joint training with one seed and nothing else.
+Also how the gradient of the closed form varies against that of PPO on the same rollouts. ``--quick`` trains
+experts and the student from their average briefly, scores one picture each, and records nothing. Finished runs are kept
+in ``outputs/`` and not run again; of others it keeps what ``results/opd.json`` holds, as long as configs and experts
+are still the same, so that ``--seeds --joint 1`` runs joint training with one seed and nothing else.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ STUDENTS: dict[str, tuple[str, ...]] = {
     "ode": FROM_BASE,
     "sde": (*FROM_BASE, "--objective.init_args.form", "sde"),
 }
-KINDS = (*STUDENTS, "joint")
+QUICK = ("cold",)
 NAMES = {"cold": "from the experts' average", "ode": "from the base model", "sde": "from the base model, form: sde"}
 
 
@@ -272,7 +272,7 @@ def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]
         raise SystemExit(f"joint training costs what experts and student did: give --seeds {min(unknown)} as well")
     for seed in seeds:
         entry = found.setdefault(seed, {"seed": seed})
-        for kind in STUDENTS:
+        for kind in QUICK if quick else STUDENTS:
             pictures = fewer if STUDENTS[kind] else each
             entry[kind] = {"pictures": pictures, **figures_of(learnt(root, kind, seed, quick, files), pictures)}
     for seed in joint_seeds:
