@@ -22,7 +22,7 @@ demo: $(STAMP)
 demo-sd3: $(STAMP)
 	rm -rf $(DEMO)-sd3
 	$(BIN)/python -m align.train --config configs/dpo_shapes_sd3.yaml --output_dir $(DEMO)-sd3
-	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)-sd3
+	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)-sd3 --guidance 1
 
 demo-compress: $(STAMP)
 	rm -rf outputs/compress

@@ -137,15 +137,16 @@ def test_the_reward_reads_what_the_autoencoder_gives_back(name: str) -> None:
     assert np.mean(right) >= 0.98
 
 
-def test_the_preference_set() -> None:
-    folder = Path(locate("shapes-preferences"))
+@pytest.mark.parametrize(("name", "least"), [("shapes-preferences", 2000), ("shapes-preferences-sd3", 3000)])
+def test_the_preference_sets(name: str, least: int) -> None:
+    folder = Path(locate(name))
     splits = {name: pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("train", "heldout")}
-    assert len(splits["train"]) >= 2000
+    assert len(splits["train"]) >= least
     assert len(splits["heldout"]) == 300
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
-    for name, rows in splits.items():
+    for split, rows in splits.items():
         assert list(rows[0]) == ["caption", "jpg_0", "jpg_1", "label_0", "label_1"]
-        assert all(held_out(row["caption"]) == (name == "heldout") for row in rows)
+        assert all(held_out(row["caption"]) == (split == "heldout") for row in rows)
         assert 0.45 < np.mean([row["label_0"] for row in rows]) < 0.55
         for row in rows[::7]:
             first, second = (

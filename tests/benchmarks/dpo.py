@@ -3,8 +3,8 @@
     python tests/benchmarks/dpo.py shapes_sd            # configs/dpo_shapes.yaml
     python tests/benchmarks/dpo.py shapes_sd3           # configs/dpo_shapes_sd3.yaml
 
-``--quick`` runs one seed, evaluated on fewer pictures, and records nothing. Finished seeds are kept in ``outputs/`` and
-not run again.
+Judged at the guidance of the config's samples. ``--quick`` runs one seed, evaluated on fewer pictures, and records
+nothing. Finished seeds are kept in ``outputs/`` and not run again.
 """
 
 from __future__ import annotations

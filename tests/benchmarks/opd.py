@@ -7,7 +7,7 @@ its own task; one student learns from all by configs/opd_shapes_sd3.yaml, which 
 it: students that begin at the base model, with ``form: ode`` and ``form: sde``; the experts' LoRAs averaged and left at
 that; and joint training on all captions with as many network evaluations as the experts and the student took together.
 All without guidance, where there is something to learn (configs/ddpo_unguided_shapes.yaml). Graded and strict score on
-the held-out captions of each task in ten steps, 32 pictures each, or 16 of students from the base model, whose curves
+the held-out captions of each task in ten steps, 64 pictures each, or 16 of students from the base model, whose curves
 are what is compared. (Of 40 captions, 16 pictures each, chance alone moves an expert's strict score by a fifteenth.)
 Also how the gradient of the closed form varies against that of PPO on the same rollouts. ``--quick`` trains
 experts and the student from their average briefly, scores one picture each, and records nothing. Finished runs are kept
@@ -59,7 +59,7 @@ TASKS = ("counting", "position", "attribution")
 BASE, STEPS, GUIDANCE = "shapes-sd3", 10, 1.0
 TEACH, LEARN = "configs/opd_teacher_shapes_sd3.yaml", "configs/opd_shapes_sd3.yaml"
 FROM_BASE = ("--objective.init_args.cold_start", "false", "--lora.rank", "32")
-PICTURES, FROM_BASE_PICTURES = 32, 16
+PICTURES, FROM_BASE_PICTURES = 64, 16
 STUDENTS: dict[str, tuple[str, ...]] = {
     "cold": (),  # the config as it stands
     "ode": FROM_BASE,

@@ -20,10 +20,10 @@ def load(name: str) -> dict[str, Any]:
     return content
 
 
-def _dpo(name: str) -> str:
+def _dpo(name: str, title: str) -> str:
     found = load(name)
     lines = [
-        f"**Diffusion-DPO, `{found['config']}`** ({found['date']}, {found['hardware']})",
+        f"**{title}, `{found['config']}`** ({found['date']}, {found['hardware']})",
         "",
         "| seed | strict base | strict tuned | rise | win rate, strict (95 % interval) | win rate, graded "
         "| held-out implicit accuracy |",
@@ -172,7 +172,7 @@ def _opd() -> str:
     level = max(score for _, score in sde)
     needed = [next((f"{drawn:,.0f}" for drawn, score in line if score >= level), None) for line in (ode, sde)]
     as_good = f"is as good after {needed[0]}" if needed[0] else "is never as good"
-    gradient, joint = found["gradient"], any("joint" in run for run in found["seeds"])
+    gradient, joint = found["gradient"], [run["joint"]["curve"] for run in found["seeds"] if "joint" in run]
     lines += [
         "",
         f"Of each expert's score on its own task the student keeps, mean over seeds: {'; '.join(kept_of)}.",
@@ -180,6 +180,16 @@ def _opd() -> str:
         f"From the base model, `form: sde` is at its best, {level:.3f} in the mean of the curves below, after "
         f"{needed[1]} pictures; `form: ode` {as_good}.",
         "",
+    ]
+    if joint:
+        looked = mean_curve(joint, "evaluations")
+        spent, best = max(looked, key=lambda point: point[1])
+        lines += [
+            f"Joint training is at its best, {best:.3f} in the mean of its curves on the held-out captions, after "
+            f"{spent:,.0f} evaluations, and ends at {looked[-1][1]:.3f}.",
+            "",
+        ]
+    lines += [
         "On the same rollouts PPO's gradient has a variance of "
         f"{gradient['ppo_variance_over_squared_gradient']:.2g} times the squared norm of the closed form's gradient, "
         "which has none.",
@@ -429,8 +439,8 @@ def _scoring_gpu() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd"),
-    "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3"),
+    "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd", "Diffusion-DPO"),
+    "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3", "Diffusion-DPO without guidance"),
     "emoji": _emoji,
     "online_ddpo": lambda: _online("online_ddpo", "DDPO"),
     "online_ddpo_unguided": lambda: _online("online_ddpo_unguided", "DDPO without guidance"),
