@@ -5,8 +5,7 @@
 Every caption is drawn with several seeds; the best and the worst picture by the graded reward become a pair, and
 captions whose pictures all score alike are left out. Written in Pick-a-Pic's columns, a training split and a held-out
 split of other captions. Given several guidance scales, a caption's pictures take turns at them (Pick-a-Pic's were drawn
-at several, too). The pictures are JPEG, as there, and are judged as they are stored. Resumes where it
-stopped.
+at several, too). The pictures are JPEG, as there, and are judged as they are stored. Resumes where it stopped.
 """
 
 from __future__ import annotations
