@@ -33,7 +33,7 @@ class Window:
     Args:
         size: how many steps.
         until: the window lies before this step; default the first half, as in Flow-GRPO-Fast.
-        start: and not before this one.
+        start: and not before this one (the two are Flow-GRPO's ``sde_window_range``).
         every: null draws the window's place anew for each rollout (Flow-GRPO-Fast); a number moves it on by
             ``stride`` after so many rollouts, from noise to data (MixGRPO: 25).
         stride: by how many steps it moves.

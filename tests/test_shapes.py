@@ -224,3 +224,12 @@ def test_pictures_of_a_caption_take_turns_at_the_scales() -> None:
     for k, scale in enumerate((1.0, 3.0, 1.0, 1.0, 3.0, 1.0)):
         alone = gallery.sample_images(family.predict, family, [texts[k // 3]], [10 + k], 2, scale)[0]
         torch.testing.assert_close(found[k // 3, k % 3], alone, atol=1e-4, rtol=0)
+
+
+def test_more_scales_than_pictures_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["preferences", "--seeds", "2", "--guidance", "1", "2", "3"])
+    with pytest.raises(SystemExit):
+        preferences.main()
+    assert "--guidance: 3 scales for 2 pictures per caption" in capsys.readouterr().err

@@ -114,6 +114,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24, help="captions per batch")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    scales = args.guidance or [None]
+    if len(scales) > args.seeds:
+        parser.error(f"--guidance: {len(scales)} scales for {args.seeds} pictures per caption; raise --seeds")
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
     texts = captions(4 * (args.train + args.held_out), 11)
@@ -124,7 +127,6 @@ def main() -> None:
         for start in range(0, len(texts), args.batch):
             part, path = texts[start : start + args.batch], args.work / f"{start:06d}.parquet"
             if not path.exists():
-                scales = args.guidance or [None]
                 groups = drawn(family, part, start * args.seeds, args.seeds, args.steps, scales)
                 asked = [(start + k, part[k], groups[k]) for k in range(len(part))]
                 save([row for row in judges.starmap(pair, asked) if row], path)
