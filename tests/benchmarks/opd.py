@@ -10,7 +10,7 @@ All without guidance, where there is something to learn (configs/ddpo_unguided_s
 the held-out captions of each task in ten steps, 64 pictures each, or 16 of students from the base model, whose curves
 are what is compared. (Of 40 captions, 16 pictures each, chance alone moves an expert's strict score by a fifteenth.)
 Also how the gradient of the closed form varies against that of PPO on the same rollouts. ``--quick`` trains
-experts and the student from their average briefly, scores one picture each, and records nothing. Finished runs are kept
+experts and the student from their average briefly, scores two pictures each, records nothing. Finished runs are kept
 in ``outputs/`` and not run again; of others it keeps what ``results/opd.json`` holds, as long as configs and experts
 are still the same, so that ``--seeds --joint 1`` runs joint training with one seed and nothing else.
 """
@@ -66,6 +66,7 @@ STUDENTS: dict[str, tuple[str, ...]] = {
     "sde": (*FROM_BASE, "--objective.init_args.form", "sde"),
 }
 QUICK = ("cold",)
+SHORT = ("--max_rollouts", "6", "--rollout_batch_size", "16", "--gradient_accumulation_steps", "2")
 NAMES = {"cold": "from the experts' average", "ode": "from the base model", "sde": "from the base model, form: sde"}
 
 
@@ -202,7 +203,7 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
 
 def experts(root: Path, quick: bool, files: dict[str, str]) -> list[LoRATeacher]:
     """Trained, each on its own task."""
-    short = ["--max_rollouts", "3"] if quick else []
+    short = SHORT if quick else ()
     return [
         LoRATeacher(task, None, trained(root / f"teacher-{task}", TEACH, "--data.init_args.path", files[task], *short))
         for task in TASKS
@@ -258,7 +259,7 @@ def equally_long(shared: dict[str, Any], student: int) -> int:
 
 
 def run(quick: bool, seeds: list[int], joint_seeds: list[int]) -> dict[str, Any]:
-    root, each, fewer = runs_folder(quick) / "opd", *((1, 1) if quick else (PICTURES, FROM_BASE_PICTURES))
+    root, each, fewer = runs_folder(quick) / "opd", *((2, 2) if quick else (PICTURES, FROM_BASE_PICTURES))
     files = prompt_files(root)
     digest = settings_of([TEACH, LEARN], students=STUDENTS, pictures=(each, fewer))
     known = {} if quick else earlier("opd", digest)
