@@ -71,14 +71,14 @@ def drawn(
     family: Family, texts: list[str], first: int, each: int, steps: int, scales: Sequence[float | None]
 ) -> np.ndarray:
     """(N, ``each``, 3, H, W) in [0, 1]: pictures of each caption, seeds from ``first`` on, in turn at ``scales``."""
-    repeated = [text for text in texts for _ in range(each)]
-    pictures: dict[int, Tensor] = {}
-    for turn, scale in enumerate(scales):
-        mine = [k for k in range(len(repeated)) if k % each % len(scales) == turn]
-        prompts, seeds = [repeated[k] for k in mine], [first + k for k in mine]
-        images = gallery.sample_images(family.predict, family, prompts, seeds, steps, scale, len(mine))
-        pictures |= dict(zip(mine, images, strict=True))
-    return torch.stack([pictures[k] for k in range(len(repeated))]).unflatten(0, (-1, each)).numpy()
+    end = first + each * len(texts)
+    columns = [
+        gallery.sample_images(
+            family.predict, family, texts, range(first + k, end, each), steps, scales[k % len(scales)], len(texts)
+        )
+        for k in range(each)
+    ]
+    return torch.stack(columns, 1).numpy()
 
 
 def pair(number: int, text: str, pictures: np.ndarray) -> dict[str, Any] | None:
