@@ -205,7 +205,7 @@ def test_pretraining_leaves_a_pipeline_and_goes_on_where_it_stopped(
 
 
 def test_preference_pairs_come_from_the_model_and_put_the_better_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     counts = ["--train", "4", "--held_out", "1", "--batch", "6", "--seeds", "2", "--steps", "4"]
     folders = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
@@ -216,6 +216,10 @@ def test_preference_pairs_come_from_the_model_and_put_the_better_first(
     for row in rows:
         left, right = (judge(row["caption"], preferences.seen(row[f"jpg_{side}"]))[1] for side in (0, 1))
         assert (left > right) == (row["label_0"] == 1) and left != right
+    monkeypatch.setattr("sys.argv", ["preferences", "--model", "shapes-sd", *counts, *folders, "--guidance", "1"])
+    with pytest.raises(SystemExit):  # what is there was drawn otherwise
+        preferences.main()
+    assert "give another folder" in capsys.readouterr().err
 
 
 def test_pictures_of_a_caption_take_turns_at_the_scales() -> None:

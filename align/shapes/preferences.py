@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import multiprocessing
 import os
 import zlib
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from align import families, gallery
 from align.families import Family
+from align.files import write
 from align.shapes.world import TASKS, caption
 from rewards.shapes import judge
 
@@ -117,7 +119,11 @@ def main() -> None:
     scales = args.guidance or [None]
     if len(scales) > args.seeds:
         parser.error(f"--guidance: {len(scales)} scales for {args.seeds} pictures per caption; raise --seeds")
-    args.work.mkdir(parents=True, exist_ok=True)
+    drawn_by = {name: getattr(args, name) for name in ("model", "seeds", "steps", "guidance", "batch")}
+    begun = args.work / "settings.json"
+    if begun.exists() and (found := json.loads(begun.read_text())) != drawn_by:
+        parser.error(f"--work {args.work} holds pairs drawn by {found}, asked are {drawn_by}; give another folder")
+    write(begun, json.dumps(drawn_by))
     args.output.mkdir(parents=True, exist_ok=True)
     texts = captions(4 * (args.train + args.held_out), 11)
     train: list[dict[str, Any]] = []

@@ -2,7 +2,7 @@
 with both, and with neither.
 
     python tests/benchmarks/b2_diffurl.py            # eight arms, as many seeds as --seeds names
-    python tests/benchmarks/b2_diffurl.py --quick    # two arms, a quarter of the rollouts, nothing recorded
+    python tests/benchmarks/b2_diffurl.py --quick    # two arms, an eighth of the pictures, nothing recorded
 
 Every arm draws the same number of pictures from ``shapes-sd`` (the config says how many); arms differ in network
 evaluations, because branches share a prefix and selection drops pictures. Strict score and diversity on held-out
@@ -40,6 +40,8 @@ from tests.benchmarks import (
 )
 
 CONFIGS = {"DDPO": "configs/b2_ddpo_shapes.yaml", "D3PO": "configs/b2_d3po_shapes.yaml"}
+# six rollouts of half the prompts, an eighth of the pictures
+SHORT = ["--max_rollouts", "6", "--rollout_batch_size", "16", "--gradient_accumulation_steps", "10"]
 PARTS = {"alone": (False, False), "+ progressive": (True, False), "+ branches": (False, True), "+ both": (True, True)}
 
 
@@ -54,7 +56,7 @@ def run(rule: str, part: str, seed: int, root: Path, quick: bool) -> dict[str, A
     progressive, branches = PARTS[part]
     folder = place(rule, part, seed, root)
     more = [f"--objective.progressive={progressive}".lower(), f"--objective.branches={branches}".lower()]
-    more += ["--max_rollouts", "6"] if quick else []
+    more += SHORT if quick else []
     report, lines = trained(CONFIGS[rule], seed, folder, *more, evaluate=QUICK if quick else ())
     rollouts = [line for line in lines if "rollout/pictures" in line]
     curve = looks(lines)
