@@ -21,10 +21,7 @@ demo: $(STAMP)
 
 demo-sd3: $(STAMP)
 	rm -rf $(DEMO)-sd3
-	# two processes of a thread each: operators this small gain next to nothing from a second thread
-	ACCELERATE_USE_CPU=true $(BIN)/python -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 \
-		--num_cpu_threads_per_process 1 --mixed_precision no --dynamo_backend no \
-		-m align.train --config configs/dpo_shapes_sd3.yaml --train_batch_size 16 --output_dir $(DEMO)-sd3
+	$(BIN)/python -m align.train --config configs/dpo_shapes_sd3.yaml --output_dir $(DEMO)-sd3
 	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)-sd3 --guidance 1
 
 demo-compress: $(STAMP)
