@@ -6,7 +6,8 @@ Nothing else in the library knows about it but the names below, which stand for 
 from importlib.resources import files
 
 EMBEDDED = ("shapes-sd", "shapes-sd3", "shapes-preferences", "shapes-preferences-sd3")
-FILES = {name: f"{name}.txt" for name in ("shapes-prompts", "shapes-prompts-counting", "shapes-prompts-heldout")}
+_LISTS = ("shapes-prompts", "shapes-prompts-more-counting", "shapes-prompts-heldout")
+FILES = {name: f"{name}.txt" for name in _LISTS}
 
 
 def locate(source: str) -> str:

@@ -3,7 +3,7 @@
     python tests/benchmarks/online.py ddpo             # configs/ddpo_shapes.yaml, shapes-sd
     python tests/benchmarks/online.py ddpo_unguided    # configs/ddpo_unguided_shapes.yaml, shapes-sd
     python tests/benchmarks/online.py flow_grpo        # configs/flow_grpo_shapes_sd3.yaml, shapes-sd3
-    python tests/benchmarks/online.py flow_grpo_counting   # configs/flow_grpo_counting_shapes_sd3.yaml: one task only
+    python tests/benchmarks/online.py flow_grpo_unguided   # configs/flow_grpo_unguided_shapes_sd3.yaml, shapes-sd3
     python tests/benchmarks/online.py d3po             # configs/d3po_shapes.yaml, shapes-sd
     python tests/benchmarks/online.py d3po_unguided    # configs/d3po_unguided_shapes.yaml, shapes-sd
     python tests/benchmarks/online.py opd_unguided     # configs/opd_unguided_shapes_sd3.yaml, shapes-sd3: no reward
@@ -31,7 +31,7 @@ CONFIGS = {
     "ddpo": "configs/ddpo_shapes.yaml",
     "ddpo_unguided": "configs/ddpo_unguided_shapes.yaml",
     "flow_grpo": "configs/flow_grpo_shapes_sd3.yaml",
-    "flow_grpo_counting": "configs/flow_grpo_counting_shapes_sd3.yaml",
+    "flow_grpo_unguided": "configs/flow_grpo_unguided_shapes_sd3.yaml",
     "d3po": "configs/d3po_shapes.yaml",
     "d3po_unguided": "configs/d3po_unguided_shapes.yaml",
     "opd_unguided": "configs/opd_unguided_shapes_sd3.yaml",

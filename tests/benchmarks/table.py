@@ -445,9 +445,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_ddpo": lambda: _online("online_ddpo", "DDPO"),
     "online_ddpo_unguided": lambda: _online("online_ddpo_unguided", "DDPO without guidance"),
     "online_flow_grpo": lambda: _online("online_flow_grpo", "Flow-GRPO"),
-    "online_flow_grpo_counting": lambda: _online(
-        "online_flow_grpo_counting", "Flow-GRPO on counting, without guidance"
-    ),
+    "online_flow_grpo_unguided": lambda: _online("online_flow_grpo_unguided", "Flow-GRPO without guidance"),
     "online_d3po": lambda: _online("online_d3po", "D3PO, the reward as proxy for people"),
     "online_d3po_unguided": lambda: _online("online_d3po_unguided", "D3PO without guidance"),
     "jpeg": _jpeg,
