@@ -19,8 +19,12 @@ import copy
 import json
 import math
 import multiprocessing
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -432,6 +436,53 @@ def half(pipe: DiffusionPipeline, folder: Path) -> None:
     temporary.rename(folder)
 
 
+# each denoiser's phases and their shift: the flow model first learns to draw, then composition, which is decided at
+# high noise, where a shifted schedule spends more of its steps (Esser et al. 2024, §5.3.2), then at all noise levels
+# alike again, for sharp edges and pure colours; it is shipped with the shifted one
+PHASES: dict[str, dict[str, float | None]] = {
+    "shapes-sd": {"shapes-sd": None},
+    "shapes-sd3": {"shapes-sd3": 1.0, "shapes-sd3-shifted": 3.0, "shapes-sd3-sharp": 1.0},
+}
+
+
+def train_pipeline(
+    name: str, vae: AutoencoderKL, data: tuple[Tensor, Tensor], steps: Mapping[str, int], args: argparse.Namespace
+) -> None:
+    """Train and save one of the two pipelines; ``steps`` of each phase."""
+    torch.manual_seed(args.seed)
+    build, cls = (new_sd3, SD3) if name == "shapes-sd3" else (new_sd, SD)
+    pipe = build(copy.deepcopy(vae), new_tokenizer())
+    components = dict(pipe.components)
+    family = cls(pipe.to(args.device), name)
+    for number, (phase, shift) in enumerate(PHASES[name].items()):
+        if shift is not None:
+            pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=shift))
+        key = (args.seed, 3 + number)
+        train_denoiser(phase, family, data, args.work, key, steps[phase], args.batch, args.checkpointing_steps)
+    if isinstance(family, SD3):
+        components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe.register_modules(**components)  # the family may have set a silent T5 aside
+    half(pipe.to("cpu"), args.output / name)
+
+
+def side_by_side(cores: int) -> None:
+    """Run this command once for each denoiser, at the same time, each with its share of the cores: a step of models so
+    small is hardly faster on two cores than on one. The autoencoder and the scenes are there by now."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the children end as well
+    children = []
+    try:
+        for number, name in enumerate(PHASES):
+            share = {"OMP_NUM_THREADS": str(max(1, cores // len(PHASES))), "TQDM_POSITION": str(number)}
+            words = [sys.executable, "-m", "align.shapes.pretrain", *sys.argv[1:], "--only", name]
+            children.append(subprocess.Popen(words, env=os.environ | share))
+        failed = [name for name, child in zip(PHASES, children, strict=True) if child.wait()]
+    finally:
+        for child in children:
+            child.terminate()
+    if failed:
+        sys.exit(f"training {' and '.join(failed)} ended in an error, which is above; run this command again to resume")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("align/shapes"), help="the two pipeline folders go here")
@@ -442,7 +493,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--vae", type=Path, help="the folder of a trained autoencoder, to train none")
-    parser.add_argument("--only", choices=("shapes-sd", "shapes-sd3"), help="train just one of the two denoisers")
+    parser.add_argument("--only", choices=tuple(PHASES), help="train just one of the two denoisers")
     parser.add_argument("--vae_steps", type=int, default=2600)
     parser.add_argument("--polish_steps", type=int, default=1000)
     parser.add_argument("--sd_steps", type=int, default=5000)
@@ -460,37 +511,18 @@ def main() -> None:
     else:
         vae = train_vae(args.work, args.seed, args.vae_steps, args.polish_steps, args.device)
     data = examples(vae, args.work, args.seed, args.scenes)
-    for name, build, cls, phases in (
-        # (name of the checkpoint, steps, scheduler's shift): the flow model first learns to draw, then composition,
-        # which is decided at high noise, where a shifted schedule spends more of its steps (Esser et al. 2024, §5.3.2),
-        # then at all noise levels alike again, for sharp edges and pure colours; it is shipped with the shifted one
-        ("shapes-sd", new_sd, SD, [("shapes-sd", args.sd_steps, None)]),
-        (
-            "shapes-sd3",
-            new_sd3,
-            SD3,
-            [
-                ("shapes-sd3", args.sd3_steps, 1.0),
-                ("shapes-sd3-shifted", args.sd3_shifted_steps, 3.0),
-                ("shapes-sd3-sharp", args.sd3_sharp_steps, 1.0),
-            ],
-        ),
-    ):
-        if args.only not in (None, name):
-            continue
-        torch.manual_seed(args.seed)
-        pipe = build(copy.deepcopy(vae), new_tokenizer())
-        components = dict(pipe.components)
-        family = cls(pipe.to(args.device), name)
-        for number, (phase, steps, shift) in enumerate(phases):
-            if shift is not None:
-                pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=shift))
-            key = (args.seed, 3 + number)
-            train_denoiser(phase, family, data, args.work, key, steps, args.batch, args.checkpointing_steps)
-        if isinstance(family, SD3):
-            components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        pipe.register_modules(**components)  # the family may have set a silent T5 aside
-        half(pipe.to("cpu"), args.output / name)
+    cores = os.cpu_count() or 1
+    if args.device.type == "cpu" and not args.only and cores > 1:
+        side_by_side(cores)
+        return
+    steps = {
+        "shapes-sd": args.sd_steps,
+        "shapes-sd3": args.sd3_steps,
+        "shapes-sd3-shifted": args.sd3_shifted_steps,
+        "shapes-sd3-sharp": args.sd3_sharp_steps,
+    }
+    for name in [args.only] if args.only else PHASES:
+        train_pipeline(name, vae, data, steps, args)
 
 
 if __name__ == "__main__":
