@@ -465,15 +465,16 @@ def train_pipeline(
     half(pipe.to("cpu"), args.output / name)
 
 
-def side_by_side(cores: int) -> None:
-    """Run this command once for each denoiser, at the same time, each with its share of the cores: a step of models so
-    small is hardly faster on two cores than on one. The autoencoder and the scenes are there by now."""
+def side_by_side(vae: Path, cores: int) -> None:
+    """Run this command once for each denoiser, at the same time, on the autoencoder in folder ``vae`` and the scenes
+    that are there by now, each with its share of the cores: a step of models so small is hardly faster on two of them.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the children end as well
     children = []
     try:
         for number, name in enumerate(PHASES):
             share = {"OMP_NUM_THREADS": str(max(1, cores // len(PHASES))), "TQDM_POSITION": str(number)}
-            words = [sys.executable, "-m", "align.shapes.pretrain", *sys.argv[1:], "--only", name]
+            words = [sys.executable, "-m", "align.shapes.pretrain", *sys.argv[1:], "--only", name, "--vae", str(vae)]
             children.append(subprocess.Popen(words, env=os.environ | share))
         failed = [name for name, child in zip(PHASES, children, strict=True) if child.wait()]
     finally:
@@ -513,7 +514,9 @@ def main() -> None:
     data = examples(vae, args.work, args.seed, args.scenes)
     cores = os.cpu_count() or 1
     if args.device.type == "cpu" and not args.only and cores > 1:
-        side_by_side(cores)
+        if not args.vae:
+            vae.save_pretrained(args.work / "vae")
+        side_by_side(args.vae or args.work / "vae", cores)
         return
     steps = {
         "shapes-sd": args.sd_steps,
