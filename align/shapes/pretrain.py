@@ -7,9 +7,11 @@ Three stages, each resumable by running the same command again: a small Autoenco
 scenes, their CLIP text encoders trained along. Every draw comes from (seed, stage, step) on the CPU, so a seed names
 the result, up to the rounding of the device.
 
-``--device cuda`` trains a step as one CUDA graph: on an H200 (2026-11-27) 47.8 steps of 512 rows a second of
-shapes-sd3, against 1.6 of 64 on one core of a CPU, where the shipped weights were made. Those were trained by these
-phases and sizes, on scenes drawn one after the other from one stream of numbers; now every chunk has its own.
+On two cores of an EPYC all of it took 117 minutes (2026-11-28, ``tests/benchmarks/pretrain.py``, which also says what
+the two score). ``--device cuda`` trains a step as one CUDA graph: on an H200 (2026-11-27) 47.8 steps of 512 rows a
+second of shapes-sd3, against 1.6 of 64 on one core of an earlier CPU, where the shipped weights were made. Those were
+trained by these phases and sizes, on scenes drawn one after the other from one stream of numbers; now every chunk has
+its own.
 """
 
 from __future__ import annotations
@@ -500,7 +502,13 @@ def main() -> None:
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--vae", type=Path, help="the folder of a trained autoencoder, to train none")
     parser.add_argument("--only", choices=tuple(PHASES), help="train just one of the two denoisers")
-    parser.add_argument("--phases", type=int, help="train just so many phases of a denoiser, and save only its last's")
+    longest = max(len(phases) for phases in PHASES.values())
+    parser.add_argument(
+        "--phases",
+        type=int,
+        choices=range(1, longest + 1),
+        help="stop each denoiser after so many; a pipeline is saved after its last",
+    )
     parser.add_argument("--vae_steps", type=int, default=2600)
     parser.add_argument("--polish_steps", type=int, default=1000)
     parser.add_argument("--sd_steps", type=int, default=5000)
@@ -522,9 +530,7 @@ def main() -> None:
     if args.device.type == "cpu" and not args.only and not args.phases and cores > 1:
         if not args.vae:
             vae.save_pretrained(args.work / "vae")
-        side_by_side(
-            args.vae or args.work / "vae", cores
-        )  # its phases are found below, and what is left gets all cores
+        side_by_side(args.vae or args.work / "vae", cores)  # what follows finds that done and goes on with all cores
     steps = {
         "shapes-sd": args.sd_steps,
         "shapes-sd3": args.sd3_steps,

@@ -52,7 +52,7 @@ def main() -> None:
     start = time.monotonic()
     command(
         "align.shapes.pretrain",
-        *("--output", str(root / "made"), "--work", str(root / "work")),
+        *("--output", str(root / "made"), "--work", str(root / "work"), "--seed", "0"),
         *(steps if args.quick else ()),
     )
     minutes = (time.monotonic() - start) / 60

@@ -338,6 +338,26 @@ def _shapes() -> str:
     return f"**The reward that looks** ({found['date']}): {found['summary']}"
 
 
+def _pretrain() -> str:
+    found = load("pretrain")
+    lines = [
+        f"**The embedded pipelines from nothing, `python -m align.shapes.pretrain`** ({found['date']}): "
+        f"{found['minutes']:.0f} minutes of {found['cores']} cores, seed 0. ShapesEval on the held-out prompts at the "
+        "default guidance, by task the strict one:",
+        "",
+    ]
+    for number, (name, sides) in enumerate(found["scores"].items()):
+        tasks = list(sides["made"]["tasks"])
+        if not number:
+            head = ["pipeline", "whose", "strict", "graded", *(task.replace("_", " ") for task in tasks)]
+            lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for whose, title in {"made": "made in that run", "shipped": "shipped"}.items():
+            side = sides[whose]
+            values = [side["strict"], side["graded"], *(side["tasks"][task] for task in tasks)]
+            lines.append(f"| `{name}` | {title} | {' | '.join(f'{value:.3f}' for value in values)} |")
+    return "\n".join(lines)
+
+
 def _scoring() -> str:
     found = load("scoring")
     kills = found["kills"]
@@ -461,6 +481,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "scoring": _scoring,
     "scoring_gpu": _scoring_gpu,
     "shapes_reward": _shapes,
+    "pretrain": _pretrain,
     "overhead": _overhead,
     "overhead_online": _overhead_online,
 }
