@@ -21,9 +21,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT
+from align.shapes.pretrain import PHASES
 from tests.benchmarks import QUICK, command, record, runs_folder
 
-NAMES = ("shapes-sd", "shapes-sd3")
 QUICK_STEPS = {"vae": 26, "polish": 10, "sd": 50, "sd3": 60, "sd3_shifted": 45, "sd3_sharp": 60}
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     )
     minutes = (time.monotonic() - start) / 60
     print(f"pretraining took {minutes:.1f} minutes", flush=True)
-    scores = {name: score(root / "made", name, args.quick) for name in NAMES}
+    scores = {name: score(root / "made", name, args.quick) for name in PHASES}
     figures = {"minutes": minutes, "cores": os.cpu_count(), "scores": scores}
     record("pretrain", figures, args.quick)
     print(json.dumps(figures))

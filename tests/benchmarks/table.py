@@ -340,17 +340,18 @@ def _shapes() -> str:
 
 def _pretrain() -> str:
     found = load("pretrain")
+    scores = found["scores"]
+    tasks = list(scores["shapes-sd"]["made"]["tasks"])
+    head = ["pipeline", "whose", "strict", "graded", *(task.replace("_", " ") for task in tasks)]
     lines = [
         f"**The embedded pipelines from nothing, `python -m align.shapes.pretrain`** ({found['date']}): "
         f"{found['minutes']:.0f} minutes of {found['cores']} cores, seed 0. ShapesEval on the held-out prompts at the "
         "default guidance, by task the strict one:",
         "",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
     ]
-    for number, (name, sides) in enumerate(found["scores"].items()):
-        tasks = list(sides["made"]["tasks"])
-        if not number:
-            head = ["pipeline", "whose", "strict", "graded", *(task.replace("_", " ") for task in tasks)]
-            lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, sides in scores.items():
         for whose, title in {"made": "made in that run", "shipped": "shipped"}.items():
             side = sides[whose]
             values = [side["strict"], side["graded"], *(side["tasks"][task] for task in tasks)]
