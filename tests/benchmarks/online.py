@@ -10,7 +10,8 @@
 
 Each run trains on captions of seen combinations, is looked at on the held-out prompts as it goes (the curve), and is
 compared with its base on them at the end, two pictures a prompt: strict and graded score, diversity; at the guidance
-of the config's samples. ``--quick`` runs one seed for six rollouts and records nothing. Finished seeds are kept in
+of the config's samples. ddpo_unguided, flow_grpo_unguided and d3po_unguided draw as many pictures as each other and
+are shown together. ``--quick`` runs one seed for six rollouts and records nothing. Finished seeds are kept in
 ``outputs/`` and not run again.
 """
 
@@ -25,7 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT, summary
-from tests.benchmarks import QUICK, RESULTS, curves, looks, record, runs_folder, trained
+from tests.benchmarks import QUICK, RESULTS, curves, looks, mean_curve, record, runs_folder, trained
+from tests.benchmarks.table import EQUAL, load
 
 CONFIGS = {
     "ddpo": "configs/ddpo_shapes.yaml",
@@ -57,6 +59,16 @@ def run(config: str, seed: int, folder: Path, quick: bool) -> dict[str, Any]:
     }
 
 
+def together() -> None:
+    """``results/online_equal.png``: how far each method of EQUAL, as recorded, rose above its base on the way."""
+    rises = {}
+    for name, title in EQUAL.items():
+        points = mean_curve([run["curve"] for run in load(name)["seeds"]], "pictures")
+        rises[title] = [(pictures, strict - points[0][1]) for pictures, strict in points]
+    title = "without guidance, held-out prompts: means of the seeds"
+    curves(RESULTS / "online_equal.png", rises, title, "pictures generated", "rise of strict ShapesEval")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=sorted(CONFIGS))
@@ -76,6 +88,8 @@ def main() -> None:
             "pictures generated",
             "strict ShapesEval",
         )
+        if name in EQUAL:
+            together()
     print(json.dumps(figures))
 
 

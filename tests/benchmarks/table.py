@@ -14,6 +14,13 @@ from tests.benchmarks import RESULTS, mean_curve, spread
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- results: made by `make results`, do not edit -->", "<!-- end of results -->"
 
+# the runs that draw as many pictures as each other, to set the methods side by side
+EQUAL = {
+    "online_ddpo_unguided": "DDPO, shapes-sd",
+    "online_flow_grpo_unguided": "Flow-GRPO, shapes-sd3",
+    "online_d3po_unguided": "D3PO, shapes-sd",
+}
+
 
 def load(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
@@ -73,6 +80,27 @@ def _online(name: str, title: str) -> str:
     lines += ["", f"Strict by task, mean over seeds: {', '.join(changes)}.", ""]
     lines += [f"![Learning curves of {title}](tests/benchmarks/results/{name}.png)"]
     return "\n".join(lines)
+
+
+def _equal() -> str:
+    lines = [
+        "**The three at equal pictures**, without guidance: means of the seeds, the range in brackets; network "
+        "evaluations as counted when the last rollout was drawn.",
+        "",
+        "| method | pictures | evaluations | strict | rise | diversity, pixels |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in EQUAL.items():
+        runs = load(name)["seeds"]
+        change = [run["diversity"]["pixels"]["tuned"] / run["diversity"]["pixels"]["base"] - 1 for run in runs]
+        lines.append(
+            f"| {title} | {runs[0]['pictures']:,.0f} "
+            f"| {mean([run['curve'][-1]['evaluations'] for run in runs]):,.0f} "
+            f"| {runs[0]['strict_base']:.3f} → {spread([run['strict_tuned'] for run in runs])} "
+            f"| {mean([run['strict_tuned'] - run['strict_base'] for run in runs]):+.3f} "
+            f"| {mean(change):+.1%} ({min(change):+.1%} to {max(change):+.1%}) |"
+        )
+    return "\n".join([*lines, "", "![The three at equal pictures](tests/benchmarks/results/online_equal.png)"])
 
 
 def _b2() -> str:
@@ -468,7 +496,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_flow_grpo": lambda: _online("online_flow_grpo", "Flow-GRPO"),
     "online_flow_grpo_unguided": lambda: _online("online_flow_grpo_unguided", "Flow-GRPO without guidance"),
     "online_d3po": lambda: _online("online_d3po", "D3PO, the reward as proxy for people"),
-    "online_d3po_unguided": lambda: _online("online_d3po_unguided", "D3PO without guidance"),
+    "online_d3po_unguided": lambda: f"{_online('online_d3po_unguided', 'D3PO without guidance')}\n\n{_equal()}",
     "jpeg": _jpeg,
     "b2_diffurl": _b2,
     "online_gpu": _online_gpu,
