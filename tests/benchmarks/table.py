@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -54,6 +54,11 @@ def _dpo(name: str, title: str) -> str:
     return "\n".join(lines)
 
 
+def _diversity(run: Mapping[str, Any]) -> float:
+    """By how much of the base's diversity, in pixels, the tuned pictures of an online run have more."""
+    return float(run["diversity"]["pixels"]["tuned"] / run["diversity"]["pixels"]["base"] - 1)
+
+
 def _online(name: str, title: str) -> str:
     found = load(name)
     runs = found["seeds"]
@@ -71,7 +76,7 @@ def _online(name: str, title: str) -> str:
             f"| {run['seed']} | {run['strict_base']:.3f} | {run['strict_tuned']:.3f} "
             f"| {run['strict_tuned'] - run['strict_base']:+.3f} | {run['graded_base']:.3f} → {run['graded_tuned']:.3f} "
             f"| {run['win_rate']:.3f} ({low:.3f} to {high:.3f}) "
-            f"| {before:.3f} → {after:.3f} ({after / before - 1:+.0%}) |"
+            f"| {before:.3f} → {after:.3f} ({_diversity(run):+.0%}) |"
         )
     changes = []
     for task in runs[0]["tasks"]:
@@ -92,7 +97,7 @@ def _equal() -> str:
     ]
     for name, title in EQUAL.items():
         runs = load(name)["seeds"]
-        change = [run["diversity"]["pixels"]["tuned"] / run["diversity"]["pixels"]["base"] - 1 for run in runs]
+        change = [_diversity(run) for run in runs]
         lines.append(
             f"| {title} | {runs[0]['pictures']:,.0f} "
             f"| {mean([run['curve'][-1]['evaluations'] for run in runs]):,.0f} "
@@ -121,7 +126,7 @@ def _b2() -> str:
             runs = [run for run in found["runs"] if run["rule"] == rule and run["part"] == part]
             if not runs:
                 continue
-            change = [run["diversity"]["pixels"]["tuned"] / run["diversity"]["pixels"]["base"] - 1 for run in runs]
+            change = [_diversity(run) for run in runs]
             lines.append(
                 f"| {rule} | {part} | {mean([run['pictures'] for run in runs]):,.0f} "
                 f"| {mean([run['evaluations'] for run in runs]):,.0f} | {mean([run['updates'] for run in runs]):.0f} "
