@@ -21,17 +21,21 @@ import torch
 import yaml
 from torch import Tensor
 
-from align import families, gallery, runs
-from align.config import command, parse
-from align.data import read_prompts
-from align.diversity import Features, pairwise, thumbnails
-from align.errors import UserError, require_at_least
-from align.files import claim, write
+from align import families
+from align.common.command import command, parse
+from align.common.errors import UserError, require_at_least
+from align.common.files import claim, write
+from align.common.provenance import provenance
+from align.data.prompts import read_prompts
+from align.evaluation import gallery
+from align.sampling import generate
+from align.sampling.diversity import Features, pairwise, thumbnails
 from align.shapes.world import held_out_prompts
+from align.training import model_card
 from rewards import RewardSum
 from rewards import load as load_reward
-from rewards.shapes import Shapes
-from rewards.shapes import parse as parse_caption
+from rewards.models.shapes import Shapes
+from rewards.models.shapes import parse as parse_caption
 
 STRICT = "Shapes (strict)"
 
@@ -102,7 +106,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     for who in ("base", "tuned"):
         if who == "tuned":
             family = families.tuned(family, str(config.tuned))
-        pictures[who] = gallery.sample_images(
+        pictures[who] = generate.sample_images(
             family.predict, family, texts, seeds, config.steps, guidance, config.batch_size, config.resolution, who
         )
         found = rewards.components(images=pictures[who], prompts=texts)
@@ -129,8 +133,8 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         for k, (text, seed) in enumerate(zip(texts, seeds, strict=True))
     ]
     write(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write(output / "scores.json", json.dumps(report | runs.provenance(), indent=2) + "\n")
-    runs.add_to_card(config.tuned / "README.md", "Held-out prompts, base against tuned", table(report))
+    write(output / "scores.json", json.dumps(report | provenance(), indent=2) + "\n")
+    model_card.add_to_card(config.tuned / "README.md", "Held-out prompts, base against tuned", table(report))
     return report
 
 

@@ -7,11 +7,11 @@ writes into ``output_dir``
 - ``images/00000.png``: picture i of prompt j has the number k * j + i, with k ``images_per_prompt``;
 - ``contact-sheet-00000.png``: the pictures of a shard with their numbers, a prompt a row;
 - ``trajectories-00000.safetensors``: ``latents`` (n, T+1, C, h, w), every state once, and ``log_probs`` (n, T);
-- ``manifest.jsonl``: a line a picture, see :class:`align.trajectories.Drawn`; ``rollout.json``: what all of that
+- ``manifest.jsonl``: a line a picture, see :class:`align.data.trajectories.Drawn`; ``rollout.json``: what all of that
   depends on.
 
 Killed and called again it goes on at the first shard that is missing. What people say of the pictures goes into a file
-that :class:`align.labels.LabelledRollout` reads; ``align.train`` trains on both.
+that :class:`align.data.annotations.LabelledRollout` reads; ``align.train`` trains on both.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from align import families, gallery
-from align.config import command, parse
-from align.data import PromptBatch, Prompts, PromptSet
-from align.errors import NonFinite, require_at_least
+from align import families
+from align.common.command import command, parse
+from align.common.errors import NonFinite, require_at_least
+from align.common.files import write
+from align.data.prompts import PromptBatch, Prompts, PromptSet
+from align.data.trajectories import Drawn, Record, RolloutFolder, describe
+from align.evaluation import gallery
 from align.families import Family
-from align.files import write
 from align.objectives import Context
-from align.policy import Policy
-from align.rollouts import Sampler, draw
-from align.scoring import RewardSetting, Scorer
-from align.trajectories import Drawn, Record, RolloutFolder, describe
+from align.objectives.online.collect import draw
+from align.objectives.online.rewards import RewardSetting, Scorer
+from align.policy.policy import Policy
+from align.sampling.sampler import Sampler
 
 
 @dataclass

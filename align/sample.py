@@ -18,12 +18,14 @@ from typing import Literal
 
 import torch
 
-from align import families, gallery
-from align.config import command, parse
-from align.data import read_prompts
-from align.errors import UserError, require_at_least
-from align.files import claim, write
-from align.noise import InitialNoise
+from align import families
+from align.common.command import command, parse
+from align.common.errors import UserError, require_at_least
+from align.common.files import claim, write
+from align.data.prompts import read_prompts
+from align.evaluation import gallery
+from align.policy.initial_noise import InitialNoise
+from align.sampling import generate
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Sample:
 
 
 def sample(config: Sample) -> Path:
-    """Draw and write; returns the folder. Raises :class:`align.errors.UserError`."""
+    """Draw and write; returns the folder. Raises :class:`UserError`."""
     require_at_least(1, config, "images_per_prompt", "steps", "batch_size")
     if any(config.output_dir.glob("*.png")):
         raise UserError(f"{config.output_dir} holds pictures already; give another output_dir")
@@ -82,7 +84,7 @@ def sample(config: Sample) -> Path:
     claim(config.output_dir)
     texts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     seeds = [config.seed + k for k in range(len(texts))]
-    images = gallery.sample_images(
+    images = generate.sample_images(
         family.predict,
         family,
         texts,
@@ -92,7 +94,7 @@ def sample(config: Sample) -> Path:
         config.batch_size,
         config.resolution,
         "draw",
-        noise.initial if noise else gallery.as_drawn,
+        noise.initial if noise else generate.as_drawn,
     )
     names = [f"{k:05d}.png" for k in range(len(texts))]
     for name, image in zip(names, images, strict=True):

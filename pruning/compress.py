@@ -24,15 +24,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from align import families
-from align.config import command, parse
-from align.data import read_prompts
-from align.errors import UserError
+from align.common.assets import locate
+from align.common.command import command, parse
+from align.common.errors import UserError
+from align.common.files import claim, write
+from align.data.prompts import read_prompts
 from align.families import LORA_FILE, SAMPLING_FILE, Family
-from align.files import claim, write
-from align.settings import Train
-from align.shapes import locate
-from align.train import train
-from pruning import drawing, importance, reads
+from align.training.config import Train
+from align.training.trainer import train
+from pruning import importance, plots, reads
 from pruning.distill import Heal
 from pruning.graph import BlockGraph
 from pruning.loading import load, outline
@@ -165,7 +165,7 @@ class Compress:
 
 def compress(config: Compress, resolved: str = "") -> Path:
     """Run the stages that are asked for and not done yet; returns ``output_dir``, where ``resolved``, the settings as
-    YAML, is kept. Raises :class:`align.errors.UserError`."""
+    YAML, is kept. Raises :class:`UserError`."""
     config.check()
     prompts = read_prompts(config.prompts)[: config.calibration_prompts]
     stages = [stage for stage in STAGES if stage in config.stages]
@@ -248,7 +248,7 @@ def _analyse(config: Compress, family: Family, prompts: Sequence[str]) -> None:
         config.guidance,
         config.batch_size,
     )
-    drawing.heatmap(found, config.at("profile.png"))
+    plots.heatmap(found, config.at("profile.png"))
 
 
 def _decide(config: Compress, family: Family) -> Plan:

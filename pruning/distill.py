@@ -21,18 +21,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align import draws
-from align.data import PromptBatch
-from align.errors import UserError
+from align.common import rng
+from align.common.errors import UserError
+from align.data.captioned import ImageBatch
+from align.data.prompts import PromptBatch
+from align.diffusion.process import diffuse
 from align.families import Cond, Family
-from align.images import ImageBatch
 from align.objectives import Context, Metrics, Objective, Plan
-from align.policy import Policy
-from align.process import diffuse
-from align.rollouts import Sampler, draw, grid_of
-from align.scoring import Scorer
-from align.table import Table
-from align.teachers import PipelineTeacher
+from align.objectives.online.collect import draw
+from align.objectives.online.rewards import Scorer
+from align.objectives.rows import Table
+from align.objectives.teachers import PipelineTeacher
+from align.policy.policy import Policy
+from align.sampling.sampler import Sampler, grid_of
 from pruning import importance
 from pruning.graph import BlockGraph, Streams, follow
 from pruning.plan import Plan as PruningPlan
@@ -148,13 +149,13 @@ class Heal(Objective):
     def rollout(self, ctx: Context, batch: PromptBatch | ImageBatch) -> Table:
         family, generators = ctx.policy.family, ctx.generators("heal")
         cond = batch.cond.to(family.device)
-        empty = torch.stack([draws.uniform(generators) for _ in range(self.count)], 1).flatten()
+        empty = torch.stack([rng.uniform(generators) for _ in range(self.count)], 1).flatten()
         rows: dict[str, Tensor | Cond] = {"empty": empty < self.proportion_empty_prompts}
         image = torch.arange(len(ctx.positions)).repeat_interleave(self.count)
         if isinstance(batch, ImageBatch):
             x0 = batch.latents.float()
-            t = family.draw_t(draws.strata(generators, self.count).flatten())
-            eps = draws.normal((self.count, *x0.shape[1:]), generators).flatten(0, 1)
+            t = family.draw_t(rng.strata(generators, self.count).flatten())
+            eps = rng.normal((self.count, *x0.shape[1:]), generators).flatten(0, 1)
             rows |= {"t": t, "eps": eps, "x_t": diffuse(x0[image], eps, *family.path(t))}
             return Table(rows, {"x0": x0, "cond": cond}, image)
         if self.task_weight:
@@ -163,7 +164,7 @@ class Heal(Objective):
         drawn = draw(ctx, self.sampler, batch, 1, range(self.sampler.steps), stochastic, likelihood=False)
         latents = drawn.columns["latents"]
         assert isinstance(latents, Tensor)
-        order = draws.normal((self.sampler.steps,), generators).argsort(1)[:, : self.count].sort(1).values.flatten()
+        order = rng.normal((self.sampler.steps,), generators).argsort(1)[:, : self.count].sort(1).values.flatten()
         rows["t"] = grid_of(family, self.sampler.steps).t[order].float()
         rows["x_t"] = latents.cpu()[image, order].float()
         return Table(rows, {"cond": cond}, image, drawn.metrics)

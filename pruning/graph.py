@@ -21,9 +21,9 @@ from typing import Any
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from align.errors import UserError
-from pruning.gone import Gone, stand_in
-from pruning.layout import MID_LAYERS, PARTS, Kind, Row, describe, part_name, rows
+from align.common.errors import UserError
+from pruning.architectures import MID_LAYERS, PARTS, Kind, Row, describe, part_name, rows
+from pruning.identity import Gone, stand_in
 
 Streams = dict[str, Tensor]  # "hidden", and "context" where a block has that stream too
 _NOT_STOCK = ("attn", "ff", "norm", "mlp")
@@ -56,7 +56,7 @@ class BlockGraph:
     """The blocks of a denoiser; make it by :meth:`of`.
 
     ``drop`` is everywhere a collection of names of blocks and parts. Methods that act on it raise
-    :class:`align.errors.UserError` with all that :meth:`check` says.
+    :class:`UserError` with all that :meth:`check` says.
     """
 
     def __init__(self, denoiser: ModelMixin, rows: Iterable[Row]) -> None:

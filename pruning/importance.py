@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from align.errors import NonFinite, UserError
+from align.common.errors import NonFinite, UserError
+from align.common.files import write
+from align.diffusion.kernels import DDIM
+from align.diffusion.process import Prediction
 from align.families import Cond, Family
-from align.files import write
-from align.process import DDIM, Prediction
-from align.sampling import initial_noise, sample
+from align.sampling.loop import initial_noise, sample
 from pruning.graph import BlockGraph, Streams
 from pruning.plan import key
 from rewards import RewardSum

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from align.errors import UserError
+from align.common.errors import UserError
+from pruning.architectures import CLASSES
 from pruning.graph import BlockGraph
-from pruning.layout import CLASSES
 from pruning.quantize import (
     BLOCK,
     COMPUTE,
@@ -45,7 +45,7 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipel
     ``.to("cuda")`` brings them together, as with any pipeline of diffusers. Built here, on the CPU, is what it cannot
     read: quantised parts where there is no GPU, which diffusers refuses ("No GPU found"), and denoisers that lost parts
     of blocks. They are the stock classes, but for their Linears and for what is gone. Raises
-    :class:`align.errors.UserError` with all that is missing, unexpected or of the wrong size.
+    :class:`UserError` with all that is missing, unexpected or of the wrong size.
     """
     folder = Path(folder)
     index_file = folder / "model_index.json"
@@ -85,7 +85,7 @@ def _gpu() -> bool:
 def build(folder: Path, dtype: torch.dtype | None = None) -> Model:
     """One component on the CPU, quantised or pruned or neither: its class without weights, Linears swapped, tensors
     put in; what is not packed, and products with what is, in ``dtype``, or as it was saved. Raises
-    :class:`align.errors.UserError`."""
+    :class:`UserError`."""
     model = outline(folder)
     saved = _config(folder).get("quantization_config")
     settings = _settings(saved, folder) if saved else NF4()

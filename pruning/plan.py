@@ -18,9 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from align.errors import UserError
-from align.files import write
-from pruning import drawing
+from align.common.errors import UserError
+from align.common.files import write
+from pruning import plots
 from pruning.graph import BlockGraph
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?(?:\.(\w+))?")
@@ -142,7 +142,7 @@ class Plan:
 
     def picture(self, path: Path) -> None:
         """Write a PNG of the block stack: what goes, what is frozen, what heals."""
-        drawing.stack(self, path)
+        plots.stack(self, path)
 
 
 def by_hand(graph: BlockGraph, text: str, model: str = "") -> Plan:

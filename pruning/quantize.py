@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from align.errors import UserError
+from align.common.errors import UserError
 from align.families import LORA_FILE
 
 Model = Any  # a ModelMixin or a PreTrainedModel
@@ -210,7 +210,7 @@ def choose(module: Model, settings: NF4 = NF4()) -> tuple[Layer, ...]:
     """Every ``nn.Linear`` of a diffusers or transformers model, quantised or kept with the reason; touches nothing.
 
     Works on the meta device. The choice is the one that the model's own library makes when it reads the saved folder,
-    which is why the list of what it keeps by itself (T5's ``wo``) is added. Raises :class:`align.errors.UserError`
+    which is why the list of what it keeps by itself (T5's ``wo``) is added. Raises :class:`UserError`
     with everything that stands against it.
     """
     problems = _against(module)
@@ -325,7 +325,7 @@ def piece_of(key: str) -> tuple[str, str]:
 def quantize(module: Model, settings: NF4 = NF4()) -> Report:
     """Replace, in place, the Linears of a diffusers or transformers model by NF4 ones; see :func:`choose` for which.
 
-    The weights that stay keep their dtype. Raises :class:`align.errors.UserError` before anything is changed.
+    The weights that stay keep their dtype. Raises :class:`UserError` before anything is changed.
     """
     layers, before = choose(module, settings), bytes_of(module)
     for layer in layers:
@@ -369,7 +369,7 @@ def merge_lora(pipe: DiffusionPipeline, folder: Path | str) -> None:
 
     Before quantising: four bits round a weight by some 9 %, more than a LoRA changes it. A LoRA for a quantised
     pipeline is loaded with ``pipe.load_lora_weights`` and stays beside the weights (QLoRA). Raises
-    :class:`align.errors.UserError`.
+    :class:`UserError`.
     """
     problems = []
     if names := quantised(pipe):
@@ -396,7 +396,7 @@ def save_pipeline(pipe: DiffusionPipeline, folder: Path | str, beside: Mapping[s
     """Write the whole pipeline as ``from_pretrained`` reads it: all of it, or nothing.
 
     ``beside`` holds more files, name to text: a model card, ``sampling.json``. Raises
-    :class:`align.errors.UserError` where ``folder`` exists.
+    :class:`UserError` where ``folder`` exists.
     """
 
     def fill(draft: Path) -> None:

@@ -19,15 +19,18 @@ import torch
 from torch import Tensor
 
 import pruning
-from align import families, gallery, runs
+from align import families
+from align.common.assets import locate
+from align.common.files import write
+from align.common.provenance import provenance
 from align.evaluate import STRICT, chosen_prompts
+from align.evaluation import gallery
 from align.families import Family
-from align.files import write
-from align.shapes import locate
+from align.sampling import generate
 from pruning.graph import weights
 from rewards import RewardSum
 from rewards import load as load_reward
-from rewards.shapes import Shapes
+from rewards.models.shapes import Shapes
 
 
 @dataclass
@@ -109,7 +112,7 @@ def _measure(source: str, batch: int, steps: int) -> int:
     prompts = ["a red circle"] * batch
     half = torch.bfloat16 if family.dtype == torch.float32 else family.dtype
     with torch.autocast(family.device.type, half):
-        gallery.sample_images(family.predict, family, prompts, range(batch), steps, batch_size=batch)
+        generate.sample_images(family.predict, family, prompts, range(batch), steps, batch_size=batch)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -132,7 +135,7 @@ def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str
         family = held[name] = opened(source)
         where = Path(locate(source))
         with torch.autocast(family.device.type, family.dtype, enabled=family.dtype != torch.float32):
-            pictures[name] = gallery.sample_images(
+            pictures[name] = generate.sample_images(
                 family.predict, family, texts, seeds, settings.steps, settings.guidance, settings.batch_size, None, name
             )
         scores = rewards.components(images=pictures[name], prompts=texts)
@@ -153,7 +156,7 @@ def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str
         found[name]["latency"] = seconds
     text = table(found)
     _gallery(output, texts, pictures, found)
-    write(output / "report.json", json.dumps({"pipelines": found} | runs.provenance(), indent=2) + "\n")
+    write(output / "report.json", json.dumps({"pipelines": found} | provenance(), indent=2) + "\n")
     write(output / "report.md", text + "\n")
     return text
 

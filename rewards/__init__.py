@@ -10,240 +10,26 @@ A reward is any object with the attribute and the method of :class:`Reward`. It 
 
 from __future__ import annotations
 
-from rewards import _torchvision
+import logging
 
-_torchvision.ensure()  # before anything can import torchvision
+from rewards.common import torchvision_shim
 
-import logging  # noqa: E402
+torchvision_shim.ensure()  # before anything can import torchvision
 
 # diffusers and peft import bitsandbytes where it is installed, which on some CPUs asks for a package it can do without
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-import builtins  # noqa: E402
-import importlib  # noqa: E402
-import inspect  # noqa: E402
-import math  # noqa: E402
-from collections.abc import Mapping, Sequence  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from typing import Any, Literal, Protocol, runtime_checkable  # noqa: E402
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-__all__ = ["Reward", "RewardError", "RewardSum", "available", "checked", "load"]
-
-_BUILT_IN: dict[str, str] = {
-    "Aesthetic": "rewards.aesthetic.Aesthetic",
-    "CLIPScore": "rewards.clip_score.CLIPScore",
-    "EndpointJudge": "rewards.judge.EndpointJudge",
-    "GenEval-style": "rewards.gen_eval.GenEvalStyle",
-    "HPSv2": "rewards.hps.HPSv2",
-    "HPSv3": "rewards.hpsv3.HPSv3",
-    "ImageReward": "rewards.image_reward.ImageReward",
-    "JPEGCompressibility": "rewards.jpeg.JPEGCompressibility",
-    "JPEGIncompressibility": "rewards.jpeg.JPEGIncompressibility",
-    "Judge": "rewards.judge.Judge",
-    "MPS": "rewards.mps.MPS",
-    "OCR": "rewards.ocr.OCR",
-    "OpenNSFW": "rewards.safety.OpenNSFW",
-    "PickScore": "rewards.pick_score.PickScore",
-    "Remote": "rewards.remote.Remote",
-    "Safety": "rewards.safety.Safety",
-    "Shapes": "rewards.shapes.Shapes",
-    "VQAScore": "rewards.vqa_score.VQAScore",
-}
-_SLACK = 1e-3  # how far outside [0, 1] rounding may carry a pixel; a picture in [-1, 1] or [0, 255] goes further
-
-
-class RewardError(ValueError):
-    """A reward was misused or answered nonsense; ``row`` is the offending row of the batch where there is one."""
-
-    def __init__(self, message: str, row: int | None = None) -> None:
-        super().__init__(message)
-        self.row = row
-
-
-@runtime_checkable
-class Reward(Protocol):
-    """Scores images. ``differentiable`` (an attribute will do) says whether gradients flow from score to images."""
-
-    @property
-    def differentiable(self) -> bool: ...
-
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
-    ) -> Tensor:
-        """images (B, 3, H, W) float in [0, 1], one prompt and at most one metadata row each -> (B,) float32."""
-        ...
-
-
-def checked(
-    reward: Reward,
-    name: str,
-    images: Tensor,
-    prompts: Sequence[str],
-    metadata: Sequence[Mapping[str, Any]] | None = None,
-) -> Tensor:
-    """Call ``reward`` and make sure that both sides kept the contract: (B,) float32, on the device of ``images``.
-
-    ``RewardError`` names the reward, what arrived and what was expected, and the row where there is one.
-    """
-    _check_input(name, images, prompts, metadata)
-    scores = reward.score(images=images, prompts=prompts, metadata=metadata)
-    if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
-        arrived = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise RewardError(f"reward {name!r} returned {arrived}; expected a tensor of shape ({len(prompts)},)")
-    finite = torch.isfinite(scores)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise RewardError(
-            f"reward {name!r} returned {scores[row].item()} for row {row} (prompt {prompts[row]!r}); "
-            "expected a finite number",
-            row=row,
-        )
-    return scores.to(images.device, torch.float32)
-
-
-def _check_input(
-    name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None
-) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-        raise RewardError(f"reward {name!r} got images of shape {tuple(images.shape)}; expected (B, 3, H, W), B > 0")
-    if not images.is_floating_point():
-        raise RewardError(f"reward {name!r} got {images.dtype} images; expected float in [0, 1]: divide by 255")
-    if isinstance(prompts, str) or len(prompts) != len(images):
-        arrived = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-        raise RewardError(f"reward {name!r} got {arrived} for {len(images)} images; expected one prompt per image")
-    if metadata is not None and len(metadata) != len(images):
-        raise RewardError(f"reward {name!r} got {len(metadata)} metadata rows for {len(images)} images")
-    flat = images.detach().flatten(1)
-    low, high = flat.amin(1), flat.amax(1)
-    outside = ~((low >= -_SLACK) & (high <= 1 + _SLACK))  # written so that NaN counts as outside
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise RewardError(
-            f"reward {name!r} got an image with values from {low[row].item():.4g} to {high[row].item():.4g} "
-            f"in row {row}; expected [0, 1]",
-            row=row,
-        )
-
-
-@dataclass
-class RewardSum:
-    """Weighted sum of rewards, itself a reward.
-
-    Args:
-        rewards: by name.
-        weights: of what is summed; a reward that is not named has weight 1.
-        normalise: how a reward is brought to a scale that can be summed with others'; one that is not named is taken as
-            it is. ``(mean, std)``, measured beforehand (``summary.json`` of ``rewards.score`` has both), gives
-            (score - mean) / std: an image's score is the same alone and in a batch. ``"batch"`` takes mean and standard
-            deviation (over n) of the batch at hand, so by definition an image's score depends on its batch mates; it
-            is 0 for an image alone, and where all scores are equal.
-    """
-
-    rewards: dict[str, Reward]
-    weights: dict[str, float] | None = None
-    normalise: dict[str, tuple[float, float] | Literal["batch"]] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.rewards:
-            raise RewardError("RewardSum got no rewards; expected at least one")
-        if "total" in self.rewards:
-            raise RewardError("RewardSum: 'total' is the name of the weighted sum; give that reward another name")
-        for what, named in {"weights": self.weights, "normalise": self.normalise}.items():
-            if unknown := sorted(set(named or {}) - set(self.rewards)):
-                raise RewardError(f"RewardSum got {what} for {unknown}; the rewards are {sorted(self.rewards)}")
-        for name, how in (self.normalise or {}).items():
-            if how != "batch":
-                check_statistics(name, how)
-
-    @property
-    def differentiable(self) -> bool:
-        """Whether every reward is differentiable."""
-        return all(reward.differentiable for reward in self.rewards.values())
-
-    @property
-    def needs_prompt(self) -> bool:
-        """Whether any reward reads the prompt."""
-        return any(needs_prompt(reward) for reward in self.rewards.values())
-
-    def components(
-        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
-    ) -> dict[str, Tensor]:
-        """Every reward's own score by name, neither normalised nor weighted, and their weighted sum as ``"total"``;
-        each (B,) float32."""
-        scores = {name: checked(reward, name, images, prompts, metadata) for name, reward in self.rewards.items()}
-        weights, normalise = self.weights or {}, self.normalise or {}
-        parts = [weights.get(name, 1.0) * _normalised(score, normalise.get(name)) for name, score in scores.items()]
-        return scores | {"total": torch.stack(parts).sum(0)}
-
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
-    ) -> Tensor:
-        """The weighted sum: (B,) float32."""
-        return self.components(images=images, prompts=prompts, metadata=metadata)["total"]
-
-
-def check_statistics(name: str, statistics: Sequence[float]) -> None:
-    """``RewardError`` unless these are the mean and the standard deviation of the scores of the reward ``name``."""
-    numbers = [value for value in statistics if isinstance(value, int | float) and math.isfinite(value)]
-    if len(statistics) != 2 or len(numbers) != 2 or numbers[1] <= 0:
-        raise RewardError(
-            f"reward {name!r} is to be normalised by {statistics}; expected (mean, std), finite, std above 0"
-        )
-
-
-def _normalised(scores: Tensor, how: tuple[float, float] | Literal["batch"] | None) -> Tensor:
-    if how is None:
-        return scores
-    if how != "batch":
-        return (scores - how[0]) / how[1]
-    exact = scores.double()  # in which the mean of equal float32 numbers is that number
-    centred = exact - exact.mean()
-    spread = centred.square().mean().sqrt()
-    return (centred / spread if spread > 0 else centred).float()
-
-
-def needs_prompt(reward: Reward) -> bool:
-    """What the reward declares; one that declares nothing is taken to read the prompt."""
-    return bool(getattr(reward, "needs_prompt", True))
-
-
-def available() -> builtins.list[str]:
-    """Names that :func:`load` knows."""
-    return sorted(_BUILT_IN)
-
+from rewards.base import (  # noqa: E402
+    Reward,
+    RewardError,
+    RewardSum,
+    available,
+    check_statistics,
+    checked,
+    load,
+    needs_prompt,
+)
 
 list = available  # ``rewards.list()``; kept out of ``__all__``, where it would hide the built-in
 
-
-def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:
-    """A built-in reward by name ("Shapes"), or any other by import path ("package.module.Class").
-
-    ``RewardError`` says which names there are, or what is wrong with the path, the arguments or the class.
-    """
-    module_name, _, class_name = _BUILT_IN.get(name, name).rpartition(".")
-    if not module_name:
-        raise RewardError(f"unknown reward {name!r}; known are {', '.join(available())}, or package.module.Class")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f"cannot load reward {name!r}: {error}; known are {', '.join(available())}") from error
-    if not inspect.isclass(cls) or not callable(getattr(cls, "score", None)):
-        raise RewardError(f"{name!r} is no reward: expected a class with a method 'score'")
-    arguments = dict(init_args or {})
-    signature = inspect.signature(cls)
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise RewardError(f"reward {name!r}: {error}; its arguments are {signature}") from error
-    try:
-        reward = cls(**arguments)
-    except RewardError:
-        raise
-    except ValueError as error:
-        raise RewardError(f"reward {name!r}: {error}") from error
-    if not isinstance(reward, Reward):
-        raise RewardError(f"{name!r} is no reward: it lacks the attribute 'differentiable'")
-    return reward
+__all__ = ["Reward", "RewardError", "RewardSum", "available", "check_statistics", "checked", "load", "needs_prompt"]

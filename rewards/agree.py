@@ -1,6 +1,6 @@
 """How often rewards agree with people: ``python -m rewards.agree --pairs PAIRS --reward PickScore --reward HPSv2``.
 
-``PAIRS`` is a preference set: a file, a folder or a hub id in one of the layouts that :mod:`rewards.pairs` reads
+``PAIRS`` is a preference set: a file, a folder or a hub id in one of the layouts that :mod:`rewards.data` reads
 (Pick-a-Pic's and chosen / rejected columns, HPDv2, HPDv3, JSONL, imagefolder, sibling folders). Every picture is
 decoded once for all rewards. Printed, and written as JSON to ``--output``, are
 
@@ -31,14 +31,14 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from rewards import Reward, RewardError
-from rewards.commands import new_parser, status
-from rewards.decoder import Batch, Decoder, Unreadable, ahead
-from rewards.inputs import load_rewards, parse_rewards, pick_device
-from rewards.pairs import recognise
-from rewards.pictures import Input, Row
-from rewards.scorer import score_batch
-from rewards.shards import write
-from rewards.tables import Picture
+from rewards.common.command import new_parser, status
+from rewards.data.images import Input, Row
+from rewards.data.inputs import load_rewards, parse_rewards, pick_device
+from rewards.data.preferences import recognise
+from rewards.data.tables import Picture
+from rewards.scoring.engine import score_batch
+from rewards.scoring.loader import Batch, Decoder, Unreadable, ahead
+from rewards.scoring.output import write
 
 Bad = list[dict[str, str]]
 

@@ -33,13 +33,13 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from rewards import RewardError
-from rewards.commands import new_parser, status
-from rewards.decoder import shard_sizes
-from rewards.gallery import Shown, page
-from rewards.inputs import open_input, parse_rewards
-from rewards.pictures import Input
-from rewards.scorer import Scorer, open_scorer
-from rewards.shards import Bad, Shards, wait_for, write, write_bad
+from rewards.common.command import new_parser, status
+from rewards.data.images import Input
+from rewards.data.inputs import open_input, parse_rewards
+from rewards.scoring.engine import Scorer, open_scorer
+from rewards.scoring.gallery import Shown, page
+from rewards.scoring.loader import shard_sizes
+from rewards.scoring.output import Bad, Shards, wait_for, write, write_bad
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -197,7 +197,7 @@ def _clear(shards: Shards) -> None:
 
 def _ray() -> ModuleType:
     try:
-        return importlib.import_module("rewards.ray_engine")
+        return importlib.import_module("rewards.scoring.ray_engine")
     except ImportError as error:
         raise RewardError(f"--engine ray needs {error.name}: pip install 't2i-align[ray]'") from error
 

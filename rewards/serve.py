@@ -1,4 +1,4 @@
-"""Rewards over HTTP: ``python -m rewards.serve --reward Shapes --port 8000``; :class:`rewards.remote.Remote` calls it.
+"""Rewards over HTTP: ``python -m rewards.serve --reward Shapes --port 8000``; :class:`Remote` calls it.
 
     GET  /health   {"status": "ok", "waiting": {REWARD: images}}; needs no token
     GET  /rewards  {"rewards": {REWARD: {"needs_prompt": bool}}, "limits": {..}}
@@ -29,10 +29,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewards import RewardError
-from rewards.batching import Limits
-from rewards.commands import new_parser, status
-from rewards.inputs import load_rewards, parse_rewards, pick_device
-from rewards.remote import TOKEN
+from rewards.common.command import new_parser, status
+from rewards.data.inputs import load_rewards, parse_rewards, pick_device
+from rewards.models.remote import TOKEN
+from rewards.serving.batching import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def _token(file: str | None) -> str | None:
 def run(arguments: argparse.Namespace) -> int:
     """The command; ``RewardError`` where the user has something to put right."""
     try:
-        from rewards.server import Server, check_token
+        from rewards.serving.server import Server, check_token
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise

@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from align import families
-from align.data import PromptBatch, PromptSet
+from align.data.prompts import PromptBatch, PromptSet
+from align.diffusion.kernels import Gaussian, Kernel, Step
+from align.diffusion.process import Grid, Prediction
 from align.families import LORA_FILE, Cond, Family
 from align.objectives import Context, Objective
-from align.policy import LoRA, Policy
-from align.process import Gaussian, Grid, Kernel, Prediction, Step
-from align.scoring import Scorer
-from align.table import Table
+from align.objectives.online.rewards import Scorer
+from align.objectives.rows import Table
+from align.policy.policy import LoRA, Policy
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
@@ -69,17 +70,17 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     into the folder of that name, so that a kill surely falls there."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    from align import runs
     from align.train import main
+    from align.training import run_folder
 
-    whole = runs.write
+    whole = run_folder.write
 
     def held(path: Path, text: str) -> None:
         if path.parent.name == environment.get("HOLD_IN"):
             time.sleep(60)
         whole(path, text)
 
-    runs.write = held
+    run_folder.write = held
     sys.exit(main(list(arguments)))
 
 

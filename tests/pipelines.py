@@ -15,7 +15,7 @@ from align import families
 from align.families import Family
 from align.families.sd import SD
 from align.families.sd3 import SD3
-from align.shapes import pretrain
+from align.shapes.scripts import pretrain
 
 Build = Callable[..., Family]
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rewards.aesthetic import new_head
-from rewards.network import unit
+from rewards.models.aesthetic import new_head
+from rewards.models.network import unit
 from tests.goldens.aesthetic import FILE, made
 
 SOURCE = Path(__file__).parents[2] / "shared/data/aesthetic"

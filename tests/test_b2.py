@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.advantages import PromptHistory, staged_advantages
 from align.objectives.b2_diffurl import B2DiffuRL
 from align.objectives.d3po import D3PO
+from align.objectives.online.advantages import PromptHistory, staged_advantages
+from align.objectives.online.rewards import Scorer
 from align.objectives.policy_gradient import PolicyGradient
-from align.rollouts import Sampler, Window
-from align.scoring import Scorer
+from align.sampling.sampler import Sampler, Window
 from align.train import main
 from tests.helpers import Flat, Heard, lines, moved, online, rolled, weights, write
 from tests.pipelines import Build

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import pruning
 from align import families
-from align.config import parse
-from align.data import PromptSet
-from align.errors import UserError
+from align.common.command import parse
+from align.common.errors import UserError
+from align.data.prompts import PromptSet
 from align.families import LORA_FILE
 from align.objectives import Context
-from align.policy import LoRA, Policy
-from align.rollouts import Sampler
-from align.teachers import PipelineTeacher
+from align.objectives.teachers import PipelineTeacher
+from align.policy.policy import LoRA, Policy
+from align.sampling.sampler import Sampler
 from pruning import compress
 from pruning.distill import Heal, sensitivity
 from pruning.graph import BlockGraph
@@ -126,7 +126,7 @@ def test_the_feature_term_pairs_blocks_by_their_old_places(tiny_folders: dict[st
 
 
 def test_real_pictures_have_a_task_term(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    from align.images import ImageBatch
+    from align.data.captioned import ImageBatch
 
     policy, objective = healing(
         tiny_folders["flow"], tmp_path, "1", task_weight=1.0, output_weight=0.0, feature_weight=0.0

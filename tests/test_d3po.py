@@ -14,10 +14,11 @@ from torch import Tensor
 
 from align.objectives import Context
 from align.objectives.d3po import D3PO, preferences
-from align.policy import LoRA, Policy
-from align.rollouts import Sampler, Window, log_probs
-from align.scoring import Scorer
-from align.table import Table
+from align.objectives.online.replay import log_probs
+from align.objectives.online.rewards import Scorer
+from align.objectives.rows import Table
+from align.policy.policy import LoRA, Policy
+from align.sampling.sampler import Sampler, Window
 from tests.helpers import Bright, Fixed, Flat, Heard, Toy, bright, gradients, moved, rolled
 from tests.pipelines import Build
 from tests.test_policy import disturb

@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from align import cache, encoded, encoding
-from align.data import Prompts, read_pairs, read_prompts, shuffled
-from align.encoded import EncodedPairs, PairBatch, PreferencePairs
-from align.encoding import cut
-from align.errors import DataError
+from align.common.errors import DataError
+from align.data import encoding, latent_cache, preferences
+from align.data.dataset import shuffled
+from align.data.encoding import cut
+from align.data.images import Picture, UnreadableError, decode
+from align.data.preferences import EncodedPairs, PairBatch, PreferencePairs, read_pairs
+from align.data.prompts import Prompts, read_prompts
 from align.families import Cond
-from align.pictures import Picture, UnreadableError, decode
 from tests.benchmarks.emoji_pairs import Pair as Drawn
 from tests.benchmarks.emoji_pairs import pick_a_pic, write_layouts
 
@@ -90,7 +91,7 @@ def places(drawn: list[Drawn], tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cache, encoded):
+    for module in (latent_cache, preferences):
         monkeypatch.setattr(module, "SHARD", 4)
     monkeypatch.setattr(encoding, "TEXTS", 3)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.encoded import PairBatch
+from align.data.preferences import PairBatch
+from align.diffusion.process import Prediction
 from align.objectives import Context
 from align.objectives.dpo import DPO
-from align.policy import LoRA, Policy
-from align.process import Prediction
-from align.table import Table
+from align.objectives.rows import Table
+from align.policy.policy import LoRA, Policy
 from tests.pipelines import Build
 from tests.test_policy import disturb
 

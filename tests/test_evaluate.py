@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from align import gallery
 from align.evaluate import bootstrap, compare, main
 from align.families import LORA_FILE
-from align.policy import LoRA, Policy
+from align.policy.policy import LoRA, Policy
+from align.sampling import generate
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
@@ -51,8 +51,8 @@ def test_bootstrap_interval_covers_as_it_says() -> None:
 
 def test_pictures_do_not_depend_on_the_batch(tiny: Build) -> None:
     family, prompts = tiny("flow"), ["two red stars", "a star", "a red circle"]
-    one = gallery.sample_images(family.predict, family, prompts, [3, 4, 5], 3, 2.0, batch_size=1)
-    all_ = gallery.sample_images(family.predict, family, prompts, [3, 4, 5], 3, 2.0, batch_size=3)
+    one = generate.sample_images(family.predict, family, prompts, [3, 4, 5], 3, 2.0, batch_size=1)
+    all_ = generate.sample_images(family.predict, family, prompts, [3, 4, 5], 3, 2.0, batch_size=3)
     torch.testing.assert_close(one, all_, atol=1e-5, rtol=1e-5)
     assert one.shape == (3, 3, 16, 16)
 
@@ -133,7 +133,7 @@ def test_mistakes_are_one_line(
 def test_nothing_is_drawn_for_nothing(
     tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
-    monkeypatch.setattr(gallery, "sample_images", lambda *_: pytest.fail("drawn for nothing"))
+    monkeypatch.setattr(generate, "sample_images", lambda *_: pytest.fail("drawn for nothing"))
     if mistake == "nothing tuned in":
         (tuned / LORA_FILE).unlink()
     else:

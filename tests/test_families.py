@@ -12,9 +12,9 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor
 
 from align import families
+from align.diffusion.kernels import DDIM
 from align.families import Family, Unsupported
-from align.process import DDIM
-from align.sampling import initial_noise, sample
+from align.sampling.loop import initial_noise, sample
 from tests.pipelines import Build, tiny_sd3
 
 PROMPTS = ["two red stars", "a blue circle left of a green square", ""]

@@ -17,21 +17,22 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 from torchvision.transforms.functional import pil_to_tensor
 
-from align import draws, families
+from align import families
 from align import sample as drawing
-from align.data import Prompts
-from align.errors import UserError
+from align.common import rng
+from align.common.errors import UserError
+from align.data.prompts import Prompts
+from align.diffusion.process import Reduction
 from align.families import LORA_FILE
-from align.noise import NOISE_FILE, InitialNoise, Tying, kl, log_prob
 from align.objectives import Context
 from align.objectives.find import FIND
-from align.policy import Policy
-from align.process import Reduction
-from align.rollouts import Sampler
-from align.sampling import sample
-from align.table import Table
+from align.objectives.rows import Table
+from align.objectives.value_network import ValueNet
+from align.policy.initial_noise import NOISE_FILE, InitialNoise, Tying, kl, log_prob
+from align.policy.policy import Policy
+from align.sampling.loop import sample
+from align.sampling.sampler import Sampler
 from align.train import main
-from align.value import ValueNet
 from tests.helpers import (
     TEXTS,
     Bright,
@@ -141,7 +142,7 @@ def test_i1_a_fresh_distribution_is_the_prior(tying: Tying) -> None:
 def test_i1_pictures_of_a_fresh_distribution_start_from_plain_randn(tiny: Build, kind: str) -> None:
     objective = FIND(Sampler(2, 1.0), 3, antithetic=False)
     ctx, table = rolled(objective, learner(tiny, kind, objective), step=4)
-    plain = [torch.randn(SHAPE, generator=draws.generator(0, "initial", 4, position)) for position in range(6)]
+    plain = [torch.randn(SHAPE, generator=rng.generator(0, "initial", 4, position)) for position in range(6)]
     assert torch.equal(table.tensor("noise"), torch.stack(plain))
     _, metrics = objective.loss(ctx, table)
     assert metrics["ratio_max"] == 1 and metrics["approx_kl"] == 0 and table.metrics["kl"] == 0
@@ -326,7 +327,7 @@ def test_pairs_are_mean_plus_and_minus(tiny: Build) -> None:
     _, table = rolled(objective, policy, step=3)
     z, (mean, log_std) = table.tensor("noise"), noise(table.tensor("index"))
     for k in range(0, 8, 2):
-        eps = torch.randn(SHAPE, generator=draws.generator(0, "initial", 3, k))
+        eps = torch.randn(SHAPE, generator=rng.generator(0, "initial", 3, k))
         torch.testing.assert_close(z[k], mean[k] + log_std[k].exp() * eps)
         torch.testing.assert_close(z[k + 1], mean[k] - log_std[k].exp() * eps)
     own = FIND(Sampler(2, 1.0), 4, antithetic=False)

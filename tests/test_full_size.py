@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPConfig, CLIPModel
 
-from rewards.aesthetic import Aesthetic
-from rewards.clip_score import CLIPScore, OpenCLIP
-from rewards.hps import HPSv2
-from rewards.image_reward import ImageReward
-from rewards.mps import MPS
-from rewards.network import Network
-from rewards.pick_score import PickScore
+from rewards.models.aesthetic import Aesthetic
+from rewards.models.clip_score import CLIPScore, OpenCLIP
+from rewards.models.hps import HPSv2
+from rewards.models.image_reward import ImageReward
+from rewards.models.mps import MPS
+from rewards.models.network import Network
+from rewards.models.pick_score import PickScore
 from tests.reward_samples import new_clip, pictures, tensor
 from tests.test_reward_models import BlipSize, new_aesthetic_head, new_image_reward
 
@@ -84,15 +84,15 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ne
     clip = str(tmp_path / "clip")
 
     def huge() -> PickScore:
-        monkeypatch.setattr("rewards.clip_score.pretrained", lambda cls, source: cls(HUGE))
+        monkeypatch.setattr("rewards.models.clip_score.pretrained", lambda cls, source: cls(HUGE))
         return PickScore(clip, clip, device="cpu")
 
     def large() -> CLIPScore:
-        monkeypatch.setattr("rewards.clip_score.pretrained", lambda cls, source: cls(LARGE))
+        monkeypatch.setattr("rewards.models.clip_score.pretrained", lambda cls, source: cls(LARGE))
         return CLIPScore(clip, device="cpu")
 
     def aesthetic() -> Aesthetic:
-        monkeypatch.setattr("rewards.aesthetic.pretrained", lambda cls, source: cls(LARGE))
+        monkeypatch.setattr("rewards.models.aesthetic.pretrained", lambda cls, source: cls(LARGE))
         new_aesthetic_head(tmp_path / "head", 768)
         return Aesthetic(clip, str(tmp_path / "head"), device="cpu")
 
@@ -134,7 +134,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ne
             for name, shape in shapes.items():
                 value = torch.randn(shape) * shape[-1] ** -0.5 if len(shape) > 1 else torch.ones(shape)
                 weights[f"cross_model.layers.{layer}.{name}"] = value.bfloat16()
-        monkeypatch.setattr("rewards.mps.read_weights", lambda path: weights)
+        monkeypatch.setattr("rewards.models.mps.read_weights", lambda path: weights)
         (tmp_path / "model.safetensors").touch()
         scorer = MPS(str(tmp_path), processor=clip, device="cpu")
         weights.clear()

@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from rewards import RewardError, hpsv3, load, preprocess
-from rewards.hpsv3 import AREA, HPSv3, published_question, rename, size
+from rewards import RewardError, load
+from rewards.models import hpsv3, preprocess
+from rewards.models.hpsv3 import AREA, HPSv3, published_question, rename, size
 from tests.reward_samples import PROMPTS, Sample, new_qwen, pictures, samples, tensor
 
 REWARD = "<|Reward|>"

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from align.errors import DataError
-from align.images import ImageBatch, Images
+from align.common.errors import DataError
+from align.data.captioned import ImageBatch, Images
 from align.shapes.scenes import Rendered, Scenes
 from align.shapes.world import HELD_OUT
-from rewards.shapes import judge, parse
+from rewards.models.shapes import judge, parse
 from tests.test_data import Tiny, noise
 
 COUNT = 7

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from align.errors import NonFinite, UserError
+from align.common.errors import NonFinite, UserError
 from align.families import Family
-from align.gallery import sample_images
-from align.sampling import initial_noise, sample
-from pruning import drawing, importance
+from align.sampling.generate import sample_images
+from align.sampling.loop import initial_noise, sample
+from pruning import importance, plots
 from pruning.graph import BlockGraph
 from pruning.importance import profile, scores, seconds
 from pruning.plan import Budget, key, to_budget
@@ -186,12 +186,12 @@ def test_scores_feed_a_plan(tiny: Build, tmp_path: Path) -> None:
 
 def test_the_heat_map_has_a_row_a_unit_and_a_column_a_measure(tiny: Build, tmp_path: Path) -> None:
     found = measured(tiny("flow"), tmp_path / "p.json", reward=bright())
-    drawing.heatmap(found, tmp_path / "p.png")
+    plots.heatmap(found, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as four:
         wide, high = four.size
         assert high == 20 * (2 + 3)
         shades = {four.getpixel((wide - 10 - 3 * 110 + 2, 20 * (k + 2) + 2)) for k in range(2)}
         assert shades == {(245, 240, 225), (120, 20, 50)}  # of two errors one is the smallest, one the largest
-    drawing.heatmap(measured(tiny("flow"), tmp_path / "q.json"), tmp_path / "q.png")
+    plots.heatmap(measured(tiny("flow"), tmp_path / "q.json"), tmp_path / "q.png")
     with Image.open(tmp_path / "q.png") as three:
         assert three.size == (wide - 110, high)

@@ -23,15 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align import families, rollout, train
-from align.errors import DataError, UserError
+from align.common.errors import DataError, UserError
+from align.data.annotations import LabelledRollout
+from align.data.trajectories import TrajectoryBatch
+from align.diffusion.kernels import DDIM
 from align.families import Cond
-from align.labels import LabelledRollout
 from align.objectives import Context
-from align.policy import LoRA, Policy
-from align.process import DDIM
-from align.rollouts import Sampler, log_probs
-from align.sampling import initial_noise, sample
-from align.trajectories import TrajectoryBatch
+from align.objectives.online.replay import log_probs
+from align.policy.policy import LoRA, Policy
+from align.sampling.loop import initial_noise, sample
+from align.sampling.sampler import Sampler
 
 PROMPTS = ["two red stars", "a blue circle", "a black square", "a star and a circle", "two red stars"]
 K, T, GUIDANCE = 3, 3, 2.0
@@ -92,7 +93,7 @@ def test_the_folder_has_its_layout(round1: Path) -> None:
     assert record["sampler"] == {
         "steps": T,
         "guidance": GUIDANCE,
-        "kernel": {"class_path": "align.process.DDIM", "init_args": {"eta": 1.0}},
+        "kernel": {"class_path": "align.diffusion.kernels.DDIM", "init_args": {"eta": 1.0}},
     }
     assert (record["prompts"], record["images_per_prompt"], record["images"], record["shards"]) == (5, K, 5 * K, 3)
     assert record["latent_shape"] == [4, 8, 8]
@@ -489,7 +490,7 @@ def test_require_says_what_to_set(round1: Path, tiny_folders: dict[str, Path], t
     cases = [
         (Sampler(4, GUIDANCE), "sampler has steps 4, but .* set in objective.sampler steps: 3$"),
         (Sampler(T), "has guidance 7.5, but .* guidance: 2.0$"),
-        (Sampler(T, GUIDANCE, DDIM(0.5)), "'eta': 0.5.* kernel: .*align.process.DDIM.*'eta': 1.0"),
+        (Sampler(T, GUIDANCE, DDIM(0.5)), "'eta': 0.5.* kernel: .*align.diffusion.kernels.DDIM.*'eta': 1.0"),
         (Sampler(4, 3.0), "has steps 4, guidance 3.0, but .* steps: 3, guidance: 2.0$"),
     ]
     for sampler, message in cases:

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from align.diversity import Features, pairwise, thumbnails
 from align.evaluate import diversity
+from align.sampling.diversity import Features, pairwise, thumbnails
 from rewards import RewardError
-from rewards.lpips import LPIPS, TRUNKS, load, main
-from rewards.pictures import decode
+from rewards.data.images import decode
+from rewards.models.lpips import LPIPS, TRUNKS, load, main
 
 # Name in torchvision's state dict: (outputs, kernel, stride, padding) of a convolution, or (kernel, stride) of a pool;
 # the layers that LPIPS looks at are the rectified ones.

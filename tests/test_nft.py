@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from align.objectives.nft import NFT
-from align.policy import LoRA, Policy
-from align.rollouts import Sampler
-from align.sampling import sample
-from align.table import Table
+from align.objectives.rows import Table
+from align.policy.policy import LoRA, Policy
+from align.sampling.loop import sample
+from align.sampling.sampler import Sampler
 from tests.helpers import Heard, bright, gradients, moved, rolled
 from tests.pipelines import Build
 from tests.test_policy import disturb

@@ -13,20 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align import families
-from align.arithmetic import Arithmetic, shares
-from align.data import Prompts
-from align.errors import UserError
+from align.common.errors import UserError
+from align.data.prompts import Prompts
 from align.families import LORA_FILE
-from align.gallery import sample_images
 from align.objectives import Context
 from align.objectives.b2_diffurl import B2DiffuRL
 from align.objectives.d3po import D3PO
+from align.objectives.online.collect import draw
+from align.objectives.online.rewards import RewardSetting, Scorer
 from align.objectives.policy_gradient import PolicyGradient
-from align.policy import LoRA, Policy
-from align.rollouts import Sampler, draw
-from align.scoring import RewardSetting, Scorer
-from align.settings import Train
+from align.policy.policy import LoRA, Policy
+from align.sampling.generate import sample_images
+from align.sampling.sampler import Sampler
 from align.train import main
+from align.training.batch_plan import Arithmetic, shares
+from align.training.config import Train
 from tests.helpers import (
     Bright,
     errors,
@@ -307,7 +308,7 @@ def test_dry_run_shows_the_arithmetic(config: dict[str, Any], capsys: pytest.Cap
 def test_a_kernel_of_other_models_is_refused_before_anything_is_drawn(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config["objective"]["init_args"]["sampler"] = {"kernel": {"class_path": "align.process.FlowSDE"}}
+    config["objective"]["init_args"]["sampler"] = {"kernel": {"class_path": "align.diffusion.kernels.FlowSDE"}}
     assert main(["--config", write(config), "--dry_run"]) == 1
     (error,) = errors(capsys.readouterr().err)
     assert "FlowSDE draws from flow models" in error and "predicts epsilon" in error

@@ -15,20 +15,22 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from align import families
-from align.arithmetic import Arithmetic
-from align.config import parse
-from align.data import PromptBatch, TaskPrompts, TaskSet
-from align.errors import UserError
+from align.common.command import parse
+from align.common.errors import UserError
+from align.data.prompts import PromptBatch, TaskPrompts, TaskSet
+from align.diffusion.kernels import DDIM, FlowSDE, Kernel
+from align.diffusion.process import Grid, Prediction
 from align.families import LORA_FILE, Cond, Family
 from align.objectives import Context
 from align.objectives.opd import OPD, Form, Normalise, divergence
-from align.policy import LoRA, Policy
-from align.process import DDIM, FlowSDE, Grid, Kernel, Prediction
-from align.rollouts import Sampler
-from align.settings import Train
-from align.table import Table
-from align.teachers import LoRATeacher, PipelineTeacher, Teacher, average
-from align.train import Loop, main
+from align.objectives.rows import Table
+from align.objectives.teachers import LoRATeacher, PipelineTeacher, Teacher, average
+from align.policy.policy import LoRA, Policy
+from align.sampling.sampler import Sampler
+from align.train import main
+from align.training.batch_plan import Arithmetic
+from align.training.config import Train
+from align.training.trainer import Loop
 from tests.helpers import (
     TEXTS,
     Fixed,

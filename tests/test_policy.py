@@ -11,10 +11,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from align import families
-from align.errors import UserError
+from align.common.errors import UserError
 from align.families import LORA_FILE, Family
-from align.policy import LoRA, Policy
-from align.sampling import initial_noise, sample
+from align.policy.policy import LoRA, Policy
+from align.sampling.loop import initial_noise, sample
 from tests.pipelines import Build
 
 KINDS = ("epsilon", "v", "flow")

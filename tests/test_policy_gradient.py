@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from align import advantages
-from align.advantages import PromptHistory
-from align.errors import UserError
+from align.common.errors import UserError
+from align.diffusion.kernels import DDIM
+from align.objectives.online import advantages
+from align.objectives.online.advantages import PromptHistory
+from align.objectives.online.replay import log_probs, transition
+from align.objectives.online.rewards import RewardSetting, Scorer
 from align.objectives.policy_gradient import PolicyGradient
-from align.policy import LoRA, Policy
-from align.process import DDIM
-from align.rollouts import Sampler, Window, log_probs, transition
-from align.scoring import RewardSetting, Scorer
-from align.table import Table
+from align.objectives.rows import Table
+from align.policy.policy import LoRA, Policy
+from align.sampling.sampler import Sampler, Window
 from tests.helpers import Bright, Fixed, Flat, Toy, gradients, moved, prompted, rolled
 from tests.pipelines import Build
 from tests.test_policy import disturb

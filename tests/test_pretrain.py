@@ -18,7 +18,7 @@ STEPS = ("vae", "polish", "sd", "sd3", "sd3_shifted", "sd3_sharp")
 def pretrain(folder: Path, *options: str) -> None:
     sizes = ["--scenes", "1024", "--batch", "2", *(word for name in STEPS for word in (f"--{name}_steps", "2"))]
     where = ["--output", str(folder / "made"), "--work", str(folder / "work")]
-    subprocess.run([sys.executable, "-m", "align.shapes.pretrain", *sizes, *where, *options], check=True)
+    subprocess.run([sys.executable, "-m", "align.shapes.scripts.pretrain", *sizes, *where, *options], check=True)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from align.process import DDIM, FlowSDE, Gaussian, Grid, Kernel, Prediction, Step, Within, diffuse, like
+from align.diffusion.kernels import DDIM, FlowSDE, Gaussian, Kernel, Step, Within
+from align.diffusion.process import Grid, Prediction, diffuse, like
 
 KINDS = ("epsilon", "v", "flow")
 

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 import pruning
 from align import families
-from align.errors import UserError
+from align.common.errors import UserError
 from align.families.sd3 import RepeatedTokenAttention
-from align.sampling import initial_noise
+from align.sampling.loop import initial_noise
 from pruning.graph import BlockGraph
 from pruning.loading import skeleton
-from pruning.lora import remap_lora
+from pruning.lora_remap import remap_lora
 from tests.pipelines import _randomise
 
 Inputs = dict[str, Any]

@@ -12,10 +12,10 @@ import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
 
-from align.errors import UserError
-from pruning import sizes
+from align.common.errors import UserError
 from pruning.graph import BlockGraph
 from pruning.plan import Budget, Plan, by_hand, costs, key, parse_ranges, to_budget
+from tests.benchmarks import sizes
 from tests.test_pruning_graph import flux, sd3, sd15, sdxl
 
 

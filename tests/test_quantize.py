@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from transformers.integrations import replace_with_bnb_linear as replace_in_transformers
 
-from align.errors import UserError
+from align.common.assets import locate
+from align.common.errors import UserError
 from align.families.sd3 import SD3
-from align.policy import LoRA, Policy
-from align.shapes import locate
+from align.policy.policy import LoRA, Policy
 from pruning import loading
 from pruning import quantize as q
 from pruning.graph import BlockGraph

@@ -17,13 +17,13 @@ import pytest
 from torch import Tensor
 
 from rewards import RewardError
-from rewards.inputs import open_input, parse_rewards
+from rewards.data.inputs import open_input, parse_rewards
 from rewards.score import main
-from rewards.shards import Bad, Shards
+from rewards.scoring.output import Bad, Shards
 from tests.test_score import COUNT, PROMPTS, REWARD, Length, lay
 
 ray = pytest.importorskip("ray")
-from rewards import ray_engine  # noqa: E402
+from rewards.scoring import ray_engine  # noqa: E402
 
 SHARDS = 5
 
@@ -134,7 +134,7 @@ def test_what_does_not_go_with_ray_is_refused(
     assert main([*command, "--engine", "ray"]) == 2
     assert "--engine ray with 2 processes" in capsys.readouterr().err
     monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.delitem(sys.modules, "rewards.ray_engine")
+    monkeypatch.delitem(sys.modules, "rewards.scoring.ray_engine")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*command, "--engine", "ray"]) == 2
     assert "--engine ray needs ray: pip install 't2i-align[ray]'" in capsys.readouterr().err

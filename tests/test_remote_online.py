@@ -12,7 +12,7 @@ from torch import Tensor
 
 from align.train import main
 from rewards import RewardSum, load
-from rewards.shapes import Shapes
+from rewards.models.shapes import Shapes
 from tests.helpers import errors, online, same, untimed, weights, write
 from tests.test_serve import served
 

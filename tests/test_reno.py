@@ -14,14 +14,14 @@ from torch import Tensor
 
 from align import families
 from align.families import LORA_FILE
-from align.gallery import sample_images
-from align.noise import NOISE_FILE, InitialNoise
 from align.objectives import Context
+from align.objectives.online.rewards import Scorer
 from align.objectives.reno import BestNoise, ReNO
-from align.policy import Policy
-from align.sampling import sample
-from align.scoring import Scorer
-from align.table import Table
+from align.objectives.rows import Table
+from align.policy.initial_noise import NOISE_FILE, InitialNoise
+from align.policy.policy import Policy
+from align.sampling.generate import sample_images
+from align.sampling.loop import sample
 from align.train import main
 from tests.helpers import (
     TEXTS,

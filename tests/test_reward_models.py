@@ -32,12 +32,13 @@ from transformers import (
 )
 
 import rewards
-from rewards import Reward, RewardError, load, preprocess
-from rewards.aesthetic import Aesthetic, new_head
-from rewards.hps import HPSv2
-from rewards.inputs import decode
-from rewards.network import Network, read_weights, unit
-from rewards.pick_score import PickScore
+from rewards import Reward, RewardError, load
+from rewards.data.inputs import decode
+from rewards.models import preprocess
+from rewards.models.aesthetic import Aesthetic, new_head
+from rewards.models.hps import HPSv2
+from rewards.models.network import Network, read_weights, unit
+from rewards.models.pick_score import PickScore
 from tests.reward_samples import (
     PROMPTS,
     SIDE,

@@ -21,13 +21,13 @@ from transformers import CLIPModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import rewards
-from rewards import RewardError, RewardSum, checked, load
-from rewards.aesthetic import Aesthetic
-from rewards.clip_score import TransformersCLIP
-from rewards.jpeg import kilobytes
-from rewards.network import unit
-from rewards.ocr import to_pil
-from rewards.preprocess import normalise, square, to_levels
+from rewards import RewardError, RewardSum, base, checked, load
+from rewards.models.aesthetic import Aesthetic
+from rewards.models.clip_score import TransformersCLIP
+from rewards.models.jpeg import kilobytes
+from rewards.models.network import unit
+from rewards.models.ocr import to_pil
+from rewards.models.preprocess import normalise, square, to_levels
 from tests.reward_samples import PROMPTS, SIDE, new_clip, pictures, tensor
 from tests.test_reward_models import new_aesthetic_head
 
@@ -79,7 +79,7 @@ def test_aesthetic_brings_embeddings_to_length_one(clip: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", rewards.available())
 def test_pictures_and_prompts_have_names(name: str) -> None:
     """HPSv3's package swapped the two between versions; here neither can be given by its place."""
-    module, _, cls = rewards._BUILT_IN[name].rpartition(".")
+    module, _, cls = base._BUILT_IN[name].rpartition(".")
     scorer = getattr(import_module(module), cls)
     parameters = dict(inspect.signature(scorer.score).parameters)
     assert list(parameters) == ["self", "images", "prompts", "metadata"]

@@ -21,17 +21,28 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-import rewards
-from align.config import parse as parse_settings
-from align.scoring import RewardSetting, Scorer
-from align.settings import Train
+from align.common.command import parse as parse_settings
+from align.objectives.online.rewards import RewardSetting, Scorer
 from align.shapes.world import COMBINATIONS, SIZE, Body, caption, draw, outline
-from rewards import Reward, RewardError, RewardSum, available, checked, load
-from rewards.blobs import Found
-from rewards.inputs import natural
-from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
+from align.training.config import Train
+from rewards import Reward, RewardError, RewardSum, available, base, checked, load
+from rewards.data.inputs import natural
+from rewards.models.jpeg import JPEGCompressibility, JPEGIncompressibility
+from rewards.models.shape_detector import Found
+from rewards.models.shapes import (
+    OUTLINES,
+    PALETTE,
+    SHAPES,
+    TASKS,
+    Shapes,
+    Thing,
+    find,
+    grade,
+    judge,
+    parse,
+    shapes_eval,
+)
 from rewards.score import main
-from rewards.shapes import OUTLINES, PALETTE, SHAPES, TASKS, Shapes, Thing, find, grade, judge, parse, shapes_eval
 from tests.benchmarks.shapes_reward import blurred, clean, confusion, measure, phrase, scene
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -367,12 +378,12 @@ def test_policy_gradient_and_dpo_take_every_reward_by_name(config: str, monkeypa
     settings.check()
     assert [(r.name, r.weight, r.normalise) for r in settings.rewards] == [(n, 0.5, [1.0, 2.0]) for n in available()]
     assert [entry["name"] for entry in yaml.safe_load(text)["rewards"]] == available()
-    for path in rewards._BUILT_IN.values():  # their weights are elsewhere
+    for path in base._BUILT_IN.values():  # their weights are elsewhere
         monkeypatch.setattr(f"{path}.__init__", lambda self: None)
     scorer = settings.scorer()
     assert scorer is not None
     for name, reward in scorer.rewards.items():
-        assert f"{type(reward).__module__}.{type(reward).__name__}" == rewards._BUILT_IN[name]
+        assert f"{type(reward).__module__}.{type(reward).__name__}" == base._BUILT_IN[name]
         arguments_of = inspect.signature(type(reward).score).parameters
         assert {"images", "prompts", "metadata"} <= set(arguments_of)
     assert list(scorer.rewards) == available()
@@ -380,7 +391,7 @@ def test_policy_gradient_and_dpo_take_every_reward_by_name(config: str, monkeypa
 
 def test_load() -> None:
     assert load("Shapes") == Shapes()
-    assert load("rewards.jpeg.JPEGCompressibility", {"quality": 50}) == JPEGCompressibility(50)
+    assert load("rewards.models.jpeg.JPEGCompressibility", {"quality": 50}) == JPEGCompressibility(50)
     assert {"Shapes", "JPEGCompressibility", "JPEGIncompressibility"} <= set(available())
     assert all(isinstance(load(name), Reward) for name in ("Shapes", "JPEGCompressibility"))
     with pytest.raises(RewardError, match=r"unknown reward 'Pick'; known are .*Shapes"):

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.diversity import pairwise
-from align.errors import UserError
+from align.common.errors import UserError
+from align.diffusion.kernels import DDIM, FlowSDE, Kernel
+from align.diffusion.process import Grid
 from align.objectives import Context
+from align.objectives.online.collect import Rollout, draw, initial, noise_of
+from align.objectives.online.replay import log_probs, transition
+from align.objectives.online.rewards import Scorer
 from align.objectives.policy_gradient import PolicyGradient
-from align.policy import LoRA, Policy
-from align.process import DDIM, FlowSDE, Grid, Kernel
-from align.rollouts import Rollout, Sampler, Window, draw, grid_of, initial, log_probs, noise_of, transition
-from align.scoring import Scorer
+from align.policy.policy import LoRA, Policy
+from align.sampling.diversity import pairwise
+from align.sampling.sampler import Sampler, Window, grid_of
 from tests.helpers import TEXTS, Bright, Heard, bright, moved, prompted, rolled
 from tests.pipelines import Build
 

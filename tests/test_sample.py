@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from align import families, gallery
-from align.noise import InitialNoise
-from align.policy import LoRA, Policy
+from align import families
+from align.policy.initial_noise import InitialNoise
+from align.policy.policy import LoRA, Policy
 from align.sample import main
+from align.sampling import generate
 from tests.helpers import TEXTS, errors, prompt_file
 from tests.test_policy import disturb
 
@@ -37,7 +38,7 @@ def expected(source: str | Path, prompts: list[str], first: int = 0, **more: Any
     if weights := more.pop("weights", None):
         family = families.tuned(family, str(weights))
     seeds = range(first, first + len(prompts))
-    images = gallery.sample_images(family.predict, family, prompts, seeds, 2, 2.0, **more)
+    images = generate.sample_images(family.predict, family, prompts, seeds, 2, 2.0, **more)
     return (images * 255).round().byte()
 
 

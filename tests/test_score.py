@@ -24,10 +24,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import RewardError, decoder, load
-from rewards.decoder import Batch, Decoder, ahead
-from rewards.inputs import Named, decode, load_rewards, open_input, parse_rewards
+from rewards import RewardError, load
+from rewards.data.inputs import Named, decode, load_rewards, open_input, parse_rewards
 from rewards.score import main
+from rewards.scoring import loader
+from rewards.scoring.loader import Batch, Decoder, ahead
 from tests.helpers import launch
 
 COUNT = 10
@@ -428,7 +429,7 @@ def test_sizes_that_fill_no_batch_leave_before_memory_does(tmp_path: Path, monke
         return [sorted(item.rows) for item in work if isinstance(item, Batch)]
 
     assert batches() == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]  # of a size each, as one becomes full or the end comes
-    monkeypatch.setattr(decoder, "WAITING", 4 * 8 * 12 * 3)
+    monkeypatch.setattr(loader, "WAITING", 4 * 8 * 12 * 3)
     assert batches() == [[0, 3], [1, 4], [2, 5], [6, 9], [7], [8]]
 
 

@@ -27,10 +27,11 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from rewards import Reward, RewardError, RewardSum, checked, load, remote, serve
-from rewards.batching import Limits
-from rewards.remote import TENSORS, Remote
-from rewards.server import Server
+from rewards import Reward, RewardError, RewardSum, checked, load, serve
+from rewards.models import remote
+from rewards.models.remote import TENSORS, Remote
+from rewards.serving.batching import Limits
+from rewards.serving.server import Server
 
 TOKEN = "a-token-for-tests"
 
@@ -383,11 +384,11 @@ def test_without_fastapi_the_client_works_and_the_command_says_what_to_install(
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] in ("fastapi", "starlette", "uvicorn")]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("rewards.server", "rewards.batching", "rewards.remote", "rewards.serve"):
+    for name in ("rewards.serving.server", "rewards.serving.batching", "rewards.models.remote", "rewards.serve"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert importlib.import_module("rewards.remote").Remote
+    assert importlib.import_module("rewards.models.remote").Remote
     assert importlib.import_module("rewards.serve").main(["--reward", "Shapes"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the server needs ") and line.endswith("pip install 't2i-align[serve]'")

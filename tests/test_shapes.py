@@ -14,13 +14,15 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
-from align import families, gallery
-from align.sampling import initial_noise, sample
-from align.shapes import locate, preferences, pretrain
-from align.shapes.preferences import held_out
-from align.shapes.pretrain import new_tokenizer
+from align import families
+from align.common.assets import locate
+from align.sampling import generate
+from align.sampling.loop import initial_noise, sample
+from align.shapes.scripts import draw_preferences, pretrain
+from align.shapes.scripts.draw_preferences import held_out
+from align.shapes.scripts.pretrain import new_tokenizer
 from align.shapes.world import COMBINATIONS, HELD_OUT, SEEN, TASKS, caption, held_out_prompts, render, training_prompts
-from rewards.shapes import PALETTE, SHAPES, find, flawless, grade, judge, parse
+from rewards.models.shapes import PALETTE, SHAPES, find, flawless, grade, judge, parse
 
 PIPELINES = ("shapes-sd", "shapes-sd3")
 
@@ -210,23 +212,23 @@ def test_preference_pairs_come_from_the_model_and_put_the_better_first(
     counts = ["--train", "4", "--held_out", "1", "--batch", "6", "--seeds", "2", "--steps", "4"]
     folders = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", ["preferences", "--model", "shapes-sd", *counts, *folders])
-    preferences.main()
+    draw_preferences.main()
     rows = pq.read_table(tmp_path / "out/train.parquet").to_pylist()
     assert len(rows) == 4
     for row in rows:
-        left, right = (judge(row["caption"], preferences.seen(row[f"jpg_{side}"]))[1] for side in (0, 1))
+        left, right = (judge(row["caption"], draw_preferences.seen(row[f"jpg_{side}"]))[1] for side in (0, 1))
         assert (left > right) == (row["label_0"] == 1) and left != right
     monkeypatch.setattr("sys.argv", ["preferences", "--model", "shapes-sd", *counts, *folders, "--guidance", "1"])
     with pytest.raises(SystemExit):  # what is there was drawn otherwise
-        preferences.main()
+        draw_preferences.main()
     assert "give another folder" in capsys.readouterr().err
 
 
 def test_pictures_of_a_caption_take_turns_at_the_scales() -> None:
     family, texts = families.load("shapes-sd"), ["a red circle", "a blue star"]
-    found = torch.from_numpy(preferences.drawn(family, texts, 10, 3, 2, [1.0, 3.0]))
+    found = torch.from_numpy(draw_preferences.drawn(family, texts, 10, 3, 2, [1.0, 3.0]))
     for k, scale in enumerate((1.0, 3.0, 1.0, 1.0, 3.0, 1.0)):
-        alone = gallery.sample_images(family.predict, family, [texts[k // 3]], [10 + k], 2, scale)[0]
+        alone = generate.sample_images(family.predict, family, [texts[k // 3]], [10 + k], 2, scale)[0]
         torch.testing.assert_close(found[k // 3, k % 3], alone, atol=1e-4, rtol=0)
 
 
@@ -235,5 +237,5 @@ def test_more_scales_than_pictures_are_refused(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["preferences", "--seeds", "2", "--guidance", "1", "2", "3"])
     with pytest.raises(SystemExit):
-        preferences.main()
+        draw_preferences.main()
     assert "--guidance: 3 scales for 2 pictures per caption" in capsys.readouterr().err

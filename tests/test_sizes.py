@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from pruning import sizes
 from pruning.quantize import NF4, bytes_of, quantize, save
-from pruning.sizes import Row
+from tests.benchmarks import sizes
+from tests.benchmarks.sizes import Row
 
 
 @pytest.fixture(scope="module")

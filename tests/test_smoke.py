@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from align.config import parse
+from align.common.command import parse
 from align.families import LORA_FILE
-from align.noise import NOISE_FILE
-from align.settings import Train
+from align.policy.initial_noise import NOISE_FILE
 from align.train import main
+from align.training.config import Train
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*_smoke.yaml"))

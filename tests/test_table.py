@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from align.families import Cond
-from align.table import Table
+from align.objectives.rows import Table
 
 
 def table() -> Table:

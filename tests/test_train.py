@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from align.encoded import PreferencePairs
+from align.data.preferences import PreferencePairs
 from align.families import LORA_FILE
 from align.shapes.world import render
 from align.train import main

@@ -9,8 +9,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from align.families import Cond, Family, Unsupported
-from align.process import DDIM, Grid, Kernel, Kind
+from align.diffusion.kernels import DDIM, Kernel
+from align.diffusion.process import Grid, Kind
+from align.families.family import Cond, Family, Unsupported
 
 KINDS: dict[str, Kind] = {"epsilon": "epsilon", "v_prediction": "v"}
 

@@ -12,8 +12,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.families import Cond, Family
-from align.process import FlowSDE, Grid, Kernel, Kind
+from align.diffusion.kernels import FlowSDE, Kernel
+from align.diffusion.process import Grid, Kind
+from align.families.family import Cond, Family
 
 T5_TOKENS = 256  # StableDiffusion3Pipeline's own default for max_sequence_length
 

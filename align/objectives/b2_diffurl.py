@@ -18,15 +18,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from align.advantages import PromptHistory, staged_advantages
-from align.data import PromptBatch
+from align.data.prompts import PromptBatch
 from align.families import Family
-from align.objectives import Context, Metrics, Objective, Plan
 from align.objectives.d3po import D3PO
+from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.online.advantages import PromptHistory, staged_advantages
+from align.objectives.online.collect import Rollout, Start, draw, initial, noise_of
 from align.objectives.policy_gradient import PolicyGradient
-from align.rollouts import Rollout, Start, draw, initial, noise_of
-from align.sampling import sample
-from align.table import Table
+from align.objectives.rows import Table
+from align.sampling.loop import sample
 
 
 @dataclass

@@ -7,7 +7,7 @@ initial noise, at the same step of both,
 
 with rho = p_theta / p_ref of what was drawn, log-densities as means over the latent (official code). The clamp has no
 gradient outside its band in either direction, unlike PPO's min. Preferences come from rewards as a proxy, on pictures
-drawn while training (:class:`align.data.Prompts`), or from people (:class:`align.labels.LabelledRollout`).
+drawn while training (:class:`Prompts`), or from people (:class:`LabelledRollout`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.data import PromptBatch
-from align.errors import UserError
+from align.common.errors import UserError
+from align.data.prompts import PromptBatch
+from align.data.trajectories import TrajectoryBatch
 from align.families import Family
-from align.objectives import Context, Metrics, Objective, Plan
-from align.rollouts import Sampler, Window, count_trained, draw, log_probs, transition
-from align.table import Column, Table
-from align.trajectories import TrajectoryBatch
+from align.families.family import Column
+from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.online.collect import draw
+from align.objectives.online.replay import log_probs, transition
+from align.objectives.rows import Table
+from align.sampling.sampler import Sampler, Window, count_trained
 
 
 @dataclass

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align import draws
-from align.encoded import PairBatch
+from align.common import rng
+from align.data.preferences import PairBatch
+from align.diffusion.process import Prediction, Reduction, diffuse, exact, like, reduce
 from align.families import Cond, Family
-from align.objectives import Context, Metrics, Objective, Plan
-from align.process import Prediction, Reduction, diffuse, exact, like, reduce
-from align.table import Table
+from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.rows import Table
 
 
 @dataclass
@@ -70,10 +70,10 @@ class DPO(Objective):
         """One row a pair: its two latents, its caption, and the noise and time that both members share."""
         family = ctx.policy.family
         generators = ctx.generators("dpo")
-        empty = draws.uniform(generators) < self.proportion_empty_prompts
+        empty = rng.uniform(generators) < self.proportion_empty_prompts
         cond = family.emptied(batch.cond, empty)
-        t = family.draw_t(draws.uniform(generators))
-        eps = draws.normal(tuple(batch.latents.shape[2:]), generators)
+        t = family.draw_t(rng.uniform(generators))
+        eps = rng.normal(tuple(batch.latents.shape[2:]), generators)
         latents = batch.latents.to(family.device).float()
         rows = {"t": t.to(family.device), "eps": eps.to(family.device)}
         return Table(rows, {"latents": latents, "cond": cond}, torch.arange(len(t)))

@@ -2,7 +2,7 @@
 
 One-step decision: the state is the prompt, the action its initial noise z, the environment the whole frozen sampler,
 the reward that of the picture; no gradient crosses the sampler, so any reward will do. The policy of a prompt is
-N(mean, diag(std^2)) of latent shape (:class:`align.noise.InitialNoise`). With rho = p(z) / p_old(z),
+N(mean, diag(std^2)) of latent shape (:class:`align.policy.initial_noise.InitialNoise`). With rho = p(z) / p_old(z),
 
     loss = -min(rho A, clip(rho, 1 - c, 1 + c) A) + kl_weight KL(p || N(0, I))
 
@@ -21,16 +21,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from align.advantages import group_means
-from align.data import Data, PromptBatch, Prompts
-from align.errors import UserError
+from align.common.errors import UserError
+from align.data.dataset import Data
+from align.data.prompts import PromptBatch, Prompts
+from align.diffusion.process import Reduction
 from align.families import Cond, Family
-from align.noise import InitialNoise, Tying, kl, log_prob
-from align.objectives import Context, Metrics, Objective, Plan
-from align.process import Reduction
-from align.rollouts import Sampler, Start, draw, initial, require_on_policy
-from align.table import Table
-from align.value import ValueNet
+from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.online.advantages import group_means
+from align.objectives.online.collect import Start, draw, initial
+from align.objectives.online.replay import require_on_policy
+from align.objectives.rows import Table
+from align.objectives.value_network import ValueNet
+from align.policy.initial_noise import InitialNoise, Tying, kl, log_prob
+from align.sampling.sampler import Sampler
 
 
 @dataclass

@@ -19,14 +19,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from align import draws
-from align.advantages import Spread, alike, group_advantages
-from align.data import PromptBatch
+from align.common import rng
+from align.data.prompts import PromptBatch
+from align.diffusion.kernels import DDIM
+from align.diffusion.process import Prediction, diffuse, reduce
 from align.families import Cond, Family
-from align.objectives import Context, Metrics, Objective, Plan
-from align.process import DDIM, Prediction, diffuse, reduce
-from align.rollouts import Sampler, draw
-from align.table import Table
+from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.online.advantages import Spread, alike, group_advantages
+from align.objectives.online.collect import draw
+from align.objectives.rows import Table
+from align.sampling.sampler import Sampler
 
 
 @dataclass
@@ -103,8 +105,8 @@ class NFT(Objective):
         all_of = group_advantages(total, groups, self.spread)
         mine = all_of[ctx.positions[0] : ctx.positions[-1] + 1].float()
         generators = ctx.generators("nft")
-        t = family.draw_t(draws.strata(generators, count).flatten())
-        eps = draws.normal((count, *latents.shape[2:]), generators).flatten(0, 1)
+        t = family.draw_t(rng.strata(generators, count).flatten())
+        eps = rng.normal((count, *latents.shape[2:]), generators).flatten(0, 1)
         image = torch.arange(len(mine)).repeat_interleave(count)
         shared = {
             "x0": latents[:, -1].cpu().float(),

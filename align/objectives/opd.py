@@ -19,16 +19,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from align.data import PromptBatch
-from align.errors import UserError
+from align.common.errors import UserError
+from align.data.prompts import PromptBatch
+from align.diffusion.kernels import DDIM, Kernel, Step
+from align.diffusion.process import Grid, Prediction, reduce
 from align.families import Family
-from align.objectives import Context, Metrics, Objective, Plan
-from align.policy import Policy
-from align.process import DDIM, Grid, Kernel, Prediction, Step, reduce
-from align.rollouts import Sampler, answer, draw, grid_of
-from align.scoring import Scorer
-from align.table import Table
-from align.teachers import LoRATeacher, Teacher, average
+from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.online.collect import draw
+from align.objectives.online.replay import answer
+from align.objectives.online.rewards import Scorer
+from align.objectives.rows import Table
+from align.objectives.teachers import LoRATeacher, Teacher, average
+from align.policy.policy import Policy
+from align.sampling.sampler import Sampler, grid_of
 
 Form = Literal["ode", "sde"]
 Normalise = Literal["paper", "code", "velocity"]

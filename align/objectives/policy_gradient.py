@@ -21,14 +21,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from align import advantages, draws
-from align.advantages import Spread
-from align.data import PromptBatch
+from align.common import rng
+from align.data.prompts import PromptBatch
+from align.diffusion.process import Reduction, like, reduce
 from align.families import Family
-from align.objectives import Context, Metrics, Objective, Plan
-from align.process import Reduction, like, reduce
-from align.rollouts import Rollout, Sampler, Window, count_trained, draw, grid_of, require_on_policy, transition
-from align.table import Table
+from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.online import advantages
+from align.objectives.online.advantages import Spread
+from align.objectives.online.collect import Rollout, draw
+from align.objectives.online.replay import require_on_policy, transition
+from align.objectives.rows import Table
+from align.sampling.sampler import Sampler, Window, count_trained, grid_of
 
 
 @dataclass
@@ -125,7 +128,7 @@ class PolicyGradient(Objective):
         drawn = draw(ctx, self.sampler, batch, self.group, keep, window, self.shared_noise, means=self.keeps_means)
         count, kept = len(drawn.groups), len(keep)
         if self.timestep_choice == "random" and window is None:
-            order = draws.normal((kept,), ctx.generators("timesteps")).argsort(1)
+            order = rng.normal((kept,), ctx.generators("timesteps")).argsort(1)
             step = order[:, : self.trained_steps].sort(1).values
         else:
             step = torch.arange(kept).expand(count, kept)

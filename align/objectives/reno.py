@@ -17,16 +17,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from align import draws
-from align.data import Data, PromptBatch, Prompts
-from align.errors import UserError
+from align.common import rng
+from align.common.errors import UserError
+from align.data.dataset import Data
+from align.data.prompts import PromptBatch, Prompts
 from align.families import Family
-from align.noise import FLOOR, NOISE_FILE, InitialNoise, write
-from align.objectives import Context, Metrics, Objective, Plan
-from align.policy import Policy
-from align.sampling import sample
-from align.scoring import Scorer
-from align.table import Table
+from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.online.rewards import Scorer
+from align.objectives.rows import Table
+from align.policy.initial_noise import FLOOR, NOISE_FILE, InitialNoise, write
+from align.policy.policy import Policy
+from align.sampling.loop import sample
 
 
 class BestNoise(InitialNoise):
@@ -37,7 +38,7 @@ class BestNoise(InitialNoise):
 
     def __init__(self, prompts: Sequence[str], shape: tuple[int, int, int], source: str, scheduler: str, seed: int):
         super().__init__(prompts, shape, source, scheduler)
-        start = draws.normal(shape, [draws.generator("reno", seed, prompt) for prompt in prompts])
+        start = rng.normal(shape, [rng.generator("reno", seed, prompt) for prompt in prompts])
         self.left["mean"].data = start
         self.left["log_std"].data.fill_(math.log(FLOOR))
         self.left["log_std"].requires_grad_(False)

@@ -1,16 +1,8 @@
 """The embedded world: captions, renderer, two tiny pipelines, a preference set, and the scripts that made them.
 
-Nothing else in the library knows about it but the names below, which stand for folders inside this package.
+Nothing in the library knows about it but defaults that name it as strings (:mod:`align.common.assets`).
 """
 
-from importlib.resources import files
+from align.common.assets import EMBEDDED, locate
 
-EMBEDDED = ("shapes-sd", "shapes-sd3", "shapes-preferences", "shapes-preferences-sd3")
-_LISTS = ("shapes-prompts", "shapes-prompts-more-counting", "shapes-prompts-heldout")
-FILES = {name: f"{name}.txt" for name in _LISTS}
-
-
-def locate(source: str) -> str:
-    """An embedded name to its folder or file; anything else (a path, a hub id) unchanged."""
-    inside = source if source in EMBEDDED else FILES.get(source)
-    return str(files("align.shapes").joinpath(inside)) if inside else source
+__all__ = ["EMBEDDED", "locate"]

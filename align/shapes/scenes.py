@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from align.data import Captioned, ItemSet
-from align.images import Images
+from align.data.captioned import Images
+from align.data.dataset import Captioned, ItemSet
 from align.shapes import world
 
 

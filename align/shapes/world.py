@@ -1,4 +1,4 @@
-"""Captions and renderer of the embedded world. The grammar and the palette live in :mod:`rewards.shapes`.
+"""Captions and renderer of the embedded world. The grammar and the palette live in :mod:`rewards.models.shapes`.
 
 Everything here is a pure function of a ``numpy.random.Generator``, so a seed names a dataset.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from rewards.shapes import COUNTS, OUTLINES, PALETTE, PREFIXES, RELATIONS, SHAPES, TASKS, Spec, Thing, parse
+from rewards.models.shapes import COUNTS, OUTLINES, PALETTE, PREFIXES, RELATIONS, SHAPES, TASKS, Spec, Thing, parse
 
 SIZE = 64  # pixels a side
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import yaml
 
-from align.files import write
-from align.runs import provenance
+from align.common.files import write
+from align.common.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 # a quick run's evaluation: a quarter of the network evaluations, and still two pictures a prompt, for diversity

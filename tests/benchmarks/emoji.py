@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align import families
-from align.encoded import EncodedPairs, PreferencePairs
+from align.data.preferences import EncodedPairs, PreferencePairs
 from align.objectives import Context
 from align.objectives.dpo import DPO
-from align.policy import LoRA, Policy
-from align.runs import WEIGHTS, RunFolder
+from align.policy.policy import LoRA, Policy
+from align.training.checkpoint import WEIGHTS
+from align.training.run_folder import RunFolder
 from tests.benchmarks import record
 
 CONFIG = "configs/dpo_emoji.yaml"

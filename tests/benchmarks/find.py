@@ -19,19 +19,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from align.sampling import generate
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from align import families, gallery
-from align.diversity import pairwise, thumbnails
+from align import families
+from align.common.files import write
+from align.evaluation import gallery
 from align.families import Family
-from align.files import write
-from align.noise import InitialNoise
+from align.policy.initial_noise import InitialNoise
+from align.sampling.diversity import pairwise, thumbnails
 from align.shapes.world import held_out_prompts
-from rewards.shapes import Shapes
+from rewards.models.shapes import Shapes
 from tests.benchmarks import RESULTS, command, curves, looks, metrics, record, runs_folder
 
 STEPS, SCREEN, FRESH = 10, 16, 32
@@ -48,8 +51,8 @@ def pictures(family: Family, prompts: Sequence[str], each: int, seed: int, noise
     """(P * each, 3, H, W), deterministic, ``each`` of every prompt."""
     texts = [prompt for prompt in prompts for _ in range(each)]
     seeds = range(seed, seed + len(texts))
-    initial = noise.initial if noise else gallery.as_drawn
-    return gallery.sample_images(family.predict, family, texts, seeds, STEPS, batch_size=64, initial=initial)
+    initial = noise.initial if noise else generate.as_drawn
+    return generate.sample_images(family.predict, family, texts, seeds, STEPS, batch_size=64, initial=initial)
 
 
 def judged(images: Tensor, prompts: Sequence[str], mode: str = "strict") -> Tensor:

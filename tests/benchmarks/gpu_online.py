@@ -74,16 +74,16 @@ from transformers import (
 )
 
 from align import families
-from align.config import parse
+from align.common.command import parse
 from align.families import Family
 from align.families.sd import SD
 from align.families.sd3 import SD3
 from align.objectives.policy_gradient import PolicyGradient
-from align.settings import Train
-from align.shapes import pretrain
-from align.train import Loop
-from pruning.sizes import SD35_LARGE
+from align.shapes.scripts import pretrain
+from align.training.config import Train
+from align.training.trainer import Loop
 from tests.benchmarks import RESULTS, record
+from tests.benchmarks.sizes import SD35_LARGE
 
 assert rewards
 ROOT = Path(__file__).parents[2]

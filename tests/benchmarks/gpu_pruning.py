@@ -3,7 +3,7 @@
     python tests/benchmarks/gpu_pruning.py --deadline 180 --output pruning_gpu.json
     python tests/benchmarks/gpu_pruning.py --tiny      # every line on the CPU, small models, nothing recorded
 
-Each model in bf16 with its real config (``pruning.sizes``), as it is, without the blocks that the table of sizes leaves
+Each model in bf16 with its real config (``sizes.py``), as it is, without the blocks that the table of sizes leaves
 out, in NF4, and both: bytes of weights, peak memory and seconds of one denoising step at 1024 x 1024 (SD3.5-large as
 guided, a batch of 2; FLUX alone), and what quantising takes. The last is saved in a pipeline's folder and comes back by
 stock diffusers, by ``pruning.load``, and built on the CPU and moved: the same bits, the same output? Set the reductions
@@ -47,11 +47,11 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from align.files import write
-from align.runs import provenance
-from align.shapes import locate
+from align.common.files import write
+from align.common.provenance import provenance
+from align.common.assets import locate
 from pruning import quantize as q
-from pruning import sizes
+from tests.benchmarks import sizes
 from pruning.graph import BlockGraph
 from pruning.loading import build
 from pruning.plan import by_hand

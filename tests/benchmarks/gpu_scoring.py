@@ -64,14 +64,14 @@ from transformers import (
     CLIPImageProcessorPil,
 )
 
-from align.runs import provenance
-from rewards.hps import FILES, HPSv2
-from rewards.image_reward import DEVIATION, MEAN, TOKENS, ImageReward
-from rewards.network import Network, published_head
-from rewards.pick_score import PickScore
-from rewards.preprocess import OPENAI_MEAN, OPENAI_STD, letterbox, square
+from align.common.provenance import provenance
+from rewards.models.hps import FILES, HPSv2
+from rewards.models.image_reward import DEVIATION, MEAN, TOKENS, ImageReward
+from rewards.models.network import Network, published_head
+from rewards.models.pick_score import PickScore
+from rewards.models.preprocess import OPENAI_MEAN, OPENAI_STD, letterbox, square
+from rewards.models.shapes import PALETTE, SHAPES
 from rewards.score import main as score
-from rewards.shapes import PALETTE, SHAPES
 from tests import benchmarks
 from tests.benchmarks.scoring import clocked
 from tests.reward_samples import new_clip
@@ -267,7 +267,7 @@ def drawn(make: Callable[[], Any], device: str) -> Any:
 def pick_score(size: Size, folder: Path, device: str) -> Subject:
     new_clip(folder)  # for its tokenizer
     CLIPImageProcessor().save_pretrained(folder)
-    with patch("rewards.clip_score.pretrained", lambda cls, source: drawn(lambda: cls(size.clip), device)):
+    with patch("rewards.models.clip_score.pretrained", lambda cls, source: drawn(lambda: cls(size.clip), device)):
         reward = PickScore(str(folder), str(folder), device=device, dtype="bfloat16")
     network: Any = reward.clip.network
     scale = reward.clip.logit_scale  # from before the cast: the network's own would be 0.3 % off, and stay so
@@ -335,7 +335,7 @@ def image_reward(size: Size, folder: Path, device: str) -> Subject:
         }
         return tuple(drawn(make, device) for make in made.values())
 
-    with patch("rewards.image_reward.build", build):  # on the GPU, not from a file of gigabytes
+    with patch("rewards.models.image_reward.build", build):  # on the GPU, not from a file of gigabytes
         reward = ImageReward(str(folder), str(folder), device=device, dtype="bfloat16")
     steps = [Resize(EDGE, InterpolationMode.BICUBIC), CenterCrop(EDGE), ToTensor(), Normalize(OPENAI_MEAN, OPENAI_STD)]
     vision, text, head, tokenizer = reward.vision, reward.text, reward.head, reward.tokenizer
@@ -404,7 +404,7 @@ def in_memory(subject: Subject, paths: Sequence[Path], size: Size, device: str) 
     levels = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1).contiguous() for one in pictures])
     runs: dict[str, Run] = {}
 
-    def upload(levels: Tensor = levels) -> Tensor:  # as rewards.scorer does it
+    def upload(levels: Tensor = levels) -> Tensor:  # as rewards.scoring.engine does it
         return levels.to(device, non_blocking=levels.is_pinned()).float().div_(255)
 
     def rate(call: Callable[[], object], repeats: int = 20, warm: int = 2) -> tuple[float, float]:
@@ -465,7 +465,7 @@ def command(subject: Subject, source: Path, size: Size, device: str, *options: s
     said = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as place,
-        patch("rewards.scorer.load_rewards", lambda named, device: {"score": Finished(subject.reward)}),
+        patch("rewards.scoring.engine.load_rewards", lambda named, device: {"score": Finished(subject.reward)}),
         clocked(Finished, "score") as inside,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(said),

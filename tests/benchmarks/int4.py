@@ -4,7 +4,7 @@
 
 Files are of the denoiser with everything else in bf16. Pictures are drawn in float32, with the denoiser's and the text
 encoders' weights as they are and in 4 bits, so that the 4 bits are all that differs. Beside it the sizes of the large
-models (``pruning.sizes``). ``--quick`` draws 24 prompts once and records nothing.
+models (``tests.benchmarks.sizes``). ``--quick`` draws 24 prompts once and records nothing.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from align.sampling import generate
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
 from torch import nn
 
-from align import families, gallery
+from align import families
 from align.evaluate import STRICT, compare
 from align.families import Family
 from align.shapes.world import held_out_prompts
-from pruning import sizes
 from pruning.quantize import NF4, quantize, save, unpacked
-from rewards.shapes import Shapes
-from rewards.shapes import parse as parse_caption
-from tests.benchmarks import record
+from rewards.models.shapes import Shapes
+from rewards.models.shapes import parse as parse_caption
+from tests.benchmarks import record, sizes
 
 MODELS = ("shapes-sd3", "shapes-sd")
 SETTINGS = {
@@ -76,7 +77,7 @@ def strict(family: Family, prompts: list[str], samples: int) -> np.ndarray:
     """1 or 0 a picture."""
     texts = [prompt for prompt in prompts for _ in range(samples)]
     seeds = [1000 + k for k in range(len(texts))]
-    images = gallery.sample_images(family.predict, family, texts, seeds, batch_size=64, progress="drawing")
+    images = generate.sample_images(family.predict, family, texts, seeds, batch_size=64, progress="drawing")
     return Shapes(mode="strict").score(images=images, prompts=texts).double().numpy()
 
 

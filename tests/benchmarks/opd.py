@@ -23,23 +23,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from align.sampling import generate
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from align import families, gallery
-from align.data import TaskPrompts
-from align.files import write
+from align import families
+from align.common.files import write
+from align.data.prompts import TaskPrompts
+from align.diffusion.process import Prediction
 from align.objectives import Context
+from align.objectives.online.replay import transition
 from align.objectives.opd import OPD
-from align.policy import LoRA, Policy
-from align.process import Prediction
-from align.rollouts import Sampler, transition
+from align.objectives.teachers import LoRATeacher, average
+from align.policy.policy import LoRA, Policy
+from align.sampling.sampler import Sampler
 from align.shapes.world import caption, held_out_prompts
-from align.teachers import LoRATeacher, average
-from rewards.shapes import Shapes, parse
+from rewards.models.shapes import Shapes, parse
 from tests.benchmarks import (
     RESULTS,
     command,
@@ -92,7 +95,7 @@ def scores(folder: Path, pictures: int) -> dict[str, dict[str, float]]:
     if folder.name != "base":
         family = families.tuned(family, str(folder))
     prompts = [p for p in held_out_prompts() if parse(p).task in TASKS for _ in range(pictures)]
-    images = gallery.sample_images(
+    images = generate.sample_images(
         family.predict, family, prompts, range(3000, 3000 + len(prompts)), STEPS, GUIDANCE, batch_size=96
     )
     tasks = [parse(prompt).task for prompt in prompts]

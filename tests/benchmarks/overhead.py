@@ -20,14 +20,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from align.encoded import PreferencePairs
+from align.data.preferences import PreferencePairs
+from align.diffusion.process import diffuse
 from align.families import Cond
 from align.objectives import Context
 from align.objectives.dpo import DPO
-from align.process import diffuse
-from align.settings import Train
-from align.table import Table
-from align.train import Loop
+from align.objectives.rows import Table
+from align.training.config import Train
+from align.training.trainer import Loop
 from tests.benchmarks import record
 
 

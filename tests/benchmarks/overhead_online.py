@@ -22,14 +22,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from align.data import Prompts
+from align.data.prompts import Prompts
 from align.objectives import Context
+from align.objectives.online.rewards import RewardSetting
 from align.objectives.policy_gradient import PolicyGradient
-from align.rollouts import Sampler
-from align.scoring import RewardSetting
-from align.settings import Train
-from align.table import Table
-from align.train import Loop
+from align.objectives.rows import Table
+from align.sampling.sampler import Sampler
+from align.training.config import Train
+from align.training.trainer import Loop
 from tests.benchmarks import record
 
 ROWS = 32

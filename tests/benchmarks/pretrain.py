@@ -2,9 +2,9 @@
 
     python tests/benchmarks/pretrain.py
 
-``python -m align.shapes.pretrain`` in an empty folder, then both pipelines on the held-out prompts at the default
-guidance, the shipped ones in ``base``. ``--quick`` trains a hundredth of the steps, for its rates alone; the pictures
-of such pipelines are noise. A run that was interrupted starts over: its time would be no time.
+``python -m align.shapes.scripts.pretrain`` in an empty folder, then both pipelines on the held-out prompts at the
+default guidance, the shipped ones in ``base``. ``--quick`` trains a hundredth of the steps, for its rates alone; the
+pictures of such pipelines are noise. A run that was interrupted starts over: its time would be no time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluate import STRICT
-from align.shapes.pretrain import PHASES
+from align.shapes.scripts.pretrain import PHASES
 from tests.benchmarks import QUICK, command, record, runs_folder
 
 QUICK_STEPS = {"vae": 26, "polish": 10, "sd": 50, "sd3": 60, "sd3_shifted": 45, "sd3_sharp": 60}
@@ -51,7 +51,7 @@ def main() -> None:
     steps = [word for name, count in QUICK_STEPS.items() for word in (f"--{name}_steps", str(count))]
     start = time.monotonic()
     command(
-        "align.shapes.pretrain",
+        "align.shapes.scripts.pretrain",
         *("--output", str(root / "made"), "--work", str(root / "work"), "--seed", "0"),
         *(steps if args.quick else ()),
     )

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import yaml
 
-from align.config import parse
-from align.files import write
+from align.common.command import parse
+from align.common.files import write
 from pruning.compress import Compress, compress
 from pruning.plan import Plan
 from pruning.report import Reporting, report

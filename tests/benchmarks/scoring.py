@@ -45,12 +45,12 @@ from open_clip.tokenizer import SimpleTokenizer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from align.shapes.world import render
-from rewards.clip_score import CLIPScore
-from rewards.decoder import Decoder
-from rewards.inputs import open_input
-from rewards.scorer import Scorer
-from rewards.shapes import PALETTE, SHAPES, Shapes
-from rewards.shards import Shards
+from rewards.data.inputs import open_input
+from rewards.models.clip_score import CLIPScore
+from rewards.models.shapes import PALETTE, SHAPES, Shapes
+from rewards.scoring.engine import Scorer
+from rewards.scoring.loader import Decoder
+from rewards.scoring.output import Shards
 from tests.benchmarks import record
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from align.shapes.world import COMBINATIONS, Body, caption, draw, place
-from rewards.shapes import COUNTS, PALETTE, RELATIONS, SHAPES, TASKS, Spec, Thing, find, flawless, grade, parse
+from rewards.models.shapes import COUNTS, PALETTE, RELATIONS, SHAPES, TASKS, Spec, Thing, find, flawless, grade, parse
 from tests.benchmarks import record
 
 Degrade = Callable[[Tensor, np.random.Generator], Tensor]

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from align.files import write
+from align.common.files import write
 from tests.benchmarks import RESULTS, mean_curve, spread
 
 README = Path(__file__).parents[2] / "README.md"
@@ -297,8 +297,9 @@ def _int4() -> str:
             lines.append(f"| {model} | {name.replace('_', ' ')} | {size} | {entry['strict']:.3f} | {rest} |")
     lines += [
         "",
-        "The large models from their real configs on the meta device (`python -m pruning.sizes`), GB of 10⁹ bytes; the "
-        "first three columns count every parameter at 16, 4.5 and 4.127 bits, the last two what is written with the "
+        "The large models from their real configs on the meta device (`python -m tests.benchmarks.sizes`), "
+        "GB of 10⁹ bytes; the first three columns count every parameter at 16, 4.5 and 4.127 bits, the last two what "
+        "is written with the "
         "Linears alone in 4 bits. Which blocks of FLUX go is our choice; the paper names none.",
         "",
         "| | parameters | bf16 | NF4 | NF4, double | file: bf16 | file: NF4 | paper: bf16 | paper: INT4 |",
@@ -377,7 +378,7 @@ def _pretrain() -> str:
     tasks = list(scores["shapes-sd"]["made"]["tasks"])
     head = ["pipeline", "whose", "strict", "graded", *(task.replace("_", " ") for task in tasks)]
     lines = [
-        f"**The embedded pipelines from nothing, `python -m align.shapes.pretrain`** ({found['date']}): "
+        f"**The embedded pipelines from nothing, `python -m align.shapes.scripts.pretrain`** ({found['date']}): "
         f"{found['minutes']:.0f} minutes of {found['cores']} cores, seed 0. ShapesEval on the held-out prompts at the "
         "default guidance, by task the strict one:",
         "",

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rewards.network import read_weights
+from rewards.models.network import read_weights
 
 FILE = Path(__file__).with_suffix(".safetensors")
 LINEAR, MLP = "sa_0_4_vit_l_14_linear.pth", "sac+logos+ava1-l14-linearMSE.pth"

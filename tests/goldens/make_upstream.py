@@ -349,7 +349,7 @@ def mps(folder: Path, pictures: list[Path], prompts: list[str]) -> Scores:
         image, text = image / image.norm(dim=-1, keepdim=True), text / text.norm(dim=-1, keepdim=True)
         return model.logit_scale.exp() * torch.diag(torch.einsum("bd,cd->bc", text, image))
 
-    from rewards.mps import OVERALL
+    from rewards.models.mps import OVERALL
 
     conditions = {"overall": OVERALL, "none": ""}
     return {

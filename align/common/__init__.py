@@ -1,0 +1,1 @@
+"""Commands, random numbers, provenance, embedded names."""

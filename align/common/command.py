@@ -1,0 +1,127 @@
+"""Command lines and YAML files: jsonargparse over type hints, so that the import is the registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import yaml
+from diffusers.utils import logging as diffusers_logging
+from jsonargparse import ArgumentParser, Namespace
+from transformers.utils import logging as transformers_logging
+
+from align.common.errors import UserError
+from rewards import RewardError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+class OneLine(ArgumentParser):
+    """Says what is wrong in one line, without the usage that would bury it."""
+
+    leaves = True
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        said = " ".join(message.split())
+        if not self.leaves:
+            raise UserError(said)
+        print(f"{self.prog}: error: {said} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser_for(settings: type[T], prog: str, description: str | None) -> OneLine:
+    """A parser whose options are the fields of the dataclass ``settings``, plus ``--config FILE``."""
+    parser = OneLine(prog=prog, description=description, parser_mode="yaml", allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file; options after it on the line win")
+    parser.add_class_arguments(settings, None, fail_untyped=True)
+    return parser
+
+
+def parse(
+    settings: type[T], prog: str, description: str | None, argv: Sequence[str] | None, leaves: bool = True
+) -> tuple[T, str]:
+    """Settings from the command line, and the resolved YAML that alone gives the same settings. What is wrong with them
+    leaves the process by status 2, or raises :class:`UserError`."""
+    parser = parser_for(settings, prog, description)
+    parser.leaves = leaves
+    arguments = _bare_flags(list(sys.argv[1:] if argv is None else argv), settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            arguments = _forget_replaced(arguments, Path(scratch))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            parser.error(f"--config is no YAML: {error}")
+        namespace: Namespace = parser.parse_args(arguments)
+    namespace.pop("config", None)
+    try:
+        values = settings(**vars(parser.instantiate(namespace)))
+    except ValueError as error:  # how settings, objectives and data refuse a value
+        parser.error(str(error))
+    return values, parser.dump(namespace, skip_none=False)
+
+
+def _bare_flags(arguments: list[str], settings: type[DataclassInstance]) -> list[str]:
+    """``--dry_run`` alone means ``--dry_run true``, as a user of argparse expects."""
+    flags = {f"--{field.name}" for field in dataclasses.fields(settings) if field.type in (bool, "bool")}
+    return [
+        f"{argument}=true" if argument in flags and after.startswith("--") else argument
+        for argument, after in zip(arguments, [*arguments[1:], "--"], strict=False)
+    ]
+
+
+def _forget_replaced(arguments: list[str], scratch: Path) -> list[str]:
+    """Where the line names another class than the file (``--objective D3PO``), forget the file's arguments of that
+    class: jsonargparse would keep those whose names fit, and a beta of 2000 would slip from DPO into D3PO."""
+    chosen: dict[str, str] = {}
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and not name.endswith(".help"):
+            chosen[name.removesuffix(".class_path")] = value if equals else "".join(arguments[at + 1 : at + 2])
+    cleaned = list(arguments)
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != "--config" or not (equals or at + 1 < len(arguments)):
+            continue
+        path = Path(value if equals else arguments[at + 1])
+        if not path.is_file():
+            continue  # jsonargparse says so
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            continue
+        replaced = [
+            key
+            for key, entry in content.items()
+            if isinstance(entry, dict)
+            and "class_path" in entry
+            and key in chosen
+            and chosen[key].rpartition(".")[2] != str(entry["class_path"]).rpartition(".")[2]
+        ]
+        if replaced:
+            for key in replaced:
+                del content[key]
+            copy = scratch / f"{at}-{path.name}"
+            copy.write_text(yaml.safe_dump(content))
+            cleaned[at : at + (1 if equals else 2)] = [f"--config={copy}"] if equals else ["--config", str(copy)]
+    return cleaned
+
+
+def command(run: Callable[[], Any]) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit status 1, a bug keeps its traceback."""
+    for library in (diffusers_logging, transformers_logging):  # their loading bars and hints would bury ours
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        run()
+    except (UserError, RewardError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

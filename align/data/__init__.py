@@ -1,0 +1,9 @@
+"""Prompts, preferences, captioned images, trajectories, annotations; imported here, ``data:`` needs no import path."""
+
+from align.data.annotations import LabelledRollout
+from align.data.captioned import Images
+from align.data.dataset import Data, Dataset
+from align.data.preferences import PreferencePairs
+from align.data.prompts import Prompts, TaskPrompts
+
+__all__ = ["Data", "Dataset", "Images", "LabelledRollout", "PreferencePairs", "Prompts", "TaskPrompts"]

@@ -1,0 +1,182 @@
+"""Prompts, and preference pairs in the layouts that people have. Nothing is decoded here: pictures are lazy.
+
+:func:`read_pairs` finds out which layout a path holds, says so, and gives the pairs in file order.
+:mod:`align.data.preferences` turns them into cached latents and text embeddings.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from align.common.assets import locate
+from align.common.errors import DataError
+from align.data.dataset import Data
+from align.data.formats import CAPTIONS, parse
+from align.families import Cond, Family
+
+logger = logging.getLogger(__name__)
+
+
+# Prompts and their order.
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of :func:`read_prompt_rows`."""
+    return [row["prompt"] for row in read_prompt_rows(path)]
+
+
+def read_prompt_rows(path: str | Path) -> list[dict[str, Any]]:
+    """{"prompt": .., and what else stands there} from .jsonl or .json (objects or strings), or from a text file with
+    one prompt on each line.
+
+    Raises:
+        DataError: no such file, an entry without a prompt, or no prompt at all.
+    """
+    file = Path(locate(str(path))).expanduser()
+    if not file.is_file():
+        raise DataError(f'there is no prompt file {file}; expected .jsonl with {{"prompt": ..}}, or .txt, one a line')
+    prompts = []
+    for where, entry in parse(file):
+        words = (
+            next((entry[n] for n in ("prompt", *CAPTIONS) if n in entry), None) if isinstance(entry, dict) else entry
+        )
+        if not isinstance(words, str) or not words.strip():
+            raise DataError(f'{where}: expected {{"prompt": ".."}} or a string, found {entry!r}')
+        prompts.append((entry if isinstance(entry, dict) else {}) | {"prompt": words.strip()})
+    if not prompts:
+        raise DataError(f"{file} holds no prompt")
+    return prompts
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """P prompts, their conditions, and what else the prompt file says of each (for rewards that read it)."""
+
+    prompts: list[str]
+    cond: Cond
+    metadata: list[Mapping[str, Any]]
+    ids: list[int]
+
+
+@dataclass
+class Prompts(Data):
+    """Prompts to draw pictures of.
+
+    Args:
+        path: .jsonl with {"prompt"} and whatever rewards want to know, a JSON list, text with one on each line, or
+            ``shapes-prompts``, the embedded world's.
+        limit: use the first so many.
+        resolution: side of the pictures in pixels; default the model's own.
+    """
+
+    path: str
+    limit: int | None = None
+    resolution: int | None = None
+
+    batch_type: ClassVar[type] = PromptBatch
+
+    def check(self) -> None:
+        self.read()
+
+    def read(self) -> list[dict[str, Any]]:
+        return read_prompt_rows(self.path)[: self.limit]
+
+    def prepare(
+        self,
+        family: Family,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> PromptSet:
+        return PromptSet(family, self.read())
+
+
+class PromptSet:
+    """Prompts whose conditions are encoded when first asked for, and kept."""
+
+    def __init__(self, family: Family, rows: list[dict[str, Any]], remember: int = 4096) -> None:
+        self.family, self.rows = family, rows
+        self._encode = functools.lru_cache(remember)(self._encoded)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _encoded(self, prompt: str) -> Cond:
+        with torch.no_grad():
+            return self.family.encode([prompt]).to("cpu")
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Conditions of any prompts, remembered as those of the rows are."""
+        return Cond.cat([self._encode(prompt) for prompt in prompts])
+
+    def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> PromptBatch:
+        rows = [self.rows[index] for index in indices]
+        prompts = [row["prompt"] for row in rows]
+        return PromptBatch(prompts, self.encode(prompts), list(rows), list(indices))
+
+
+@dataclass
+class TaskPrompts(Data):
+    """Prompts of several tasks in equal shares: item k of a batch is of task k modulo their number.
+
+    Args:
+        tasks: a prompt file (see :class:`Prompts`) for each task; its name becomes ``task`` of its prompts' metadata.
+        limit: use the first so many of each.
+        resolution: side of the pictures in pixels; default the model's own.
+    """
+
+    tasks: dict[str, str]
+    limit: int | None = None
+    resolution: int | None = None
+
+    batch_type: ClassVar[type] = PromptBatch
+
+    def __post_init__(self) -> None:
+        self.multiple = len(self.tasks)
+
+    def check(self) -> None:
+        if not self.tasks:
+            raise DataError("tasks is empty; expected {task: prompt file, ..}")
+        self.read()
+
+    def read(self) -> list[list[dict[str, Any]]]:
+        """The rows of each task."""
+        return [
+            [row | {"task": task} for row in read_prompt_rows(path)[: self.limit]] for task, path in self.tasks.items()
+        ]
+
+    def prepare(
+        self,
+        family: Family,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        progress: bool = True,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> TaskSet:
+        return TaskSet(family, self.read())
+
+
+class TaskSet(PromptSet):
+    """Items of the longest task's number; the place in a batch decides the task, the item its prompt."""
+
+    def __init__(self, family: Family, tasks: list[list[dict[str, Any]]]) -> None:
+        super().__init__(family, [row for rows in tasks for row in rows])
+        self.tasks = tasks
+
+    def __len__(self) -> int:
+        return max(map(len, self.tasks))
+
+    def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> PromptBatch:
+        starts = [sum(map(len, self.tasks[:k])) for k in range(len(self.tasks))]
+        places = [k % len(self.tasks) for k in range(len(indices))]
+        return super().batch(
+            [starts[task] + index % len(self.tasks[task]) for task, index in zip(places, indices, strict=True)]
+        )

@@ -1,0 +1,246 @@
+"""Trajectories on disk: the folder that ``align.rollout`` writes, and pairs of them as a model trains on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from align.common.errors import DataError, UserError
+from align.common.files import claim, write
+from align.common.provenance import provenance
+from align.data.prompts import PromptSet
+from align.families import Family
+from align.families.family import Column
+from align.sampling.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Record:
+    """``rollout.json``: what the pictures depend on and how they are stored. ``digest`` is of the weights that drew."""
+
+    model: str
+    weights: str | None
+    digest: str
+    mixed_precision: str
+    seed: int
+    sampler: dict[str, Any]
+    shared_noise: bool
+    resolution: int | None
+    latent_shape: list[int]
+    prompts: int
+    prompts_digest: str
+    images_per_prompt: int
+    prompts_per_shard: int
+    images: int
+    shards: int
+    half: bool
+    rewards: list[dict[str, Any]]
+
+    def prompts_of(self, shard: int) -> range:
+        """The numbers of the prompts in a shard; the last shard may have fewer."""
+        first = shard * self.prompts_per_shard
+        return range(first, min(first + self.prompts_per_shard, self.prompts))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A line of the manifest: the picture's file, its trajectory's name, and the shard and row where that lies."""
+
+    image: str
+    trajectory: str
+    prompt: str
+    prompt_index: int
+    shard: int
+    row: int
+    scores: dict[str, float]
+
+
+def describe(sampler: Sampler, family: Family) -> dict[str, Any]:
+    """Steps, guidance and kernel as they apply to ``family``: plain values, the kernel as a config would name it."""
+    kernel = sampler.kernel_of(family)
+    named = {"class_path": f"{type(kernel).__module__}.{type(kernel).__qualname__}", "init_args": vars(kernel)}
+    plain = {"steps": sampler.steps, "guidance": sampler.guidance_of(family), "kernel": named}
+    found: dict[str, Any] = json.loads(json.dumps(plain, default=repr))
+    return found
+
+
+class RolloutFolder:
+    """What :func:`rollout` wrote, or is about to write, to ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record_file, self.manifest = path / "rollout.json", path / "manifest.jsonl"
+
+    def record(self) -> Record:
+        """Raises :class:`DataError` where there is none, or one that cannot be read."""
+        if not self.record_file.is_file():
+            raise DataError(f"no {self.record_file}; expected a folder that python -m align.rollout made")
+        try:
+            found = json.loads(self.record_file.read_text(encoding="utf-8"))
+            return Record(**{name: value for name, value in found.items() if name != "made_with"})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.record_file} is not as align.rollout wrote it ({error}); draw anew") from error
+
+    def start(self, record: Record) -> None:
+        """Open the folder for writing; :class:`UserError` where it holds the rollout of other settings."""
+        if self.record_file.is_file():
+            there, here = asdict(self.record()), asdict(record)
+            other = [f"{name} {there[name]!r}, now {here[name]!r}" for name in here if there[name] != here[name]]
+            if other:
+                raise UserError(
+                    f"{self.path} holds a rollout with other settings ({'; '.join(other)}); give another output_dir, "
+                    "or delete that folder"
+                )
+            return
+        claim(self.path)
+        whole = asdict(record) | {"made_with": provenance()}
+        write(self.record_file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+
+    def drawn(self) -> list[Drawn]:
+        """The manifest's lines; none yet where a rollout has only begun. Raises :class:`DataError`."""
+        if not self.manifest.is_file():
+            return []
+        found = []
+        for line, text in enumerate(self.manifest.read_text(encoding="utf-8").strip().split("\n"), 1):
+            try:
+                found.append(Drawn(**json.loads(text)))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{self.manifest}:{line} is not as align.rollout wrote it ({error})") from error
+        return found
+
+    def shard(self, number: int) -> Path:
+        return self.path / f"trajectories-{number:05d}.safetensors"
+
+    def fault(self, record: Record, number: int) -> str | None:
+        """What is wrong with a shard, by its header; None where nothing is."""
+        file, steps = self.shard(number), record.sampler["steps"]
+        if not file.is_file():
+            return f"{file} is missing"
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found = {name: tuple(opened.get_slice(name).get_shape()) for name in ("latents", "log_probs")}
+        except (SafetensorError, OSError) as error:
+            return f"{file} is damaged ({error})"
+        rows = len(record.prompts_of(number)) * record.images_per_prompt
+        expected = {"latents": (rows, steps + 1, *record.latent_shape), "log_probs": (rows, steps)}
+        return f"{file} holds {found}, but {self.record_file.name} says {expected}" if found != expected else None
+
+    def finished(self, record: Record) -> dict[int, list[Drawn]]:
+        """The manifest lines of the shards of which every file is there."""
+        known: dict[int, list[Drawn]] = {}
+        for line in self.drawn():
+            known.setdefault(line.shard, []).append(line)
+        return {
+            shard: lines
+            for shard, lines in known.items()
+            if not self.fault(record, shard) and all((self.path / line.image).is_file() for line in lines)
+        }
+
+    def read(self) -> tuple[Record, list[Drawn]]:
+        """A finished rollout, its files' headers checked; raises :class:`DataError` where it is not whole."""
+        record, drawn = self.record(), self.drawn()
+        again = "run align.rollout with its settings again to draw what is missing"
+        if len(drawn) != record.images:
+            raise DataError(
+                f"{self.manifest} lists {len(drawn)} pictures, but {record.prompts} prompts x "
+                f"{record.images_per_prompt} make {record.images}; {again}"
+            )
+        for number, line in enumerate(drawn):
+            prompt = number // record.images_per_prompt
+            shard = prompt // record.prompts_per_shard
+            place = (prompt, shard, number - shard * record.prompts_per_shard * record.images_per_prompt)
+            if (line.prompt_index, line.shard, line.row) != place:
+                raise DataError(
+                    f"{self.manifest}:{number + 1} is of prompt {line.prompt_index}, shard {line.shard}, row "
+                    f"{line.row}, but picture {number} is of {place}; keep the lines in their order, or draw anew"
+                )
+        for fault in (self.fault(record, number) for number in range(record.shards)):
+            if fault:
+                raise DataError(f"{fault}; {again}")
+        return record, drawn
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """P pairs of stored trajectories: ``columns`` as :class:`Rollout` has them, each trajectory once;
+    ``pairs`` (P, 2) their rows there, winner first; ``names`` of the rows, unlike any other folder's; ``ids`` of the
+    pairs; and the ``record`` of the rollout in ``folder``."""
+
+    columns: Mapping[str, Column]
+    pairs: Tensor
+    names: list[str]
+    ids: list[int]
+    folder: Path
+    record: Record
+
+    def require(self, sampler: Sampler, family: Family) -> None:
+        """Raise :class:`UserError` unless ``sampler`` on ``family`` is what drew these trajectories: the same steps,
+        guidance and kernel, on latents of the same shape."""
+        ours, theirs = describe(sampler, family), self.record.sampler
+        wrong = [name for name in theirs if ours.get(name) != theirs[name]]
+        if wrong:
+            found = ", ".join(f"{name} {ours.get(name)}" for name in wrong)
+            expected = ", ".join(f"{name}: {theirs[name]}" for name in wrong)
+            raise UserError(
+                f"objective.sampler has {found}, but the trajectories in {self.folder} were drawn otherwise; set in "
+                f"objective.sampler {expected}"
+            )
+        shape, stored = list(family.latent_shape(self.record.resolution)), self.record.latent_shape
+        if shape != stored:
+            raise UserError(
+                f"{family.source} has latents of shape {shape}, but the trajectories in {self.folder} have {stored}; "
+                f"set pretrained_model_name_or_path: {self.record.model}, which drew them"
+            )
+
+
+class TrajectoryPairs:
+    """Pairs whose trajectories are read, and whose prompts are encoded, when first asked for."""
+
+    def __init__(
+        self,
+        folder: RolloutFolder,
+        record: Record,
+        drawn: Sequence[Drawn],
+        pairs: Sequence[tuple[int, int]],
+        family: Family,
+    ) -> None:
+        self.folder, self.record, self.drawn, self.pairs, self.family = folder, record, drawn, pairs, family
+        texts = list(dict.fromkeys(line.prompt for line in drawn))
+        self._place = {text: place for place, text in enumerate(texts)}
+        self._prompts = PromptSet(family, [{"prompt": text} for text in texts], remember=len(texts))
+        self._open: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> TrajectoryBatch:
+        """The pairs at ``indices`` with the trajectories that they need, in float32, on the CPU; conditions on the
+        family's device. Half-precision states come back as the numbers that were rounded to."""
+        chosen = torch.tensor([self.pairs[index] for index in indices])
+        needed, pairs = torch.unique(chosen, return_inverse=True)
+        lines = [self.drawn[number] for number in needed.tolist()]
+        texts = list(dict.fromkeys(line.prompt for line in lines))
+        columns: dict[str, Column] = {
+            name: torch.stack([self._shard(line.shard)[name][line.row] for line in lines]).float()
+            for name in ("latents", "log_probs")
+        }
+        columns |= {
+            "steps": torch.arange(self.record.sampler["steps"]),
+            "prompt": torch.tensor([texts.index(line.prompt) for line in lines]),
+            "cond": self._prompts.batch([self._place[text] for text in texts]).cond.to(self.family.device),
+        }
+        names = [f"{self.folder.path}/{line.trajectory}" for line in lines]
+        return TrajectoryBatch(columns, pairs, names, list(indices), self.folder.path, self.record)
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._open:
+            self._open[number] = load_file(self.folder.shard(number))  # maps the file, pages come when touched
+        return self._open[number]

@@ -1,0 +1,112 @@
+"""One reverse step as a distribution."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.diffusion.process import Grid, Prediction, Reduction, exact, like, reduce
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """One reverse transition p(x_s | x_t): mean (B, ...), one standard deviation per sample, scalar or (B,)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """``mean + std * noise``; with ``std`` 0 this is the mean and the noise does not matter."""
+        return self.mean + like(self.std, self.mean) * noise
+
+    def log_prob(self, x: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """(B,) log density of ``x``, averaged (default) or summed over the latent's dimensions."""
+        std = like(self.std, self.mean)
+        if bool((std <= 0).any()):
+            raise ValueError("log_prob of a deterministic step (std 0): sample with eta > 0 or noise > 0")
+        z = (exact(x) - self.mean) / std
+        return reduce(-0.5 * z.square() - torch.log(std) - 0.5 * math.log(2 * math.pi), reduction)
+
+    def kl(self, other: Gaussian, reduction: Reduction = "mean") -> Tensor:
+        """(B,) KL(self || other) for two transitions of one standard deviation, as kernels of one grid have."""
+        std = like(self.std, self.mean)
+        if bool((std <= 0).any()) or not torch.equal(self.std, other.std):
+            raise ValueError("kl needs two transitions with the same positive std")
+        return reduce((self.mean - other.mean).square() / (2 * std.square()), reduction)
+
+
+Step = int | Tensor
+
+
+class Kernel(ABC):
+    """A reverse step: the distribution of knot ``i + 1`` given what the network says at knot ``i``.
+
+    ``i`` is one step for the whole batch, or (B,) integers, one for each row: a rollout asks for the former, a
+    training batch, whose rows come from different steps, for the latter.
+    """
+
+    @abstractmethod
+    def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian: ...
+
+
+def _knots(grid: Grid, i: Step, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """alpha and sigma at knots ``i`` and ``i + 1``, on the device of ``x``."""
+    i = i.to(grid.alpha.device) if isinstance(i, Tensor) else i
+    return tuple(c.to(x.device) for c in (grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class DDIM(Kernel):
+    """DDIM with stochasticity ``eta`` (DDIM eq. 12, 16), written for any alpha and sigma.
+
+    On a variance-preserving grid eta = 1 is the DDPM posterior; on a flow grid eta = 0 is the Euler step.
+    """
+
+    eta: float = 0.0
+
+    def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
+        x0, eps = prediction.x0, prediction.eps
+        alpha, sigma, alpha_s, sigma_s = _knots(grid, i, x0)
+        lost = (sigma.square() - (alpha / alpha_s).square() * sigma_s.square()).clamp(min=0)
+        std = self.eta * sigma_s / sigma * lost.sqrt()
+        keep = (sigma_s.square() - std.square()).clamp(min=0).sqrt()
+        return Gaussian(like(alpha_s, x0) * x0 + like(keep, x0) * eps, std)
+
+
+@dataclass(frozen=True)
+class FlowSDE(Kernel):
+    """Flow-GRPO's marginal-preserving SDE step for rectified flow (alpha = 1 - t, sigma = t).
+
+    ``sigma_t = noise * sqrt(t / (1 - t))``; at t = 1, where that diverges, 1 - t is taken at the next knot.
+    """
+
+    noise: float = 0.7
+
+    def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
+        if not torch.allclose(grid.alpha + grid.sigma, torch.ones_like(grid.sigma), atol=1e-5):
+            raise ValueError("FlowSDE needs a rectified-flow grid (alpha + sigma = 1); use DDIM(eta) for this model")
+        x = exact(prediction.x_t)
+        _, t, _, s = _knots(grid, i, x)
+        dt = s - t
+        variance = self.noise**2 * t / torch.where(t < 1, 1 - t, 1 - s)
+        velocity = prediction.eps - prediction.x0
+        drift = velocity + like(variance / (2 * t), x) * (x + like(1 - t, x) * velocity)
+        return Gaussian(x + like(dt, x) * drift, (variance * -dt).sqrt())
+
+
+@dataclass(frozen=True)
+class Within(Kernel):
+    """``kernel`` at ``steps``, and the deterministic step (DDIM with eta 0, on a flow grid Euler) elsewhere."""
+
+    kernel: Kernel
+    steps: Sequence[int]
+
+    def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
+        if isinstance(i, Tensor):
+            raise TypeError("a training batch asks the kernel itself: its rows all lie within the window")
+        return (self.kernel if i in self.steps else DDIM())(prediction, grid, i)

@@ -1,0 +1,108 @@
+"""Diffusion algebra: a schedule, what a network said, and one reverse step as a distribution.
+
+Data is ``x0``; ``x_t = alpha * x0 + sigma * eps``. Epsilon, v and flow networks, variance-preserving and
+rectified-flow schedules, differ only in these numbers. Everything is computed in float32 or better whatever the
+network ran in, because half precision destroys log-probabilities. Imports only torch.
+
+Sources: DDIM (Song et al. 2021, eq. 12 and 16); v-prediction (Salimans & Ho 2022, app. D); rectified flow and its
+marginal-preserving SDE (Flow-GRPO, Liu et al. 2025, eq. 8-9).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["epsilon", "v", "flow"]
+Reduction = Literal["mean", "sum"]
+
+
+def exact(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def like(value: Tensor, x: Tensor) -> Tensor:
+    """Shape a per-sample coefficient, (B,) or scalar, to multiply ``x`` of shape (B, ...)."""
+    value = value.to(x.device)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+def reduce(x: Tensor, reduction: Reduction) -> Tensor:
+    """(B, ...) to (B,). The mean is what every published beta and clip range assumes."""
+    flat = x.flatten(1)
+    return flat.mean(1) if reduction == "mean" else flat.sum(1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A discretised schedule: T+1 knots from noisy to clean.
+
+    ``t`` is in the network's own units, ``alpha`` and ``sigma`` are the coefficients of x0 and eps; each (T+1,).
+    """
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    def __post_init__(self) -> None:
+        if not (self.t.shape == self.alpha.shape == self.sigma.shape) or self.t.ndim != 1 or len(self.t) < 2:
+            raise ValueError(
+                f"a grid needs three vectors of one length of at least 2 knots; got t {tuple(self.t.shape)}, "
+                f"alpha {tuple(self.alpha.shape)}, sigma {tuple(self.sigma.shape)}"
+            )
+
+    def __len__(self) -> int:
+        """The number of steps T, one less than the number of knots."""
+        return len(self.t) - 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's raw output at ``x_t``, readable in every coordinate.
+
+    ``raw`` and ``x_t`` are (B, ...); ``alpha`` and ``sigma`` scalars or (B,).
+    """
+
+    raw: Tensor
+    x_t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    kind: Kind
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = exact(self.x_t)
+        return exact(self.raw), x, like(self.alpha, x), like(self.sigma, x)
+
+    @property
+    def x0(self) -> Tensor:
+        """The clean sample that this prediction implies."""
+        raw, x, alpha, sigma = self._parts
+        if self.kind == "epsilon":
+            return (x - sigma * raw) / alpha
+        return alpha * x - sigma * raw if self.kind == "v" else x - sigma * raw
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise that this prediction implies."""
+        raw, x, alpha, sigma = self._parts
+        if self.kind == "epsilon":
+            return raw
+        return sigma * x + alpha * raw if self.kind == "v" else x + alpha * raw
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What ``raw`` should have been for this ``x0`` and ``eps``, in the network's own coordinate."""
+        _, _, alpha, sigma = self._parts
+        if self.kind == "epsilon":
+            return eps
+        return alpha * eps - sigma * x0 if self.kind == "v" else eps - x0
+
+
+def diffuse(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """``alpha * x0 + sigma * eps`` with per-sample coefficients."""
+    return like(alpha, x0) * x0 + like(sigma, x0) * eps

@@ -1,0 +1,69 @@
+"""Pictures from prompts, and grids of them to look at."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] to an 8-bit picture."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def save_picture(image: Tensor, path: Path) -> None:
+    """Write one picture (3, H, W) as a PNG, whole or not at all."""
+    draft = path.with_name(f"{path.name}.tmp")
+    to_pil(image).save(draft, "PNG")
+    draft.replace(path)
+
+
+def embedded(image: Tensor) -> str:
+    """One picture (3, H, W) as a PNG within a page: the ``src`` of an ``img``."""
+    file = io.BytesIO()
+    to_pil(image).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def save_grid(
+    images: Tensor, captions: Sequence[str], path: Path, columns: int = 4, rows_of: Sequence[str] | None = None
+) -> None:
+    """Write pictures (N, 3, H, W) as a captioned grid PNG; small pictures are enlarged to be seen.
+
+    With ``rows_of`` (names such as base and tuned) ``images`` holds that many pictures a caption, one under another.
+    """
+    deep = len(rows_of) if rows_of else 1
+    side = max(128, images.shape[-1])
+    label, count = 26, len(captions)
+    columns = min(columns, count)
+    left = 44 if rows_of else 0
+    rows = -(-count // columns)
+    tile_h = side * deep + label
+    sheet = Image.new("RGB", (left + columns * (side + 6), rows * (tile_h + 6)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, caption in enumerate(captions):
+        x, y = left + (k % columns) * (side + 6), (k // columns) * (tile_h + 6)
+        for d in range(deep):
+            tile = to_pil(images[k * deep + d]).resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (x, y + label + d * side))
+            if rows_of and k % columns == 0:
+                pen.text((2, y + label + d * side + side // 2 - 6), rows_of[d], fill="black")
+        pen.text((x + 2, y), "\n".join(_wrap(caption, side // 6)), fill="black", spacing=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.png")
+    sheet.save(temporary)
+    temporary.replace(path)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines[:2]

@@ -1,0 +1,245 @@
+"""A family hides diffusers: text encoders, VAE scaling, packing, guidance batching, precision.
+
+Objectives see only :class:`Family` and :class:`Cond`. Pictures are (B, 3, H, W) float in [0, 1] everywhere.
+:func:`load` finds the right family from a pipeline folder's ``model_index.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from align.common.assets import locate
+from align.common.errors import UserError
+from align.diffusion.kernels import Kernel
+from align.diffusion.process import Grid, Kind, Prediction, like
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+SAMPLING_FILE = "sampling.json"  # a folder may say which guidance and steps its pipeline was made for
+
+
+class Unsupported(UserError):
+    """A model folder that is missing, or of a pipeline class without a family."""
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a prompt batch becomes: named tensors whose first dimension is the batch."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def take(self, index: Tensor | slice) -> Cond:
+        """The rows ``index`` selects."""
+        return Cond({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def expand(self, count: int) -> Cond:
+        """A batch of one, seen ``count`` times without a copy."""
+        return Cond({name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cond:
+        return Cond({name: tensor.to(device, dtype) for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        return Cond({name: torch.cat([cond[name] for cond in conds]) for name in conds[0].tensors})
+
+
+class Family(ABC):
+    """One model family over a loaded diffusers pipeline. Subclasses fill in the abstract methods and the constants."""
+
+    denoiser_name: ClassVar[str]  # the pipeline's own attribute, also the prefix of its LoRA keys
+    lora_targets: ClassVar[tuple[str, ...]]
+
+    def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
+        self.pipe = pipe
+        self.source = source
+        self._null: Cond | None = None
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        pipe.set_progress_bar_config(disable=True)
+
+    # what differs between families
+    @classmethod
+    @abstractmethod
+    def read(cls, path: str, options: dict[str, Any]) -> DiffusionPipeline:
+        """The family's pipeline from a folder or hub id; ``options`` are diffusers' ``from_pretrained`` ones."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> Kind:
+        """The coordinate of the network's output."""
+
+    @property
+    @abstractmethod
+    def kernel(self) -> Kernel:
+        """The stochastic reverse step that policy gradients on this family use by default."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Text to conditions; gradients reach the text encoders unless the caller forbids it."""
+
+    @abstractmethod
+    def grid(self, steps: int) -> Grid:
+        """The sampling schedule that the pipeline itself would use."""
+
+    @abstractmethod
+    def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at times ``t`` of shape (B,), in the network's units."""
+
+    @abstractmethod
+    def draw_t(self, uniform: Tensor) -> Tensor:
+        """Training times from uniform numbers in [0, 1), shape (B,): the family's own training distribution."""
+
+    @abstractmethod
+    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """One plain evaluation of ``denoiser``."""
+
+    # what they share
+    @property
+    def denoiser(self) -> ModelMixin:
+        return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.pipe.vae.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the frozen parts."""
+        return next(self.pipe.vae.parameters()).dtype
+
+    def autocast(self) -> torch.autocast:
+        """In which a denoiser of half-precision weights takes the float32 states of the process; none for float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def default_guidance(self) -> float:
+        """The guidance scale that the folder recommends, else the one its pipeline class uses by default."""
+        return float(self._recommended("guidance", "guidance_scale"))
+
+    @property
+    def default_steps(self) -> int:
+        """The number of sampler steps that the folder recommends, else the pipeline class's default."""
+        return int(self._recommended("steps", "num_inference_steps"))
+
+    def _recommended(self, name: str, argument: str) -> float:
+        path = Path(locate(self.source)) / SAMPLING_FILE
+        said = json.loads(path.read_text()) if path.is_file() else {}
+        default = inspect.signature(type(self.pipe).__call__).parameters[argument].default
+        return float(said.get(name, default))
+
+    @property
+    def scheduler_name(self) -> str:
+        """The diffusers scheduler that :meth:`grid` and a deterministic step are; the pipeline may have another."""
+        return type(self.pipe.scheduler).__name__
+
+    @property
+    def resolution(self) -> int:
+        """The side, in pixels, of the square picture that the model was trained on."""
+        return self.denoiser.config.sample_size * self.pipe.vae_scale_factor
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of one latent for a square picture of ``resolution`` pixels."""
+        side = resolution or self.resolution
+        if side % self.pipe.vae_scale_factor:
+            raise ValueError(f"resolution {side} is not a multiple of {self.pipe.vae_scale_factor}")
+        side //= self.pipe.vae_scale_factor
+        return (self.denoiser.config.in_channels, side, side)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The raw network output at ``x_t`` (B, C, h, w) and ``t`` (B,), guided (Ho & Salimans 2022) when
+        ``guidance`` is not 1: unconditional and conditional rows go through the network as one batch of 2B."""
+        denoiser = denoiser if denoiser is not None else self.denoiser
+        if guidance == 1.0:
+            return self.call(denoiser, x_t, t, cond)
+        both = Cond.cat([self.null.expand(len(x_t)), cond])
+        free, bound = self.call(denoiser, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        return free + guidance * (bound - free)
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, denoiser: nn.Module | None = None
+    ) -> Prediction:
+        """:meth:`forward`'s answer with the coordinates to read it in."""
+        alpha, sigma = self.path(t)
+        return Prediction(self.forward(x_t, t, cond, guidance, denoiser), x_t, alpha, sigma, self.kind)
+
+    @property
+    def null(self) -> Cond:
+        """The empty prompt's conditions, a batch of one; encoded once."""
+        if self._null is None:
+            # as every other prompt is encoded, whoever asks first: a T5 keeps some layers in float32 for a reason
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._null = self.encode([""])
+        return self._null
+
+    def emptied(self, cond: Cond, empty: Tensor) -> Cond:
+        """``cond`` on this device, with the empty prompt's in the rows where ``empty`` (B,) is true."""
+        cond = cond.to(self.device)
+        if not empty.any():
+            return cond
+        null, mask = self.null, empty.to(self.device)
+        return Cond({k: torch.where(like(mask, v), null[k].to(v), v) for k, v in cond.tensors.items()})
+
+    def to_latent(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] to latents: the posterior's mean, in the denoiser's scale, float32."""
+        vae = self.pipe.vae
+        mean = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode().float()
+        return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def to_image(self, x0: Tensor) -> Tensor:
+        """Latents to pictures (B, 3, H, W) in [0, 1], float32; differentiable."""
+        vae = self.pipe.vae
+        latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return (vae.decode(latents.to(vae.device, vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def identity(self) -> Mapping[str, Mapping[str, object]]:
+        """What cached latents of ``pictures`` and embeddings of ``captions`` depend on: the VAE, and all but it and the
+        denoiser. Where the pipeline lies does not matter."""
+        parts = {name: part for name, part in self.pipe.components.items() if name != self.denoiser_name}
+        weights = {
+            name: [type(part).__name__, sum(p.numel() for p in part.parameters()), f"{_checksum(part):.6e}"]
+            for name, part in parts.items()
+            if isinstance(part, nn.Module)
+        }
+        tokenizers = {
+            name: [part.model_max_length, _digest(sorted(part.get_vocab().items()))]
+            for name, part in parts.items()
+            if isinstance(part, PreTrainedTokenizerBase)
+        }
+        scaling = [self.pipe.vae.config.scaling_factor, self.pipe.vae.config.shift_factor]
+        family, vae = {"family": type(self).__name__}, weights.pop("vae")
+        return {
+            "pictures": family | {"vae": vae, "scaling": scaling},
+            "captions": family | {"weights": weights, "tokenizers": tokenizers},
+        }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(str(value).encode()).hexdigest()
+
+
+def _checksum(module: nn.Module) -> float:
+    return float(sum(p.detach().double().abs().sum() for p in module.parameters()))
+
+
+Column = Tensor | Cond

@@ -1,0 +1,1 @@
+"""What objectives that draw their own pictures share."""

@@ -1,0 +1,1 @@
+"""The one reverse loop and what runs it."""

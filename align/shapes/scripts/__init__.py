@@ -1,0 +1,1 @@
+"""How the embedded pipelines and preferences were made; no part of the library."""

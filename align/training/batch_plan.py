@@ -1,0 +1,93 @@
+"""How the samples of a rollout are shared by processes and updates, checked and put into words before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from align.common.errors import UserError
+from align.data.prompts import PromptBatch
+from align.families import Family
+from align.policy.policy import Policy
+from align.training.config import Train
+
+
+def shares(count: int, size: int) -> list[slice]:
+    """``count`` things in about ``count / size`` shares as equal as they can be; of ``size`` each where that divides.
+
+    A short last share would be a noisy update, and Adam would step as far for it as for a whole one."""
+    parts = max(1, round(count / size))
+    return [slice(count * k // parts, count * (k + 1) // parts) for k in range(parts)]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The numbers of a run of ``config`` on ``world`` processes."""
+
+    config: Train
+    family: Family
+    world: int
+
+    @property
+    def group(self) -> int:
+        """Samples made of one item of the data: pictures of a prompt; a pair is a sample itself."""
+        return self.config.objective.group if self.config.data.batch_type is PromptBatch else 1
+
+    @property
+    def update(self) -> int:
+        """Rows of one optimiser step in one process."""
+        return self.config.train_batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def samples(self) -> int:
+        """Pairs or pictures of one rollout, over all processes."""
+        return (self.config.rollout_batch_size or self.update * self.world) * self.group
+
+    def check(self) -> None:
+        """Refuse a rollout that processes and updates cannot share evenly, and say in one sentence why."""
+        objective, world, group = self.config.objective, self.world, self.group
+        rows = objective.plan(self.family, self.config.data.resolution).rows
+        drawn = f"{self.samples // group} items x {group} samples = {self.samples}"
+        if self.samples % world or (objective.whole_groups and self.samples // group % world):
+            raise UserError(
+                f"rollout_batch_size: {drawn} do not divide among {world} processes"
+                + (f" in whole groups of {group}" if objective.whole_groups else "")
+            )
+        if self.samples // world % (group * self.config.data.multiple) and self.config.data.multiple > 1:
+            raise UserError(
+                f"rollout_batch_size: {self.samples // group} items / {world} processes do not divide among the "
+                f"{self.config.data.multiple} tasks of data"
+            )
+        if rows is not None and self.samples // world * rows % self.update:
+            raise UserError(
+                f"{drawn}, x {rows} trained rows each / {world} processes = {self.samples // world * rows} rows, which "
+                f"do not divide into updates of train_batch_size x gradient_accumulation_steps = {self.update} rows"
+            )
+
+    def describe(self, policy: Policy) -> str:
+        """What a rollout and its updates are made of, a line each."""
+        config, world, samples, update = self.config, self.world, self.samples, self.update * self.world
+        plan = config.objective.plan(self.family, config.data.resolution)
+        kind = "initial noise" if policy.trained is not None else "LoRA" if policy.lora else "full"
+        trained = sum(p.numel() for p in policy.parameters())
+        total = sum(p.numel() for p in self.family.denoiser.parameters())
+        weights = sum(p.numel() * p.element_size() for p in self.family.denoiser.parameters())
+        copies = 1 if policy.lora or policy.trained or not config.objective.needs_reference else 2
+        state = trained * 4 * (2 + 1 + bool(config.ema_decay))  # two AdamW moments, the gradient, the average
+        rows = plan.rows * samples * config.inner_epochs if plan.rows is not None else None
+        frozen = plan.frozen if config.draws else plan.frozen - plan.drawing
+        lines = {
+            "model": f"{config.pretrained_model_name_or_path} ({type(self.family).__name__}, {self.family.kind})",
+            "objective": type(config.objective).__name__,
+            "samples per rollout": f"{samples // self.group} items x {self.group} = {samples}, over {world} processes",
+            "rows per update": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated "
+            f"x {world} processes = {update}",
+            "updates per rollout": f"{rows / update:g}" if rows is not None else "as many as the selected rows make",
+            "evaluations per rollout": f"{plan.trained * samples * config.inner_epochs} trained + "
+            f"{frozen * samples} frozen",
+            "trainable parameters": f"{trained:,} of {total:,} ({kind})",
+            "estimated memory": f"{(weights * copies + state) / 2**20:,.0f} MiB for denoiser, gradients and optimiser, "
+            "activations not counted",
+            **plan.notes,
+        }
+        width = max(map(len, lines))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -1,0 +1,183 @@
+"""The settings of a training run: what ``--config`` files and the command line fill in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers.optimization import SchedulerType
+
+import align.data
+import align.objectives  # noqa: F401  imported, so that `--objective DPO` needs no import path
+from align import families
+from align.common.errors import UserError, require_at_least
+from align.data.dataset import Data
+from align.data.prompts import PromptBatch
+from align.objectives import Objective
+from align.objectives.online.rewards import RewardSetting, Scorer
+from align.policy.policy import LoRA
+
+
+@dataclass
+class Samples:
+    """The grid of fixed prompts and seeds drawn while training. ``steps``, ``guidance`` None: the pipeline's own."""
+
+    prompts: list[str] = field(default_factory=list)
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"samples: steps must be at least 1, got {self.steps}")
+
+
+@dataclass
+class Train:
+    """Fine-tune a diffusers pipeline through an objective.
+
+    Args:
+        data: what to train on: PreferencePairs, Images, Prompts, LabelledRollout, or anyone's import path.
+        objective: how: a class of ``align.objectives`` or anyone's import path, with its arguments.
+        rewards: what online objectives score their pictures by; those of weight 0 are only watched.
+        diversity_features: a vision model (DINOv2, CLIP) or ``lpips:FILE`` by whose features the diversity of rollouts
+            is measured beside pixels and latents.
+        validation_data: held-out pairs, on which the objective's metrics are measured, or held-out prompts, whose
+            pictures are scored by the rewards; logged and put into the model card.
+        pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``.
+        revision: hub revision.
+        variant: weight variant, such as ``fp16``.
+        output_dir: the run folder.
+        seed: names every random draw.
+        lora: rank, alpha and targets; ``null`` trains every weight of the denoiser.
+        initial_weights: a run or LoRA folder to start from, such as the last round's.
+        train_batch_size: rows (pairs, sampler steps of pictures) a process passes through the network at once.
+        gradient_accumulation_steps: such chunks per optimiser step; about as many where the number of rows varies.
+        rollout_batch_size: pairs or prompts drawn from the data for one rollout, over all processes; null draws as
+            many as make one update, one row each.
+        inner_epochs: passes over the rows of a rollout.
+        max_train_steps: optimiser steps; null is 1000, or as many as ``max_rollouts`` gives.
+        max_rollouts: stop after so many rollouts, if that comes first.
+        learning_rate: peak learning rate.
+        scale_lr: multiply it by processes x accumulation x batch size.
+        lr_scheduler: a name that ``diffusers.optimization.get_scheduler`` knows.
+        lr_warmup_steps: optimiser steps of warm-up.
+        adam_beta1: AdamW.
+        adam_beta2: AdamW.
+        adam_weight_decay: AdamW.
+        adam_epsilon: AdamW.
+        use_8bit_adam: bitsandbytes' AdamW; needs a GPU.
+        sgd_momentum: SGD with this Nesterov momentum instead of AdamW (ReNO: 0.9); null is AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        ema_decay: keep a moving average of the trained weights and save that; 0 keeps none.
+        gradient_checkpointing: recompute activations in backward; less memory, more time.
+        mixed_precision: autocast; frozen weights are kept in this precision too.
+        allow_tf32: TF32 matrix products on Ampere and later.
+        attention_backend: a diffusers attention backend (``native``, ``xformers``, ``flash``, ...); null leaves it.
+        checkpointing_steps: optimiser steps between checkpoints; 0 writes none.
+        checkpoints_total_limit: how many checkpoints to keep; null keeps all.
+        resume_from_checkpoint: ``latest`` or a ``checkpoint-N`` folder; ``latest`` starts anew where there is none.
+        samples: the sample grid.
+        validation_steps: optimiser steps between sample grids and held-out metrics; 0 only at start and end.
+        logging_steps: optimiser steps between lines of ``metrics.jsonl``.
+        report_to: trackers.
+        dry_run: print the plan and stop.
+    """
+
+    data: Data
+    objective: Objective
+    rewards: list[RewardSetting] = field(default_factory=list)
+    diversity_features: str | None = None
+    validation_data: Data | None = None
+    pretrained_model_name_or_path: str = "shapes-sd"
+    revision: str | None = None
+    variant: str | None = None
+    output_dir: Path = Path("outputs/run")
+    seed: int = 0
+    lora: LoRA | None = field(default_factory=LoRA)
+    initial_weights: Path | None = None
+    train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    rollout_batch_size: int | None = None
+    inner_epochs: int = 1
+    max_train_steps: int | None = None
+    max_rollouts: int | None = None
+    learning_rate: float = 1e-5
+    scale_lr: bool = False
+    lr_scheduler: str = "constant_with_warmup"
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    use_8bit_adam: bool = False
+    sgd_momentum: float | None = None
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    allow_tf32: bool = False
+    attention_backend: str | None = None
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    samples: Samples = field(default_factory=Samples)
+    validation_steps: int = 0
+    logging_steps: int = 1
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    dry_run: bool = False
+
+    def check(self) -> None:
+        """Everything that can be known to be wrong before a weight is loaded."""
+        require_at_least(1, self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps")
+        require_at_least(1, self, "inner_epochs", "rollout_batch_size", "max_rollouts", "checkpoints_total_limit")
+        require_at_least(0, self, "checkpointing_steps", "validation_steps", "lr_warmup_steps")
+        if self.lr_scheduler not in (known := [kind.value for kind in SchedulerType]):
+            raise UserError(f"unknown lr_scheduler {self.lr_scheduler!r}; known are {', '.join(known)}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if self.max_grad_norm <= 0:
+            raise UserError(f"max_grad_norm must be positive, got {self.max_grad_norm}")
+        if not math.isfinite(self.updates) and not self.lr_scheduler.startswith("constant"):
+            raise UserError(f"lr_scheduler {self.lr_scheduler!r} has to know its end: set max_train_steps")
+        if self.learning_rate <= 0:
+            raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.sgd_momentum is not None and not 0 < self.sgd_momentum < 1:
+            raise UserError(f"sgd_momentum must lie between 0 and 1, got {self.sgd_momentum}")
+        if self.use_8bit_adam and not torch.cuda.is_available():
+            raise UserError("use_8bit_adam needs a CUDA GPU here; set use_8bit_adam: false")
+        objective, wanted = type(self.objective).__name__, self.objective.batch_types
+        if self.data.batch_type not in wanted:
+            raise UserError(
+                f"{objective} trains on {' or '.join(kind.__name__ for kind in wanted)}, but data: "
+                f"{type(self.data).__name__} gives {self.data.batch_type.__name__}"
+            )
+        if self.draws and self.objective.scored and not any(reward.weight for reward in self.rewards):
+            raise UserError(f"{objective} learns from rewards: set rewards to at least one of positive weight")
+        if self.draws and self.rollout_batch_size is None:
+            raise UserError(f"{objective} draws pictures: set rollout_batch_size, the prompts of a rollout")
+        families.find(self.pretrained_model_name_or_path, self.revision)
+        for data in (self.data, self.validation_data):
+            if data is not None:
+                data.check()
+
+    @property
+    def updates(self) -> float:
+        """The optimiser steps of the run; infinite where the rollouts decide."""
+        if self.max_train_steps is not None:
+            return self.max_train_steps
+        return math.inf if self.max_rollouts else 1000
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are drawn: an online objective on prompts."""
+        return self.objective.online and self.data.batch_type is PromptBatch
+
+    def scorer(self) -> Scorer | None:
+        """The rewards, loaded; None where there are none."""
+        return Scorer.of(self.rewards) if self.rewards else None

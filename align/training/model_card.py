@@ -1,0 +1,21 @@
+"""The model card that a run leaves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.common.files import write
+
+if TYPE_CHECKING:
+    pass
+
+
+def add_to_card(path: Path, title: str, text: str) -> None:
+    """Put a section into a model card, replacing its older self; without a card, nothing."""
+    if path.is_file():
+        kept = re.sub(
+            rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", path.read_text(encoding="utf-8"), flags=re.DOTALL
+        )
+        write(path, f"{kept.rstrip()}\n\n## {title}\n\n{text}\n")

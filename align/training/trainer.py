@@ -1,0 +1,355 @@
+"""The one training loop.
+
+    accelerate launch -m align.train --config configs/dpo_shapes.yaml --objective.beta 500
+
+Next batch -> ``objective.rollout`` -> shuffle by image -> for each chunk of rows: ``objective.loss``, backward, clip,
+step -> log, sample, checkpoint. The loop knows nothing of timesteps or papers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from align import families
+from align.common import rng
+from align.common.errors import NonFinite, UserError
+from align.data.dataset import shuffled
+from align.data.prompts import PromptSet
+from align.objectives import Context
+from align.objectives.rows import Table
+from align.policy.policy import Policy
+from align.sampling.diversity import Features
+from align.training import checkpoint, run_folder
+from align.training.batch_plan import Arithmetic, shares
+from align.training.config import Train
+from align.training.validation import held_out_metrics, held_out_scores, sample_grid
+
+TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
+
+
+class Loop:
+    """The state of one training run; :func:`train` builds it and calls :meth:`run`."""
+
+    def __init__(self, config: Train, resolved: str) -> None:
+        self.config, self.resolved = config, resolved
+        self.folder = run_folder.RunFolder(config.output_dir)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, project_dir=str(config.output_dir))
+        set_seed(config.seed)  # LoRA's initial weights; every draw after that is keyed
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        frozen = families.DTYPES[config.mixed_precision] if config.lora else torch.float32
+        self.family = families.load(
+            config.pretrained_model_name_or_path, frozen, self.accelerator.device, config.revision, config.variant
+        )
+        if config.attention_backend:
+            self.family.denoiser.set_attention_backend(config.attention_backend)
+        self.policy = Policy(
+            self.family,
+            config.lora,
+            config.objective.needs_reference,
+            config.ema_decay,
+            config.gradient_checkpointing,
+            config.initial_weights,
+            config.objective.reference == "round_start",
+            config.objective.trains(self.family, config.data),
+            config.objective.around_packed,
+        )
+        self.scorer = config.scorer()
+        config.objective.prepare(self.policy, self.scorer)
+        self.policy.grade(config.objective.rate)
+        self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
+        self.sizes = Arithmetic(config, self.family, self.accelerator.num_processes)
+        self.step = self.rollouts = 0
+
+    def start(self) -> None:
+        """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
+        config, accelerator = self.config, self.accelerator
+        source = self.folder.find(config.resume_from_checkpoint)
+        if accelerator.is_main_process:
+            self.folder.claim(resumed=source is not None)  # first of all: encoding a data set may take hours
+        self.data = config.data.prepare(
+            self.family,
+            config.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.is_main_process,
+            accelerator.wait_for_everyone,
+        )
+        self.held_out = config.validation_data.prepare(self.family) if config.validation_data else None
+        self._optimise()
+        if accelerator.is_main_process:
+            self.folder.start(self.resolved, resumed=source is not None)
+        if config.report_to != "none":
+            accelerator.log_with = _trackers(accelerator, config.report_to)
+            accelerator.init_trackers("t2i-align")
+        if source is not None:
+            state = self.folder.restore(accelerator, source)
+            self.step, self.rollouts = state["step"], state["rollouts"]
+            self.policy.evaluations = state["evaluations"]
+            config.objective.load_state(state["objective"])
+            if accelerator.is_main_process:
+                self.folder.forget_after(self.step)
+            accelerator.print(f"resumed from {source} at step {self.step}")
+
+    def run(self) -> Path:
+        config, accelerator = self.config, self.accelerator
+        self.start()
+        if self.step == 0:
+            self.validate()
+        by_rollout = not math.isfinite(config.updates)
+        total, done = (config.max_rollouts, self.rollouts) if by_rollout else (config.updates, self.step)
+        with tqdm(total=total, initial=done, desc="train", disable=not accelerator.is_main_process) as bar:
+            while not self.done:
+                before = self.step
+                for metrics in self.rollout(bar):
+                    bar.update(not by_rollout)
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:2]}, refresh=False)
+                    if self.step % config.logging_steps == 0 or "rollout" in metrics:
+                        self.log(metrics)
+                    if self.step == config.updates:
+                        break
+                bar.update(by_rollout)
+                if _crossed(before, self.step, config.validation_steps) and not self.done:
+                    self.validate()
+                if _crossed(before, self.step, config.checkpointing_steps):
+                    self.folder.checkpoint(accelerator, self._state(), config.checkpoints_total_limit)
+        held_out = self.validate()
+        if accelerator.is_main_process:
+            weights = self.policy.save(self.folder.path)
+            self.folder.card(self.config, self.policy, self.sizes.describe(self.policy), self.step, held_out)
+            print(f"saved {weights}")
+        accelerator.end_training()
+        return self.folder.path
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.config.updates or self.rollouts >= (self.config.max_rollouts or math.inf)
+
+    def rollout(self, bar: Any = None) -> Any:
+        """One batch, its rows, and the updates they give; yields each update's metrics."""
+        config, accelerator = self.config, self.accelerator
+        mine = self.sizes.samples // accelerator.num_processes
+        first = mine * accelerator.process_index
+        ctx = Context(
+            self.policy,
+            config.seed,
+            self.rollouts,
+            range(first, first + mine),
+            self.scorer,
+            _gather(accelerator),
+            _gather_text(accelerator),
+            tolerance=TOLERANCES[config.mixed_precision],
+            features=self.features,
+            resolution=config.data.resolution,
+            progress=_drawn(bar, mine) if bar is not None and self.scorer is not None else None,
+        )
+        items = range(first // self.sizes.group, (first + mine - 1) // self.sizes.group + 1)
+        chosen = shuffled(len(self.data), self.sizes.samples // self.sizes.group, config.seed, self.rollouts)
+        views = (rng.uniform(ctx.generators("view")) * config.data.variants).long().tolist()
+        batch = self.data.batch([chosen[item] for item in items], views[: len(items)])
+        with torch.no_grad(), accelerator.autocast():
+            table = config.objective.rollout(ctx, batch)
+        self.rollouts += 1
+        rows = len(table)
+        if accelerator.num_processes > 1:  # processes step together: where they differ, the surplus is left out
+            rows = int(ctx.gather(torch.tensor([rows])).min())
+        measured = {f"rollout/{name}": value for name, value in table.metrics.items()}
+        if measured:  # those of this rollout, and of all training before it
+            world = accelerator.num_processes
+            measured |= {f"evaluations/{kind}": count * world for kind, count in self.policy.evaluations.items()}
+        if not rows and measured:
+            self.log(measured | {"rollout": self.rollouts})
+        for epoch in range(config.inner_epochs if rows else 0):
+            shuffle = rng.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
+            chunks = list(table.shuffled(shuffle).take(torch.arange(rows)).chunks(config.train_batch_size))
+            for some in shares(len(chunks), config.gradient_accumulation_steps):
+                fresh = epoch == some.start == 0
+                metrics = self.update(dataclasses.replace(ctx, fresh=fresh), chunks[some], batch.ids)
+                yield metrics | (measured | {"rollout": self.rollouts} if fresh and measured else {})
+
+    def update(self, ctx: Context, chunks: Sequence[Table], ids: Sequence[int]) -> dict[str, float]:
+        """One optimiser step on ``chunks``; the loss is the mean over all of their rows."""
+        config, accelerator = self.config, self.accelerator
+        rows = sum(map(len, chunks))
+        losses: list[Tensor] = []
+        totals: dict[str, Tensor] = {}
+        for k, chunk in enumerate(chunks):
+            share = len(chunk) / rows
+            last = k + 1 == len(chunks)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.policy.model):
+                with accelerator.autocast():
+                    loss, metrics = config.objective.loss(ctx, chunk)
+                accelerator.backward(loss * share)
+            losses.append(loss.detach())
+            for name, value in {"loss": losses[-1], **metrics}.items():
+                if name.endswith("_max"):
+                    totals[name] = torch.maximum(totals.get(name, value), value)
+                else:
+                    totals[name] = totals.get(name, 0) + value * share
+        norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
+        names = [*totals, "grad_norm"]
+        summed = accelerator.reduce(torch.stack([*totals.values(), norm.detach().to(losses[0].device)]), "mean")
+        values = dict(zip(names, summed.tolist(), strict=True))
+        self._require_finite(values, losses, chunks, ids)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.policy.after_step()
+        self.step += 1
+        return values | {"lr": self.scheduler.get_last_lr()[0]}
+
+    def _require_finite(
+        self, values: dict[str, float], losses: list[Tensor], chunks: Sequence[Table], ids: Sequence[int]
+    ) -> None:
+        scaled = self.accelerator.scaler is not None  # fp16: an infinite gradient only skips the step
+        wrong = [name for name in ("loss", "grad_norm") if not _finite(values[name])]
+        if not wrong or (wrong == ["grad_norm"] and scaled):
+            return
+        bad = [chunk for chunk, loss in zip(chunks, losses, strict=True) if not bool(torch.isfinite(loss))] or chunks
+        images = sorted({int(image) for chunk in bad for image in chunk.image})
+        rows = [
+            str(ids[image // self.sizes.group]) if image // self.sizes.group < len(ids) else f"#{image}"
+            for image in images
+        ]
+        good = self.folder.latest()
+        raise NonFinite(
+            f"{wrong[0]} is {values[wrong[0]]} at step {self.step + 1}, rows {', '.join(rows[:8])}"
+            f"{' …' if len(rows) > 8 else ''}; last good checkpoint: {good or 'none'}. "
+            "Try a lower learning rate, or look at those rows"
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Draw the sample grid, and the objective's metrics on held-out data with draws that never change."""
+        config, accelerator = self.config, self.accelerator
+        values: dict[str, float] = {}
+        before = dict(self.policy.evaluations)  # looking is not training
+        with self.policy.averaged(), accelerator.autocast():
+            if isinstance(self.held_out, PromptSet):
+                if self.scorer is None:
+                    raise UserError("validation_data holds prompts: set rewards, to score their pictures")
+                rank, world = accelerator.process_index, accelerator.num_processes
+                own = held_out_scores(config, self.policy, self.scorer, self.held_out, rank, world)
+                gather = _gather_text(accelerator)
+                values = {name: statistics.fmean(gather(scores)) for name, scores in own.items()}
+            elif self.held_out is not None:
+                values = held_out_metrics(config.objective, self.policy, self.held_out, config.train_batch_size)
+            if config.samples.prompts and accelerator.is_main_process:
+                path = self.folder.path / f"samples/step-{self.step:06d}.png"
+                images = sample_grid(config, self.policy, self.family, path)
+                for tracker in accelerator.trackers:
+                    if tracker.name == "tensorboard":
+                        tracker.log_images({"samples": images.numpy()}, step=self.step, dataformats="NCHW")
+        self.policy.evaluations = before
+        if values:
+            self.log({f"held_out/{name}": value for name, value in values.items()})
+        return values
+
+    def log(self, metrics: dict[str, float]) -> None:
+        self.accelerator.log(metrics, step=self.step)
+        if self.accelerator.is_main_process:
+            self.folder.log({"step": self.step, "time": round(time.time(), 3), **metrics})
+
+    def _optimise(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        rate = config.learning_rate
+        if config.scale_lr:
+            rate *= self.sizes.update * accelerator.num_processes
+        optimizer = _optimizer(config, self.policy, rate)
+        self.policy.model, self.optimizer = accelerator.prepare(self.policy.model, optimizer)
+        # not prepared: accelerate would step it once per process
+        self.scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.updates,
+        )
+        accelerator.register_for_checkpointing(self.scheduler)
+        checkpoint.slim_checkpoints(accelerator, self.policy)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "rollouts": self.rollouts,
+            "evaluations": dict(self.policy.evaluations),
+            "objective": self.config.objective.state(),
+        }
+
+
+def _optimizer(config: Train, policy: Policy, rate: float) -> torch.optim.Optimizer:
+    groups = [{"params": some, "lr": rate * factor} for factor, some in policy.groups().items()]
+    if config.sgd_momentum is not None:
+        return torch.optim.SGD(groups, lr=rate, momentum=config.sgd_momentum, nesterov=True)
+    adam: Any = torch.optim.AdamW
+    if config.use_8bit_adam:
+        from bitsandbytes import optim
+
+        adam = optim.AdamW8bit
+    return adam(
+        groups,
+        lr=rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+
+
+def _crossed(before: int, after: int, every: int) -> bool:
+    return every > 0 and before // every != after // every
+
+
+def _gather(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    def gather(tensor: Tensor) -> Tensor:
+        if accelerator.num_processes == 1:
+            return tensor.cpu()
+        return accelerator.gather(tensor.to(accelerator.device)).cpu()
+
+    return gather
+
+
+def _gather_text(accelerator: Accelerator) -> Callable[[list[Any]], list[Any]]:
+    return lambda values: gather_object(values) if accelerator.num_processes > 1 else values
+
+
+def _drawn(bar: Any, total: int) -> Callable[[int], object]:
+    """Show in the training bar how many of a rollout's pictures are drawn."""
+    count = 0
+
+    def progress(more: int) -> None:
+        nonlocal count
+        count += more
+        bar.set_postfix_str(f"drawing {count}/{total}")
+
+    return progress
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _trackers(accelerator: Accelerator, report_to: str) -> list[Any]:
+    from accelerate.tracking import filter_trackers
+
+    return filter_trackers(report_to, accelerator.project_configuration.logging_dir)
+
+
+def train(config: Train, resolved: str = "") -> Path:
+    """Run ``config`` and return its run folder. ``resolved`` is the YAML kept there."""
+    config.check()
+    loop = Loop(config, resolved)
+    loop.sizes.check()
+    loop.accelerator.print(loop.sizes.describe(loop.policy))
+    return loop.folder.path if config.dry_run else loop.run()

@@ -1,0 +1,76 @@
+"""What a run is judged by on the way: held-out pairs, held-out prompts, a grid of pictures to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from align.data.dataset import Dataset
+from align.data.prompts import PromptSet
+from align.evaluation.gallery import save_grid
+from align.families import Family
+from align.objectives import Context, Metrics, Objective
+from align.objectives.online.rewards import Scorer
+from align.policy.policy import Policy
+from align.sampling.generate import sample_images
+from align.training.config import Train
+
+
+def held_out_metrics(objective: Objective, policy: Policy, data: Dataset, batch_size: int) -> dict[str, float]:
+    """The objective's loss and metrics over all of ``data``, each item with draws of its own that are the same at every
+    call; means over items, but for what is called a maximum."""
+    sums: dict[str, float] = {}
+    for start in range(0, len(data), batch_size):
+        index = range(start, min(start + batch_size, len(data)))
+        ctx = Context(policy, 0, -1, index)
+        table = objective.rollout(ctx, data.batch(index))
+        for chunk in table.chunks(batch_size):
+            loss, metrics = objective.loss(ctx, chunk)
+            values: Metrics = {"loss": loss, **metrics}
+            for name, value in values.items():
+                if name.endswith("_max"):
+                    sums[name] = max(sums.get(name, value.item()), value.item())
+                else:
+                    sums[name] = sums.get(name, 0.0) + value.item() * len(index) * len(chunk) / len(table)
+    return {name: value if name.endswith("_max") else value / len(data) for name, value in sums.items()}
+
+
+def held_out_scores(
+    config: Train, policy: Policy, scorer: Scorer, held_out: PromptSet, rank: int, world: int
+) -> dict[str, list[float]]:
+    """Every reward's scores of this process's share of the held-out prompts, a picture each, of seeds that never
+    change; also those of weight 0, which nothing trains on: where they fall while the others rise, the policy hacks
+    its reward."""
+    own = range(rank, len(held_out), world)
+    rows = [held_out.rows[k] for k in own]
+    texts = [row["prompt"] for row in rows]
+    images = sample_images(
+        policy.predict,
+        policy.family,
+        texts,
+        [config.samples.seed + k for k in own],
+        config.samples.steps,
+        config.samples.guidance,
+        config.train_batch_size,
+        config.data.resolution,
+        initial=policy.initial,
+    )
+    return {name: values.tolist() for name, values in scorer.score(images, texts, rows).items()}
+
+
+def sample_grid(config: Train, policy: Policy, family: Family, path: Path) -> Tensor:
+    """Draw the fixed prompts with their fixed seeds, save the grid at ``path``, and return the pictures."""
+    images = sample_images(
+        policy.predict,
+        family,
+        config.samples.prompts,
+        [config.samples.seed + k for k in range(len(config.samples.prompts))],
+        config.samples.steps,
+        config.samples.guidance,
+        config.train_batch_size,
+        config.data.resolution,
+        initial=policy.initial,
+    )
+    save_grid(images, config.samples.prompts, path)
+    return images

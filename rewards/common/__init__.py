@@ -1,0 +1,1 @@
+"""Errors, files and the command line: what every part of this package stands on."""

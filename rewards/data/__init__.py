@@ -1,0 +1,1 @@
+"""Pictures, rows and preferences in the layouts that people have."""

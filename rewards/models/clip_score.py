@@ -1,0 +1,132 @@
+"""CLIPScore, and the two kinds of CLIP checkpoint that it and other scorers read."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from rewards import RewardError
+from rewards.models.network import Network, each_once, loading, pretrained, unit
+from rewards.models.preprocess import normalise, square
+
+
+class CLIPScore(Network):
+    """How well picture and prompt agree in CLIP's embedding: ``max(scale * cos(image, prefix + prompt), 0)``.
+
+    Hessel et al. 2021, arXiv 2104.08718. The defaults are torchmetrics' (scale 100, no prefix); the paper's are
+    ``model="openai/clip-vit-base-patch32", scale=2.5, prefix="A photo depicts "``.
+
+    Checkpoints: any CLIP in the layout of transformers, such as ``openai/clip-vit-large-patch14`` (MIT by
+    OpenAI's repository, 0.43 B), or, with ``library="open_clip"``, any folder or hub repository with an
+    ``open_clip_config.json``.
+    Preprocessing: shorter edge to the network's size, bicubic, centre crop, the checkpoint's mean and deviation;
+    prompts are cut at 77 tokens.
+    Range: 0 to ``scale``, with scale 100 typically 20 to 35. Scores of different checkpoints are not comparable.
+    Differentiable; where the cosine is negative the score is 0 and its gradient too.
+    Caveats: trained on alone, it is reported to lead to weird textures.
+
+    Args:
+        model: folder or hub id.
+        library: whose layout the checkpoint has.
+        scale: of the cosine.
+        prefix: put before every prompt.
+        device: default CUDA where there is any.
+        dtype: of the network; cosines are float32.
+    """
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        library: Literal["transformers", "open_clip"] = "transformers",
+        scale: float = 100.0,
+        prefix: str = "",
+        device: str | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        if library not in ("transformers", "open_clip"):
+            raise RewardError(f"CLIPScore: library is {library!r}; expected 'transformers' or 'open_clip'")
+        self.clip = (TransformersCLIP if library == "transformers" else OpenCLIP.load)("CLIPScore", model)
+        self.scale, self.prefix = scale, prefix
+        self.settle(device, dtype, self.clip)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        cosine = (self.clip.image(images) * self.clip.text([self.prefix + prompt for prompt in prompts])).sum(-1)
+        return (self.scale * cosine).clamp(min=0)
+
+
+class TransformersCLIP(nn.Module):
+    """Both towers of a transformers checkpoint; tokenizer and normalisation come from ``processor``."""
+
+    def __init__(self, reward: str, model: str, processor: str | None = None) -> None:
+        super().__init__()
+        with loading(reward, model):
+            self.network = pretrained(CLIPModel, model)
+        self.logit_scale = self.network.logit_scale.exp().item()  # before any cast: bfloat16 would be 1 % off
+        with loading(reward, processor or model):
+            self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
+            settings = AutoImageProcessor.from_pretrained(processor or model)
+        self.mean, self.std = settings.image_mean, settings.image_std
+
+    def image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D) of length one."""
+        side = self.network.config.vision_config.image_size
+        pixels = normalise(square(images, side, "transformers"), self.mean, self.std).to(self.network.dtype)
+        # transformers 5: an output object whose pooler_output is the projected embedding
+        return unit(self.network.get_image_features(pixel_values=pixels).pooler_output)
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> (B, D) of length one."""
+        return each_once(self._text, prompts)
+
+    def _text(self, prompts: list[str]) -> Tensor:
+        length = self.network.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return unit(self.network.get_text_features(**tokens.to(self.network.device)).pooler_output)
+
+
+class OpenCLIP(nn.Module):
+    """Both towers of an open_clip model."""
+
+    def __init__(self, network: Any, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        super().__init__()
+        self.network, self.tokenizer = network, tokenizer
+        self.settings = network.visual.preprocess_cfg
+        if (fit := (self.settings["resize_mode"], self.settings["interpolation"])) != ("shortest", "bicubic"):
+            raise ValueError(f"its preprocessing is {fit}, where only 'shortest' and 'bicubic' are known")
+
+    @classmethod
+    def load(cls, reward: str, model: str) -> OpenCLIP:
+        """From a folder or hub repository with an ``open_clip_config.json``."""
+        name = f"{'local-dir' if Path(model).is_dir() else 'hf-hub'}:{model}"
+        with loading(reward, model):
+            open_clip: Any = importlib.import_module("open_clip")  # an optional dependency
+            network = open_clip.create_model_from_pretrained(name, return_transform=False)
+            return cls(network, open_clip.get_tokenizer(name))
+
+    @property
+    def side(self) -> int:
+        """Of the square that the image tower reads."""
+        size = self.network.visual.image_size
+        return int(size if isinstance(size, int) else size[0])
+
+    def image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D) of length one."""
+        pixels = square(images, self.side, "torchvision")
+        return self.encode(normalise(pixels, self.settings["mean"], self.settings["std"]))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels -> (B, D) of length one."""
+        return unit(self.network.encode_image(pixels.to(next(self.parameters()).dtype)))
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> (B, D) of length one."""
+        return each_once(self._text, prompts)
+
+    def _text(self, prompts: list[str]) -> Tensor:
+        return unit(self.network.encode_text(self.tokenizer(prompts).to(next(self.parameters()).device)))

@@ -1,0 +1,1 @@
+"""Scoring many pictures: decoding ahead, shards, clusters, a page."""

@@ -1,0 +1,128 @@
+"""Scoring itself, whichever engine hands out the shards: rewards over batches, whole shards to disk."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from rewards import Reward, RewardError, checked, needs_prompt
+from rewards.data.images import Input, Row
+from rewards.data.inputs import Named, load_rewards, pick_device
+from rewards.scoring.loader import Batch, Decoder, Unreadable, Work, ahead
+from rewards.scoring.output import Bad, Shards, write_bad
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Rewards on a device, the input that they score, and the shards that they write."""
+
+    decoder: Decoder
+    rewards: Mapping[str, Reward]
+    shards: Shards
+    bad_file: Path
+    max_bad: int
+    device: str
+
+    def run(
+        self,
+        wanted: Callable[[int], bool],
+        bad: Bad,
+        progress: Callable[[int], object] = lambda images: None,
+        end: int | None = None,
+    ) -> int:
+        """Score and write the shards whose number is ``wanted``; returns how many rows were passed, up to ``end``.
+
+        ``bad``, the unreadable images that are known, grows; ``progress`` hears how many images were dealt with.
+        ``RewardError`` where a reward fails, and where ``bad`` passes ``max_bad``: then ``bad_file`` lists it.
+        """
+        self.shards.folder.mkdir(parents=True, exist_ok=True)
+        rows: dict[int, Row] = {}
+        scores: dict[str, dict[int, float]] = {name: {} for name in self.rewards}
+        mine: Bad = {}
+        # one thread decodes and batches, another brings the next batch to the device, both while the rewards compute
+        for item in ahead(map(self._ready, ahead(self.decoder.work(wanted, end), 4)), 1):
+            if isinstance(item, Batch):
+                for name, values in score_batch(self.rewards, item).items():
+                    scores[name].update(zip(item.rows, values, strict=True))
+                rows |= item.rows
+                progress(len(item.rows))
+            elif isinstance(item, Unreadable):
+                mine[item.row] = {"row": item.row, "file": item.file, "error": item.error}
+                progress(1)
+                refuse_too_many(bad | mine, self.max_bad, self.bad_file)
+            elif item.shard is not None:
+                self.shards.write(item.shard, _table(rows, scores), mine)
+                bad |= mine
+                mine, rows, scores = {}, {}, {name: {} for name in self.rewards}
+            else:
+                return item.rows
+        raise AssertionError("the last item of the work is its end")
+
+    def _ready(self, item: Work) -> Work:
+        if isinstance(item, Batch):
+            return replace(item, images=item.images.to(self.device).float().div_(255))
+        return item
+
+
+def open_scorer(
+    arguments: argparse.Namespace, source: Input, named: Sequence[Named], shards: Shards, bad_file: Path, local: int = 0
+) -> Scorer:
+    """As the command's ``arguments`` say, on GPU number ``local`` unless they name a device."""
+    device = pick_device(arguments.device, local)
+    rewards = load_rewards(named, device)
+    _check_prompts(source.listed[: arguments.limit], rewards)
+    decoder = Decoder(source, arguments.limit, arguments.shard_size, arguments.batch_size, arguments.threads)
+    return Scorer(decoder, rewards, shards, bad_file, arguments.max_bad, device)
+
+
+def score_batch(rewards: Mapping[str, Reward], batch: Batch) -> dict[str, list[float]]:
+    """Scores by reward, in the batch's order. ``RewardError`` names the reward and the file."""
+    rows = list(batch.rows.values())
+    bare = next((row.file for row in rows if not row.prompt), None)
+    if bare is not None and (reading := [name for name, reward in rewards.items() if needs_prompt(reward)]):
+        raise RewardError(f"{', '.join(reading)} needs prompts, but {bare} has none; see --prompt_column")
+    prompts = [row.prompt or "" for row in rows]
+    metadata = [row.metadata for row in rows] if any(row.metadata for row in rows) else None
+    found = {}
+    for name, reward in rewards.items():
+        try:
+            with torch.no_grad():
+                found[name] = checked(reward, name, batch.images, prompts, metadata).tolist()
+        except RewardError as error:
+            where = f"the batch that begins with {rows[0].file}" if error.row is None else rows[error.row].file
+            raise RewardError(f"{where}: {error}") from error
+    return found
+
+
+def refuse_too_many(bad: Bad, allowed: int, bad_file: Path) -> None:
+    """``RewardError`` where more than ``allowed`` images cannot be read; then ``bad_file`` lists them."""
+    if len(bad) > allowed:
+        write_bad(bad_file, bad)
+        last = list(bad.values())[-1]
+        raise RewardError(
+            f"{len(bad)} images cannot be read, the last {last['file']}: {last['error']}; the reasons are in "
+            f"{bad_file}; allow more with --max_bad (now {allowed}), or put them right and --retry_bad"
+        )
+
+
+def _table(rows: Mapping[int, Row], scores: Mapping[str, Mapping[int, float]]) -> pa.Table:
+    order = sorted(rows)
+    columns: dict[str, pa.Array] = {
+        "file": pa.array([rows[n].file for n in order], pa.string()),
+        "prompt": pa.array([rows[n].prompt for n in order], pa.string()),
+    }
+    return pa.table(columns | {k: pa.array([v[n] for n in order], pa.float32()) for k, v in scores.items()})
+
+
+def _check_prompts(rows: Sequence[Row], rewards: Mapping[str, Reward]) -> None:
+    bare = [row.file for row in rows if not row.prompt]
+    if bare and (reading := [name for name, reward in rewards.items() if needs_prompt(reward)]):
+        raise RewardError(
+            f"{', '.join(reading)} needs prompts, but {len(bare)} of {len(rows)} images have none: "
+            f"{', '.join(bare[:5])}{', …' if len(bare) > 5 else ''}; give --prompts, metadata.jsonl or .txt files"
+        )

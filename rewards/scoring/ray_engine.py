@@ -1,0 +1,153 @@
+"""``python -m rewards.score --engine ray``: the same scorer on a Ray cluster, a shard of the output per item of work.
+
+Ray Data hands the numbers of the missing shards to a pool of actors. An actor opens the input and loads the rewards
+once, then scores shard after shard and writes them itself, so that pictures and scores never pass through Ray, and the
+output is the local engine's. Where an actor dies, Ray starts another one and gives it the shard again. What is whole
+when the command begins is not scored again, whichever engine wrote it.
+
+It differs in one thing: each actor stops at its own share of ``--max_bad``, and the command at all of them together
+once a shard is done, so the shard that goes over the limit can be among those written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from tqdm import tqdm
+
+from rewards import RewardError
+from rewards.data.images import Input
+from rewards.data.inputs import Named, open_input
+from rewards.scoring.engine import Scorer, open_scorer, refuse_too_many
+from rewards.scoring.loader import shard_sizes
+from rewards.scoring.output import Bad, Shards
+
+STORE = 100 * 2**20  # bytes of Ray's object store; only numbers of shards pass through it
+
+
+def score_there(
+    arguments: argparse.Namespace, source: Input, named: Sequence[Named], shards: Shards, bad_file: Path
+) -> int:
+    """Score and write the shards that are not there yet; returns the number of rows of the whole input.
+
+    ``RewardError`` as from :meth:`Scorer.run`, and where an actor finds another input than ``source``.
+    """
+    total = source.total
+    if total is None:  # an actor has to be told which shards there are
+        total = sum(1 for _ in source.rows(lambda row: False))
+    sizes = dict(enumerate(shard_sizes(total, arguments.limit, arguments.shard_size)))
+    done = shards.done(arguments.retry_bad)
+    bad = {row: entry for number in done for row, entry in shards.bad(number).items()}
+    missing = [number for number in sizes if number not in done]
+    rows, ready = sum(sizes.values()), sum(size for number, size in sizes.items() if number in done)
+    if not missing:
+        return rows
+    share = _Share(arguments, source.identity, named, shards, bad_file, bad)
+    with tqdm(total=rows, initial=ready, desc="scoring", unit="image") as bar, _cluster(arguments.workers):
+        for number, error in _scored(missing, share):
+            if error:
+                raise RewardError(error)
+            bad |= shards.bad(number)
+            refuse_too_many(bad, arguments.max_bad, bad_file)
+            bar.update(sizes[number])
+    return rows
+
+
+@dataclass
+class _Share:
+    """What an actor is told."""
+
+    arguments: argparse.Namespace
+    identity: Mapping[str, Any]
+    named: Sequence[Named]
+    shards: Shards
+    bad_file: Path
+    bad: Bad
+    home: Path = field(default_factory=Path.cwd)
+
+
+class _Actor:
+    """Scores one shard a call."""
+
+    def __init__(self, share: _Share) -> None:
+        self.share = share
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Made by the first call: what goes wrong is then an answer, where Ray would start a broken actor anew."""
+        share, given = self.share, self.share.arguments
+        try:
+            os.chdir(share.home)  # paths, also those among a reward's arguments, are given from there
+        except OSError as error:
+            raise RewardError(f"{platform.node()} has no {share.home}; all machines have to share it") from error
+        source = open_input(given.source, given.prompts, given.prompt_column, given.image_column, given.split)
+        if source.identity != share.identity:
+            raise RewardError(
+                f"{platform.node()} finds other images in {given.source}; every machine has to share them"
+            )
+        return open_scorer(given, source, share.named, share.shards, share.bad_file)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        (number,) = batch["item"].tolist()
+        try:
+            self.scorer.run({number}.__contains__, self.share.bad, end=(number + 1) * self.share.arguments.shard_size)
+        except RewardError as error:
+            return {"shard": [number], "error": [str(error)]}
+        return {"shard": [number], "error": [""]}
+
+
+def _scored(missing: Sequence[int], share: _Share) -> Iterator[tuple[int, str]]:
+    """Every missing shard as it is done, with what went wrong, if anything."""
+    given = share.arguments
+    gpus = 0 if given.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+    workers = given.workers or max(gpus, 1)
+    dataset = ray.data.from_items(list(missing), override_num_blocks=len(missing)).map_batches(
+        _Actor,
+        batch_size=None,  # a block, which is one shard
+        fn_constructor_args=(share,),
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing)), max_tasks_in_flight_per_actor=1),
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+    )
+    dataset.context.enable_progress_bars = False
+    dataset.context.execution_no_progress_timeout_s = -1  # a shard may take a large judge as long as it likes
+    for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+        yield from zip(batch["shard"].tolist(), batch["error"].tolist(), strict=True)
+
+
+@contextmanager
+def _cluster(workers: int | None) -> Iterator[None]:
+    """The Ray that this process is joined to, or the one that ``RAY_ADDRESS`` names, or a new one on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of bars being off, as they are
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local Ray tells nobody
+        cores = max(workers or 1, os.cpu_count() or 1)
+        ray.init(
+            "local",
+            num_cpus=cores,
+            object_store_memory=STORE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
