@@ -53,8 +53,8 @@ class Evaluate:
             picture against a wrong one).
         output_dir: where to write; default ``evaluation`` in the tuned folder.
         samples_per_prompt: pictures per prompt, each with a seed of its own.
-        steps: sampler steps; null is the pipeline's own default.
-        guidance: guidance scale; null is the pipeline's own default.
+        num_inference_steps: sampler steps; null is the pipeline's own default.
+        guidance_scale: guidance scale; null is the pipeline's own default.
         seed: picture k of prompt j starts from seed + j * samples_per_prompt + k, for both models.
         batch_size: pictures sampled at once.
         resolution: side in pixels; null is the model's own.
@@ -71,8 +71,8 @@ class Evaluate:
     reward: list[str] = field(default_factory=lambda: ["Shapes"])
     output_dir: Path | None = None
     samples_per_prompt: int = 1
-    steps: int | None = None
-    guidance: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 1000
     batch_size: int = 64
     resolution: int | None = None
@@ -84,7 +84,7 @@ class Evaluate:
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Sample, score, compare and write; returns what ``scores.json`` holds."""
-    require_at_least(1, config, "samples_per_prompt", "steps", "batch_size", "max_prompts")
+    require_at_least(1, config, "samples_per_prompt", "num_inference_steps", "batch_size", "max_prompts")
     prompts, tasks = chosen_prompts(config.prompts, config.max_prompts)
     rewards = RewardSum({name: load_reward(name) for name in config.reward})
     scorers: dict[str, Any] = dict(rewards.rewards)
@@ -100,14 +100,22 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     families.what_is_tuned(family, config.tuned)  # now, not after the base's pictures
     output = config.output_dir or config.tuned / "evaluation"
     claim(output)
-    guidance = family.default_guidance if config.guidance is None else config.guidance
+    guidance_scale = family.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
     scores: dict[str, dict[str, np.ndarray]] = {}
     pictures: dict[str, Tensor] = {}
     for who in ("base", "tuned"):
         if who == "tuned":
             family = families.tuned(family, str(config.tuned))
         pictures[who] = generate.sample_images(
-            family.predict, family, texts, seeds, config.steps, guidance, config.batch_size, config.resolution, who
+            family.predict,
+            family,
+            texts,
+            seeds,
+            config.num_inference_steps,
+            guidance_scale,
+            config.batch_size,
+            config.resolution,
+            who,
         )
         found = rewards.components(images=pictures[who], prompts=texts)
         scores[who] = {name: found[name].double().numpy() for name in scorers}
@@ -122,8 +130,8 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         "tuned": str(config.tuned),
         "prompts": len(prompts),
         "samples_per_prompt": config.samples_per_prompt,
-        "steps": config.steps or family.default_steps,
-        "guidance": guidance,
+        "num_inference_steps": config.num_inference_steps or family.default_num_inference_steps,
+        "guidance_scale": guidance_scale,
         "gallery": str(output / "gallery.html"),
     }
     _gallery(output, prompts, config.samples_per_prompt, pictures, scores, decides, report)

@@ -118,9 +118,9 @@ def rollout(config: RolloutSettings) -> Path:
 @torch.no_grad()
 def _draw(config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: RolloutFolder, shard: int) -> list[Drawn]:
     """A shard's trajectories, pictures and contact sheet, each file whole or absent; returns its manifest lines."""
-    family, k, numbers = ctx.policy.family, config.images_per_prompt, ctx.positions
+    family, k, numbers = ctx.policy.family, config.images_per_prompt, ctx.sample_indices
     with family.autocast():
-        keep = range(config.sampler.steps)
+        keep = range(config.sampler.num_inference_steps)
         made = draw(ctx, config.sampler, batch, k, keep, shared_noise=config.shared_noise, pictures=True)
     latents, log_probs, images = made.columns["latents"], made.columns["log_probs"], made.pictures
     assert isinstance(latents, Tensor) and isinstance(log_probs, Tensor) and images is not None

@@ -41,8 +41,8 @@ class Sample:
         noise: the ``find.safetensors`` of a FIND or ReNO run: pictures start from what was learned for their prompt.
         output_dir: where to write; a folder that holds pictures already is refused.
         images_per_prompt: pictures of each prompt.
-        steps: sampler steps; null is the pipeline's own default.
-        guidance: guidance scale; null is the pipeline's own default.
+        num_inference_steps: sampler steps; null is the pipeline's own default.
+        guidance_scale: guidance scale; null is the pipeline's own default.
         seed: picture k starts from seed + k.
         batch_size: pictures drawn at once.
         resolution: side in pixels; null is the model's own.
@@ -56,8 +56,8 @@ class Sample:
     noise: Path | None = None
     output_dir: Path = Path("outputs/samples")
     images_per_prompt: int = 1
-    steps: int | None = None
-    guidance: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 0
     batch_size: int = 32
     resolution: int | None = None
@@ -67,7 +67,7 @@ class Sample:
 
 def sample(config: Sample) -> Path:
     """Draw and write; returns the folder. Raises :class:`UserError`."""
-    require_at_least(1, config, "images_per_prompt", "steps", "batch_size")
+    require_at_least(1, config, "images_per_prompt", "num_inference_steps", "batch_size")
     if any(config.output_dir.glob("*.png")):
         raise UserError(f"{config.output_dir} holds pictures already; give another output_dir")
     noise = InitialNoise.load(config.noise) if config.noise else None
@@ -89,8 +89,8 @@ def sample(config: Sample) -> Path:
         family,
         texts,
         seeds,
-        config.steps,
-        config.guidance,
+        config.num_inference_steps,
+        config.guidance_scale,
         config.batch_size,
         config.resolution,
         "draw",

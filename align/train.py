@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from align.common.command import command, parse
-from align.training.config import Train
+from align.training.config import TrainConfig
 from align.training.trainer import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config, resolved = parse(Train, "align.train", __doc__, argv)
+    config, resolved = parse(TrainConfig, "align.train", __doc__, argv)
     return command(lambda: train(config, resolved))
 
 

@@ -1,4 +1,4 @@
-"""Make an aligned pipeline small: analyse -> plan -> remove -> heal -> quantise -> tune -> report.
+"""Make an aligned pipeline small: analyze -> plan -> remove -> heal -> quantize -> tune -> report.
 
     python -m pruning.compress --config configs/compress_shapes_sd3.yaml
     python -m pruning.compress --config configs/compress_shapes_sd3.yaml --stages [report]
@@ -30,7 +30,7 @@ from align.common.errors import UserError
 from align.common.files import claim, write
 from align.data.prompts import read_prompts
 from align.families import LORA_FILE, SAMPLING_FILE, Family
-from align.training.config import Train
+from align.training.config import TrainConfig
 from align.training.trainer import train
 from pruning import importance, plots, reads
 from pruning.distill import Heal
@@ -42,14 +42,14 @@ from pruning.report import Reporting, report
 from rewards import RewardSum
 from rewards import load as load_reward
 
-Stage = Literal["analyse", "plan", "remove", "heal", "quantise", "tune", "report"]
-STAGES: tuple[Stage, ...] = ("analyse", "plan", "remove", "heal", "quantise", "tune", "report")
+Stage = Literal["analyze", "plan", "remove", "heal", "quantize", "tune", "report"]
+STAGES: tuple[Stage, ...] = ("analyze", "plan", "remove", "heal", "quantize", "tune", "report")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class Compress:
-    """Prune, heal and quantise a diffusers pipeline.
+    """Prune, heal and quantize a diffusers pipeline.
 
     Args:
         pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``.
@@ -58,8 +58,8 @@ class Compress:
         stages: which to run.
         prompts: a prompt file or ``shapes-prompts``, to measure importance on; the first ``calibration_prompts``.
         calibration_prompts: how many.
-        steps: sampler steps of calibration; null is the pipeline's own default.
-        guidance: guidance scale of calibration; null is the pipeline's own default.
+        num_inference_steps: sampler steps of calibration; null is the pipeline's own default.
+        guidance_scale: guidance scale of calibration; null is the pipeline's own default.
         seed: of calibration's noise.
         batch_size: calibration pictures at once.
         reward: rewards whose drop is measured, where ``measure`` is ``drop``.
@@ -71,8 +71,8 @@ class Compress:
         position_weighting: protect early blocks.
         heal: a config of align.train with the objective pruning.distill.Heal; student, teacher, plan, profile and
             output_dir are filled in. null heals nothing.
-        quantise: NF4 settings; an entry of ``skip`` has to name a Linear of the denoiser or of a text encoder.
-        text_encoders: quantise those too.
+        quantize: NF4 settings; an entry of ``skip`` has to name a Linear of the denoiser or of a text encoder.
+        text_encoders: quantize those too.
         tune: a second such config, for what is not packed of the quantised pipeline: biases and skipped layers make up
             for the rounding. null leaves them as they are.
         dtype: of the saved pipelines.
@@ -86,8 +86,8 @@ class Compress:
     stages: list[Stage] = field(default_factory=lambda: list(STAGES))
     prompts: str = "shapes-prompts"
     calibration_prompts: int = 32
-    steps: int | None = None
-    guidance: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 0
     batch_size: int = 16
     reward: list[str] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Compress:
     blocks: str | None = None
     position_weighting: bool = True
     heal: Path | None = None
-    quantise: NF4 = field(default_factory=NF4)
+    quantize: NF4 = field(default_factory=NF4)
     text_encoders: bool = True
     tune: Path | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
@@ -117,7 +117,7 @@ class Compress:
         for name, file in self.healing().items():
             if not file.is_file():
                 wrong.append(f"{name}: no config {file}")
-            elif {name, "analyse"} & set(self.stages):
+            elif {name, "analyze"} & set(self.stages):
                 wrong += self._check_run(name)
         if self.weights is not None and not (self.weights / LORA_FILE).is_file():
             wrong.append(f"weights: no {LORA_FILE} in {self.weights}")
@@ -147,7 +147,7 @@ class Compress:
         """The original: the model's name, or the folder where the LoRA is merged into it."""
         return self.pretrained_model_name_or_path if self.weights is None else str(self.at("merged"))
 
-    def run(self, name: str, student: str | None = None) -> tuple[Train, str]:
+    def run(self, name: str, student: str | None = None) -> tuple[TrainConfig, str]:
         """The settings of a run that heals, with what this command knows filled in, and their YAML; until there is a
         ``student`` the original stands in."""
         filled = {
@@ -157,10 +157,10 @@ class Compress:
             "output_dir": self.at(name),
             "resume_from_checkpoint": "latest",
         }
-        if "analyse" in self.stages or self.at("profile.json").is_file():
+        if "analyze" in self.stages or self.at("profile.json").is_file():
             filled["objective.init_args.profile"] = self.at("profile.json")
         words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
-        return parse(Train, "align.train", None, ["--config", str(self.healing()[name]), *words], leaves=False)
+        return parse(TrainConfig, "align.train", None, ["--config", str(self.healing()[name]), *words], leaves=False)
 
 
 def compress(config: Compress, resolved: str = "") -> Path:
@@ -169,13 +169,13 @@ def compress(config: Compress, resolved: str = "") -> Path:
     config.check()
     prompts = read_prompts(config.prompts)[: config.calibration_prompts]
     stages = [stage for stage in STAGES if stage in config.stages]
-    if "quantise" in stages:
+    if "quantize" in stages:
         _check_skip(config)
     claim(config.output_dir)
     if resolved:
         write(config.at("config.yaml"), resolved)
     original = _original(config)
-    if "analyse" in stages and (config.blocks is None or _graded(config)):
+    if "analyze" in stages and (config.blocks is None or _graded(config)):
         _analyse(config, _family(config, original), prompts)
     if "plan" in stages:
         _decide(config, _family(config, original))
@@ -183,7 +183,7 @@ def compress(config: Compress, resolved: str = "") -> Path:
         _remove(config, original)
     if "heal" in stages and config.heal is not None and not config.at("healed").exists():
         _heal(config, before="pruned", run="heal", after="healed")
-    if "quantise" in stages:
+    if "quantize" in stages:
         last = config.at("healed" if config.at("healed").exists() else "pruned")
         for source, name in ((str(last), "int4"), (original, "int4-alone")):
             if not config.at(name).exists():
@@ -243,9 +243,9 @@ def _analyse(config: Compress, family: Family, prompts: Sequence[str]) -> None:
         config.at("profile.json"),
         graph.units(config.components),
         reward,
-        config.steps,
+        config.num_inference_steps,
         config.seed,
-        config.guidance,
+        config.guidance_scale,
         config.batch_size,
     )
     plots.heatmap(found, config.at("profile.png"))
@@ -308,9 +308,9 @@ def _check_skip(config: Compress) -> None:
 
 
 def _all_named(config: Compress, models: Sequence[Model]) -> None:
-    if idle := unnamed(config.quantise, *models):
+    if idle := unnamed(config.quantize, *models):
         kinds = ", ".join(dict.fromkeys(type(model).__name__ for model in models))
-        raise UserError(f"quantise.skip: {', '.join(map(repr, idle))} names no Linear of {kinds}")
+        raise UserError(f"quantize.skip: {', '.join(map(repr, idle))} names no Linear of {kinds}")
 
 
 def _quantised(config: Compress, source: str, components: Sequence[str]) -> list[str]:
@@ -327,7 +327,7 @@ def _quantise(config: Compress, source: str, name: str) -> None:
         _all_named(config, models)  # what is pruned may lack what an entry names
     said = []
     for model in models:
-        said.append(str(quantize(model, settings_for(model, config.quantise))))
+        said.append(str(quantize(model, settings_for(model, config.quantize))))
         print(said[-1].splitlines()[0])
     plan = Plan.load(config.at("plan.json")) if name == "int4" else None
     text = _card(config, plan, "4-bit NF4 weights (bitsandbytes)") + "\n```\n" + "\n".join(said) + "\n```\n"

@@ -25,12 +25,12 @@ from align.common import rng
 from align.common.errors import UserError
 from align.data.captioned import ImageBatch
 from align.data.prompts import PromptBatch
-from align.diffusion.process import diffuse
-from align.families import Cond, Family
+from align.diffusion.process import add_noise
+from align.families import Conditioning, Family
 from align.objectives import Context, Metrics, Objective, Plan
 from align.objectives.online.collect import draw
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.objectives.teachers import PipelineTeacher
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
@@ -91,8 +91,10 @@ class Heal(Objective):
             or not 0 <= self.proportion_empty_prompts < 1
         ):
             raise ValueError("weights must be at least 0 and proportion_empty_prompts in [0, 1)")
-        if self.draws_per_image is not None and not 1 <= self.draws_per_image <= self.sampler.steps:
-            raise ValueError(f"draws_per_image must be between 1 and the sampler's {self.sampler.steps} steps")
+        if self.draws_per_image is not None and not 1 <= self.draws_per_image <= self.sampler.num_inference_steps:
+            raise ValueError(
+                f"draws_per_image must be between 1 and the sampler's {self.sampler.num_inference_steps} steps"
+            )
         if self.sensitivity != "none" and self.profile is None:
             raise ValueError("sensitivity grades by measured importance: set profile, or sensitivity: none")
 
@@ -103,7 +105,7 @@ class Heal(Objective):
     @property
     def count(self) -> int:
         """Rows of a picture."""
-        return self.draws_per_image or self.sampler.steps
+        return self.draws_per_image or self.sampler.num_inference_steps
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
         self.teacher.open(policy)
@@ -135,7 +137,7 @@ class Heal(Objective):
             return {}
         return importance.scores(importance.read(self.profile), self.measure)
 
-    def rate(self, name: str) -> float:
+    def lr_scale(self, name: str) -> float:
         paths = name.split(".")
         for end in range(len(paths), 0, -1):
             if (rate := self._rates.get(".".join(paths[:end]))) is not None:
@@ -143,36 +145,41 @@ class Heal(Objective):
         return 1.0
 
     def plan(self, family: Family, resolution: int | None) -> Plan:
-        drawing = self.sampler.steps * self.sampler.evaluations(family)
+        drawing = self.sampler.num_inference_steps * self.sampler.evaluations(family)
         return Plan(self.count, self.count + drawing, self.count, drawing=drawing)
 
-    def rollout(self, ctx: Context, batch: PromptBatch | ImageBatch) -> Table:
+    def rollout(self, ctx: Context, batch: PromptBatch | ImageBatch) -> Rows:
         family, generators = ctx.policy.family, ctx.generators("heal")
         cond = batch.cond.to(family.device)
         empty = torch.stack([rng.uniform(generators) for _ in range(self.count)], 1).flatten()
-        rows: dict[str, Tensor | Cond] = {"empty": empty < self.proportion_empty_prompts}
-        image = torch.arange(len(ctx.positions)).repeat_interleave(self.count)
+        rows: dict[str, Tensor | Conditioning] = {"empty": empty < self.proportion_empty_prompts}
+        image = torch.arange(len(ctx.sample_indices)).repeat_interleave(self.count)
         if isinstance(batch, ImageBatch):
             x0 = batch.latents.float()
-            t = family.draw_t(rng.strata(generators, self.count).flatten())
+            t = family.sample_timesteps(rng.strata(generators, self.count).flatten())
             eps = rng.normal((self.count, *x0.shape[1:]), generators).flatten(0, 1)
-            rows |= {"t": t, "eps": eps, "x_t": diffuse(x0[image], eps, *family.path(t))}
-            return Table(rows, {"x0": x0, "cond": cond}, image)
+            rows |= {"t": t, "eps": eps, "x_t": add_noise(x0[image], eps, *family.path(t))}
+            return Rows(rows, {"x0": x0, "cond": cond}, image)
         if self.task_weight:
             raise UserError("task_weight needs data with pictures (Images); the student's own are no target")
         stochastic = None if self.sampler.kernel else ()
-        drawn = draw(ctx, self.sampler, batch, 1, range(self.sampler.steps), stochastic, likelihood=False)
+        drawn = draw(ctx, self.sampler, batch, 1, range(self.sampler.num_inference_steps), stochastic, likelihood=False)
         latents = drawn.columns["latents"]
         assert isinstance(latents, Tensor)
-        order = rng.normal((self.sampler.steps,), generators).argsort(1)[:, : self.count].sort(1).values.flatten()
-        rows["t"] = grid_of(family, self.sampler.steps).t[order].float()
+        order = (
+            rng.normal((self.sampler.num_inference_steps,), generators)
+            .argsort(1)[:, : self.count]
+            .sort(1)
+            .values.flatten()
+        )
+        rows["t"] = grid_of(family, self.sampler.num_inference_steps).t[order].float()
         rows["x_t"] = latents.cpu()[image, order].float()
-        return Table(rows, {"cond": cond}, image, drawn.metrics)
+        return Rows(rows, {"cond": cond}, image, drawn.metrics)
 
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         family, (whole, student) = ctx.policy.family, self._graphs
         x_t, t = rows.tensor("x_t").to(family.device), rows.tensor("t").to(family.device)
-        own = family.emptied(rows.cond(), rows.tensor("empty"))
+        own = family.drop_prompts(rows.cond(), rows.tensor("empty"))
         tapped = self.feature_weight > 0
         with torch.no_grad(), whole.tap(list(self._pairs.values()) if tapped else []) as theirs:
             target = self.teacher.predict(ctx.policy, x_t, t, own, 1.0)  # one pipeline's text encoders serve both

@@ -26,7 +26,7 @@ from align.common.errors import NonFinite, UserError
 from align.common.files import write
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction
-from align.families import Cond, Family
+from align.families import Conditioning, Family
 from align.sampling.loop import initial_noise, sample
 from pruning.graph import BlockGraph, Streams
 from pruning.plan import key
@@ -41,7 +41,7 @@ class _Trajectory:
     """A batch of prompts, and what the full model saw and said at every step (on the CPU)."""
 
     prompts: list[str]
-    cond: Cond
+    cond: Conditioning
     states: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -55,7 +55,7 @@ def profile(
     reward: RewardSum | None = None,
     steps: int | None = None,
     seed: int = 0,
-    guidance: float | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 8,
 ) -> Profile:
     """Measure ``units`` (default: every whole block that can go) on ``prompts``; write and return the profile.
@@ -79,8 +79,8 @@ def profile(
     units = graph.units() if units is None else [tuple(unit) for unit in units]
     wrong = [text for unit in units for text in graph.check(unit)]
     wrong += [] if prompts else ["no prompts to calibrate on"]
-    steps = steps or family.default_steps
-    guidance = family.default_guidance if guidance is None else guidance
+    steps = steps or family.default_num_inference_steps
+    guidance_scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     settings = {
         "model": family.source,
         "parameters": graph.parameters(),
@@ -88,7 +88,7 @@ def profile(
         "prompts": list(prompts),
         "rewards": {name: (reward.weights or {}).get(name, 1.0) for name in reward.rewards} if reward else None,
         "steps": steps,
-        "guidance": guidance,
+        "guidance": guidance_scale,
         "seed": seed,
     }
     found: Profile = read(path) if path.is_file() else {"settings": settings, "full": {}, "blocks": {}, "units": {}}
@@ -100,7 +100,7 @@ def profile(
     if not left and found["full"]:
         return found
 
-    calibration = _Calibration(family, graph, list(prompts), steps, seed, guidance, batch_size, reward)
+    calibration = _Calibration(family, graph, list(prompts), steps, seed, guidance_scale, batch_size, reward)
     full = calibration.draw()
     if not found["full"]:  # a run that goes on keeps the times that it measured first
         found |= full
@@ -125,7 +125,7 @@ class _Calibration:
     prompts: list[str]
     steps: int
     seed: int
-    guidance: float
+    guidance_scale: float
     batch_size: int
     reward: RewardSum | None
     trajectories: list[_Trajectory] = field(default_factory=list)
@@ -149,8 +149,10 @@ class _Calibration:
                 part = self.prompts[start : start + self.batch_size]
                 run = _Trajectory(part, family.encode(part))
 
-                def predict(x_t: Tensor, t: Tensor, cond: Cond, guidance: float, run: _Trajectory = run) -> Prediction:
-                    prediction = family.predict(x_t, t, cond, guidance)
+                def predict(
+                    x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float, run: _Trajectory = run
+                ) -> Prediction:
+                    prediction = family.predict(x_t, t, cond, guidance_scale)
                     run.states.append(x_t.cpu())
                     run.outputs.append(prediction.raw.float().cpu())
                     for name in whole:
@@ -159,7 +161,9 @@ class _Calibration:
                     return prediction
 
                 seeds = [self.seed + start + k for k in range(len(part))]
-                x0 = sample(predict, self.grid, run.cond, initial_noise(shape, seeds).to(family.device), self.guidance)
+                x0 = sample(
+                    predict, self.grid, run.cond, initial_noise(shape, seeds).to(family.device), self.guidance_scale
+                )
                 scores += self._score(x0, part)
                 self.trajectories.append(run)
         # shares of one and the same call: a machine that others use too does not run evenly from call to call
@@ -185,7 +189,7 @@ class _Calibration:
             begun: Tensor | None = None
             for i, (state, output) in enumerate(zip(run.states, run.outputs, strict=True)):
                 x = state.to(family.device)
-                said = family.predict(x, grid.t[i].to(x.device).expand(len(x)), run.cond, self.guidance)
+                said = family.predict(x, grid.t[i].to(x.device).expand(len(x)), run.cond, self.guidance_scale)
                 errors.append((said.raw.float().cpu() - output).square().flatten(1).mean(1))
                 if i == 0:
                     begun = DDIM()(said, grid, 0).mean
@@ -193,7 +197,7 @@ class _Calibration:
                 assert begun is not None
                 rest = range(1, len(grid))
                 scores += self._score(
-                    sample(family.predict, grid, run.cond, begun, self.guidance, steps=rest), run.prompts
+                    sample(family.predict, grid, run.cond, begun, self.guidance_scale, steps=rest), run.prompts
                 )
         reward = torch.cat(scores).double().mean().item() if scores else None
         return torch.cat(errors).double().mean().item(), reward

@@ -54,10 +54,10 @@ KEPT: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class NF4:
-    """How to quantise.
+    """How to quantize.
 
     Args:
-        double_quant: quantise the blocks' scales to 8 bits as well.
+        double_quant: quantize the blocks' scales to 8 bits as well.
         compute_dtype: what the packed weights are unpacked to, and multiplied in.
         skip: modules to keep in full precision, by name, in place of the architecture's own list (``KEPT``).
     """
@@ -215,7 +215,7 @@ def choose(module: Model, settings: NF4 = NF4()) -> tuple[Layer, ...]:
     """
     problems = _against(module)
     if problems:
-        raise UserError(f"cannot quantise {type(module).__name__}: " + "; ".join(problems))
+        raise UserError(f"cannot quantize {type(module).__name__}: " + "; ".join(problems))
     own = [*(module._keep_in_fp32_modules or ())]
     reasons = {entry: f"{entry!r} is on the skip list" for entry in skip_list(module, settings)}
     reasons |= {entry: f"its library keeps {entry!r} in full precision" for entry in own}
@@ -223,7 +223,7 @@ def choose(module: Model, settings: NF4 = NF4()) -> tuple[Layer, ...]:
     if idle := unnamed(settings, module):
         raise UserError(f"skip: {', '.join(map(repr, idle))} names no Linear of {type(module).__name__}")
     if not any(layer.kept is None for layer in layers):
-        raise UserError(f"nothing to quantise in {type(module).__name__}: it has {len(layers)} Linears, all kept")
+        raise UserError(f"nothing to quantize in {type(module).__name__}: it has {len(layers)} Linears, all kept")
     return layers
 
 
@@ -375,7 +375,7 @@ def merge_lora(pipe: DiffusionPipeline, folder: Path | str) -> None:
     if names := quantised(pipe):
         problems.append(
             f"{', '.join(names)} of this pipeline are quantised, and 4-bit weights would round most of a LoRA away: "
-            "merge into the unquantised pipeline and quantise that, or leave the LoRA unmerged (pipe.load_lora_weights)"
+            "merge into the unquantised pipeline and quantize that, or leave the LoRA unmerged (pipe.load_lora_weights)"
         )
     if not (Path(folder) / LORA_FILE).is_file():
         problems.append(f"no {Path(folder) / LORA_FILE}; expected the folder of a LoRA run")

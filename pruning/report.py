@@ -42,8 +42,8 @@ class Reporting:
         max_prompts: evenly spaced ones, so many at most.
         samples_per_prompt: pictures of each.
         reward: the rewards; with ``Shapes`` its strict verdict too.
-        steps: sampler steps; null is the pipeline's own default.
-        guidance: guidance scale; null is the pipeline's own default.
+        num_inference_steps: sampler steps; null is the pipeline's own default.
+        guidance_scale: guidance scale; null is the pipeline's own default.
         seed: picture k starts from seed + k, for every pipeline.
         batch_size: pictures at once, also of the timed evaluation.
         memory: measure peak memory, each pipeline in a process of its own.
@@ -54,8 +54,8 @@ class Reporting:
     max_prompts: int | None = None
     samples_per_prompt: int = 1
     reward: list[str] = field(default_factory=lambda: ["Shapes"])
-    steps: int | None = None
-    guidance: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 1000
     batch_size: int = 64
     memory: bool = True
@@ -82,8 +82,8 @@ def latencies(denoisers: Mapping[str, Family], batch: int, repeats: int) -> dict
         for name, family in denoisers.items():
             x = torch.randn(batch, *family.latent_shape(), generator=torch.Generator().manual_seed(0))
             x = x.to(family.device, family.dtype)
-            t = family.draw_t(torch.full((batch,), 0.5)).to(family.device)
-            cond = family.null.expand(batch)
+            t = family.sample_timesteps(torch.full((batch,), 0.5)).to(family.device)
+            cond = family.uncond.expand(batch)
             start = _now(family)
             with torch.no_grad(), family.autocast():
                 family.forward(x, t, cond)
@@ -101,7 +101,14 @@ def _now(family: Family) -> float:
 def peak(source: str, settings: Reporting) -> int:
     """Bytes of memory at the peak of loading ``source`` and drawing one batch, in a process of its own: of the GPU
     where there is one, else all that the process holds, which for a small model is mostly libraries."""
-    words = [sys.executable, "-m", "pruning.report", source, str(min(8, settings.batch_size)), str(settings.steps or 4)]
+    words = [
+        sys.executable,
+        "-m",
+        "pruning.report",
+        source,
+        str(min(8, settings.batch_size)),
+        str(settings.num_inference_steps or 4),
+    ]
     found = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return int(json.loads(found.splitlines()[-1])["peak"])
 
@@ -136,7 +143,15 @@ def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str
         where = Path(locate(source))
         with torch.autocast(family.device.type, family.dtype, enabled=family.dtype != torch.float32):
             pictures[name] = generate.sample_images(
-                family.predict, family, texts, seeds, settings.steps, settings.guidance, settings.batch_size, None, name
+                family.predict,
+                family,
+                texts,
+                seeds,
+                settings.num_inference_steps,
+                settings.guidance_scale,
+                settings.batch_size,
+                None,
+                name,
             )
         scores = rewards.components(images=pictures[name], prompts=texts)
         entry = found[name] = {

@@ -24,10 +24,10 @@ from align import families
 from align.data.prompts import PromptBatch, PromptSet
 from align.diffusion.kernels import Gaussian, Kernel, Step
 from align.diffusion.process import Grid, Prediction
-from align.families import LORA_FILE, Cond, Family
+from align.families import LORA_FILE, Conditioning, Family
 from align.objectives import Context, Objective
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.policy.policy import LoRA, Policy
 from tests.pipelines import Build
 from tests.test_policy import disturb
@@ -202,7 +202,7 @@ def prompted(policy: Policy, count: int = 2, first: int = 0) -> PromptBatch:
 
 def rolled(
     objective: Objective, policy: Policy, prompts: int = 2, step: int = 0, scorer: Scorer | None = None
-) -> tuple[Context, Table]:
+) -> tuple[Context, Rows]:
     """A rollout as the loop asks for it: context and table."""
     ctx = Context(policy, 0, step, range(prompts * objective.group), scorer or bright())
     with torch.no_grad():
@@ -249,7 +249,7 @@ class Toy:
     """x' ~ N(theta, std^2) whatever the state: policy and family in one, float64. ``anchor`` is the reference's."""
 
     device = torch.device("cpu")
-    default_guidance = 1.0
+    default_guidance_scale = 1.0
 
     def __init__(self, theta: float | Tensor, anchor: float = 0.0) -> None:
         self.theta = torch.as_tensor(theta, dtype=torch.float64).clone().requires_grad_()
@@ -263,9 +263,9 @@ class Toy:
         t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         return Grid(t, 1 - t, t)
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Prediction:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0) -> Prediction:
         raw = (self.anchor if self._off else self.theta).expand_as(x_t)
-        return Prediction(raw, x_t, 1 - t, t, "flow")
+        return Prediction(raw, x_t, 1 - t, t, "flow_prediction")
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -279,7 +279,7 @@ class Toy:
     def columns(self, y: Tensor) -> dict[str, Any]:
         """The columns of a rollout of one step that drew ``y`` (N, D)."""
         latents = torch.stack([torch.zeros_like(y), y], 1)[..., None, None]
-        cond = Cond({"c": torch.zeros(1, 1)})
+        cond = Conditioning({"c": torch.zeros(1, 1)})
         return {
             "latents": latents,
             "cond": cond,

@@ -63,7 +63,7 @@ def tiny_sd(prediction_type: str = "epsilon") -> SD:
         scheduler=DDIMScheduler(set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
     )
     family = SD(pipe, f"tiny-sd-{prediction_type}")
-    assert family.kind == {"epsilon": "epsilon", "v_prediction": "v"}[prediction_type]
+    assert family.prediction_type == prediction_type
     return family
 
 

@@ -17,7 +17,7 @@ from align.objectives.d3po import D3PO
 from align.objectives.online.advantages import PromptHistory, staged_advantages
 from align.objectives.online.rewards import Scorer
 from align.objectives.policy_gradient import PolicyGradient
-from align.sampling.sampler import Sampler, Window
+from align.sampling.sampler import Sampler, SDEWindow
 from align.train import main
 from tests.helpers import Flat, Heard, lines, moved, online, rolled, weights, write
 from tests.pipelines import Build
@@ -27,8 +27,8 @@ KINDS = ("epsilon", "v", "flow")
 FEW = {"first": 2, "stages": 4, "threshold_best": 0.1, "threshold_worst": 0.1}
 
 
-def gradient(steps: int = 4, branches: int = 3, guidance: float = 1.0, **more: Any) -> PolicyGradient:
-    return PolicyGradient(Sampler(steps, guidance, batch_size=4), branches, **more)
+def gradient(steps: int = 4, branches: int = 3, guidance_scale: float = 1.0, **more: Any) -> PolicyGradient:
+    return PolicyGradient(Sampler(steps, guidance_scale, batch_size=4), branches, **more)
 
 
 def test_i1_the_schedule() -> None:
@@ -104,7 +104,10 @@ def test_i4_equal_rewards_select_nothing(tiny: Build) -> None:
 def test_i4_a_run_of_equal_rewards_updates_nothing_and_ends(
     tiny_folders: dict[str, Path], tmp_path: Path, rule: str
 ) -> None:
-    update = {"class_path": rule, "init_args": {"sampler": {"steps": 3, "guidance": 1.0}, "images_per_prompt": 2}}
+    update = {
+        "class_path": rule,
+        "init_args": {"sampler": {"num_inference_steps": 3, "guidance_scale": 1.0}, "images_per_prompt": 2},
+    }
     config = online(tiny_folders["epsilon"], tmp_path, "B2DiffuRL", update=update, first=2, stages=2)
     file = write(config, rewards=[{"name": "tests.helpers.Flat"}], max_rollouts=2, max_train_steps=5)
     assert main(["--config", file]) == 0
@@ -217,18 +220,23 @@ def test_a_prompt_seen_once_or_always_the_same_has_no_advantage() -> None:
 
 
 # cost
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("branches", [True, False])
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_i8_a_rollout_costs_a_prefix_and_b_branches(tiny: Build, stage: int, branches: bool, guidance: float) -> None:
+def test_i8_a_rollout_costs_a_prefix_and_b_branches(
+    tiny: Build, stage: int, branches: bool, guidance_scale: float
+) -> None:
     """(M/b) ((N - k) + b k) evaluations, counted at the network; twice that with guidance."""
-    policy, objective = moved(tiny, "flow"), B2DiffuRL(gradient(5, 3, guidance), branches=branches, first=2, stages=4)
-    assert policy.family.null is not None
+    policy, objective = (
+        moved(tiny, "flow"),
+        B2DiffuRL(gradient(5, 3, guidance_scale), branches=branches, first=2, stages=4),
+    )
+    assert policy.family.uncond is not None
     heard, k = Heard(policy), (2, 4, 5)[(0, 2, 3).index(stage)]
     rolled(objective, policy, prompts=4, step=stage)
     prefix = (5 - k) if branches else 3 * (5 - k)
-    assert heard.rows(False) == 4 * (prefix + 3 * k) * (1 if guidance == 1.0 else 2)
-    assert heard.rows(False) == objective.evaluations(4, stage, guided=guidance != 1.0)
+    assert heard.rows(False) == 4 * (prefix + 3 * k) * (1 if guidance_scale == 1.0 else 2)
+    assert heard.rows(False) == objective.evaluations(4, stage, guided=guidance_scale != 1.0)
     assert policy.evaluations["frozen"] == heard.rows(False)
 
 
@@ -256,8 +264,8 @@ class Other:
         ({"update": Other()}, "update must be PolicyGradient or D3PO, got Other"),
         ({"update": gradient(), "first": 5}, "first must be between 1 and the sampler's 4 steps, got 5"),
         ({"update": gradient(), "first": 2, "stages": 0}, "stages must be at least 1"),
-        ({"update": PolicyGradient(Sampler(20), window=Window(2))}, "leave the update's window unset"),
-        ({"update": D3PO(Sampler(20), window=Window(2))}, "leave the update's window unset"),
+        ({"update": PolicyGradient(Sampler(20), window=SDEWindow(2))}, "leave the update's window unset"),
+        ({"update": D3PO(Sampler(20), window=SDEWindow(2))}, "leave the update's window unset"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any], message: str) -> None:

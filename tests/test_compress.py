@@ -44,11 +44,11 @@ def healing(folder: Path, tmp_path: Path, blocks: str, **arguments: Any) -> tupl
     plan.save(tmp_path / "plan.json")
     student = families.load(str(folder))
     BlockGraph.of(student.denoiser).remove(plan.dropped)
-    defaults: dict[str, Any] = {"sampler": Sampler(3, guidance=1.0), "sensitivity": "none"}
+    defaults: dict[str, Any] = {"sampler": Sampler(3, guidance_scale=1.0), "sensitivity": "none"}
     objective = Heal(PipelineTeacher(path=str(folder)), tmp_path / "plan.json", **(defaults | arguments))
     policy = Policy(student, None, reference=False)
     objective.prepare(policy, None)
-    policy.grade(objective.rate)
+    policy.set_lr_scales(objective.lr_scale)
     return policy, objective
 
 
@@ -110,7 +110,7 @@ def test_the_feature_term_pairs_blocks_by_their_old_places(tiny_folders: dict[st
         rows = table.tensor("x_t"), table.tensor("t")
         cond = table.cond()
         empty = table.tensor("empty")
-        null = policy.family.null
+        null = policy.family.uncond
         cond = type(cond)(
             {k: torch.where(empty.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in cond.tensors.items()}
         )
@@ -178,7 +178,7 @@ def config(tiny_folders: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
             "init_args": {
                 "teacher": {"path": "filled in"},
                 "plan_path": "filled in",
-                "sampler": {"steps": 2, "guidance": 1},
+                "sampler": {"num_inference_steps": 2, "guidance_scale": 1},
             },
         },
         "data": {"class_path": "Prompts", "init_args": {"path": str(tmp_path / "prompts.txt")}},
@@ -195,14 +195,14 @@ def config(tiny_folders: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
         "pretrained_model_name_or_path": str(tiny_folders["flow"]),
         "output_dir": str(tmp_path / "out"),
         "prompts": str(tmp_path / "prompts.txt"),
-        "steps": 2,
-        "guidance": 1.0,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
         "budget": {"parameters": 0.2},
         "heal": str(tmp_path / "heal.yaml"),
         "dtype": "float32",
         "report": {
-            "prompts": str(tmp_path / "prompts.txt"), "reward": ["tests.helpers.Bright"], "steps": 2, "repeats": 2,
-            "memory": False,
+            "prompts": str(tmp_path / "prompts.txt"), "reward": ["tests.helpers.Bright"], "num_inference_steps": 2,
+            "repeats": 2, "memory": False,
         },
     }  # fmt: skip
 
@@ -234,7 +234,7 @@ def test_the_whole_command(config: dict[str, Any], tiny_folders: dict[str, Path]
     assert isinstance(packed, StableDiffusion3Pipeline)
     # called again it does nothing anew
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    assert run(config, tmp_path, "--stages", "[analyse,plan,remove,heal,quantise]") == 0
+    assert run(config, tmp_path, "--stages", "[analyze,plan,remove,heal,quantize]") == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == times
 
 
@@ -243,7 +243,7 @@ def test_the_pruned_folder_is_the_skipped_model_bit_by_bit(config: dict[str, Any
     whole = families.load(config["pretrained_model_name_or_path"])
     small = families.of(DiffusionPipeline.from_pretrained(tmp_path / "out/pruned"), "small")
     x = torch.randn(2, *whole.latent_shape(), generator=torch.Generator().manual_seed(3))
-    t, cond = whole.draw_t(torch.tensor([0.2, 0.7])), whole.encode(PROMPTS[:2])
+    t, cond = whole.sample_timesteps(torch.tensor([0.2, 0.7])), whole.encode(PROMPTS[:2])
     with torch.no_grad(), BlockGraph.of(whole.denoiser).skip(["transformer_blocks.1"]):
         skipped = whole.forward(x, t, cond)
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_the_pruned_folder_is_the_skipped_model_bit_by_bit(config: dict[str, Any
 
 
 def test_parts_of_blocks_go_through_every_stage(config: dict[str, Any], tmp_path: Path) -> None:
-    more = {"blocks": "1-2.ff, 0.norm1_context", "budget": None, "quantise": {"skip": ["proj_out"]}}
+    more = {"blocks": "1-2.ff, 0.norm1_context", "budget": None, "quantize": {"skip": ["proj_out"]}}
     assert run(config | more, tmp_path) == 0
     out, parts = tmp_path / "out", [f"transformer_blocks.{part}" for part in ("0.norm1_context", "1.ff", "2.ff")]
     report = json.loads((out / "report.json").read_text())["pipelines"]
@@ -260,7 +260,7 @@ def test_parts_of_blocks_go_through_every_stage(config: dict[str, Any], tmp_path
     # the pruned pipeline is the whole one without those parts, healed and quantised ones are others; align reads all
     whole = families.load(config["pretrained_model_name_or_path"])
     x = torch.randn(2, *whole.latent_shape(), generator=torch.Generator().manual_seed(3))
-    t, cond = whole.draw_t(torch.tensor([0.2, 0.7])), whole.encode(PROMPTS[:2])
+    t, cond = whole.sample_timesteps(torch.tensor([0.2, 0.7])), whole.encode(PROMPTS[:2])
     with torch.no_grad():
         said = [families.load(str(out / name)).forward(x, t, cond) for name in ("pruned", "healed", "int4")]
         with BlockGraph.of(whole.denoiser).skip(parts):
@@ -287,7 +287,7 @@ def test_a_lora_is_merged_first(config: dict[str, Any], tmp_path: Path) -> None:
     assert run(changed, tmp_path, "--stages", "[plan,remove]") == 0
     merged = families.of(DiffusionPipeline.from_pretrained(tmp_path / "out/merged"), "merged")
     x = torch.randn(2, *merged.latent_shape(), generator=torch.Generator().manual_seed(3))
-    t, cond = merged.draw_t(torch.tensor([0.2, 0.7])), merged.encode(PROMPTS[:2])
+    t, cond = merged.sample_timesteps(torch.tensor([0.2, 0.7])), merged.encode(PROMPTS[:2])
     with torch.no_grad():
         torch.testing.assert_close(merged.forward(x, t, cond), policy.predict(x, t, cond).raw, rtol=1e-3, atol=1e-4)
 
@@ -306,7 +306,7 @@ def test_a_lora_is_merged_first(config: dict[str, Any], tmp_path: Path) -> None:
         ({"heal": ["no mapping"]}, "heal: "),
         ({"tune": {"lora": {"rank": 2}}}, "set lora: null"),
         ({"weights": "nowhere"}, "nowhere"),
-        ({"quantise": {"skip": ["proj_out", "proj_in"]}}, "'proj_in' names no Linear of SD3Transformer2DModel"),
+        ({"quantize": {"skip": ["proj_out", "proj_in"]}}, "'proj_in' names no Linear of SD3Transformer2DModel"),
         ({"budget": None, "blocks": "0-2"}, "cannot prune"),
         ({"budget": None, "blocks": "7, nonsense"}, "nonsense"),
     ],
@@ -325,7 +325,7 @@ def test_bad_settings_in_words(
     assert len(told) == 1
     assert said in told[0]
     assert not (tmp_path / "out/pruned").exists()
-    if {"heal", "tune", "quantise"} & change.keys():
+    if {"heal", "tune", "quantize"} & change.keys():
         assert not (tmp_path / "out").exists()  # refused before anything is written
 
 
@@ -341,7 +341,7 @@ def test_another_plan_in_the_same_folder_is_refused(
 def test_a_healed_run_is_a_run_of_the_loop(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(config, tmp_path, "--stages", "[analyse,plan,remove,heal]") == 0
+    assert run(config, tmp_path, "--stages", "[analyze,plan,remove,heal]") == 0
     found = [line for line in lines(tmp_path / "out/heal") if "loss" in line]
     assert [line["step"] for line in found] == [1, 2]
     assert {"output", "feature"} <= found[0].keys()
@@ -350,28 +350,28 @@ def test_a_healed_run_is_a_run_of_the_loop(
     heal["data"] = {"class_path": "align.shapes.scenes.Scenes", "init_args": {"limit": 2, "cache_dir": str(tmp_path)}}
     (tmp_path / "scenes.yaml").write_text(yaml.safe_dump(heal))
     changed = config | {"heal": str(tmp_path / "scenes.yaml"), "output_dir": str(tmp_path / "scenes")}
-    assert run(changed, tmp_path, "--stages", "[analyse,plan,remove,heal]") == 0
+    assert run(changed, tmp_path, "--stages", "[analyze,plan,remove,heal]") == 0
     assert "4 trained + 4 frozen" in capsys.readouterr().out
 
 
 def test_a_teacher_in_4_bit(config: dict[str, Any], tmp_path: Path) -> None:
-    assert run(config | {"heal": None}, tmp_path, "--stages", "[analyse,plan,remove,quantise]") == 0
+    assert run(config | {"heal": None}, tmp_path, "--stages", "[analyze,plan,remove,quantize]") == 0
     student = Policy(families.load(config["pretrained_model_name_or_path"]), LoRA(2))
     teacher = PipelineTeacher(path=str(tmp_path / "out/int4-alone"))
     teacher.open(student)
     x = torch.randn(2, *student.family.latent_shape(), generator=torch.Generator().manual_seed(3))
-    t, cond = student.family.draw_t(torch.tensor([0.2, 0.7])), student.family.encode(PROMPTS[:2])
+    t, cond = student.family.sample_timesteps(torch.tensor([0.2, 0.7])), student.family.encode(PROMPTS[:2])
     with torch.no_grad():
         said, own = teacher.predict(student, x, t, cond, 1.0).raw.float(), student.predict(x, t, cond).raw
     assert 0 < (said - own).norm() / own.norm() < 0.5
 
 
 def test_in_4_bit_a_lora_trains_and_nothing_else(config: dict[str, Any], tmp_path: Path) -> None:
-    assert run(config | {"heal": None}, tmp_path, "--stages", "[analyse,plan,remove,quantise]") == 0
+    assert run(config | {"heal": None}, tmp_path, "--stages", "[analyze,plan,remove,quantize]") == 0
     source = str(tmp_path / "out/int4")
     policy = Policy(families.load(source), LoRA(2))
     x = torch.randn(2, *policy.family.latent_shape(), generator=torch.Generator().manual_seed(3))
-    t, cond = policy.family.draw_t(torch.tensor([0.2, 0.7])), policy.family.encode(PROMPTS[:2])
+    t, cond = policy.family.sample_timesteps(torch.tensor([0.2, 0.7])), policy.family.encode(PROMPTS[:2])
     policy.predict(x, t, cond).raw.square().sum().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.parameters())
     with pytest.raises(UserError, match="4 bit, which cannot be trained"):
@@ -400,7 +400,7 @@ def test_what_is_not_packed_makes_up_for_the_rounding(
     assert packed and not packed & moved and any(key.endswith("attn.to_q.bias") for key in moved)
     whole = families.load(config["pretrained_model_name_or_path"])
     x = torch.randn(8, *whole.latent_shape(), generator=torch.Generator().manual_seed(3))
-    t, cond = whole.draw_t(torch.linspace(0.1, 0.9, 8)), whole.encode(PROMPTS * 2)
+    t, cond = whole.sample_timesteps(torch.linspace(0.1, 0.9, 8)), whole.encode(PROMPTS * 2)
     with torch.no_grad():
         right = whole.forward(x, t, cond)
         errors_of = [(families.load(str(out / n)).forward(x, t, cond) - right).norm() for n in ("int4", "int4-tuned")]
@@ -413,7 +413,7 @@ def test_what_is_not_packed_makes_up_for_the_rounding(
 
 def test_damaged_weights_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
     assert (
-        run(config | {"heal": None, "blocks": "1", "budget": None}, tmp_path, "--stages", "[plan,remove,quantise]") == 0
+        run(config | {"heal": None, "blocks": "1", "budget": None}, tmp_path, "--stages", "[plan,remove,quantize]") == 0
     )
     path = tmp_path / "out/int4/transformer/diffusion_pytorch_model.safetensors"
     tensors = load_file(path)

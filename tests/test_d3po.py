@@ -16,9 +16,9 @@ from align.objectives import Context
 from align.objectives.d3po import D3PO, preferences
 from align.objectives.online.replay import log_probs
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.policy.policy import LoRA, Policy
-from align.sampling.sampler import Sampler, Window
+from align.sampling.sampler import Sampler, SDEWindow
 from tests.helpers import Bright, Fixed, Flat, Heard, Toy, bright, gradients, moved, rolled
 from tests.pipelines import Build
 from tests.test_policy import disturb
@@ -63,7 +63,7 @@ def test_i2_the_bounds_are_reached() -> None:
     assert (best, worst) == (pytest.approx(0.68316, abs=1e-5), pytest.approx(0.70323, abs=1e-5))
 
 
-def pairs_of(toy: Toy, objective: D3PO, y: Tensor, pairs: Tensor) -> Table:
+def pairs_of(toy: Toy, objective: D3PO, y: Tensor, pairs: Tensor) -> Rows:
     return objective.table(toy.context(len(y)), toy.columns(y), pairs)
 
 
@@ -75,9 +75,9 @@ def test_i3_ties_make_no_rows_and_order_does_not_matter(tiny: Build) -> None:
     assert table.metrics["tie_share"] == 0
     loss, _ = objective.loss(ctx, table)
     turned = dict(table.rows) | {"winner": table.rows["loser"], "loser": table.rows["winner"]}
-    other, _ = objective.loss(ctx, Table(turned, table.images, table.image))
+    other, _ = objective.loss(ctx, Rows(turned, table.images, table.image))
     assert abs(loss - other) > 1e-5
-    same = Table(dict(table.rows) | {"loser": table.rows["winner"]}, table.images, table.image)
+    same = Rows(dict(table.rows) | {"loser": table.rows["winner"]}, table.images, table.image)
     equal, _ = objective.loss(ctx, same)
     assert equal.item() == pytest.approx(math.log(2), abs=1e-6)
     assert gradients(policy, equal).abs().max() < 1e-6
@@ -102,7 +102,7 @@ def test_i4_outside_the_band_a_member_has_no_gradient_at_all(outside: float, sid
     now = log_probs(toy.context(2), objective.sampler, toy.columns(y), 2)
     ratios = (outside, inside) if side == "winner" else (inside, outside)
     reference = now - torch.tensor(ratios, dtype=torch.float64).log()[:, None]
-    table = Table(rows.rows, dict(rows.images) | {"reference": reference}, rows.image)
+    table = Rows(rows.rows, dict(rows.images) | {"reference": reference}, rows.image)
     loss, metrics = objective.loss(toy.context(2), table)
     (found,) = torch.autograd.grad(loss, toy.theta)
     sign, kept = (1, 1) if side == "winner" else (-1, 0)  # the member that still has a gradient
@@ -111,7 +111,7 @@ def test_i4_outside_the_band_a_member_has_no_gradient_at_all(outside: float, sid
     slope = -1 / (1 + math.exp(logit)) * 0.1 * (-sign)
     assert float(found) == pytest.approx(slope * (float(y[kept]) - 0.3) / 0.5**2)
     assert metrics["clip_fraction"] == 0.5
-    both = Table(rows.rows, dict(rows.images) | {"reference": now - math.log(outside)}, rows.image)
+    both = Rows(rows.rows, dict(rows.images) | {"reference": now - math.log(outside)}, rows.image)
     (nothing,) = torch.autograd.grad(objective.loss(toy.context(2), both)[0], toy.theta)
     assert nothing == 0
 
@@ -165,7 +165,7 @@ def test_i8_the_reference_is_a_deep_copy_of_the_start(tiny: Build, kind: str, lo
     ctx, table = rolled(objective, policy)
     call = family.call
     family.call = lambda denoiser, x, t, cond: call(frozen, x, t, cond)
-    base = Context(policy, 0, 0, ctx.positions, ctx.scorer)
+    base = Context(policy, 0, 0, ctx.sample_indices, ctx.scorer)
     expected = log_probs(base, objective.sampler, table.images, 32)
     assert torch.equal(table.images["reference"], expected)
     family.call = call
@@ -173,8 +173,8 @@ def test_i8_the_reference_is_a_deep_copy_of_the_start(tiny: Build, kind: str, lo
 
 
 # what is asked of the network
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_reference_is_asked_once_about_each_picture_that_is_in_a_pair(tiny: Build, guidance: float) -> None:
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_reference_is_asked_once_about_each_picture_that_is_in_a_pair(tiny: Build, guidance_scale: float) -> None:
     """Three pictures a prompt, of which one prompt's are all alike: 3 of 6 pictures are in pairs, each in two."""
 
     class Half(Bright):
@@ -184,9 +184,9 @@ def test_the_reference_is_asked_once_about_each_picture_that_is_in_a_pair(tiny: 
             return torch.where(torch.tensor([p == prompts[0] for p in prompts]), 0.0, images.mean((1, 2, 3)))
 
     policy = moved(tiny, "flow")
-    objective = D3PO(Sampler(4, guidance, batch_size=6), images_per_prompt=3, reference_batch=5)
-    assert policy.family.null is not None
-    heard, each = Heard(policy), 1 if guidance == 1.0 else 2
+    objective = D3PO(Sampler(4, guidance_scale, batch_size=6), images_per_prompt=3, reference_batch=5)
+    assert policy.family.uncond is not None
+    heard, each = Heard(policy), 1 if guidance_scale == 1.0 else 2
     ctx, table = rolled(objective, policy, scorer=Scorer({"half": Half()}, {"half": 1.0}))
     assert heard.rows(False) == (6 + 3) * 4 * each
     assert table.metrics["tie_share"] == 0.5
@@ -203,7 +203,7 @@ def test_the_reference_is_asked_once_about_each_picture_that_is_in_a_pair(tiny: 
 
 def test_the_plan_is_the_cost_without_ties(tiny: Build) -> None:
     policy, objective = moved(tiny, "flow"), D3PO(Sampler(3, 2.0), images_per_prompt=3)
-    assert policy.family.null is not None
+    assert policy.family.uncond is not None
     heard, plan = Heard(policy), objective.plan(policy.family, None)
     ctx, table = rolled(objective, policy)
     objective.loss(ctx, table)[0].backward()
@@ -225,7 +225,7 @@ def test_a_share_of_the_steps(tiny: Build) -> None:
 
 
 def test_a_window_is_drawn_with_noise_and_trained_and_nothing_else_is(tiny: Build) -> None:
-    policy, objective = moved(tiny, "flow"), D3PO(Sampler(4, 1.0), window=Window(2, until=3, every=1))
+    policy, objective = moved(tiny, "flow"), D3PO(Sampler(4, 1.0), window=SDEWindow(2, until=3, every=1))
     heard, plan = Heard(policy), objective.plan(policy.family, None)
     ctx, table = rolled(objective, policy, step=1)
     states = table.images["latents"]
@@ -321,7 +321,7 @@ def test_several_rewards_of_a_rollout(tiny: Build) -> None:
         ({"beta": 0.0}, "beta must be positive"),
         ({"clip_range": 1.0}, "clip_range in"),
         ({"timestep_fraction": 1.5}, "timestep_fraction must be in"),
-        ({"timestep_fraction": 0.5, "window": Window(2)}, "give one of them"),
+        ({"timestep_fraction": 0.5, "window": SDEWindow(2)}, "give one of them"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any], message: str) -> None:

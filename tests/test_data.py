@@ -25,7 +25,7 @@ from align.data.encoding import cut
 from align.data.images import Picture, UnreadableError, decode
 from align.data.preferences import EncodedPairs, PairBatch, PreferencePairs, read_pairs
 from align.data.prompts import Prompts, read_prompts
-from align.families import Cond
+from align.families import Conditioning
 from tests.benchmarks.emoji_pairs import Pair as Drawn
 from tests.benchmarks.emoji_pairs import pick_a_pic, write_layouts
 
@@ -56,11 +56,13 @@ class Tiny:
             raise KeyboardInterrupt
         return torch.nn.functional.avg_pool2d(images, 4)
 
-    def encode(self, prompts: Sequence[str]) -> Cond:
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         assert not torch.is_grad_enabled()
         self.texts += len(prompts)
         codes = [[float(ord(letter)) for letter in prompt.ljust(8)[:8]] for prompt in prompts]
-        return Cond({"embeds": torch.tensor(codes).reshape(-1, 4, 2), "pooled": torch.tensor(codes).sum(1, True)})
+        return Conditioning(
+            {"embeds": torch.tensor(codes).reshape(-1, 4, 2), "pooled": torch.tensor(codes).sum(1, True)}
+        )
 
     def identity(self) -> Mapping[str, Mapping[str, object]]:
         return {"pictures": {"source": self.name}, "captions": {"source": self.reader}}

@@ -15,7 +15,7 @@ from align.data.preferences import PairBatch
 from align.diffusion.process import Prediction
 from align.objectives import Context
 from align.objectives.dpo import DPO
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.policy.policy import LoRA, Policy
 from tests.pipelines import Build
 from tests.test_policy import disturb
@@ -50,7 +50,7 @@ def run(objective: DPO, policy: Policy, pairs: PairBatch | None = None) -> tuple
     return objective.loss(ctx, table)
 
 
-def in_float64(objective: DPO, policy: Policy, table: Table) -> Tensor:
+def in_float64(objective: DPO, policy: Policy, table: Rows) -> Tensor:
     """The paper's formula, written out pair by pair from the raw network outputs."""
     losses = []
     for k in range(len(table)):
@@ -62,14 +62,14 @@ def in_float64(objective: DPO, policy: Policy, table: Table) -> Tensor:
             x_t = (alpha * x0[side] + sigma * eps[0])[None]
             target = {
                 "epsilon": eps[0],
-                "v": alpha * eps[0] - sigma * x0[side],
-                "flow": eps[0] - x0[side],
-            }[policy.family.kind]
+                "v_prediction": alpha * eps[0] - sigma * x0[side],
+                "flow_prediction": eps[0] - x0[side],
+            }[policy.family.prediction_type]
             with torch.no_grad():
                 now = policy.predict(x_t.float(), t, cond).raw[0].double()
                 with policy.reference():
                     then = policy.predict(x_t.float(), t, cond).raw[0].double()
-            scale = alpha if objective.target_space == "epsilon" and policy.family.kind != "epsilon" else 1.0
+            scale = alpha if objective.target_space == "epsilon" and policy.family.prediction_type != "epsilon" else 1.0
             gaps.append(scale**2 * ((now - target).square().mean() - (then - target).square().mean()))
         losses.append(-F.logsigmoid(-objective.beta / 2 * (gaps[0] - gaps[1])))
     return torch.stack(losses).mean()
@@ -131,14 +131,14 @@ def test_i4_constant_shift(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None
     shift = 0.3 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(8))
     plain, heard = policy.predict, []
 
-    def predict(x_t: Tensor, t: Tensor, cond: Any, guidance: float = 1.0) -> Prediction:
+    def predict(x_t: Tensor, t: Tensor, cond: Any, guidance_scale: float = 1.0) -> Prediction:
         with torch.no_grad():  # with gradients some processors take products by another kernel than the reference's
-            said = plain(x_t, t, cond, guidance)
-        said = Prediction(said.raw.double(), x_t, said.alpha, said.sigma, said.kind)
+            said = plain(x_t, t, cond, guidance_scale)
+        said = Prediction(said.raw.double(), x_t, said.alpha, said.sigma, said.prediction_type)
         if policy._off:
             heard.append(said.raw)
             return said
-        return Prediction(said.raw + shift, x_t, said.alpha, said.sigma, said.kind)
+        return Prediction(said.raw + shift, x_t, said.alpha, said.sigma, said.prediction_type)
 
     monkeypatch.setattr(policy, "predict", predict)
     loss, _ = run(objective, policy)
@@ -169,7 +169,7 @@ def test_i6_epsilon_space_is_alpha_squared_native_space(tiny: Build, kind: str) 
     family, t = policy.family, torch.full((3,), 400.0)
     alpha, sigma = family.path(t)
     x0, eps, raw = torch.randn(3, 3, 4, 8, 8).unbind()
-    prediction = Prediction(raw, x0, alpha, sigma, family.kind)
+    prediction = Prediction(raw, x0, alpha, sigma, family.prediction_type)
     native = DPO(target_space="native").error(prediction, x0, eps)
     torch.testing.assert_close(DPO(target_space="epsilon").error(prediction, x0, eps), alpha.square() * native)
 
@@ -192,7 +192,7 @@ def test_i7_the_pair_shares_noise_time_and_dropped_caption(tiny: Build, monkeypa
         torch.testing.assert_close(eps[:4], eps[4:], atol=1e-3, rtol=1e-3)
         assert torch.equal(t[:4], t[4:])
         assert torch.equal(embeds[:4], embeds[4:])
-    null = policy.family.null["prompt_embeds"]
+    null = policy.family.uncond["prompt_embeds"]
     dropped = [torch.equal(row, null[0]) for row in seen[0][2][:4]]
     assert 0 < sum(dropped) < 4, "the seed of this test should drop some captions and keep some"
     assert len(set(seen[0][1].tolist())) > 1
@@ -235,7 +235,7 @@ def test_a_step_costs_one_forward_and_one_reference_forward(tiny: Build, lora: L
     """No text encoder, no autoencoder: 2B rows through the policy and 2B through the reference, and that is all."""
     policy, rows = Policy(tiny("epsilon"), lora), []
     pairs = batch(policy)
-    assert policy.family.null is not None
+    assert policy.family.uncond is not None
     for network in (policy.denoiser, policy._copy):
         if network is not None:
             network.register_forward_pre_hook(lambda m, args: rows.append((len(args[0]), torch.is_grad_enabled())))

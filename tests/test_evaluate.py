@@ -70,7 +70,7 @@ def tuned(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def evaluate(tuned: Path, *more: str) -> int:
-    few = ["--max_prompts", "6", "--steps", "2", "--samples_per_prompt", "2", "--batch_size", "4"]
+    few = ["--max_prompts", "6", "--num_inference_steps", "2", "--samples_per_prompt", "2", "--batch_size", "4"]
     return main(["--tuned", str(tuned), *few, *more])
 
 
@@ -116,7 +116,7 @@ def test_prompt_files(tuned: Path) -> None:
         (["--reward", "[Nothing]"], "Nothing"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--base", "./nowhere"], "no model_index.json"),
-        (["--steps", "0"], "steps must be at least 1"),
+        (["--num_inference_steps", "0"], "steps must be at least 1"),
         (["--samples_per_prompt", "0"], "samples_per_prompt must be at least 1"),
     ],
 )

@@ -20,17 +20,17 @@ from tests.pipelines import Build, tiny_sd3
 PROMPTS = ["two red stars", "a blue circle left of a green square", ""]
 
 
-def ours(family: Family, steps: int, guidance: float, kernel: DDIM, x: Tensor, noises: list[Tensor]) -> Tensor:
+def ours(family: Family, steps: int, guidance_scale: float, kernel: DDIM, x: Tensor, noises: list[Tensor]) -> Tensor:
     with torch.no_grad():
         cond = family.encode(PROMPTS)
-        return sample(family.predict, family.grid(steps), cond, x, guidance, kernel, lambda i: noises[i])
+        return sample(family.predict, family.grid(steps), cond, x, guidance_scale, kernel, lambda i: noises[i])
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_sd_sampling_is_the_stock_pipeline_with_ddim(
-    tiny_folders: dict[str, Path], kind: str, eta: float, guidance: float
+    tiny_folders: dict[str, Path], kind: str, eta: float, guidance_scale: float
 ) -> None:
     stock = DiffusionPipeline.from_pretrained(tiny_folders[kind])
     stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
@@ -41,24 +41,24 @@ def test_sd_sampling_is_the_stock_pipeline_with_ddim(
         PROMPTS,
         latents=x.clone(),
         num_inference_steps=6,
-        guidance_scale=guidance,
+        guidance_scale=guidance_scale,
         eta=eta,
         generator=torch.Generator().manual_seed(9),
         output_type="latent",
     ).images
-    mine = ours(families.load(str(tiny_folders[kind])), 6, guidance, DDIM(eta), x, noises)
+    mine = ours(families.load(str(tiny_folders[kind])), 6, guidance_scale, DDIM(eta), x, noises)
     torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_sd3_sampling_is_the_stock_pipeline_with_euler(tiny_folders: dict[str, Path], guidance: float) -> None:
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_sd3_sampling_is_the_stock_pipeline_with_euler(tiny_folders: dict[str, Path], guidance_scale: float) -> None:
     """Stock call with its own 256 zero tokens; ours counts one of them 256 times."""
     stock = DiffusionPipeline.from_pretrained(tiny_folders["flow"])
     x = initial_noise((4, 8, 8), [1, 2, 3])
     theirs = stock(
-        PROMPTS, latents=x.clone(), num_inference_steps=6, guidance_scale=guidance, output_type="latent"
+        PROMPTS, latents=x.clone(), num_inference_steps=6, guidance_scale=guidance_scale, output_type="latent"
     ).images
-    mine = ours(families.load(str(tiny_folders["flow"])), 6, guidance, DDIM(), x, [x] * 6)
+    mine = ours(families.load(str(tiny_folders["flow"])), 6, guidance_scale, DDIM(), x, [x] * 6)
     torch.testing.assert_close(mine, theirs, atol=5e-5, rtol=5e-5)
 
 
@@ -87,11 +87,11 @@ def test_path_agrees_with_the_grid(tiny: Build, kind: str) -> None:
 
 def test_training_times(tiny: Build) -> None:
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    t = tiny("epsilon").draw_t(u)
+    t = tiny("epsilon").sample_timesteps(u)
     assert t.min() == 0
     assert t.max() == 999
     assert torch.equal(t, t.round())
-    sigma = tiny("flow").draw_t(u) / 1000
+    sigma = tiny("flow").sample_timesteps(u) / 1000
     logit = torch.log(sigma / (1 - sigma))
     assert logit.mean().item() == pytest.approx(0, abs=0.02)
     assert logit.std().item() == pytest.approx(1, abs=0.02)

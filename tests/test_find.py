@@ -26,7 +26,7 @@ from align.diffusion.process import Reduction
 from align.families import LORA_FILE
 from align.objectives import Context
 from align.objectives.find import FIND
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.objectives.value_network import ValueNet
 from align.policy.initial_noise import NOISE_FILE, InitialNoise, Tying, kl, log_prob
 from align.policy.policy import Policy
@@ -93,7 +93,7 @@ def alone(noise: InitialNoise, step: int = 0) -> Context:
     return Context(policy, 0, step, range(1))
 
 
-def rows(z: Tensor, old: Tensor, advantage: Tensor, index: Tensor | None = None) -> Table:
+def rows(z: Tensor, old: Tensor, advantage: Tensor, index: Tensor | None = None) -> Rows:
     """Noises ``z`` drawn at log-density ``old``, of one rollout, whose calibrated rewards are ``advantage``."""
     columns = {
         "index": torch.zeros(len(z), dtype=torch.long) if index is None else index,
@@ -102,7 +102,7 @@ def rows(z: Tensor, old: Tensor, advantage: Tensor, index: Tensor | None = None)
         "advantage": advantage,
         "rollout": torch.zeros(len(z), dtype=torch.long),
     }
-    return Table(columns, {}, torch.arange(len(z)))
+    return Rows(columns, {}, torch.arange(len(z)))
 
 
 # closed forms
@@ -309,7 +309,7 @@ def test_the_average_of_steps_is_within_the_budget_too(tiny: Build) -> None:
     for _ in range(6):
         noise.left["mean"].data += 3.0
         policy.after_step()
-        with policy.averaged():
+        with policy.ema_scope():
             assert kl(*noise.all()).max() <= 0.02 * (1 + 1e-4)
 
 
@@ -341,7 +341,13 @@ def seen(policy: Policy, sampler: Sampler, prompts: list[str], z: Tensor) -> Ten
     with torch.no_grad():
         for prompt, start in zip(prompts, z, strict=True):
             cond = family.encode([prompt])
-            x = sample(policy.predict, family.grid(sampler.steps), cond, start[None], sampler.guidance_of(family))
+            x = sample(
+                policy.predict,
+                family.grid(sampler.num_inference_steps),
+                cond,
+                start[None],
+                sampler.guidance_scale_of(family),
+            )
             found.append(Bright().score(images=family.to_image(x), prompts=[prompt]))
     return torch.cat(found)
 
@@ -427,15 +433,20 @@ def test_every_prompt_moves_its_own_distribution_only(tiny: Build, calibration: 
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize(("kind", "guidance"), [("epsilon", 2.0), ("flow", 1.0)])
-def test_a_rollout_costs_what_the_plan_says_and_training_nothing(tiny: Build, kind: str, guidance: float) -> None:
-    objective = FIND(Sampler(3, guidance, batch_size=5), 4)
+@pytest.mark.parametrize(("kind", "guidance_scale"), [("epsilon", 2.0), ("flow", 1.0)])
+def test_a_rollout_costs_what_the_plan_says_and_training_nothing(tiny: Build, kind: str, guidance_scale: float) -> None:
+    objective = FIND(Sampler(3, guidance_scale, batch_size=5), 4)
     policy = learner(tiny, kind, objective)
     plan, heard = objective.plan(policy.family, None), Heard(policy)
-    assert policy.family.null is not None
+    assert policy.family.uncond is not None
     ctx, table = rolled(objective, policy)
     objective.loss(ctx, table)[0].backward()
-    assert heard.rows(False) == policy.evaluations["frozen"] == plan.frozen * 8 == 3 * 8 * (1 if guidance == 1 else 2)
+    assert (
+        heard.rows(False)
+        == policy.evaluations["frozen"]
+        == plan.frozen * 8
+        == 3 * 8 * (1 if guidance_scale == 1 else 2)
+    )
     assert heard.rows(True) == policy.evaluations["trained"] == plan.trained == 0
 
 
@@ -558,9 +569,20 @@ def test_a_stock_pipeline_draws_what_we_draw(tiny_folders: dict[str, Path], tmp_
     family = families.load(str(tiny_folders[kind]))
     noise = InitialNoise(TEXTS, SHAPE, family.source, type(family.pipe.scheduler).__name__)
     file = shifted(noise).save(tmp_path)
-    command = ["--noise", str(file), "--prompts", TEXTS[1], "--images_per_prompt", "2", "--seed", "5", "--steps", "4"]
+    command = [
+        "--noise",
+        str(file),
+        "--prompts",
+        TEXTS[1],
+        "--images_per_prompt",
+        "2",
+        "--seed",
+        "5",
+        "--num_inference_steps",
+        "4",
+    ]
     folder = tmp_path / "pictures"
-    assert drawing.main([*command, "--guidance", "3", "--output_dir", str(folder)]) == 0
+    assert drawing.main([*command, "--guidance_scale", "3", "--output_dir", str(folder)]) == 0
     mine = torch.stack([pil_to_tensor(Image.open(folder / f"0000{k}.png")) for k in range(2)])
     stock = DiffusionPipeline.from_pretrained(tiny_folders[kind])
     latents = InitialNoise.load(file).latents(stock, TEXTS[1], [5, 6])
@@ -574,7 +596,7 @@ def test_a_stock_pipeline_draws_what_we_draw(tiny_folders: dict[str, Path], tmp_
 # whole runs
 def finding(pipeline: Path, folder: Path, **arguments: Any) -> dict[str, Any]:
     """Three prompts, two of them a rollout, four pictures each."""
-    arguments = {"sampler": {"steps": 2, "guidance": 2.0}, "images_per_prompt": 4} | arguments
+    arguments = {"sampler": {"num_inference_steps": 2, "guidance_scale": 2.0}, "images_per_prompt": 4} | arguments
     config = online(pipeline, folder, "FIND", **arguments)
     data = {"class_path": "Prompts", "init_args": {"path": prompt_file(folder, TEXTS[:3])}}
     return config | {"data": data, "rollout_batch_size": 2, "train_batch_size": 64, "learning_rate": 0.02}
@@ -642,7 +664,7 @@ def test_pictures_get_brighter(tiny_folders: dict[str, Path], tmp_path: Path) ->
     """The same seeds from the learned noise and from plain noise, on every prompt."""
     config = finding(tiny_folders["flow"], tmp_path, images_per_prompt=16, kl_budget=0.1)
     config |= {"rollout_batch_size": 3, "max_train_steps": 10, "learning_rate": 0.05, "train_batch_size": 48}
-    config["objective"]["init_args"]["sampler"]["guidance"] = 1.0
+    config["objective"]["init_args"]["sampler"]["guidance_scale"] = 1.0
     assert main(["--config", write(config)]) == 0
     family = families.load(str(tiny_folders["flow"]))
     policy, sampler = Policy(family, trained=InitialNoise.load(tmp_path / "run")), Sampler(2, 1.0)

@@ -42,36 +42,38 @@ class Count:
 
 
 def measured(family: Family, path: Path, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {"steps": STEPS, "seed": SEED, "guidance": 1.0, "batch_size": 3}
+    options: dict[str, Any] = {"steps": STEPS, "seed": SEED, "guidance_scale": 1.0, "batch_size": 3}
     return profile(family, TEXTS, path, **options | changes)
 
 
 @pytest.mark.parametrize("kind", ["flow", "epsilon"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_every_candidate_is_evaluated_once_a_state(tiny: Build, tmp_path: Path, kind: str, guidance: float) -> None:
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_every_candidate_is_evaluated_once_a_state(
+    tiny: Build, tmp_path: Path, kind: str, guidance_scale: float
+) -> None:
     family = tiny(kind)
     units, states = len(BlockGraph.of(family.denoiser).units()), len(TEXTS) * STEPS
-    passes = 1 if guidance == 1.0 else 2
+    passes = 1 if guidance_scale == 1.0 else 2
     heard = Count(family)
-    measured(family, tmp_path / "a.json", guidance=guidance)
+    measured(family, tmp_path / "a.json", guidance_scale=guidance_scale)
     assert heard.rows == passes * states * (1 + units)
     heard.rows = 0
-    measured(family, tmp_path / "b.json", guidance=guidance, reward=bright())
+    measured(family, tmp_path / "b.json", guidance_scale=guidance_scale, reward=bright())
     # its own trajectory begins where the full model's does, and that state was evaluated already
     assert heard.rows == passes * (states * (1 + units) + (states - len(TEXTS)) * units)
     heard.rows = 0
-    measured(family, tmp_path / "b.json", guidance=guidance, reward=bright())
+    measured(family, tmp_path / "b.json", guidance_scale=guidance_scale, reward=bright())
     assert heard.rows == 0
 
 
 def test_the_numbers_are_those_of_a_loop_written_by_hand(tiny: Build, tmp_path: Path) -> None:
     family, unit = tiny("flow"), ("transformer_blocks.1",)
-    found = measured(family, tmp_path / "p.json", reward=bright(), guidance=2.0)
+    found = measured(family, tmp_path / "p.json", reward=bright(), guidance_scale=2.0)
     graph, grid, seeds = BlockGraph.of(family.denoiser), family.grid(STEPS), [SEED + k for k in range(len(TEXTS))]
     with torch.no_grad():
         cond, x = family.encode(TEXTS), initial_noise(family.latent_shape(), seeds)
         states: list[Tensor] = []
-        sample(family.predict, grid, cond, x, 2.0, keep=lambda i, x, step, y: states.append(x))
+        sample(family.predict, grid, cond, x, 2.0, callback=lambda i, x, step, y: states.append(x))
         errors, cosines = [], []
         for i, state in enumerate(states):
             t = grid.t[i].expand(len(state))

@@ -27,7 +27,7 @@ from align.common.errors import DataError, UserError
 from align.data.annotations import LabelledRollout
 from align.data.trajectories import TrajectoryBatch
 from align.diffusion.kernels import DDIM
-from align.families import Cond
+from align.families import Conditioning
 from align.objectives import Context
 from align.objectives.online.replay import log_probs
 from align.policy.policy import LoRA, Policy
@@ -36,7 +36,7 @@ from align.sampling.sampler import Sampler
 
 PROMPTS = ["two red stars", "a blue circle", "a black square", "a star and a circle", "two red stars"]
 K, T, GUIDANCE = 3, 3, 2.0
-SAMPLER = {"steps": T, "guidance": GUIDANCE, "batch_size": 4}
+SAMPLER = {"num_inference_steps": T, "guidance_scale": GUIDANCE, "batch_size": 4}
 
 
 def settings(pipeline: Path, output: Path, **changes: Any) -> list[str]:
@@ -91,8 +91,8 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_folder_has_its_layout(round1: Path) -> None:
     record = json.loads((round1 / "rollout.json").read_text())
     assert record["sampler"] == {
-        "steps": T,
-        "guidance": GUIDANCE,
+        "num_inference_steps": T,
+        "guidance_scale": GUIDANCE,
         "kernel": {"class_path": "align.diffusion.kernels.DDIM", "init_args": {"eta": 1.0}},
     }
     assert (record["prompts"], record["images_per_prompt"], record["images"], record["shards"]) == (5, K, 5 * K, 3)
@@ -186,7 +186,7 @@ def test_an_interrupt_leaves_whole_shards(
     ("options", "message"),
     [
         (["--seed", "1"], "seed 0, now 1"),
-        (["--sampler.steps", "4"], "'steps': 3"),
+        (["--sampler.num_inference_steps", "4"], "'num_inference_steps': 3"),
         (["--limit", "2"], "prompts 5, now 2"),
     ],
 )
@@ -472,7 +472,7 @@ def test_a_batch_holds_each_trajectory_once(
         assert [tuple(numbers[row] for row in pair) for pair in batch.pairs.tolist()] == [EXPECTED[k] for k in indices]
         assert batch.ids == list(indices)
         latents, prompt, cond = (batch.columns[name] for name in ("latents", "prompt", "cond"))
-        assert isinstance(latents, Tensor) and isinstance(prompt, Tensor) and isinstance(cond, Cond)
+        assert isinstance(latents, Tensor) and isinstance(prompt, Tensor) and isinstance(cond, Conditioning)
         assert latents.shape == (len(numbers), T + 1, 4, 8, 8)
         for row, number in enumerate(numbers):
             stored = load_file(round1 / f"trajectories-{number // (2 * K):05d}.safetensors")["latents"]
@@ -488,10 +488,16 @@ def test_require_says_what_to_set(round1: Path, tiny_folders: dict[str, Path], t
     batch.require(Sampler(**SAMPLER), family)
     batch.require(Sampler(T, GUIDANCE, DDIM(eta=1.0), 64, "cpu"), family)
     cases = [
-        (Sampler(4, GUIDANCE), "sampler has steps 4, but .* set in objective.sampler steps: 3$"),
-        (Sampler(T), "has guidance 7.5, but .* guidance: 2.0$"),
+        (
+            Sampler(4, GUIDANCE),
+            "sampler has num_inference_steps 4, but .* set in objective.sampler num_inference_steps: 3$",
+        ),
+        (Sampler(T), "has guidance_scale 7.5, but .* guidance_scale: 2.0$"),
         (Sampler(T, GUIDANCE, DDIM(0.5)), "'eta': 0.5.* kernel: .*align.diffusion.kernels.DDIM.*'eta': 1.0"),
-        (Sampler(4, 3.0), "has steps 4, guidance 3.0, but .* steps: 3, guidance: 2.0$"),
+        (
+            Sampler(4, 3.0),
+            "has num_inference_steps 4, guidance_scale 3.0, but .* num_inference_steps: 3, guidance_scale: 2.0$",
+        ),
     ]
     for sampler, message in cases:
         with pytest.raises(UserError, match=message):
@@ -530,8 +536,14 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": {"sampler": SAMPLER | {"steps": 5}}}, "sampler has steps 5, but .* steps: 3$"),
-        ({"objective": {"sampler": SAMPLER | {"guidance": 5.0}}}, "has guidance 5.0, but .* guidance: 2.0$"),
+        (
+            {"objective": {"sampler": SAMPLER | {"num_inference_steps": 5}}},
+            "sampler has num_inference_steps 5, but .* num_inference_steps: 3$",
+        ),
+        (
+            {"objective": {"sampler": SAMPLER | {"guidance_scale": 5.0}}},
+            "has guidance_scale 5.0, but .* guidance_scale: 2.0$",
+        ),
         (
             {"objective": {"sampler": SAMPLER | {"kernel": {"class_path": "DDIM", "init_args": {"eta": 0.7}}}}},
             "'eta': 0.7",
@@ -596,7 +608,7 @@ def test_the_reference_is_asked_once_for_every_trajectory(
     assert sum(rows) == len({number for pair in EXPECTED for number in pair}) * T
     found = measured(tmp_path / "run")
     assert [line["step"] for line in found if "loss" in line] == list(range(1, 10))
-    assert found[0]["held_out/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found[0]["validation/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert all(0.68316 <= line["loss"] <= 0.70323 for line in found if "loss" in line)
 
 
@@ -654,7 +666,7 @@ def test_two_whole_rounds(tiny_folders: dict[str, Path], round1: Path, tmp_path:
     assert not torch.allclose(states[0][:, -1], states[1][:, -1], atol=1e-3)
 
     labels = [person(again, tmp_path / "answers2.jsonl")]
-    more = {"initial_weights": str(first), "objective": {"reference": "round_start"}, "max_train_steps": 2}
+    more = {"initial_weights": str(first), "objective": {"reference": "start"}, "max_train_steps": 2}
     assert train.main(training(pipeline, again, labels, second, **more)) == 0
     start = measured(second)[0]
     assert start["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from align.objectives.nft import NFT
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.policy.policy import LoRA, Policy
 from align.sampling.loop import sample
 from align.sampling.sampler import Sampler
@@ -17,7 +17,7 @@ from tests.test_policy import disturb
 
 
 def made(**arguments: object) -> NFT:
-    return NFT(Sampler(3, guidance=1.0), images_per_prompt=4, **arguments)  # type: ignore[arg-type]
+    return NFT(Sampler(3, guidance_scale=1.0), images_per_prompt=4, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
@@ -64,7 +64,7 @@ def test_rewards_become_shares_of_good(tiny: Build) -> None:
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
 def test_evaluations_are_the_plans(tiny: Build, kind: str) -> None:
-    policy, objective = moved(tiny, kind), NFT(Sampler(3, guidance=2.0), images_per_prompt=4, draws_per_image=2)
+    policy, objective = moved(tiny, kind), NFT(Sampler(3, guidance_scale=2.0), images_per_prompt=4, draws_per_image=2)
     heard = Heard(policy)
     ctx, table = rolled(objective, policy)
     plan = objective.plan(policy.family, None)
@@ -85,7 +85,7 @@ def test_average_draws_and_answers_by_the_moving_average(tiny: Build) -> None:
 
 def test_a_brighter_policy_after_some_updates(tiny: Build) -> None:
     torch.manual_seed(0)
-    policy, objective = Policy(tiny("flow"), LoRA(4)), NFT(Sampler(3, guidance=1.0), images_per_prompt=8)
+    policy, objective = Policy(tiny("flow"), LoRA(4)), NFT(Sampler(3, guidance_scale=1.0), images_per_prompt=8)
     adam = torch.optim.Adam(policy.parameters(), 2e-2)
 
     def brightness() -> float:
@@ -99,7 +99,7 @@ def test_a_brighter_policy_after_some_updates(tiny: Build) -> None:
     for step in range(16):
         ctx, table = rolled(objective, policy, step=step)
         adam.zero_grad()
-        objective.loss(ctx, Table(table.rows, table.images, table.image))[0].backward()
+        objective.loss(ctx, Rows(table.rows, table.images, table.image))[0].backward()
         adam.step()
     assert brightness() > before + 0.01
 

@@ -26,8 +26,8 @@ from align.policy.policy import LoRA, Policy
 from align.sampling.generate import sample_images
 from align.sampling.sampler import Sampler
 from align.train import main
-from align.training.batch_plan import Arithmetic, shares
-from align.training.config import Train
+from align.training.batch_plan import BatchPlan, shares
+from align.training.config import TrainConfig
 from tests.helpers import (
     Bright,
     errors,
@@ -46,7 +46,7 @@ from tests.helpers import (
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
-SAMPLER = {"steps": 2, "guidance": 2.0}
+SAMPLER = {"num_inference_steps": 2, "guidance_scale": 2.0}
 PG = {"sampler": SAMPLER, "images_per_prompt": 2, "clip_range": 0.01}
 PAIR = {"sampler": SAMPLER, "images_per_prompt": 2}
 WATCHED = [
@@ -60,7 +60,12 @@ def rule(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 B2 = {
-    "update": rule("PolicyGradient", sampler={"steps": 3, "guidance": 1.0}, images_per_prompt=3, clip_range=0.01),
+    "update": rule(
+        "PolicyGradient",
+        sampler={"num_inference_steps": 3, "guidance_scale": 1.0},
+        images_per_prompt=3,
+        clip_range=0.01,
+    ),
     "first": 2,
     "stages": 4,
     "threshold_best": 0.1,
@@ -122,7 +127,7 @@ def test_bf16_passes_the_self_check(tiny_folders: dict[str, Path], tmp_path: Pat
 
 def test_evaluations_and_rollouts_are_counted(config: dict[str, Any]) -> None:
     """6 pictures of 2 steps, guided: 24 evaluations a rollout to draw and 24 to train; validation does not count."""
-    config |= {"validation_data": config["data"], "validation_steps": 1, "samples": {"steps": 2}}
+    config |= {"validation_data": config["data"], "validation_steps": 1, "samples": {"num_inference_steps": 2}}
     assert main(["--config", write(config, max_rollouts=3)]) == 0
     logged = [line for line in lines(config["output_dir"]) if "rollout" in line]
     assert [line["evaluations/frozen"] for line in logged] == [24, 48, 72]
@@ -178,7 +183,7 @@ def test_a_resumed_round_keeps_its_anchor(config: dict[str, Any], tmp_path: Path
     before = tmp_path / "before"
     assert main(["--config", write(config, output_dir=str(before), max_train_steps=2)]) == 0
     started = weights(before)
-    config["objective"] = rule("D3PO", **PAIR, reference="round_start", beta=20.0, clip_range=0.5)
+    config["objective"] = rule("D3PO", **PAIR, reference="start", beta=20.0, clip_range=0.5)
     config |= {"initial_weights": str(before), "checkpointing_steps": 2, "train_batch_size": 6}
     assert main(["--config", write(config, output_dir=str(tmp_path / "whole"))]) == 0
     assert lines(tmp_path / "whole")[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
@@ -204,7 +209,7 @@ def test_two_processes_are_one(
     config = online(tiny_folders["flow"], tmp_path, name, **arguments)
     prompts, rows = (3, 12) if name == "PolicyGradient" else (4, 24)
     config |= {"max_train_steps": 3, "max_grad_norm": 1e9, "validation_data": config["data"], "rewards": WATCHED}
-    config |= {"samples": {"steps": 2}}
+    config |= {"samples": {"num_inference_steps": 2}}
     config |= {"rollout_batch_size": prompts, "train_batch_size": rows}
     assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
     assert launch_together(["--config", write(config, train_batch_size=rows // 2)]) == [0, 0]
@@ -288,8 +293,8 @@ def test_mistakes_are_one_clear_line(
     ],
 )
 def test_processes_have_to_share_evenly(tiny: Build, objective: Any, prompts: int, message: str | None) -> None:
-    config = Train(Prompts("shapes-prompts"), objective, rollout_batch_size=prompts, train_batch_size=6)
-    sizes = Arithmetic(config, tiny("epsilon"), 2)
+    config = TrainConfig(Prompts("shapes-prompts"), objective, rollout_batch_size=prompts, train_batch_size=6)
+    sizes = BatchPlan(config, tiny("epsilon"), 2)
     if message is None:
         sizes.check()
         return
@@ -319,20 +324,20 @@ def test_held_out_prompts_are_scored_by_every_reward(config: dict[str, Any]) -> 
     """Also by those that nothing trains on; pictures of seeds that never change, of the averaged weights."""
     config |= {"rewards": WATCHED, "validation_steps": 2, "ema_decay": 0.5, "learning_rate": 1e-2}
     config["validation_data"] = {"class_path": "Prompts", "init_args": {"path": "shapes-prompts-heldout", "limit": 5}}
-    config["samples"] = {"steps": 3, "guidance": 1.5, "seed": 7}
+    config["samples"] = {"num_inference_steps": 3, "guidance_scale": 1.5, "seed": 7}
     assert main(["--config", write(config)]) == 0
     folder = Path(config["output_dir"])
-    held_out = [line for line in lines(folder) if "held_out/bright" in line]
+    held_out = [line for line in lines(folder) if "validation/bright" in line]
     assert [line["step"] for line in held_out] == [0, 2, 4]
-    assert all(line["held_out/watched"] == 0.5 for line in held_out)
-    assert len({line["held_out/bright"] for line in held_out}) == 3
+    assert all(line["validation/watched"] == 0.5 for line in held_out)
+    assert len({line["validation/bright"] for line in held_out}) == 3
     texts = [row["prompt"] for row in Prompts("shapes-prompts-heldout", limit=5).read()]
     family = families.load(config["pretrained_model_name_or_path"])
     for line in (held_out[0], held_out[-1]):
         if line["step"]:
             family = families.tuned(family, str(folder))
         images = sample_images(family.predict, family, texts, range(7, 12), 3, 1.5)
-        assert line["held_out/bright"] == pytest.approx(images.mean().item(), abs=1e-6)
+        assert line["validation/bright"] == pytest.approx(images.mean().item(), abs=1e-6)
     card = (folder / "README.md").read_text()
     assert "| bright | 0." in card and "| watched | 0.5000 |" in card
 
@@ -418,7 +423,7 @@ def test_only_the_first_update_of_a_rollout_is_checked(config: dict[str, Any], m
     plain = PolicyGradient.loss
 
     def loss(self: PolicyGradient, ctx: Context, rows: Any) -> Any:
-        fresh.append(ctx.fresh)
+        fresh.append(ctx.on_policy)
         return plain(self, ctx, rows)
 
     monkeypatch.setattr(PolicyGradient, "loss", loss)

@@ -20,17 +20,17 @@ from align.common.errors import UserError
 from align.data.prompts import PromptBatch, TaskPrompts, TaskSet
 from align.diffusion.kernels import DDIM, FlowSDE, Kernel
 from align.diffusion.process import Grid, Prediction
-from align.families import LORA_FILE, Cond, Family
+from align.families import LORA_FILE, Conditioning, Family
 from align.objectives import Context
-from align.objectives.opd import OPD, Form, Normalise, divergence
-from align.objectives.rows import Table
+from align.objectives.opd import OPD, Form, Normalize, divergence
+from align.objectives.rows import Rows
 from align.objectives.teachers import LoRATeacher, PipelineTeacher, Teacher, average
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler
 from align.train import main
-from align.training.batch_plan import Arithmetic
-from align.training.config import Train
-from align.training.trainer import Loop
+from align.training.batch_plan import BatchPlan
+from align.training.config import TrainConfig
+from align.training.trainer import Trainer
 from tests.helpers import (
     TEXTS,
     Fixed,
@@ -87,8 +87,8 @@ def schools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def experts(school: Path, guidance: float | None = None) -> list[Teacher]:
-    return [LoRATeacher(task, guidance, school / task) for task in ("a", "b")]
+def experts(school: Path, guidance_scale: float | None = None) -> list[Teacher]:
+    return [LoRATeacher(task, guidance_scale, school / task) for task in ("a", "b")]
 
 
 def student(tiny: Build, kind: str, objective: OPD, lora: LoRA | None = LoRA(2), moved: int = 0, **more: Any) -> Policy:
@@ -105,14 +105,14 @@ def tasked(family: Family, count: int = 2) -> PromptBatch:
     return TaskSet(family, rows).batch([k // 2 for k in range(count)])
 
 
-def taught(objective: OPD, policy: Policy, prompts: int = 2) -> tuple[Context, Table]:
+def taught(objective: OPD, policy: Policy, prompts: int = 2) -> tuple[Context, Rows]:
     """A rollout as the loop asks for it."""
     ctx = Context(policy, 0, 0, range(prompts * objective.group))
     with torch.no_grad():
         return ctx, objective.rollout(ctx, tasked(policy.family, prompts))
 
 
-def column(table: Table, name: str) -> Tensor:
+def column(table: Rows, name: str) -> Tensor:
     found = table.images[name]
     assert isinstance(found, Tensor)
     return found
@@ -128,7 +128,7 @@ def test_i2_i3_the_divergence_of_a_flow(steps: int) -> None:
     x, v_s, v_t = (normal(2, *SHAPE, seed=k).double() for k in range(3))
     gap = (v_s - v_t).square().flatten(1).sum(1)
     for i in range(steps):
-        one, other = (Prediction(v, x, 1 - t[i], t[i], "flow") for v in (v_s, v_t))
+        one, other = (Prediction(v, x, 1 - t[i], t[i], "flow_prediction") for v in (v_s, v_t))
         m_s, m_t = kernel(one, grid, i), kernel(other, grid, i)
         dt = t[i + 1] - t[i]
         variance = noise**2 * t[i] / (1 - t[i] if i else 1 - t[1])
@@ -169,13 +169,13 @@ def test_rows_of_several_steps_are_those_of_each() -> None:
     x, one, other = (normal(4, *SHAPE, seed=k) for k in range(3))
     steps = torch.tensor([0, 3, 1, 3])
     for form in ("ode", "sde"):
-        for normalise in NORMALISE:
-            args: Any = (form, normalise)
-            mine, theirs = (Prediction(raw, x, 1 - t[steps], t[steps], "flow") for raw in (one, other))
+        for normalize in NORMALISE:
+            args: Any = (form, normalize)
+            mine, theirs = (Prediction(raw, x, 1 - t[steps], t[steps], "flow_prediction") for raw in (one, other))
             found = divergence(mine, theirs, kernel, grid, steps, *args)
             for row, i in enumerate(steps.tolist()):
                 mine, theirs = (
-                    Prediction(raw[row][None], x[row][None], 1 - t[i], t[i], "flow") for raw in (one, other)
+                    Prediction(raw[row][None], x[row][None], 1 - t[i], t[i], "flow_prediction") for raw in (one, other)
                 )
                 torch.testing.assert_close(found[row][None], divergence(mine, theirs, kernel, grid, i, *args))
 
@@ -192,13 +192,13 @@ def test_i1_a_student_that_is_its_teacher_has_nothing_to_learn(
     ctx, table = taught(objective, policy)
     far = dict(table.images) | {"target": column(table, "target") + 0.1}
     assert sorted(table.tensor("step").tolist()) == [0, 0, 1, 1, 2, 2]
-    for normalise in NORMALISE:
-        objective.normalise = normalise  # type: ignore[assignment]
+    for normalize in NORMALISE:
+        objective.normalize = normalize  # type: ignore[assignment]
         for row in list(table.chunks(1))[:3]:
             loss, metrics = objective.loss(ctx, row)
-            away, _ = objective.loss(ctx, Table(row.rows, far, row.image))
+            away, _ = objective.loss(ctx, Rows(row.rows, far, row.image))
             assert loss.item() == metrics["divergence"].item() < 1e-7 * away.item()
-            if normalise == "paper":
+            if normalize == "paper":
                 continue  # "code" but for a factor
             # the gradient is linear in the difference, which is rounding here (1.4e-4 of it was seen) and 0.1 there
             assert gradients(policy, loss).abs().max() < 2e-4 * gradients(policy, away).abs().max()
@@ -217,7 +217,9 @@ def test_i4_the_policy_gradient_of_a_toy_averages_to_the_closed_form() -> None:
     """And scatters, where the closed form is one number; in float64, N(theta, s²) against N(0.4, s²)."""
     theta = torch.tensor([[0.1, -0.2, 0.9]], dtype=torch.float64, requires_grad=True)
     target, std, count = torch.full((1, 3), 0.4, dtype=torch.float64), 0.5, 20_000
-    one, other = (Prediction(raw[..., None, None], torch.zeros(1, 3, 1, 1), *Z, "flow") for raw in (theta, target))
+    one, other = (
+        Prediction(raw[..., None, None], torch.zeros(1, 3, 1, 1), *Z, "flow_prediction") for raw in (theta, target)
+    )
     t = torch.tensor([1.0, 0.0])
     loss = divergence(one, other, Fixed(std), Grid(t, 1 - t, t), 0, "sde", "paper").sum()
     (closed,) = torch.autograd.grad(loss, theta)
@@ -239,7 +241,7 @@ Z = (torch.zeros(()), torch.ones(()))
 def test_i4_the_policy_gradient_of_a_policy_averages_to_the_closed_form(tiny: Build, schools: dict[str, Path]) -> None:
     """Of a real network's parameters, at one state that the student visited, along random directions."""
     objective = OPD([LoRATeacher(path=schools["flow"] / "a")], Sampler(3, 1.0), form="sde")
-    objective.normalise = "paper"
+    objective.normalize = "paper"
     policy = student(tiny, "flow", objective, moved=2)
     ctx, table = taught(objective, policy)
     (row,) = (chunk for chunk in table.chunks(1) if (chunk.image == 1).all() and (chunk.tensor("step") == 1).all())
@@ -248,7 +250,9 @@ def test_i4_the_policy_gradient_of_a_policy_averages_to_the_closed_form(tiny: Bu
     bound = table.cond().take(row.tensor("prompt") * 2)  # row 2 of the four is the first of picture 1
     mine = policy.predict(cond, grid.t[1:2], bound, 1.0)
     kernel = objective.sampler.kernel_of(policy.family)
-    theirs = kernel(Prediction(column(table, "target")[1:2, 1], cond, mine.alpha, mine.sigma, "flow"), grid, 1)
+    theirs = kernel(
+        Prediction(column(table, "target")[1:2, 1], cond, mine.alpha, mine.sigma, "flow_prediction"), grid, 1
+    )
     step = kernel(mine, grid, 1)
     directions = normal(len(closed), 6, seed=1)
     batches = []
@@ -309,9 +313,9 @@ def test_using_a_teacher_leaves_no_trace(tiny: Build, kind: str, schools: dict[s
         return said, flags, [(layer.active_adapters, layer.disable_adapters) for layer in policy.adapters]
 
     said, flags, active = found()
-    with policy.using("teacher_a"), torch.no_grad():
+    with policy.adapter("teacher_a"), torch.no_grad():
         theirs = policy.predict(x, t, cond).raw
-    with pytest.raises(ZeroDivisionError), policy.using("teacher_b"):
+    with pytest.raises(ZeroDivisionError), policy.adapter("teacher_b"):
         raise ZeroDivisionError
     with policy.reference(), torch.no_grad():
         base = policy.predict(x, t, cond).raw
@@ -402,7 +406,7 @@ def test_guided_to_conditional(tiny: Build, schools: dict[str, Path]) -> None:
     arguments: Any = {"target": "guided_to_conditional", "sampler": Sampler(3, 4.0)}
     objective = OPD(experts(schools["flow"]), **arguments)
     policy = student(tiny, "flow", objective, moved=3)
-    assert policy.family.null is not None
+    assert policy.family.uncond is not None
     heard = Heard(policy)
     ctx, table = taught(objective, policy)
     assert heard.rows(False) == 2 * (3 + 2 * 2)
@@ -414,13 +418,13 @@ def test_guided_to_conditional(tiny: Build, schools: dict[str, Path]) -> None:
     with torch.no_grad():
         guided, plain = teacher.predict(x, t, cond, 4.0).raw, policy.predict(x, t, cond, 1.0).raw
     torch.testing.assert_close(column(table, "target")[:1, 0], guided, atol=1e-4, rtol=1e-4)
-    objective.normalise = "velocity"
-    first = Table({"step": torch.tensor([0])}, table.images, torch.tensor([0]))
+    objective.normalize = "velocity"
+    first = Rows({"step": torch.tensor([0])}, table.images, torch.tensor([0]))
     expected = (plain - guided).square().mean().item()
     assert objective.loss(ctx, first)[0].item() == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize(
     ("arguments", "theirs"),
     [
@@ -432,11 +436,11 @@ def test_guided_to_conditional(tiny: Build, schools: dict[str, Path]) -> None:
     ],
 )
 def test_a_rollout_costs_what_the_plan_says(
-    tiny: Build, guidance: float, arguments: dict[str, Any], theirs: float | None, schools: dict[str, Path]
+    tiny: Build, guidance_scale: float, arguments: dict[str, Any], theirs: float | None, schools: dict[str, Path]
 ) -> None:
-    objective = OPD(experts(schools["flow"], theirs), Sampler(3, guidance), images_per_prompt=2, **arguments)
+    objective = OPD(experts(schools["flow"], theirs), Sampler(3, guidance_scale), images_per_prompt=2, **arguments)
     policy = student(tiny, "flow", objective)
-    assert policy.family.null is not None
+    assert policy.family.uncond is not None
     heard, plan = Heard(policy), objective.plan(policy.family, None)
     ctx, table = taught(objective, policy)
     assert len(table) == plan.rows * 4  # type: ignore[operator]
@@ -447,7 +451,7 @@ def test_a_rollout_costs_what_the_plan_says(
 
 # the loss
 def test_anchor_step_weights_and_the_last_step(tiny: Build, schools: dict[str, Path]) -> None:
-    arguments: Any = {"sampler": Sampler(3, 1.0), "normalise": "velocity"}
+    arguments: Any = {"sampler": Sampler(3, 1.0), "normalize": "velocity"}
     objective = OPD(experts(schools["flow"]), anchor=0.25, step_weights=[2.0, 0.5], **arguments)
     policy = student(tiny, "flow", objective, moved=3)
     ctx, table = taught(objective, policy)
@@ -552,7 +556,11 @@ def test_teachers_that_cannot_teach_are_refused(
     for lora, teacher, message in (
         (None, LoRATeacher(path=path), r"a LoRA teaches a LoRA student.*PipelineTeacher"),
         (LoRA(2), LoRATeacher(path=tmp_path / "gone"), "no pytorch_lora_weights.safetensors in .*gone"),
-        (LoRA(2), PipelineTeacher(path=str(tiny_folders["epsilon"])), "predicts epsilon .*the student flow on"),
+        (
+            LoRA(2),
+            PipelineTeacher(path=str(tiny_folders["epsilon"])),
+            "predicts epsilon .*the student flow_prediction on",
+        ),
         (LoRA(2), PipelineTeacher(path=str(tmp_path / "gone")), "no model_index.json"),
     ):
         with pytest.raises(UserError, match=message):
@@ -566,7 +574,9 @@ def test_a_pipeline_of_another_shape_is_refused(
     monkeypatch.setattr(
         Family, "latent_shape", lambda self, side=None: (16, 8, 8) if "/" in self.source else plain(self, side)
     )
-    with pytest.raises(UserError, match=r"flow on latents \(16, 8, 8\), the student flow on \(4, 8, 8\)"):
+    with pytest.raises(
+        UserError, match=r"flow_prediction on latents \(16, 8, 8\), the student flow_prediction on \(4, 8, 8\)"
+    ):
         student(tiny, "flow", OPD([PipelineTeacher(path=str(tiny_folders["flow"]))], Sampler(2, 1.0)))
 
 
@@ -645,11 +655,11 @@ def test_a_share_that_is_no_multiple_of_the_tasks_is_refused(
     """Two tasks: of 3 items, of one or three for each process, and of 5 items that two processes share by pictures."""
     data = TaskPrompts({task: prompt_file(tmp_path, TEXTS, task) for task in ("a", "b")})
     objective = OPD([LoRATeacher("a"), LoRATeacher("b")], Sampler(2, 1.0), images_per_prompt=group)
-    config = Train(data, objective, rollout_batch_size=items, train_batch_size=1)
+    config = TrainConfig(data, objective, rollout_batch_size=items, train_batch_size=1)
     with pytest.raises(UserError, match="items .* do not divide among the 2 tasks of data"):
-        Arithmetic(config, tiny("flow"), world).check()
+        BatchPlan(config, tiny("flow"), world).check()
     config.rollout_batch_size = 4
-    Arithmetic(config, tiny("flow"), world).check()
+    BatchPlan(config, tiny("flow"), world).check()
 
 
 # whole runs
@@ -659,7 +669,7 @@ def distilling(pipeline: Path, folder: Path, school: Path, **arguments: Any) -> 
         {"class_path": "LoRATeacher", "init_args": {"task": t.task, "path": str(t.path)}}  # type: ignore[attr-defined]
         for t in experts(school)
     ]
-    arguments = {"teachers": teachers, "sampler": {"steps": 3, "guidance": 2.0}} | arguments
+    arguments = {"teachers": teachers, "sampler": {"num_inference_steps": 3, "guidance_scale": 2.0}} | arguments
     config = online(pipeline, folder, "OPD", **arguments)
     files = {task: prompt_file(folder, texts, task) for task, texts in (("a", A), ("b", B))}
     config["data"] = {"class_path": "TaskPrompts", "init_args": {"tasks": files}}
@@ -677,7 +687,7 @@ def test_i5_i6_a_run_trains_the_student_and_nothing_else(
     schools: dict[str, Path],
 ) -> None:
     """One optimiser step a round; base and teachers bit-identical afterwards, and absent from what is saved."""
-    config = distilling(tiny_folders[kind], tmp_path, schools[kind], form=form, normalise="velocity")
+    config = distilling(tiny_folders[kind], tmp_path, schools[kind], form=form, normalize="velocity")
     loaded = families_loaded(monkeypatch)
     assert main(["--config", write(config, max_train_steps=4, ema_decay=0.5)]) == 0
     fresh = families.load(str(tiny_folders[kind]))
@@ -721,7 +731,7 @@ def test_the_average_of_weights_begins_at_the_cold_start(
     tiny: Build, tiny_folders: dict[str, Path], tmp_path: Path, schools: dict[str, Path]
 ) -> None:
     config = distilling(tiny_folders["flow"], tmp_path, schools["flow"], cold_start=True) | {"ema_decay": 0.9}
-    loop = Loop(*parse(Train, "align.train", None, ["--config", write(config)]))
+    loop = Trainer(*parse(TrainConfig, "align.train", None, ["--config", write(config)]))
     own = loop.policy.parameters()
     assert loop.policy.ema is not None and any(p.any() for p in delta(loop.policy, "default"))
     assert all(torch.equal(a, b) for a, b in zip(own, loop.policy.ema.shadow_params, strict=True))
@@ -773,9 +783,9 @@ class Lines(nn.Module):
     """Policy and family in one: the velocity is linear in the latent, with a matrix for each of two kinds of prompt."""
 
     device = torch.device("cpu")
-    default_guidance = 1.0
+    default_guidance_scale = 1.0
     kernel = FlowSDE(0.5)
-    kind = "flow"
+    prediction_type = "flow_prediction"
 
     def __init__(self) -> None:
         super().__init__()
@@ -798,9 +808,9 @@ class Lines(nn.Module):
 
     def answer(self, maps: Tensor, x: Tensor, t: Tensor) -> Prediction:
         raw = torch.einsum("bij,bj->bi", maps, x.flatten(1)).view_as(x)
-        return Prediction(raw, x, 1 - t, t, "flow")
+        return Prediction(raw, x, 1 - t, t, "flow_prediction")
 
-    def predict(self, x: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Prediction:
+    def predict(self, x: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0) -> Prediction:
         return self.answer(torch.einsum("bk,kij->bij", cond["which"], self.maps), x, t)
 
 
@@ -813,23 +823,23 @@ class LinearTeacher(Teacher):
     def open(self, policy: Policy) -> None:
         self.map = 0.5 * normal(4, 4, seed=self.seed)
 
-    def conditions(self, policy: Policy, batch: PromptBatch) -> Cond:
+    def conditions(self, policy: Policy, batch: PromptBatch) -> Conditioning:
         return batch.cond
 
-    def predict(self, policy: Any, x: Tensor, t: Tensor, cond: Cond, guidance: float) -> Prediction:
+    def predict(self, policy: Any, x: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
         return policy.answer(self.map.expand(len(x), 4, 4), x, t)
 
 
-@pytest.mark.parametrize(("form", "normalise"), [("ode", "code"), ("sde", "paper"), ("sde", "velocity")])
-def test_a_toy_student_reaches_two_teachers(form: Form, normalise: Normalise) -> None:
+@pytest.mark.parametrize(("form", "normalize"), [("ode", "code"), ("sde", "paper"), ("sde", "velocity")])
+def test_a_toy_student_reaches_two_teachers(form: Form, normalize: Normalize) -> None:
     """On disjoint prompts, to a mean square of 1e-3, which the average of the two misses by far."""
     teachers: Sequence[LinearTeacher] = [LinearTeacher("a", None, 1), LinearTeacher("b", None, 2)]
-    objective = OPD(list(teachers), Sampler(4, 1.0), images_per_prompt=4, form=form, normalise=normalise)
+    objective = OPD(list(teachers), Sampler(4, 1.0), images_per_prompt=4, form=form, normalize=normalize)
     policy: Any = Lines()
     objective.prepare(policy, None)
     which = torch.eye(2).repeat(2, 1)
     rows = [{"prompt": f"p{k}", "task": "ab"[k % 2]} for k in range(4)]
-    batch = PromptBatch([row["prompt"] for row in rows], Cond({"which": which}), list(rows), list(range(4)))
+    batch = PromptBatch([row["prompt"] for row in rows], Conditioning({"which": which}), list(rows), list(range(4)))
     optimiser = torch.optim.Adam(policy.parameters(), lr=0.05)
     for step in range(120):
         ctx = Context(policy, 0, step, range(4 * 4))

@@ -135,7 +135,7 @@ def test_a_wheel_in_an_empty_environment_finds_everything(tmp_path: Path) -> Non
         "import align, rewards, pruning, pathlib; from align import families; "
         "from align.data.preferences import read_pairs; "
         "assert 'empty' in align.__file__; "
-        "print([families.load(name).kind for name in ('shapes-sd', 'shapes-sd3')]); "
+        "print([families.load(name).prediction_type for name in ('shapes-sd', 'shapes-sd3')]); "
         "print(len(read_pairs('shapes-preferences', 'train')))"
     )
     done = subprocess.run([python, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)

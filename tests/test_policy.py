@@ -99,7 +99,7 @@ def test_average_of_weights(tiny: Build) -> None:
     current = [p.clone() for p in policy.parameters()]
     assert policy.ema is not None
     decay = policy.ema.cur_decay_value
-    with policy.averaged():
+    with policy.ema_scope():
         for old, new, now in zip(before, current, policy.parameters(), strict=True):
             torch.testing.assert_close(now.detach(), decay * old + (1 - decay) * new)
     assert all(torch.equal(a, b) for a, b in zip(current, policy.parameters(), strict=True))
@@ -156,7 +156,7 @@ def test_autocast_never_answers_with_weights_that_were_exchanged(tiny: Build, tm
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=together):
             with torch.enable_grad():
                 found.append(say(policy).detach())
-            for other in (policy.reference, policy.averaged):
+            for other in (policy.reference, policy.ema_scope):
                 with other(), torch.enable_grad():
                     found.append(say(policy).detach())
             with torch.enable_grad():

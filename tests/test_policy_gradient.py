@@ -16,12 +16,12 @@ from align.common.errors import UserError
 from align.diffusion.kernels import DDIM
 from align.objectives.online import advantages
 from align.objectives.online.advantages import PromptHistory
-from align.objectives.online.replay import log_probs, transition
+from align.objectives.online.replay import log_probs, replay_step
 from align.objectives.online.rewards import RewardSetting, Scorer
 from align.objectives.policy_gradient import PolicyGradient
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.policy.policy import LoRA, Policy
-from align.sampling.sampler import Sampler, Window
+from align.sampling.sampler import Sampler, SDEWindow
 from tests.helpers import Bright, Fixed, Flat, Toy, gradients, moved, prompted, rolled
 from tests.pipelines import Build
 from tests.test_policy import disturb
@@ -38,8 +38,8 @@ def scores(seed: int = 0) -> Tensor:
 
 
 # advantages
-@pytest.mark.parametrize("spread", ["group", "global", "none"])
-def test_r7_group_advantages_are_the_plain_loop(spread: Literal["group", "global", "none"]) -> None:
+@pytest.mark.parametrize("spread", ["group", "batch", "none"])
+def test_r7_group_advantages_are_the_plain_loop(spread: Literal["group", "batch", "none"]) -> None:
     rewards = scores()
     expected = []
     for k in range(8):
@@ -59,7 +59,7 @@ def test_r7_mean_0_std_1_and_the_order_of_pictures_does_not_matter() -> None:
         mine = found[group == GROUPS]
         assert mine.mean() == pytest.approx(0, abs=1e-12)
         assert mine.std(correction=0) == pytest.approx(1)
-    for spread in ("group", "global", "none"):
+    for spread in ("group", "batch", "none"):
         straight = advantages.group_advantages(rewards, GROUPS, spread)
         mixed = advantages.group_advantages(rewards[order], GROUPS[order], spread)
         torch.testing.assert_close(mixed, straight[order])
@@ -69,7 +69,7 @@ def test_rounding_does_not_make_a_group_of_equals_differ() -> None:
     """The mean of three 0.1 is not 0.1."""
     rewards = torch.full((3,), 0.1, dtype=torch.float64)
     assert (advantages.group_advantages(rewards, torch.zeros(3), "group", eps=0) == 0).all()
-    assert advantages.alike(scores(), GROUPS).tolist() == [False] * 6 + [True] * 2
+    assert advantages.zero_std_mask(scores(), GROUPS).tolist() == [False] * 6 + [True] * 2
 
 
 def test_batch_advantages() -> None:
@@ -143,11 +143,11 @@ def test_gdpo_normalises_each_reward_and_then_the_sum() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"advantage": "group", "spread": "global"},
-        {"advantage": "group", "spread": "group"},
+        {"advantage": "group", "scale_rewards": "batch"},
+        {"advantage": "group", "scale_rewards": "group"},
         {"advantage": "batch"},
         {"advantage": "history", "history_min_count": 1},
-        {"rewards": "each", "spread": "group"},
+        {"rewards": "each", "scale_rewards": "group"},
     ],
 )
 def test_a_rollout_uses_the_advantage_it_is_told_to(tiny: Build, arguments: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ def test_a_rollout_uses_the_advantage_it_is_told_to(tiny: Build, arguments: dict
         seen = Bright().score(images=policy.family.to_image(pictures), prompts=[""] * 6).double()
     total = 2 * seen + 0.5
     expected = {
-        "group": lambda: advantages.group_advantages(total, groups, objective.spread),
+        "group": lambda: advantages.group_advantages(total, groups, objective.scale_rewards),
         "batch": lambda: advantages.batch_advantages(total),
         "history": lambda: advantages.group_advantages(total, groups, "group", eps=1e-6),  # a prompt each, one rollout
     }[objective.advantage]()
@@ -178,7 +178,7 @@ def test_a_rollout_uses_the_advantage_it_is_told_to(tiny: Build, arguments: dict
 def test_advantages_are_cut(tiny: Build) -> None:
     found = []
     for limit in (5.0, 0.5):
-        objective = PolicyGradient(Sampler(2, 1.0), 6, spread="group", adv_clip_max=limit)
+        objective = PolicyGradient(Sampler(2, 1.0), 6, scale_rewards="group", adv_clip_max=limit)
         found.append(rolled(objective, moved(tiny, "epsilon"), 1)[1].images["advantage"])
     whole, cut = found
     assert isinstance(whole, Tensor) and isinstance(cut, Tensor)
@@ -216,17 +216,17 @@ def test_what_is_only_watched_teaches_nothing(tiny: Build) -> None:
 
 # the loss
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_r1_ratio_is_1_and_the_gradient_reinforces(tiny: Build, kind: str, guidance: float) -> None:
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_r1_ratio_is_1_and_the_gradient_reinforces(tiny: Build, kind: str, guidance_scale: float) -> None:
     """Before any update the gradient is that of -A log p, the REINFORCE estimate."""
-    policy, objective = moved(tiny, kind), PolicyGradient(Sampler(3, guidance, batch_size=4), 3)
+    policy, objective = moved(tiny, kind), PolicyGradient(Sampler(3, guidance_scale, batch_size=4), 3)
     ctx, table = rolled(objective, policy)
     loss, metrics = objective.loss(ctx, table)
     assert abs(metrics["ratio_mean"] - 1) < 1e-5
     assert abs(metrics["ratio_max"] - 1) < 1e-4
     assert metrics["clip_fraction"] == 0
     assert metrics["approx_kl"] < 1e-9
-    step, y = transition(ctx, objective.sampler, table.images, table.image, table.tensor("step"))
+    step, y = replay_step(ctx, objective.sampler, table.images, table.image, table.tensor("step"))
     reinforce = -(table.tensor("advantage") * step.log_prob(y)).mean()
     torch.testing.assert_close(gradients(policy, loss), gradients(policy, reinforce), atol=1e-6, rtol=1e-3)
 
@@ -237,12 +237,12 @@ def test_the_gradient_at_ratio_1_by_finite_difference(tiny: Build, kind: str) ->
     policy, objective = moved(tiny, kind), PolicyGradient(Sampler(3, 2.0), 3)
     ctx, table = rolled(objective, policy)
     policy.denoiser.double()
-    policy.family._null = policy.family.null.to("cpu", torch.float64)
+    policy.family._null = policy.family.uncond.to("cpu", torch.float64)
     images: dict[str, Any] = {name: table.images[name] for name in ("prompt", "steps", "advantage")}
     images |= {name: table.images[name].to(dtype=torch.float64) for name in ("latents", "advantage")}
     images["cond"] = table.images["cond"].to("cpu", torch.float64)
     images["log_probs"] = log_probs(ctx, objective.sampler, images, 32)
-    table = Table(table.rows, images, table.image)
+    table = Rows(table.rows, images, table.image)
     parameters = policy.parameters()
     generator = torch.Generator().manual_seed(4)
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
@@ -263,12 +263,12 @@ def test_the_gradient_at_ratio_1_by_finite_difference(tiny: Build, kind: str) ->
     assert abs(numeric) > 1e-5
 
 
-def toy_rows(toy: Toy, y: Tensor, advantage: Tensor, old: Tensor | None = None, **more: Any) -> Table:
+def toy_rows(toy: Toy, y: Tensor, advantage: Tensor, old: Tensor | None = None, **more: Any) -> Rows:
     """One step that drew ``y`` (N, D) for advantages (N,)."""
     columns = toy.columns(y) | {"advantage": advantage} | more
     sampler = Sampler(1, 1.0, STEP)
     found = log_probs(toy.context(len(y)), sampler, columns, len(y)) if old is None else old
-    return Table({"step": torch.zeros(len(y), dtype=torch.long)}, columns | {"log_probs": found}, torch.arange(len(y)))
+    return Rows({"step": torch.zeros(len(y), dtype=torch.long)}, columns | {"log_probs": found}, torch.arange(len(y)))
 
 
 STEP = Fixed(0.5)
@@ -343,7 +343,7 @@ def test_guard_log_ratio_is_the_mean_of_delta_times_z() -> None:
             "means": torch.zeros(count, 1, size, 1, 1, dtype=torch.float64),
             "log_probs": torch.zeros(count, 1, dtype=torch.float64),
         }
-        rows = Table({"step": torch.zeros(count, dtype=torch.long)}, columns, torch.arange(count))
+        rows = Rows({"step": torch.zeros(count, dtype=torch.long)}, columns, torch.arange(count))
         sampler = Sampler(4, 1.0, Fixed(std))  # the toy's grid: |dt| is 1/4
         guarded = PolicyGradient(sampler, 2, step_normalisation="guard", clip_range=10.0)
         loss, metrics = guarded.loss(toy.context(count), rows)
@@ -373,9 +373,9 @@ def test_r5_exact_kl_and_flow_grpos(tiny: Build, kind: str) -> None:
     table = table.take(torch.tensor([1]))
     where = ctx, Sampler(3, 1.0), table.images, table.image, table.tensor("step")
     with torch.no_grad():
-        now, _ = transition(*where)
+        now, _ = replay_step(*where)
         with policy.reference():
-            base, _ = transition(*where)
+            base, _ = replay_step(*where)
     exact = float(((now.mean - base.mean).square() / (2 * now.std.reshape(-1, 1, 1, 1) ** 2)).mean())
     measured = {}
     for kl in ("exact", "flow_grpo"):
@@ -449,7 +449,7 @@ def test_random_steps_belong_to_the_picture(tiny: Build) -> None:
 def test_other_weights_than_the_rollouts_are_noticed(tiny: Build, guard: Literal["none", "guard"]) -> None:
     policy, objective = moved(tiny, "epsilon"), PolicyGradient(Sampler(2, 1.0), 2, step_normalisation=guard)
     ctx, table = rolled(objective, policy)
-    fresh = type(ctx)(policy, 0, 0, ctx.positions, ctx.scorer, fresh=True, tolerance=1e-4)
+    fresh = type(ctx)(policy, 0, 0, ctx.sample_indices, ctx.scorer, on_policy=True, tolerance=1e-4)
     objective.loss(fresh, table)
     disturb(policy, 0.1)
     with pytest.raises(UserError, match=r"likelihood ratio off 1 by .* \(allowed 0\.0001\).*Likely causes: half"):
@@ -470,7 +470,7 @@ def test_dropout_is_noticed(tiny: Build) -> None:
             module.p = 0.5
     policy.denoiser.train()
     with pytest.raises(UserError, match="dropout"):
-        objective.loss(type(ctx)(policy, 0, 0, ctx.positions, ctx.scorer, fresh=True), table)
+        objective.loss(type(ctx)(policy, 0, 0, ctx.sample_indices, ctx.scorer, on_policy=True), table)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_dropout_is_noticed(tiny: Build) -> None:
         ({"clip_range": 0.0}, "must be positive"),
         ({"beta": -1.0}, "beta at least 0"),
         ({"timestep_fraction": 0.0}, "timestep_fraction must be in"),
-        ({"timestep_fraction": 0.5, "window": Window(2)}, "give one of them"),
+        ({"timestep_fraction": 0.5, "window": SDEWindow(2)}, "give one of them"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -28,7 +28,7 @@ def test_both_pipelines_side_by_side_are_those_of_one_after_the_other(tmp_path: 
     for name in ("shapes-sd", "shapes-sd3"):
         pretrain(alone, "--only", name)
     for name, part in {"shapes-sd": "unet", "shapes-sd3": "transformer"}.items():
-        assert families.load(str(together / "made" / name)).default_steps == 20
+        assert families.load(str(together / "made" / name)).default_num_inference_steps == 20
         file = Path("made") / name / part / "diffusion_pytorch_model.safetensors"
         ours, theirs = load_file(together / file), load_file(alone / file)
         assert ours.keys() == theirs.keys()

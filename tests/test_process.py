@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from align.diffusion.kernels import DDIM, FlowSDE, Gaussian, Kernel, Step, Within
-from align.diffusion.process import Grid, Prediction, diffuse, like
+from align.diffusion.kernels import DDIM, FlowSDE, Gaussian, Kernel, Step, WindowedKernel
+from align.diffusion.process import Grid, Prediction, add_noise, append_dims
 
-KINDS = ("epsilon", "v", "flow")
+KINDS = ("epsilon", "v_prediction", "flow_prediction")
 
 
 def coefficients(kind: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if kind == "flow":
+    if kind == "flow_prediction":
         return 1 - t, t
     return torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)
 
@@ -30,7 +30,7 @@ def test_true_target_gives_back_data_and_noise(kind: str) -> None:
     torch.manual_seed(0)
     x0, eps = torch.randn(2, 5, 3, 4, dtype=torch.float64).unbind()
     alpha, sigma = coefficients(kind, torch.linspace(0.1, 0.9, 5, dtype=torch.float64))
-    x_t = diffuse(x0, eps, alpha, sigma)
+    x_t = add_noise(x0, eps, alpha, sigma)
     target = Prediction(x0, x_t, alpha, sigma, kind).target(x0, eps)
     prediction = Prediction(target, x_t, alpha, sigma, kind)
     torch.testing.assert_close(prediction.x0, x0)
@@ -39,7 +39,7 @@ def test_true_target_gives_back_data_and_noise(kind: str) -> None:
 
 def test_half_precision_is_read_in_single() -> None:
     raw = torch.randn(2, 3, dtype=torch.bfloat16)
-    prediction = Prediction(raw, raw, torch.tensor(0.5), torch.tensor(0.5), "flow")
+    prediction = Prediction(raw, raw, torch.tensor(0.5), torch.tensor(0.5), "flow_prediction")
     assert prediction.x0.dtype == prediction.eps.dtype == torch.float32
 
 
@@ -92,7 +92,7 @@ def test_flow_without_noise_is_euler() -> None:
     torch.manual_seed(4)
     x, velocity = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
     grid = flow_grid(4)
-    prediction = Prediction(velocity, x, grid.alpha[1], grid.sigma[1], "flow")
+    prediction = Prediction(velocity, x, grid.alpha[1], grid.sigma[1], "flow_prediction")
     euler = x - 0.25 * velocity
     for kernel in (FlowSDE(0.0), DDIM(0.0)):
         step = kernel(prediction, grid, 1)
@@ -108,7 +108,7 @@ def test_flow_sde_is_the_paper_formula() -> None:
     for i in range(5):
         t, s = float(grid.sigma[i]), float(grid.sigma[i + 1])
         dt, s2 = s - t, 0.7**2 * t / (1 - t if t < 1 else 1 - s)
-        step = FlowSDE(0.7)(Prediction(v, x, grid.alpha[i], grid.sigma[i], "flow"), grid, i)
+        step = FlowSDE(0.7)(Prediction(v, x, grid.alpha[i], grid.sigma[i], "flow_prediction"), grid, i)
         expected = x * (1 + s2 * dt / (2 * t)) + v * (1 + s2 * (1 - t) / (2 * t)) * dt
         torch.testing.assert_close(step.mean, expected)
         assert float(step.std) == pytest.approx(math.sqrt(s2 * -dt))
@@ -141,7 +141,7 @@ def toy_end(kernel: Kernel, steps: int) -> torch.Tensor:
         t = grid.t[i]
         gain = (t - (1 - t) * deviation**2) / ((1 - t) ** 2 * deviation**2 + t**2)
         velocity = gain * (x - (1 - t) * mean) - mean
-        step = kernel(Prediction(velocity, x, grid.alpha[i], grid.sigma[i], "flow"), grid, i)
+        step = kernel(Prediction(velocity, x, grid.alpha[i], grid.sigma[i], "flow_prediction"), grid, i)
         x = step.sample(torch.randn(x.shape, dtype=torch.float64, generator=generator))
     return x
 
@@ -173,12 +173,12 @@ def test_cps_keeps_no_marginal(steps: int, std: float) -> None:
 
 # steps of a training batch
 @pytest.mark.parametrize("kernel", [DDIM(0.0), DDIM(1.0), FlowSDE(0.7)])
-@pytest.mark.parametrize("kind", ["epsilon", "v", "flow"])
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_a_step_for_each_row_is_the_step_for_all(kernel: Kernel, kind: str) -> None:
-    if isinstance(kernel, FlowSDE) and kind != "flow":
+    if isinstance(kernel, FlowSDE) and kind != "flow_prediction":
         pytest.skip("FlowSDE is for flows")
     torch.manual_seed(8)
-    t = torch.linspace(0.98, 0.02, 6, dtype=torch.float64) if kind != "flow" else flow_grid(5).t
+    t = torch.linspace(0.98, 0.02, 6, dtype=torch.float64) if kind != "flow_prediction" else flow_grid(5).t
     grid = Grid(t, *coefficients(kind, t))
     steps = torch.tensor([4, 0, 2, 2, 1])
     x, raw, y = torch.randn(3, 5, 2, 3, dtype=torch.float64).unbind()
@@ -196,9 +196,9 @@ def test_a_step_for_each_row_is_the_step_for_all(kernel: Kernel, kind: str) -> N
 
 def test_within_is_the_kernel_inside_and_deterministic_outside() -> None:
     x, velocity = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).unbind()
-    grid, kernel = flow_grid(5), Within(FlowSDE(0.7), range(1, 3))
+    grid, kernel = flow_grid(5), WindowedKernel(FlowSDE(0.7), range(1, 3))
     for i in range(5):
-        prediction = Prediction(velocity, x, grid.alpha[i], grid.sigma[i], "flow")
+        prediction = Prediction(velocity, x, grid.alpha[i], grid.sigma[i], "flow_prediction")
         step, inside = kernel(prediction, grid, i), FlowSDE(0.7)(prediction, grid, i)
         if i in (1, 2):
             assert torch.equal(step.mean, inside.mean) and torch.equal(step.std, inside.std)
@@ -230,7 +230,7 @@ def test_the_mean_log_ratio_is_biased() -> None:
     std = torch.tensor(0.5, dtype=torch.float64)
     shift = torch.full((1, size), math.sqrt(2 * k) * 0.5, dtype=torch.float64)
     old = Gaussian(torch.zeros(20_000, size, dtype=torch.float64), std)
-    new = Gaussian(like(torch.ones(20_000, dtype=torch.float64), old.mean) * shift, std)
+    new = Gaussian(append_dims(torch.ones(20_000, dtype=torch.float64), old.mean) * shift, std)
     assert new.kl(old)[0] == pytest.approx(k)
     x = old.sample(torch.randn(20_000, size, dtype=torch.float64))
     ratio = (new.log_prob(x) - old.log_prob(x)).exp()

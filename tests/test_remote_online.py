@@ -55,7 +55,7 @@ def url() -> Iterator[str]:
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
     """Two rollouts of the embedded world: two prompts, two pictures each, of whose steps one is trained."""
-    settings = {"sampler": {"steps": 4, "guidance": 3.0}, "window": {"size": 1}}
+    settings = {"sampler": {"num_inference_steps": 4, "guidance_scale": 3.0}, "window": {"size": 1}}
     config = online(Path("shapes-sd"), tmp_path, "PolicyGradient", images_per_prompt=2, **settings)
     return config | {"rollout_batch_size": 2, "train_batch_size": 4, "max_train_steps": 2}
 

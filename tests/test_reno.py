@@ -17,7 +17,7 @@ from align.families import LORA_FILE
 from align.objectives import Context
 from align.objectives.online.rewards import Scorer
 from align.objectives.reno import BestNoise, ReNO
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.policy.initial_noise import NOISE_FILE, InitialNoise
 from align.policy.policy import Policy
 from align.sampling.generate import sample_images
@@ -79,19 +79,21 @@ def best_noise(policy: Policy) -> BestNoise:
 
 # the gradient
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (2, 3.0)])
-def test_the_gradient_reaches_the_noise(tiny: Build, kind: str, steps: int, guidance: float) -> None:
+@pytest.mark.parametrize(("num_inference_steps", "guidance_scale"), [(1, 1.0), (2, 3.0)])
+def test_the_gradient_reaches_the_noise(
+    tiny: Build, kind: str, num_inference_steps: int, guidance_scale: float
+) -> None:
     """d loss / d z against a central difference, in float64, along a random direction; through all steps, guidance and
     decoder, for every prompt of the batch."""
-    policy, objective = learner(tiny, kind), ReNO(steps, guidance, prior_weight=0.01)
+    policy, objective = learner(tiny, kind), ReNO(num_inference_steps, guidance_scale, prior_weight=0.01)
     noise, family = best_noise(policy), policy.family
     ctx, table = rolled(objective, policy)
     cond = prompted(policy, 2).cond.to("cpu", torch.float64)
-    null = family.null.to("cpu", torch.float64)
+    uncond = family.uncond.to("cpu", torch.float64)
     for part in (family.denoiser, family.pipe.vae, noise):
         part.double()
-    family._null = null
-    table = Table(table.rows, {"cond": cond}, table.image)
+    family._uncond = uncond
+    table = Rows(table.rows, {"cond": cond}, table.image)
     loss, _ = objective.loss(ctx, table)
     loss.backward()
     grad = noise.left["mean"].grad
@@ -100,7 +102,7 @@ def test_the_gradient_reaches_the_noise(tiny: Build, kind: str, steps: int, guid
 
     def value(z: Tensor) -> float:
         with torch.no_grad():
-            images = family.to_image(sample(policy.predict, family.grid(steps), cond, z, guidance))
+            images = family.to_image(sample(policy.predict, family.grid(num_inference_steps), cond, z, guidance_scale))
             norm = z.flatten(1).norm(dim=1)
             prior = (DIMS - 1) * norm.log() - norm.square() / 2
             return -(images.mean((1, 2, 3)) + 0.01 * prior).double().mean().item()
@@ -194,18 +196,18 @@ def test_steps_raise_the_reward_and_the_first_is_what_it_started_from(tiny: Buil
 
 
 # what it costs, and what it refuses
-@pytest.mark.parametrize(("kind", "guidance"), [("epsilon", 2.0), ("flow", 1.0)])
-def test_an_update_costs_what_the_plan_says(tiny: Build, kind: str, guidance: float) -> None:
-    policy, objective = learner(tiny, kind), ReNO(3, guidance)
+@pytest.mark.parametrize(("kind", "guidance_scale"), [("epsilon", 2.0), ("flow", 1.0)])
+def test_an_update_costs_what_the_plan_says(tiny: Build, kind: str, guidance_scale: float) -> None:
+    policy, objective = learner(tiny, kind), ReNO(3, guidance_scale)
     plan, heard = objective.plan(policy.family, None), Heard(policy)
-    assert policy.family.null is not None
+    assert policy.family.uncond is not None
     ctx, table = rolled(objective, policy)
     objective.loss(ctx, table)[0].backward()
     assert heard.rows(True) == policy.evaluations["trained"] == plan.trained * 2
     assert heard.rows(False) == policy.evaluations["frozen"] == plan.frozen == 0
 
 
-@pytest.mark.parametrize("arguments", [{"steps": 0}, {"prior_weight": -1.0}])
+@pytest.mark.parametrize("arguments", [{"num_inference_steps": 0}, {"prior_weight": -1.0}])
 def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="steps must be at least 1 and prior_weight at least 0"):
         ReNO(**arguments)
@@ -215,7 +217,7 @@ def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any]) -> None:
 @pytest.fixture
 def config(tiny_folders: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
     """Three prompts, all in every update."""
-    config = online(tiny_folders["flow"], tmp_path, "ReNO", guidance=1.0)
+    config = online(tiny_folders["flow"], tmp_path, "ReNO", guidance_scale=1.0)
     data = {"class_path": "Prompts", "init_args": {"path": prompt_file(tmp_path, TEXTS[:2])}}
     config |= {"data": data, "rollout_batch_size": 2, "train_batch_size": 2, "learning_rate": 30.0}
     return config | {"sgd_momentum": 0.9, "max_grad_norm": 0.1, "max_train_steps": 4}

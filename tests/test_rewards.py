@@ -24,7 +24,7 @@ from torch import Tensor
 from align.common.command import parse as parse_settings
 from align.objectives.online.rewards import RewardSetting, Scorer
 from align.shapes.world import COMBINATIONS, SIZE, Body, caption, draw, outline
-from align.training.config import Train
+from align.training.config import TrainConfig
 from rewards import Reward, RewardError, RewardSum, available, base, checked, load
 from rewards.data.inputs import natural
 from rewards.models.jpeg import JPEGCompressibility, JPEGIncompressibility
@@ -374,7 +374,7 @@ def test_policy_gradient_and_dpo_take_every_reward_by_name(config: str, monkeypa
     arguments = ["--config", str(ROOT / f"configs/{config}.yaml"), "--rewards", json.dumps(wanted)]
     if config == "dpo_shapes":  # held-out prompts, whose pictures are scored while it trains
         arguments += ["--validation_data", "Prompts", "--validation_data.path", "shapes-prompts-heldout"]
-    settings, text = parse_settings(Train, "align.train", None, arguments)
+    settings, text = parse_settings(TrainConfig, "align.train", None, arguments)
     settings.check()
     assert [(r.name, r.weight, r.normalise) for r in settings.rewards] == [(n, 0.5, [1.0, 2.0]) for n in available()]
     assert [entry["name"] for entry in yaml.safe_load(text)["rewards"]] == available()

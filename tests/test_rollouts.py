@@ -14,12 +14,12 @@ from align.diffusion.kernels import DDIM, FlowSDE, Kernel
 from align.diffusion.process import Grid
 from align.objectives import Context
 from align.objectives.online.collect import Rollout, draw, initial, noise_of
-from align.objectives.online.replay import log_probs, transition
+from align.objectives.online.replay import log_probs, replay_step
 from align.objectives.online.rewards import Scorer
 from align.objectives.policy_gradient import PolicyGradient
 from align.policy.policy import LoRA, Policy
 from align.sampling.diversity import pairwise
-from align.sampling.sampler import Sampler, Window, grid_of
+from align.sampling.sampler import Sampler, SDEWindow, grid_of
 from tests.helpers import TEXTS, Bright, Heard, bright, moved, prompted, rolled
 from tests.pipelines import Build
 
@@ -32,7 +32,7 @@ def drawn(policy: Policy, sampler: Sampler, count: int = 6, group: int = 3, firs
     ctx = Context(policy, 0, 0, range(first, first + count), more.pop("scorer", bright()))
     batch = prompted(policy, (first + count - 1) // group - first // group + 1, first // group)
     with torch.no_grad():
-        return draw(ctx, sampler, batch, group, more.pop("keep", range(sampler.steps)), **more)
+        return draw(ctx, sampler, batch, group, more.pop("keep", range(sampler.num_inference_steps)), **more)
 
 
 def latents(rollout: Rollout) -> Tensor:
@@ -41,20 +41,20 @@ def latents(rollout: Rollout) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize(
     ("kind", "kernel"),
     [("epsilon", DDIM(1.0)), ("epsilon", DDIM(0.5)), ("v", DDIM(1.0)), ("flow", FlowSDE(0.7)), ("flow", DDIM(1.0))],
 )
-def test_r1_replay_gives_the_stored_log_probs(tiny: Build, kind: str, kernel: Kernel, guidance: float) -> None:
+def test_r1_replay_gives_the_stored_log_probs(tiny: Build, kind: str, kernel: Kernel, guidance_scale: float) -> None:
     """Drawn 4 at a time with one step for all, replayed 5 at a time with steps mixed. On a flow grid the posterior's
     last step ends at sigma 0 and is deterministic, so it is not kept."""
-    policy, sampler = moved(tiny, kind), Sampler(4, guidance, kernel, batch_size=4)
+    policy, sampler = moved(tiny, kind), Sampler(4, guidance_scale, kernel, batch_size=4)
     rollout = drawn(policy, sampler, means=True, keep=range(3))
     ctx = Context(policy, 0, 0, range(6))
     stored = rollout.columns["log_probs"]
     torch.testing.assert_close(log_probs(ctx, sampler, rollout.columns, 5), stored, atol=1e-5, rtol=1e-5)
-    again, y = transition(ctx, sampler, rollout.columns, torch.tensor([5, 0, 3]), torch.tensor([2, 0, 1]))
+    again, y = replay_step(ctx, sampler, rollout.columns, torch.tensor([5, 0, 3]), torch.tensor([2, 0, 1]))
     kept = rollout.columns["means"]
     assert isinstance(kept, Tensor)
     torch.testing.assert_close(again.mean, kept[[5, 0, 3], [2, 0, 1]], atol=1e-5, rtol=1e-5)
@@ -107,7 +107,7 @@ def test_noise_belongs_to_picture_step_and_rollout(tiny: Build) -> None:
     """Bitwise, and no two of them alike."""
     policy = moved(tiny, "epsilon")
     ctx, half = Context(policy, 0, 5, range(4)), Context(policy, 0, 5, range(2, 4))
-    assert torch.equal(initial(ctx, ctx.positions, SHAPE)[2:], initial(half, half.positions, SHAPE))
+    assert torch.equal(initial(ctx, ctx.sample_indices, SHAPE)[2:], initial(half, half.sample_indices, SHAPE))
     noise = noise_of(ctx, range(4), "step", SHAPE)
     assert torch.equal(noise(1)[2:], noise_of(half, range(2, 4), "step", SHAPE)(1))
     later = Context(policy, 0, 6, range(4))
@@ -171,29 +171,31 @@ def test_rewards_see_every_picture_with_its_prompt_and_metadata(tiny: Build) -> 
 
 # windows
 def test_a_fast_window_lies_anywhere_in_the_first_half() -> None:
-    places = {tuple(Window(2).steps(9, 0, rollout)) for rollout in range(60)}
+    places = {tuple(SDEWindow(2).steps(9, 0, rollout)) for rollout in range(60)}
     assert places == {(0, 1), (1, 2), (2, 3), (3, 4)}
-    assert {tuple(Window(1, until=1).steps(9, 0, rollout)) for rollout in range(9)} == {(0,)}
-    assert Window(2).steps(9, 0, 3) == Window(2).steps(9, 0, 3)
-    assert [Window(2).steps(9, 0, k) for k in range(20)] != [Window(2).steps(9, 1, k) for k in range(20)]
+    assert {tuple(SDEWindow(1, until=1).steps(9, 0, rollout)) for rollout in range(9)} == {(0,)}
+    assert SDEWindow(2).steps(9, 0, 3) == SDEWindow(2).steps(9, 0, 3)
+    assert [SDEWindow(2).steps(9, 0, k) for k in range(20)] != [SDEWindow(2).steps(9, 1, k) for k in range(20)]
 
 
 def test_a_window_begins_no_earlier_than_told() -> None:
-    places = {tuple(Window(2, until=6, start=2).steps(9, 0, rollout)) for rollout in range(60)}
+    places = {tuple(SDEWindow(2, until=6, start=2).steps(9, 0, rollout)) for rollout in range(60)}
     assert places == {(2, 3), (3, 4), (4, 5)}
-    assert [Window(2, until=6, start=3, every=2).steps(9, 0, k)[0] for k in range(5)] == [3, 3, 4, 4, 4]
+    assert [SDEWindow(2, until=6, start=3, every=2).steps(9, 0, k)[0] for k in range(5)] == [3, 3, 4, 4, 4]
 
 
 def test_a_mix_window_moves_from_noise_to_data() -> None:
-    window = Window(4, every=25)
+    window = SDEWindow(4, every=25)
     first = [window.steps(25, 0, rollout)[0] for rollout in range(25 * 30)]
     assert first[:25] == [0] * 25 and first[25] == 1 and first[49] == 1 and first[50] == 2
     assert max(first) == first[-1] == 21
-    assert [Window(2, until=6, every=1, stride=2).steps(8, 0, k)[0] for k in range(4)] == [0, 2, 4, 4]
+    assert [SDEWindow(2, until=6, every=1, stride=2).steps(8, 0, k)[0] for k in range(4)] == [0, 2, 4, 4]
 
 
-@pytest.mark.parametrize("window", [Window(6), Window(2, until=12), Window(11, every=1), Window(2, start=4)])
-def test_a_window_that_does_not_fit_is_refused(window: Window) -> None:
+@pytest.mark.parametrize(
+    "window", [SDEWindow(6), SDEWindow(2, until=12), SDEWindow(11, every=1), SDEWindow(2, start=4)]
+)
+def test_a_window_that_does_not_fit_is_refused(window: SDEWindow) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         PolicyGradient(Sampler(10), window=window)
 
@@ -227,7 +229,7 @@ def test_r9_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build,
         inside = deterministic(kept[:, 0], 1)
     torch.testing.assert_close(pictures[0], after, atol=1e-4, rtol=1e-4)
     assert (kept[:, 1] - inside).abs().mean() > 0.05
-    objective = PolicyGradient(sampler, 3, window=Window(2, every=1, until=3))
+    objective = PolicyGradient(sampler, 3, window=SDEWindow(2, every=1, until=3))
     ctx, table = rolled(objective, policy, step=1)
     heard = Heard(policy)
     objective.loss(ctx, table)[0].backward()
@@ -235,7 +237,7 @@ def test_r9_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build,
 
 
 # cost
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("arguments", "trained_steps"),
@@ -243,19 +245,19 @@ def test_r9_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build,
         ({}, 4),
         ({"timestep_fraction": 0.99}, 3),
         ({"timestep_fraction": 0.5, "timestep_choice": "random"}, 2),
-        ({"window": Window(2)}, 2),
+        ({"window": SDEWindow(2)}, 2),
         ({"step_normalisation": "guard"}, 4),
         ({"kl": "flow_grpo"}, 4),
     ],
 )
 def test_no_evaluation_more_than_the_method_needs(
-    tiny: Build, arguments: dict[str, Any], trained_steps: int, beta: float, guidance: float
+    tiny: Build, arguments: dict[str, Any], trained_steps: int, beta: float, guidance_scale: float
 ) -> None:
     """A rollout asks once a step; training once a trained step, and the reference as often where there is a KL."""
     policy = moved(tiny, "flow")
-    objective = PolicyGradient(Sampler(4, guidance, batch_size=3), 2, beta=beta, **arguments)
-    assert policy.family.null is not None
-    heard, each, pictures = Heard(policy), 1 if guidance == 1.0 else 2, 4
+    objective = PolicyGradient(Sampler(4, guidance_scale, batch_size=3), 2, beta=beta, **arguments)
+    assert policy.family.uncond is not None
+    heard, each, pictures = Heard(policy), 1 if guidance_scale == 1.0 else 2, 4
     ctx, table = rolled(objective, policy)
     assert (heard.rows(False), heard.rows(True)) == (pictures * 4 * each, 0)
     for chunk in table.chunks(3):

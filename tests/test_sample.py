@@ -20,7 +20,7 @@ from align.sampling import generate
 from tests.helpers import TEXTS, errors, prompt_file
 from tests.test_policy import disturb
 
-QUICK = ["--steps", "2", "--guidance", "2.0"]
+QUICK = ["--num_inference_steps", "2", "--guidance_scale", "2.0"]
 
 
 def drawn(folder: Path) -> Tensor:

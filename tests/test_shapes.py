@@ -108,10 +108,14 @@ def test_our_sampler_draws_what_stock_diffusers_draws(name: str) -> None:
         stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
     prompts, x = ["a red star", "two blue circles"], initial_noise(family.latent_shape(), [1, 2])
     theirs = stock(
-        prompts, latents=x.clone(), num_inference_steps=8, guidance_scale=family.default_guidance, output_type="pt"
+        prompts,
+        latents=x.clone(),
+        num_inference_steps=8,
+        guidance_scale=family.default_guidance_scale,
+        output_type="pt",
     ).images
     with torch.no_grad():
-        latents = sample(family.predict, family.grid(8), family.encode(prompts), x, family.default_guidance)
+        latents = sample(family.predict, family.grid(8), family.encode(prompts), x, family.default_guidance_scale)
         torch.testing.assert_close(family.to_image(latents), theirs, atol=2e-4, rtol=1e-3)
 
 

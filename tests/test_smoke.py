@@ -13,7 +13,7 @@ from align.common.command import parse
 from align.families import LORA_FILE
 from align.policy.initial_noise import NOISE_FILE
 from align.train import main
-from align.training.config import Train
+from align.training.config import TrainConfig
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*_smoke.yaml"))
@@ -35,5 +35,5 @@ def test_smoke_config_runs(config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda path: path.stem)
 def test_training_config_parses(config: Path) -> None:
-    settings, _ = parse(Train, "x", None, ["--config", str(config)])
+    settings, _ = parse(TrainConfig, "x", None, ["--config", str(config)])
     assert settings.objective is not None

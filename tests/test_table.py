@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.families import Cond
-from align.objectives.rows import Table
+from align.families import Conditioning
+from align.objectives.rows import Rows
 
 
-def table() -> Table:
+def table() -> Rows:
     image = torch.tensor([0, 0, 0, 1, 1, 2])
     rows = {"t": torch.arange(6)}
-    images = {"advantage": torch.tensor([1.0, 2.0, 3.0]), "cond": Cond({"e": torch.arange(3)[:, None]})}
-    return Table(rows, images, image)
+    images = {"advantage": torch.tensor([1.0, 2.0, 3.0]), "cond": Conditioning({"e": torch.arange(3)[:, None]})}
+    return Rows(rows, images, image)
 
 
 def test_image_columns_are_looked_up_per_row() -> None:
@@ -39,6 +39,6 @@ def test_shuffle_keeps_an_image_together() -> None:
 
 def test_wrong_columns_are_refused() -> None:
     with pytest.raises(ValueError, match="6 rows"):
-        Table({"t": torch.arange(5)}, {}, torch.zeros(6, dtype=torch.long))
+        Rows({"t": torch.arange(5)}, {}, torch.zeros(6, dtype=torch.long))
     with pytest.raises(ValueError, match="both per row and per image"):
-        Table({"t": torch.arange(1)}, {"t": torch.arange(1)}, torch.zeros(1, dtype=torch.long))
+        Rows({"t": torch.arange(1)}, {"t": torch.arange(1)}, torch.zeros(1, dtype=torch.long))

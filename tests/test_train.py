@@ -76,13 +76,13 @@ def config(tiny_folders: dict[str, Path], pairs: Path, tmp_path: Path) -> dict[s
 def test_a_run_folder_is_whole_and_its_config_reruns_it(config: dict[str, Any], tmp_path: Path) -> None:
     folder = Path(config["output_dir"])
     config["validation_data"] = paired(**config["data"]["init_args"], limit=6)
-    config["samples"] = {"prompts": ["a star", "two red stars"], "steps": 2}
+    config["samples"] = {"prompts": ["a star", "two red stars"], "num_inference_steps": 2}
     assert main(["--config", write(config), "--report_to", "tensorboard"]) == 0
     assert {p.name for p in folder.iterdir()} >= {
         "config.yaml", "run.json", "metrics.jsonl", "README.md", LORA_FILE, "samples", "checkpoint-3", "checkpoint-6"
     }  # fmt: skip
     assert [line["step"] for line in lines(folder) if "loss" in line] == list(range(1, 9))
-    assert lines(folder)[0]["held_out/implicit_acc"] == 0.5
+    assert lines(folder)[0]["validation/implicit_acc"] == 0.5
     assert Image.open(folder / "samples/step-000008.png").width > 200
     assert json.loads((folder / "run.json").read_text())["versions"]["torch"].startswith(torch.__version__[:4])
     card = (folder / "README.md").read_text()
@@ -251,7 +251,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config: dict[str, Any], caps
         (["--train_batch_size", "many"], "train_batch_size"),
         (["--objective.beta", "-5"], "beta must be positive, got -5.0"),
         (["--lora.rank", "0"], "rank must be at least 1"),
-        (["--samples.steps", "0"], "samples: steps must be at least 1"),
+        (["--samples.num_inference_steps", "0"], "samples: num_inference_steps must be at least 1"),
     ],
 )
 def test_wrong_keys_and_types_are_one_line(

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from transformers.utils import logging as transformers_logging
 
 from align.common.errors import UserError
+from align.common.renames import tell, upgrade, upgrade_arguments
 from rewards import RewardError
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ def parse(
     leaves the process by status 2, or raises :class:`UserError`."""
     parser = parser_for(settings, prog, description)
     parser.leaves = leaves
-    arguments = _bare_flags(list(sys.argv[1:] if argv is None else argv), settings)
+    told: list[str] = []
+    arguments = upgrade_arguments(_bare_flags(list(sys.argv[1:] if argv is None else argv), settings), told)
+    tell(told, "command line")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            arguments = _forget_replaced(arguments, Path(scratch))
+            arguments = _rewritten(arguments, Path(scratch))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             parser.error(f"--config is no YAML: {error}")
         namespace: Namespace = parser.parse_args(arguments)
@@ -75,9 +78,11 @@ def _bare_flags(arguments: list[str], settings: type[DataclassInstance]) -> list
     ]
 
 
-def _forget_replaced(arguments: list[str], scratch: Path) -> list[str]:
-    """Where the line names another class than the file (``--objective D3PO``), forget the file's arguments of that
-    class: jsonargparse would keep those whose names fit, and a beta of 2000 would slip from DPO into D3PO."""
+def _rewritten(arguments: list[str], scratch: Path) -> list[str]:
+    """Config files in today's names, and without what the line replaces.
+
+    Where the line names another class than the file (``--objective D3PO``), the file's arguments of that class are
+    forgotten: jsonargparse would keep those whose names fit, and a beta of 2000 would slip from DPO into D3PO."""
     chosen: dict[str, str] = {}
     for at, argument in enumerate(arguments):
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -94,19 +99,16 @@ def _forget_replaced(arguments: list[str], scratch: Path) -> list[str]:
         content = yaml.safe_load(path.read_text())
         if not isinstance(content, dict):
             continue
-        replaced = [
-            key
-            for key, entry in content.items()
-            if isinstance(entry, dict)
-            and "class_path" in entry
-            and key in chosen
-            and chosen[key].rpartition(".")[2] != str(entry["class_path"]).rpartition(".")[2]
-        ]
-        if replaced:
-            for key in replaced:
-                del content[key]
+        told: list[str] = []
+        new = upgrade(content, told=told)
+        tell(told, str(path))
+        for key, entry in list(new.items()):
+            class_path = entry.get("class_path") if isinstance(entry, dict) else None
+            if class_path and key in chosen and chosen[key].rpartition(".")[2] != str(class_path).rpartition(".")[2]:
+                del new[key]
+        if new != content:
             copy = scratch / f"{at}-{path.name}"
-            copy.write_text(yaml.safe_dump(content))
+            copy.write_text(yaml.safe_dump(new))
             cleaned[at : at + (1 if equals else 2)] = [f"--config={copy}"] if equals else ["--config", str(copy)]
     return cleaned
 

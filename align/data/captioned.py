@@ -16,7 +16,7 @@ from align.common.errors import DataError
 from align.data.dataset import Bad, Captioned, ItemSet, check_bad
 from align.data.images import Picture, UnreadableError
 from align.data.preferences import Encoded, Encodings
-from align.families import Cond
+from align.families import Conditioning
 from rewards import RewardError
 from rewards.data.inputs import Input, Row, open_input
 
@@ -28,7 +28,7 @@ class ImageBatch:
     """B pictures: ``latents`` (B, C, h, w) and the conditions of their captions."""
 
     latents: Tensor
-    cond: Cond
+    cond: Conditioning
     captions: list[str]
     ids: list[int]
 

@@ -15,7 +15,7 @@ from align.common.errors import DataError
 from align.data.dataset import Item
 from align.data.images import UnreadableError, decode
 from align.data.latent_cache import Encoder, Views
-from align.families import Cond
+from align.families import Conditioning
 
 TEXTS = 64  # captions in one call of the text encoders
 DECODE = 8  # items whose pictures are in memory at a time
@@ -110,7 +110,7 @@ def conds_of(family: Encoder, captions: Sequence[str], done: Callable[[int], obj
         with torch.no_grad():
             parts.append(family.encode(captions[start : start + TEXTS]))
         done(len(parts[-1]))
-    return {name: tensor.cpu().contiguous() for name, tensor in Cond.cat(parts).tensors.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in Conditioning.cat(parts).tensors.items()}
 
 
 def threads() -> int:

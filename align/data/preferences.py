@@ -24,7 +24,7 @@ from align.data.dataset import Bad, Data, ItemSet, Pair, check_bad
 from align.data.encoding import conds_of, latents_of, threads
 from align.data.formats import recognise
 from align.data.latent_cache import SHARD, Encoder, Entry, Views, header_of, index_of, keys_of, save
-from align.families import Cond
+from align.families import Conditioning
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class PairBatch:
     """B pairs: ``latents`` (B, 2, C, h, w) with the winner first, and the conditions of their captions."""
 
     latents: Tensor
-    cond: Cond
+    cond: Conditioning
     captions: list[str]
     ids: list[int]
 
@@ -62,14 +62,14 @@ class Encodings(ABC):
 
     def rows(
         self, indices: Sequence[int], variants: Sequence[int] | None = None
-    ) -> tuple[Tensor, Cond, list[str], list[int]]:
+    ) -> tuple[Tensor, Conditioning, list[str], list[int]]:
         """What a batch is made of: latents (B, pictures, C, h, w), conditions, captions and ids."""
         entries = [self.entries[index] for index in indices]
         chosen = variants if variants is not None else [0] * len(entries)
         shards = [self._shard(self._latent_files[entry.shard])["latents"] for entry in entries]
         rows = [shard[entry.row, variant] for shard, entry, variant in zip(shards, entries, chosen, strict=True)]
         texts = [(self._shard(self._cond_files[e.caption // SHARD]), e.caption % SHARD) for e in entries]
-        cond = Cond({name: torch.stack([shard[name][row] for shard, row in texts]) for name in texts[0][0]})
+        cond = Conditioning({name: torch.stack([shard[name][row] for shard, row in texts]) for name in texts[0][0]})
         return torch.stack(rows), cond, [self.captions[e.caption] for e in entries], [e.id for e in entries]
 
     def _shard(self, file: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from align.common.assets import locate
 from align.common.errors import DataError
 from align.data.dataset import Data
 from align.data.formats import CAPTIONS, parse
-from align.families import Cond, Family
+from align.families import Conditioning, Family
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class PromptBatch:
     """P prompts, their conditions, and what else the prompt file says of each (for rewards that read it)."""
 
     prompts: list[str]
-    cond: Cond
+    cond: Conditioning
     metadata: list[Mapping[str, Any]]
     ids: list[int]
 
@@ -108,13 +108,13 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _encoded(self, prompt: str) -> Cond:
+    def _encoded(self, prompt: str) -> Conditioning:
         with torch.no_grad():
             return self.family.encode([prompt]).to("cpu")
 
-    def encode(self, prompts: Sequence[str]) -> Cond:
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditions of any prompts, remembered as those of the rows are."""
-        return Cond.cat([self._encode(prompt) for prompt in prompts])
+        return Conditioning.cat([self._encode(prompt) for prompt in prompts])
 
     def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> PromptBatch:
         rows = [self.rows[index] for index in indices]

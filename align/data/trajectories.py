@@ -16,6 +16,7 @@ from torch import Tensor
 from align.common.errors import DataError, UserError
 from align.common.files import claim, write
 from align.common.provenance import provenance
+from align.common.renames import upgrade
 from align.data.prompts import PromptSet
 from align.families import Family
 from align.families.family import Column
@@ -67,7 +68,11 @@ def describe(sampler: Sampler, family: Family) -> dict[str, Any]:
     """Steps, guidance and kernel as they apply to ``family``: plain values, the kernel as a config would name it."""
     kernel = sampler.kernel_of(family)
     named = {"class_path": f"{type(kernel).__module__}.{type(kernel).__qualname__}", "init_args": vars(kernel)}
-    plain = {"steps": sampler.steps, "guidance": sampler.guidance_of(family), "kernel": named}
+    plain = {
+        "num_inference_steps": sampler.num_inference_steps,
+        "guidance_scale": sampler.guidance_scale_of(family),
+        "kernel": named,
+    }
     found: dict[str, Any] = json.loads(json.dumps(plain, default=repr))
     return found
 
@@ -85,7 +90,7 @@ class RolloutFolder:
             raise DataError(f"no {self.record_file}; expected a folder that python -m align.rollout made")
         try:
             found = json.loads(self.record_file.read_text(encoding="utf-8"))
-            return Record(**{name: value for name, value in found.items() if name != "made_with"})
+            return Record(**upgrade({name: value for name, value in found.items() if name != "made_with"}))
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{self.record_file} is not as align.rollout wrote it ({error}); draw anew") from error
 
@@ -121,7 +126,7 @@ class RolloutFolder:
 
     def fault(self, record: Record, number: int) -> str | None:
         """What is wrong with a shard, by its header; None where nothing is."""
-        file, steps = self.shard(number), record.sampler["steps"]
+        file, steps = self.shard(number), record.sampler["num_inference_steps"]
         if not file.is_file():
             return f"{file} is missing"
         try:
@@ -233,7 +238,7 @@ class TrajectoryPairs:
             for name in ("latents", "log_probs")
         }
         columns |= {
-            "steps": torch.arange(self.record.sampler["steps"]),
+            "steps": torch.arange(self.record.sampler["num_inference_steps"]),
             "prompt": torch.tensor([texts.index(line.prompt) for line in lines]),
             "cond": self._prompts.batch([self._place[text] for text in texts]).cond.to(self.family.device),
         }

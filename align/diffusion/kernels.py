@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.diffusion.process import Grid, Prediction, Reduction, exact, like, reduce
+from align.diffusion.process import Grid, Prediction, Reduction, append_dims, reduce_dims, upcast
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,22 @@ class Gaussian:
 
     def sample(self, noise: Tensor) -> Tensor:
         """``mean + std * noise``; with ``std`` 0 this is the mean and the noise does not matter."""
-        return self.mean + like(self.std, self.mean) * noise
+        return self.mean + append_dims(self.std, self.mean) * noise
 
     def log_prob(self, x: Tensor, reduction: Reduction = "mean") -> Tensor:
         """(B,) log density of ``x``, averaged (default) or summed over the latent's dimensions."""
-        std = like(self.std, self.mean)
+        std = append_dims(self.std, self.mean)
         if bool((std <= 0).any()):
             raise ValueError("log_prob of a deterministic step (std 0): sample with eta > 0 or noise > 0")
-        z = (exact(x) - self.mean) / std
-        return reduce(-0.5 * z.square() - torch.log(std) - 0.5 * math.log(2 * math.pi), reduction)
+        z = (upcast(x) - self.mean) / std
+        return reduce_dims(-0.5 * z.square() - torch.log(std) - 0.5 * math.log(2 * math.pi), reduction)
 
     def kl(self, other: Gaussian, reduction: Reduction = "mean") -> Tensor:
         """(B,) KL(self || other) for two transitions of one standard deviation, as kernels of one grid have."""
-        std = like(self.std, self.mean)
+        std = append_dims(self.std, self.mean)
         if bool((std <= 0).any()) or not torch.equal(self.std, other.std):
             raise ValueError("kl needs two transitions with the same positive std")
-        return reduce((self.mean - other.mean).square() / (2 * std.square()), reduction)
+        return reduce_dims((self.mean - other.mean).square() / (2 * std.square()), reduction)
 
 
 Step = int | Tensor
@@ -75,7 +75,7 @@ class DDIM(Kernel):
         lost = (sigma.square() - (alpha / alpha_s).square() * sigma_s.square()).clamp(min=0)
         std = self.eta * sigma_s / sigma * lost.sqrt()
         keep = (sigma_s.square() - std.square()).clamp(min=0).sqrt()
-        return Gaussian(like(alpha_s, x0) * x0 + like(keep, x0) * eps, std)
+        return Gaussian(append_dims(alpha_s, x0) * x0 + append_dims(keep, x0) * eps, std)
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,17 @@ class FlowSDE(Kernel):
     def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
         if not torch.allclose(grid.alpha + grid.sigma, torch.ones_like(grid.sigma), atol=1e-5):
             raise ValueError("FlowSDE needs a rectified-flow grid (alpha + sigma = 1); use DDIM(eta) for this model")
-        x = exact(prediction.x_t)
+        x = upcast(prediction.x_t)
         _, t, _, s = _knots(grid, i, x)
         dt = s - t
         variance = self.noise**2 * t / torch.where(t < 1, 1 - t, 1 - s)
         velocity = prediction.eps - prediction.x0
-        drift = velocity + like(variance / (2 * t), x) * (x + like(1 - t, x) * velocity)
-        return Gaussian(x + like(dt, x) * drift, (variance * -dt).sqrt())
+        drift = velocity + append_dims(variance / (2 * t), x) * (x + append_dims(1 - t, x) * velocity)
+        return Gaussian(x + append_dims(dt, x) * drift, (variance * -dt).sqrt())
 
 
 @dataclass(frozen=True)
-class Within(Kernel):
+class WindowedKernel(Kernel):
     """``kernel`` at ``steps``, and the deterministic step (DDIM with eta 0, on a flow grid Euler) elsewhere."""
 
     kernel: Kernel

@@ -17,22 +17,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["epsilon", "v", "flow"]
+PredictionType = Literal["epsilon", "v_prediction", "flow_prediction"]
 Reduction = Literal["mean", "sum"]
 
 
-def exact(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """float16 and bfloat16 become float32; float32 and float64 stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def like(value: Tensor, x: Tensor) -> Tensor:
+def append_dims(value: Tensor, x: Tensor) -> Tensor:
     """Shape a per-sample coefficient, (B,) or scalar, to multiply ``x`` of shape (B, ...)."""
     value = value.to(x.device)
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 
 
-def reduce(x: Tensor, reduction: Reduction) -> Tensor:
+def reduce_dims(x: Tensor, reduction: Reduction) -> Tensor:
     """(B, ...) to (B,). The mean is what every published beta and clip range assumes."""
     flat = x.flatten(1)
     return flat.mean(1) if reduction == "mean" else flat.sum(1)
@@ -72,37 +72,37 @@ class Prediction:
     x_t: Tensor
     alpha: Tensor
     sigma: Tensor
-    kind: Kind
+    prediction_type: PredictionType
 
     @cached_property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = exact(self.x_t)
-        return exact(self.raw), x, like(self.alpha, x), like(self.sigma, x)
+        x = upcast(self.x_t)
+        return upcast(self.raw), x, append_dims(self.alpha, x), append_dims(self.sigma, x)
 
     @property
     def x0(self) -> Tensor:
         """The clean sample that this prediction implies."""
         raw, x, alpha, sigma = self._parts
-        if self.kind == "epsilon":
+        if self.prediction_type == "epsilon":
             return (x - sigma * raw) / alpha
-        return alpha * x - sigma * raw if self.kind == "v" else x - sigma * raw
+        return alpha * x - sigma * raw if self.prediction_type == "v_prediction" else x - sigma * raw
 
     @property
     def eps(self) -> Tensor:
         """The noise that this prediction implies."""
         raw, x, alpha, sigma = self._parts
-        if self.kind == "epsilon":
+        if self.prediction_type == "epsilon":
             return raw
-        return sigma * x + alpha * raw if self.kind == "v" else x + alpha * raw
+        return sigma * x + alpha * raw if self.prediction_type == "v_prediction" else x + alpha * raw
 
     def target(self, x0: Tensor, eps: Tensor) -> Tensor:
         """What ``raw`` should have been for this ``x0`` and ``eps``, in the network's own coordinate."""
         _, _, alpha, sigma = self._parts
-        if self.kind == "epsilon":
+        if self.prediction_type == "epsilon":
             return eps
-        return alpha * eps - sigma * x0 if self.kind == "v" else eps - x0
+        return alpha * eps - sigma * x0 if self.prediction_type == "v_prediction" else eps - x0
 
 
-def diffuse(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def add_noise(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """``alpha * x0 + sigma * eps`` with per-sample coefficients."""
-    return like(alpha, x0) * x0 + like(sigma, x0) * eps
+    return append_dims(alpha, x0) * x0 + append_dims(sigma, x0) * eps

@@ -1,6 +1,6 @@
 """A family hides diffusers: one file for each kind of pipeline."""
 
-from align.families.family import LORA_FILE, SAMPLING_FILE, Cond, Family, Unsupported
+from align.families.family import LORA_FILE, SAMPLING_FILE, Conditioning, Family, Unsupported
 from align.families.loading import (
     DTYPES,
     FAMILIES,
@@ -20,7 +20,7 @@ __all__ = [
     "LORA_FILE",
     "READERS",
     "SAMPLING_FILE",
-    "Cond",
+    "Conditioning",
     "Family",
     "Unsupported",
     "find",

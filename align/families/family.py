@@ -1,6 +1,6 @@
 """A family hides diffusers: text encoders, VAE scaling, packing, guidance batching, precision.
 
-Objectives see only :class:`Family` and :class:`Cond`. Pictures are (B, 3, H, W) float in [0, 1] everywhere.
+Objectives see only :class:`Family` and :class:`Conditioning`. Pictures are (B, 3, H, W) float in [0, 1] everywhere.
 :func:`load` finds the right family from a pipeline folder's ``model_index.json``.
 """
 
@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from align.common.assets import locate
 from align.common.errors import UserError
+from align.common.renames import upgrade
 from align.diffusion.kernels import Kernel
-from align.diffusion.process import Grid, Kind, Prediction, like
+from align.diffusion.process import Grid, Prediction, PredictionType, append_dims
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLING_FILE = "sampling.json"  # a folder may say which guidance and steps its pipeline was made for
@@ -34,7 +35,7 @@ class Unsupported(UserError):
 
 
 @dataclass(frozen=True)
-class Cond:
+class Conditioning:
     """What a prompt batch becomes: named tensors whose first dimension is the batch."""
 
     tensors: dict[str, Tensor]
@@ -45,20 +46,20 @@ class Cond:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def take(self, index: Tensor | slice) -> Cond:
+    def take(self, index: Tensor | slice) -> Conditioning:
         """The rows ``index`` selects."""
-        return Cond({name: tensor[index] for name, tensor in self.tensors.items()})
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
 
-    def expand(self, count: int) -> Cond:
+    def expand(self, count: int) -> Conditioning:
         """A batch of one, seen ``count`` times without a copy."""
-        return Cond({name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
+        return Conditioning({name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cond:
-        return Cond({name: tensor.to(device, dtype) for name, tensor in self.tensors.items()})
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
+        return Conditioning({name: tensor.to(device, dtype) for name, tensor in self.tensors.items()})
 
     @staticmethod
-    def cat(conds: Sequence[Cond]) -> Cond:
-        return Cond({name: torch.cat([cond[name] for cond in conds]) for name in conds[0].tensors})
+    def cat(conds: Sequence[Conditioning]) -> Conditioning:
+        return Conditioning({name: torch.cat([cond[name] for cond in conds]) for name in conds[0].tensors})
 
 
 class Family(ABC):
@@ -70,7 +71,7 @@ class Family(ABC):
     def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
         self.pipe = pipe
         self.source = source
-        self._null: Cond | None = None
+        self._uncond: Conditioning | None = None
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -84,7 +85,7 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def kind(self) -> Kind:
+    def prediction_type(self) -> PredictionType:
         """The coordinate of the network's output."""
 
     @property
@@ -93,7 +94,7 @@ class Family(ABC):
         """The stochastic reverse step that policy gradients on this family use by default."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Cond:
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Text to conditions; gradients reach the text encoders unless the caller forbids it."""
 
     @abstractmethod
@@ -105,11 +106,11 @@ class Family(ABC):
         """(alpha, sigma) at times ``t`` of shape (B,), in the network's units."""
 
     @abstractmethod
-    def draw_t(self, uniform: Tensor) -> Tensor:
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Training times from uniform numbers in [0, 1), shape (B,): the family's own training distribution."""
 
     @abstractmethod
-    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """One plain evaluation of ``denoiser``."""
 
     # what they share
@@ -131,20 +132,20 @@ class Family(ABC):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @property
-    def default_guidance(self) -> float:
+    def default_guidance_scale(self) -> float:
         """The guidance scale that the folder recommends, else the one its pipeline class uses by default."""
-        return float(self._recommended("guidance", "guidance_scale"))
+        return float(self._recommended("guidance_scale"))
 
     @property
-    def default_steps(self) -> int:
+    def default_num_inference_steps(self) -> int:
         """The number of sampler steps that the folder recommends, else the pipeline class's default."""
-        return int(self._recommended("steps", "num_inference_steps"))
+        return int(self._recommended("num_inference_steps"))
 
-    def _recommended(self, name: str, argument: str) -> float:
+    def _recommended(self, name: str) -> float:
         path = Path(locate(self.source)) / SAMPLING_FILE
-        said = json.loads(path.read_text()) if path.is_file() else {}
-        default = inspect.signature(type(self.pipe).__call__).parameters[argument].default
-        return float(said.get(name, default))
+        recommended = upgrade(json.loads(path.read_text())) if path.is_file() else {}
+        default = inspect.signature(type(self.pipe).__call__).parameters[name].default
+        return float(recommended.get(name, default))
 
     @property
     def scheduler_name(self) -> str:
@@ -165,40 +166,40 @@ class Family(ABC):
         return (self.denoiser.config.in_channels, side, side)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, denoiser: nn.Module | None = None
+        self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0, denoiser: nn.Module | None = None
     ) -> Tensor:
         """The raw network output at ``x_t`` (B, C, h, w) and ``t`` (B,), guided (Ho & Salimans 2022) when
         ``guidance`` is not 1: unconditional and conditional rows go through the network as one batch of 2B."""
         denoiser = denoiser if denoiser is not None else self.denoiser
-        if guidance == 1.0:
+        if guidance_scale == 1.0:
             return self.call(denoiser, x_t, t, cond)
-        both = Cond.cat([self.null.expand(len(x_t)), cond])
+        both = Conditioning.cat([self.uncond.expand(len(x_t)), cond])
         free, bound = self.call(denoiser, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        return free + guidance * (bound - free)
+        return free + guidance_scale * (bound - free)
 
     def predict(
-        self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, denoiser: nn.Module | None = None
+        self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0, denoiser: nn.Module | None = None
     ) -> Prediction:
         """:meth:`forward`'s answer with the coordinates to read it in."""
         alpha, sigma = self.path(t)
-        return Prediction(self.forward(x_t, t, cond, guidance, denoiser), x_t, alpha, sigma, self.kind)
+        return Prediction(self.forward(x_t, t, cond, guidance_scale, denoiser), x_t, alpha, sigma, self.prediction_type)
 
     @property
-    def null(self) -> Cond:
+    def uncond(self) -> Conditioning:
         """The empty prompt's conditions, a batch of one; encoded once."""
-        if self._null is None:
+        if self._uncond is None:
             # as every other prompt is encoded, whoever asks first: a T5 keeps some layers in float32 for a reason
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                self._null = self.encode([""])
-        return self._null
+                self._uncond = self.encode([""])
+        return self._uncond
 
-    def emptied(self, cond: Cond, empty: Tensor) -> Cond:
+    def drop_prompts(self, cond: Conditioning, empty: Tensor) -> Conditioning:
         """``cond`` on this device, with the empty prompt's in the rows where ``empty`` (B,) is true."""
         cond = cond.to(self.device)
         if not empty.any():
             return cond
-        null, mask = self.null, empty.to(self.device)
-        return Cond({k: torch.where(like(mask, v), null[k].to(v), v) for k, v in cond.tensors.items()})
+        null, mask = self.uncond, empty.to(self.device)
+        return Conditioning({k: torch.where(append_dims(mask, v), null[k].to(v), v) for k, v in cond.tensors.items()})
 
     def to_latent(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] to latents: the posterior's mean, in the denoiser's scale, float32."""
@@ -242,4 +243,4 @@ def _checksum(module: nn.Module) -> float:
     return float(sum(p.detach().double().abs().sum() for p in module.parameters()))
 
 
-Column = Tensor | Cond
+Column = Tensor | Conditioning

@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from align.diffusion.kernels import DDIM, Kernel
-from align.diffusion.process import Grid, Kind
-from align.families.family import Cond, Family, Unsupported
+from align.diffusion.process import Grid, PredictionType
+from align.families.family import Conditioning, Family, Unsupported
 
-KINDS: dict[str, Kind] = {"epsilon": "epsilon", "v_prediction": "v"}
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class SD(Family):
@@ -25,9 +25,10 @@ class SD(Family):
     def __init__(self, pipe: StableDiffusionPipeline, source: str) -> None:
         super().__init__(pipe, source)
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        if self.scheduler.config.prediction_type not in KINDS:
+        if self.scheduler.config.prediction_type not in PREDICTION_TYPES:
             raise Unsupported(
-                f"{source!r} predicts {self.scheduler.config.prediction_type!r}; supported: {', '.join(KINDS)}"
+                f"{source!r} predicts {self.scheduler.config.prediction_type!r}; supported: "
+                f"{', '.join(PREDICTION_TYPES)}"
             )
 
     @classmethod
@@ -42,16 +43,16 @@ class SD(Family):
         return type(self.scheduler).__name__
 
     @property
-    def kind(self) -> Kind:
-        return KINDS[self.scheduler.config.prediction_type]
+    def prediction_type(self) -> PredictionType:
+        return self.scheduler.config.prediction_type
 
     @property
     def kernel(self) -> Kernel:
         return DDIM(eta=1.0)
 
-    def encode(self, prompts: Sequence[str]) -> Cond:
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
-        return Cond({"prompt_embeds": embeds})
+        return Conditioning({"prompt_embeds": embeds})
 
     def grid(self, steps: int) -> Grid:
         self.scheduler.set_timesteps(steps)
@@ -68,9 +69,9 @@ class SD(Family):
         cumprod = self.scheduler.alphas_cumprod.to(t.device)[t.long()]
         return cumprod.sqrt(), (1 - cumprod).sqrt()
 
-    def draw_t(self, uniform: Tensor) -> Tensor:
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Uniform over the training timesteps, as DDPM and Diffusion-DPO draw them."""
         return (uniform * self.scheduler.config.num_train_timesteps).floor()
 
-    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return denoiser(x_t, t, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]

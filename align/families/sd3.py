@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.diffusion.kernels import FlowSDE, Kernel
-from align.diffusion.process import Grid, Kind
-from align.families.family import Cond, Family
+from align.diffusion.process import Grid, PredictionType
+from align.families.family import Conditioning, Family
 
 T5_TOKENS = 256  # StableDiffusion3Pipeline's own default for max_sequence_length
 
@@ -51,14 +51,14 @@ class SD3(Family):
         return StableDiffusion3Pipeline.from_pretrained(path, **options)
 
     @property
-    def kind(self) -> Kind:
-        return "flow"
+    def prediction_type(self) -> PredictionType:
+        return "flow_prediction"
 
     @property
     def kernel(self) -> Kernel:
         return FlowSDE(noise=0.7)
 
-    def encode(self, prompts: Sequence[str]) -> Cond:
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
@@ -67,7 +67,7 @@ class SD3(Family):
             do_classifier_free_guidance=False,
             max_sequence_length=self.text_tokens,
         )
-        return Cond({"prompt_embeds": embeds, "pooled": pooled})
+        return Conditioning({"prompt_embeds": embeds, "pooled": pooled})
 
     def grid(self, steps: int) -> Grid:
         scheduler = self.pipe.scheduler
@@ -79,14 +79,14 @@ class SD3(Family):
         sigma = t.float() / self.pipe.scheduler.config.num_train_timesteps
         return 1 - sigma, sigma
 
-    def draw_t(self, uniform: Tensor) -> Tensor:
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Logit-normal(0, 1), moved by the scheduler's shift (Esser et al. 2024, §3.1 and eq. 23)."""
         config = self.pipe.scheduler.config
         sigma = torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6)).sigmoid()
         sigma = config.shift * sigma / (1 + (config.shift - 1) * sigma)
         return (sigma * config.num_train_timesteps).float()
 
-    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return denoiser(
             hidden_states=x_t,
             timestep=t,

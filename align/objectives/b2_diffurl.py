@@ -25,7 +25,7 @@ from align.objectives.objective import Context, Metrics, Objective, Plan
 from align.objectives.online.advantages import PromptHistory, staged_advantages
 from align.objectives.online.collect import Rollout, Start, draw, initial, noise_of
 from align.objectives.policy_gradient import PolicyGradient
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.sampling.loop import sample
 
 
@@ -65,7 +65,7 @@ class B2DiffuRL(Objective):
     def __post_init__(self) -> None:
         if not isinstance(self.update, PolicyGradient | D3PO):
             raise ValueError(f"update must be PolicyGradient or D3PO, got {type(self.update).__name__}")
-        total = self.rule.sampler.steps
+        total = self.rule.sampler.num_inference_steps
         if self.progressive and not 1 <= self.first <= total:
             raise ValueError(f"first must be between 1 and the sampler's {total} steps, got {self.first}")
         if self.stages < 1 or self.history < 0:
@@ -94,13 +94,13 @@ class B2DiffuRL(Objective):
 
     def interval(self, stage: int) -> range:
         """The trained steps of stage ``stage``: the last k of N."""
-        total = self.rule.sampler.steps
+        total = self.rule.sampler.num_inference_steps
         grown = self.first + (total - self.first + 1) * stage // self.stages
         return range(total - (min(grown, total) if self.progressive else total), total)
 
     def evaluations(self, prompts: int, stage: int, guided: bool = True) -> int:
         """Network evaluations of a rollout over ``prompts`` prompts (invariant I8)."""
-        k, total = len(self.interval(stage)), self.rule.sampler.steps
+        k, total = len(self.interval(stage)), self.rule.sampler.num_inference_steps
         prefix = total - k if self.branches else self.group * (total - k)
         return prompts * (prefix + self.group * k) * (2 if guided else 1)
 
@@ -116,7 +116,7 @@ class B2DiffuRL(Objective):
         }
         return Plan(inner.trained, inner.frozen, None, dict(inner.notes) | notes)
 
-    def rollout(self, ctx: Context, batch: PromptBatch) -> Table:
+    def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
         steps = self.interval(ctx.step)
         start = self.prefix(ctx, batch, steps.start) if self.branches and steps.start else None
         shared = self.branches or self.rule.shared_noise
@@ -125,7 +125,7 @@ class B2DiffuRL(Objective):
         assert ctx.scorer is not None
         total = ctx.gather(ctx.scorer.total(drawn.scores)).double()
         all_of = staged_advantages(total, ctx.gather_text(drawn.prompts), self.scores)
-        own = all_of[ctx.positions[0] : ctx.positions[-1] + 1].float()
+        own = all_of[ctx.sample_indices[0] : ctx.sample_indices[-1] + 1].float()
         chosen = self.select(own, drawn.groups) if self.branches else torch.ones_like(own, dtype=torch.bool)
         metrics = drawn.metrics | {
             "reward/total": total.mean().item(),
@@ -137,8 +137,8 @@ class B2DiffuRL(Objective):
     def prefix(self, ctx: Context, batch: PromptBatch, end: int) -> Start:
         """Every prompt's trajectory up to step ``end``, drawn once, and seen by each of its branches."""
         family, sampler = ctx.policy.family, self.rule.sampler
-        prompts = sorted({position // self.group for position in ctx.positions})
-        shape, grid = family.latent_shape(ctx.resolution), family.grid(sampler.steps)
+        prompts = sorted({position // self.group for position in ctx.sample_indices})
+        shape, grid = family.latent_shape(ctx.resolution), family.grid(sampler.num_inference_steps)
         states = []
         for part in torch.arange(len(prompts)).split(sampler.batch_size):
             numbers = [prompts[k] for k in part.tolist()]
@@ -147,7 +147,7 @@ class B2DiffuRL(Objective):
                 grid,
                 batch.cond.take(part).to(family.device),
                 initial(ctx, numbers, shape).to(family.device),
-                sampler.guidance_of(family),
+                sampler.guidance_scale_of(family),
                 sampler.kernel_of(family),
                 noise_of(ctx, numbers, "prefix", shape),
                 steps=range(end),
@@ -165,7 +165,7 @@ class B2DiffuRL(Objective):
             chosen[worst] |= scores[worst] < -self.threshold_worst
         return chosen
 
-    def table(self, ctx: Context, drawn: Rollout, own: Tensor, chosen: Tensor, metrics: dict[str, float]) -> Table:
+    def table(self, ctx: Context, drawn: Rollout, own: Tensor, chosen: Tensor, metrics: dict[str, float]) -> Rows:
         """The rows that the update rule trains on: the chosen pictures, or pairs of them."""
         if isinstance(self.rule, D3PO):
             return self.rule.table(ctx, drawn.columns, self.pairs(own, drawn.groups, chosen), metrics)
@@ -186,7 +186,7 @@ class B2DiffuRL(Objective):
                     found.append((int(best), int(worst)))
         return torch.tensor(found, dtype=torch.long).reshape(-1, 2)
 
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         return self.update.loss(ctx, rows)
 
     def state(self) -> dict[str, Any]:

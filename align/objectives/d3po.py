@@ -28,9 +28,9 @@ from align.families import Family
 from align.families.family import Column
 from align.objectives.objective import Context, Metrics, Objective, Plan
 from align.objectives.online.collect import draw
-from align.objectives.online.replay import log_probs, transition
-from align.objectives.rows import Table
-from align.sampling.sampler import Sampler, Window, count_trained
+from align.objectives.online.replay import log_probs, replay_step
+from align.objectives.rows import Rows
+from align.sampling.sampler import Sampler, SDEWindow, count_trained
 
 
 @dataclass
@@ -43,7 +43,7 @@ class D3PO(Objective):
             proxy, 7 for people).
         beta: temperature (official 0.1); inside the clamp it is little but a factor of the learning rate.
         clip_range: half width e of the clamp (official 0.1; an older 0.2 collapsed).
-        reference: ``base``, or ``round_start``, the weights that this run started from (the paper's rounds); they
+        reference: ``base``, or ``start``, the weights that this run started from (the paper's rounds); they
             differ when ``initial_weights`` is set.
         timestep_fraction: the share of the steps that is trained, from the noisiest on (official: all).
         window: draw only these steps with noise and train them, so that what is preferred follows from them; null draws
@@ -56,9 +56,9 @@ class D3PO(Objective):
     images_per_prompt: int = 2
     beta: float = 0.1
     clip_range: float = 0.1
-    reference: Literal["base", "round_start"] = "base"
+    reference: Literal["base", "start"] = "base"
     timestep_fraction: float = 1.0
-    window: Window | None = None
+    window: SDEWindow | None = None
     shared_noise: bool = True
     reference_batch: int = 32
 
@@ -84,11 +84,11 @@ class D3PO(Objective):
         return count_trained(self.sampler, self.window, self.timestep_fraction)
 
     def plan(self, family: Family, resolution: int | None) -> Plan:
-        each, steps, trained = self.sampler.evaluations(family), self.sampler.steps, self.trained_steps
+        each, steps, trained = self.sampler.evaluations(family), self.sampler.num_inference_steps, self.trained_steps
         bound = self.beta * torch.log(torch.tensor((1 + self.clip_range) / (1 - self.clip_range))).item()
         notes = {
             "sampler": f"{steps} steps of {self.sampler.kernel_of(family)}, {trained} trained, guidance "
-            f"{self.sampler.guidance_of(family):g}",
+            f"{self.sampler.guidance_scale_of(family):g}",
             "sigmoid's argument": f"within {bound:.3g} of 0 (beta {self.beta:g}, clamp {self.clip_range:g})",
         }
         notes["trained"] = "once a picture where train_batch_size holds the pairs of a prompt, else once a chunk"
@@ -98,7 +98,7 @@ class D3PO(Objective):
         )
         return Plan(trained * each, (steps + trained) * each, None, notes, drawing=steps * each)
 
-    def rollout(self, ctx: Context, batch: PromptBatch | TrajectoryBatch) -> Table:
+    def rollout(self, ctx: Context, batch: PromptBatch | TrajectoryBatch) -> Rows:
         if isinstance(batch, TrajectoryBatch):
             if self.window:
                 raise UserError("window chooses steps of pictures to be drawn; of labelled ones timestep_fraction does")
@@ -107,7 +107,7 @@ class D3PO(Objective):
             assert isinstance(latents, Tensor)
             columns = dict(batch.columns) | {"latents": latents[:, : self.trained_steps + 1]}
             return self.table(ctx, columns, batch.pairs, names=batch.names)
-        window = self.window.steps(self.sampler.steps, ctx.seed, ctx.step) if self.window else None
+        window = self.window.steps(self.sampler.num_inference_steps, ctx.seed, ctx.step) if self.window else None
         keep = range(self.trained_steps) if window is None else window
         drawn = draw(ctx, self.sampler, batch, self.group, keep, window, self.shared_noise)
         assert ctx.scorer is not None
@@ -124,7 +124,7 @@ class D3PO(Objective):
         pairs: Tensor,
         metrics: Mapping[str, float] | None = None,
         names: Sequence[str] | None = None,
-    ) -> Table:
+    ) -> Rows:
         """Every step of every pair (P, 2), winner first, as a row: both members at the same step. The pairs of a prompt
         keep together in training, where pictures that are in several are then asked about once.
 
@@ -146,7 +146,7 @@ class D3PO(Objective):
             "loser": place[pair, 1],
             "step": torch.arange(steps).repeat(len(pairs)),
         }
-        return Table(rows, images, prompt[pairs[pair, 0]], metrics or {})
+        return Rows(rows, images, prompt[pairs[pair, 0]], metrics or {})
 
     def reference_log_probs(self, ctx: Context, images: dict[str, Column], names: Sequence[str] | None) -> Tensor:
         """(N, K) what the reference gives each kept step; pictures with names are asked about once in a run."""
@@ -161,11 +161,11 @@ class D3PO(Objective):
         self._known |= {names[k]: row.cpu() for k, row in zip(new, found, strict=True)}
         return torch.stack([self._known[name] for name in names])
 
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         """One forward of the pictures and steps in these rows, at most 2R."""
         members = torch.stack([torch.cat([rows.tensor("winner"), rows.tensor("loser")]), rows.tensor("step").repeat(2)])
         (picture, step), place = torch.unique(members, dim=1, return_inverse=True)
-        new, y = transition(ctx, self.sampler, rows.images, picture, step)
+        new, y = replay_step(ctx, self.sampler, rows.images, picture, step)
         reference = rows.images["reference"]
         assert isinstance(reference, Tensor)
         log_ratio = (new.log_prob(y) - reference[picture, step].to(y.device))[place.to(y.device)]

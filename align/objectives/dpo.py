@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from align.common import rng
 from align.data.preferences import PairBatch
-from align.diffusion.process import Prediction, Reduction, diffuse, exact, like, reduce
-from align.families import Cond, Family
+from align.diffusion.process import Prediction, Reduction, add_noise, append_dims, reduce_dims, upcast
+from align.families import Conditioning, Family
 from align.objectives.objective import Context, Metrics, Objective, Plan
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 
 
 @dataclass
@@ -66,19 +66,19 @@ class DPO(Objective):
         other, value = ("sum", self.beta / size) if self.reduction == "mean" else ("mean", self.beta * size)
         return Plan(2, 2, notes={"beta": f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"})
 
-    def rollout(self, ctx: Context, batch: PairBatch) -> Table:
+    def rollout(self, ctx: Context, batch: PairBatch) -> Rows:
         """One row a pair: its two latents, its caption, and the noise and time that both members share."""
         family = ctx.policy.family
         generators = ctx.generators("dpo")
         empty = rng.uniform(generators) < self.proportion_empty_prompts
-        cond = family.emptied(batch.cond, empty)
-        t = family.draw_t(rng.uniform(generators))
+        cond = family.drop_prompts(batch.cond, empty)
+        t = family.sample_timesteps(rng.uniform(generators))
         eps = rng.normal(tuple(batch.latents.shape[2:]), generators)
         latents = batch.latents.to(family.device).float()
         rows = {"t": t.to(family.device), "eps": eps.to(family.device)}
-        return Table(rows, {"latents": latents, "cond": cond}, torch.arange(len(t)))
+        return Rows(rows, {"latents": latents, "cond": cond}, torch.arange(len(t)))
 
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         winner, loser, error = self.deltas(ctx, rows)
         logit = -0.5 * self.beta * (winner - loser)
         loss = self.preference(logit).mean()
@@ -91,13 +91,13 @@ class DPO(Objective):
             "error_winner": error.mean().detach(),
         }
 
-    def deltas(self, ctx: Context, rows: Table) -> tuple[Tensor, Tensor, Tensor]:
+    def deltas(self, ctx: Context, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """By how much the policy's error exceeds the reference's, on winners and on losers, and the policy's error
         on winners; each (R,). The implicit reward is minus beta/2 times the excess. One forward of 2R rows each."""
         x0 = torch.cat(rows.tensor("latents").unbind(1))
         eps, t, cond = rows.tensor("eps").repeat(2, 1, 1, 1), rows.tensor("t").repeat(2), rows.cond()
-        x_t = diffuse(x0, eps, *ctx.policy.family.path(t))
-        both = Cond.cat([cond, cond])
+        x_t = add_noise(x0, eps, *ctx.policy.family.path(t))
+        both = Conditioning.cat([cond, cond])
         with torch.no_grad(), ctx.policy.reference():
             reference = self.error(ctx.policy.predict(x_t, t, both), x0, eps)
         trained = self.error(ctx.policy.predict(x_t, t, both), x0, eps)
@@ -106,10 +106,10 @@ class DPO(Objective):
 
     def error(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
         """(R,) squared error of each row in the chosen space and reduction."""
-        gap = exact(prediction.raw) - prediction.target(x0, eps)
-        if self.target_space == "epsilon" and prediction.kind != "epsilon":
-            gap = like(prediction.alpha, gap) * gap  # eps - eps_hat = alpha (v - v_hat), for v and flow alike
-        return reduce(gap.square(), self.reduction)
+        gap = upcast(prediction.raw) - prediction.target(x0, eps)
+        if self.target_space == "epsilon" and prediction.prediction_type != "epsilon":
+            gap = append_dims(prediction.alpha, gap) * gap  # eps - eps_hat = alpha (v - v_hat), for v and flow alike
+        return reduce_dims(gap.square(), self.reduction)
 
     def preference(self, logit: Tensor) -> Tensor:
         """(R,) loss from (R,) ``-beta/2 * delta``, the implicit reward margin of winner over loser."""

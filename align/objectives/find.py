@@ -25,12 +25,12 @@ from align.common.errors import UserError
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch, Prompts
 from align.diffusion.process import Reduction
-from align.families import Cond, Family
+from align.families import Conditioning, Family
 from align.objectives.objective import Context, Metrics, Objective, Plan
 from align.objectives.online.advantages import group_means
 from align.objectives.online.collect import Start, draw, initial
 from align.objectives.online.replay import require_on_policy
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.objectives.value_network import ValueNet
 from align.policy.initial_noise import InitialNoise, Tying, kl, log_prob
 from align.sampling.sampler import Sampler
@@ -119,21 +119,21 @@ class FIND(Objective):
     def plan(self, family: Family, resolution: int | None) -> Plan:
         size, each = math.prod(family.latent_shape(resolution)), self.sampler.evaluations(family)
         notes = {
-            "sampler": f"{self.sampler.steps} steps, {self.sampler.kernel or 'deterministic'}, guidance "
-            f"{self.sampler.guidance_of(family):g}",
+            "sampler": f"{self.sampler.num_inference_steps} steps, {self.sampler.kernel or 'deterministic'}, guidance "
+            f"{self.sampler.guidance_scale_of(family):g}",
             "noise": f"D={size} a prompt, tying {self.tying}, KL at most "
             + (f"{self.kl_budget:g} nats a dimension" if self.kl_budget else "unbounded"),
         }
-        return Plan(0, self.sampler.steps * each, None, notes)
+        return Plan(0, self.sampler.num_inference_steps * each, None, notes)
 
-    def rollout(self, ctx: Context, batch: PromptBatch) -> Table:
+    def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
         noise = ctx.policy.trained
         assert isinstance(noise, InitialNoise) and ctx.scorer is not None
-        own = torch.tensor([position // self.group for position in ctx.positions])
+        own = torch.tensor([position // self.group for position in ctx.sample_indices])
         index = torch.tensor(batch.ids)[own - own[0]]
         mean, log_std = (part.cpu().float() for part in noise(index.to(ctx.policy.family.device)))
-        pairs = [position - position % 2 if self.antithetic else position for position in ctx.positions]
-        sign = torch.tensor([1.0 - 2.0 * (self.antithetic and p % 2) for p in ctx.positions])
+        pairs = [position - position % 2 if self.antithetic else position for position in ctx.sample_indices]
+        sign = torch.tensor([1.0 - 2.0 * (self.antithetic and p % 2) for p in ctx.sample_indices])
         eps = initial(ctx, pairs, noise.shape) * sign[:, None, None, None]
         z = mean + log_std.exp() * eps
         stochastic = None if self.sampler.kernel else ()
@@ -153,10 +153,10 @@ class FIND(Objective):
             mean_of, log_std_of = (part.cpu().float() for part in noise(rows["index"].to(ctx.policy.family.device)))
         rows["log_prob"] = log_prob(rows["noise"], mean_of, log_std_of, self.reduction)
         rows["advantage"] = self.advantages(ctx, rows, noise)
-        world, rank = len(fresh["index"]) // len(own), ctx.positions[0] // len(own)
+        world, rank = len(fresh["index"]) // len(own), ctx.sample_indices[0] // len(own)
         mine = {name: column[rank::world] for name, column in rows.items() if name != "text"}
         metrics = drawn.metrics | self._measure(fresh, noise)
-        return Table(mine, {}, torch.arange(len(mine["index"])), metrics)
+        return Rows(mine, {}, torch.arange(len(mine["index"])), metrics)
 
     def _recall(self, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The fresh rows and the replayed ones of their prompts; the fresh ones are remembered."""
@@ -218,7 +218,7 @@ class FIND(Objective):
             "std": log_std.exp().mean().item(),
         }
 
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         noise = ctx.policy.model  # perhaps in accelerate's wrapper, which joins gradients
         device = ctx.policy.family.device
         mean, log_std = noise(rows.tensor("index").to(device))
@@ -226,7 +226,7 @@ class FIND(Objective):
         log_ratio = new - rows.tensor("log_prob").to(device)
         ratio, advantage = log_ratio.exp(), rows.tensor("advantage").to(device)
         fresh = rows.tensor("rollout").to(device) == ctx.step
-        if ctx.fresh and bool(fresh.any()):
+        if ctx.on_policy and bool(fresh.any()):
             require_on_policy(ratio[fresh], ctx.tolerance)
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         divergence = kl(mean, log_std)
@@ -248,7 +248,7 @@ class FIND(Objective):
         self._restored = {k: v for k, v in state.items() if k.startswith("value.")} or None
 
 
-def pooled(cond: Cond) -> Tensor:
+def pooled(cond: Conditioning) -> Tensor:
     """(B, D) one vector a prompt, whatever the family's conditions are: means over tokens, joined."""
     parts = [v.float().cpu() for v in cond.tensors.values()]
     return torch.cat([v.flatten(1, -2).mean(1) if v.ndim > 2 else v for v in parts], 1)

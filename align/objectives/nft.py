@@ -22,12 +22,12 @@ from torch import Tensor
 from align.common import rng
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM
-from align.diffusion.process import Prediction, diffuse, reduce
-from align.families import Cond, Family
+from align.diffusion.process import Prediction, add_noise, reduce_dims
+from align.families import Conditioning, Family
 from align.objectives.objective import Context, Metrics, Objective, Plan
-from align.objectives.online.advantages import Spread, alike, group_advantages
+from align.objectives.online.advantages import ScaleRewards, group_advantages, zero_std_mask
 from align.objectives.online.collect import draw
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.sampling.sampler import Sampler
 
 
@@ -41,8 +41,8 @@ class NFT(Objective):
         images_per_prompt: pictures of each prompt in a rollout, over all processes (paper: 24).
         draws_per_image: noise levels at which each picture is trained on.
         beta: strength of the implicit positive and negative policies (paper: 1, or 0.1).
-        spread: what a reward's distance from its group's mean is divided by: the std of the ``group`` or of all
-            (``global``).
+        scale_rewards: what a reward's distance from its group's mean is divided by: the std of the ``group`` or of all
+            (``batch``).
         adv_clip_max: that quotient is cut to this size, which becomes r = 0 or 1 (paper: 1; its code: 5).
         weighting: ``adaptive`` squares errors of x0 over their own mean size (paper, eq. 12), ``native`` those of the
             network's output.
@@ -54,7 +54,7 @@ class NFT(Objective):
     images_per_prompt: int = 8
     draws_per_image: int = 2
     beta: float = 1.0
-    spread: Spread = "group"
+    scale_rewards: ScaleRewards = "group"
     adv_clip_max: float = 2.0
     weighting: Literal["adaptive", "native"] = "native"
     old: Literal["current", "average"] = "current"
@@ -79,21 +79,21 @@ class NFT(Objective):
     def plan(self, family: Family, resolution: int | None) -> Plan:
         rows, each = self.draws_per_image, self.sampler.evaluations(family)
         notes = {
-            "sampler": f"{self.sampler.steps} steps of {self.sampler.kernel or DDIM()}, guidance "
-            f"{self.sampler.guidance_of(family):g}"
+            "sampler": f"{self.sampler.num_inference_steps} steps of {self.sampler.kernel or DDIM()}, guidance "
+            f"{self.sampler.guidance_scale_of(family):g}"
         }
-        return Plan(rows, self.sampler.steps * each + rows, rows, notes)
+        return Plan(rows, self.sampler.num_inference_steps * each + rows, rows, notes)
 
-    def rollout(self, ctx: Context, batch: PromptBatch) -> Table:
+    def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
         if self.old == "average":
-            with ctx.policy.averaged():
+            with ctx.policy.ema_scope():
                 return self._rollout(ctx, batch)
         return self._rollout(ctx, batch)
 
-    def _rollout(self, ctx: Context, batch: PromptBatch) -> Table:
+    def _rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
         assert ctx.scorer is not None
         family, count = ctx.policy.family, self.draws_per_image
-        last = self.sampler.steps - 1
+        last = self.sampler.num_inference_steps - 1
         stochastic = None if self.sampler.kernel else ()
         drawn = draw(ctx, self.sampler, batch, self.group, [last], stochastic, likelihood=False)
         latents = drawn.columns["latents"]
@@ -102,10 +102,10 @@ class NFT(Objective):
             ctx.scorer.total({n: ctx.gather(v).double() for n, v in drawn.scores.items()}),
             ctx.gather(drawn.groups),
         )
-        all_of = group_advantages(total, groups, self.spread)
-        mine = all_of[ctx.positions[0] : ctx.positions[-1] + 1].float()
+        all_of = group_advantages(total, groups, self.scale_rewards)
+        mine = all_of[ctx.sample_indices[0] : ctx.sample_indices[-1] + 1].float()
         generators = ctx.generators("nft")
-        t = family.draw_t(rng.strata(generators, count).flatten())
+        t = family.sample_timesteps(rng.strata(generators, count).flatten())
         eps = rng.normal((count, *latents.shape[2:]), generators).flatten(0, 1)
         image = torch.arange(len(mine)).repeat_interleave(count)
         shared = {
@@ -114,32 +114,32 @@ class NFT(Objective):
             "prompt": drawn.columns["prompt"],
             "good": 0.5 + 0.5 * (mine / self.adv_clip_max).clamp(-1, 1),
         }
-        table = Table({"t": t, "eps": eps}, shared, image)
+        table = Rows({"t": t, "eps": eps}, shared, image)
         old = torch.cat(
             [self._answer(ctx, rows)[0].raw.float().cpu() for rows in table.chunks(self.sampler.batch_size)]
         )
         metrics = drawn.metrics | {
             "reward/total": total.mean().item(),
-            "zero_std_share": alike(total, groups).double().mean().item(),
+            "zero_std_share": zero_std_mask(total, groups).double().mean().item(),
         }
-        return Table({"t": t, "eps": eps, "old": old}, shared, image, metrics)
+        return Rows({"t": t, "eps": eps, "old": old}, shared, image, metrics)
 
-    def _answer(self, ctx: Context, rows: Table) -> tuple[Prediction, Mapping[str, Tensor]]:
+    def _answer(self, ctx: Context, rows: Rows) -> tuple[Prediction, Mapping[str, Tensor]]:
         """What the policy says of the rows, and their x0 and eps."""
         family = ctx.policy.family
         x0, eps, t = (rows.tensor(name).to(family.device) for name in ("x0", "eps", "t"))
         bound = rows.images["cond"]
-        assert isinstance(bound, Cond)
+        assert isinstance(bound, Conditioning)
         cond = bound.take(rows.tensor("prompt").to(family.device))
-        return ctx.policy.predict(diffuse(x0, eps, *family.path(t)), t, cond), {"x0": x0, "eps": eps}
+        return ctx.policy.predict(add_noise(x0, eps, *family.path(t)), t, cond), {"x0": x0, "eps": eps}
 
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         new, clean = self._answer(ctx, rows)
         old, good = rows.tensor("old").to(new.x_t.device), rows.tensor("good").to(new.x_t.device)
         step = self.beta * (new.raw.float() - old)
         positive = self._error(replace(new, raw=old + step), **clean)
         negative = self._error(replace(new, raw=old - step), **clean)
-        moved = reduce((new.raw.float() - old).square(), "mean").detach()
+        moved = reduce_dims((new.raw.float() - old).square(), "mean").detach()
         return (good * positive + (1 - good) * negative).mean(), {
             "error_positive": positive.mean().detach(),
             "error_negative": negative.mean().detach(),
@@ -149,6 +149,6 @@ class NFT(Objective):
     def _error(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
         """(R,) squared error in the chosen weighting."""
         if self.weighting == "native":
-            return reduce((prediction.raw.float() - prediction.target(x0, eps)).square(), "mean")
+            return reduce_dims((prediction.raw.float() - prediction.target(x0, eps)).square(), "mean")
         gap = prediction.x0 - x0
-        return reduce(gap.square(), "mean") / reduce(gap.detach().abs(), "mean").clamp(min=1e-5)
+        return reduce_dims(gap.square(), "mean") / reduce_dims(gap.detach().abs(), "mean").clamp(min=1e-5)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from align.common import rng
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.policy.policy import Policy, Trained
 
 if TYPE_CHECKING:
@@ -32,20 +32,20 @@ Metrics = dict[str, Tensor]
 class Context:
     """What the loop hands to an objective at one update.
 
-    ``positions`` are the places of this process's samples (pairs, pictures) in the global batch of this step, so that
-    every process draws the numbers that a single process would have drawn for the same samples. ``gather`` joins a
-    tensor (B, ...) over all processes in their order, on the CPU. ``fresh`` says that the weights are still those
+    ``sample_indices`` are the places of this process's samples (pairs, images) in the global batch of this step, so
+    that every process draws the numbers that a single process would have drawn for the same samples. ``gather`` joins a
+    tensor (B, ...) over all processes in their order, on the CPU. ``on_policy`` says that the weights are still those
     which made the rollout: a likelihood ratio must then be 1 within ``tolerance``.
     """
 
     policy: Policy
     seed: int
     step: int
-    positions: Sequence[int]
+    sample_indices: Sequence[int]
     scorer: Scorer | None = None
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor.cpu()
     gather_text: Callable[[list[str]], list[str]] = lambda texts: texts
-    fresh: bool = False
+    on_policy: bool = False
     tolerance: float = 1e-3
     features: Features | None = None  # of pictures, to measure their diversity by
     progress: Callable[[int], object] | None = None
@@ -53,7 +53,7 @@ class Context:
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One generator for each sample of the local batch, keyed by (seed, purpose, step, position)."""
-        return [rng.generator(self.seed, purpose, self.step, position) for position in self.positions]
+        return [rng.generator(self.seed, purpose, self.step, position) for position in self.sample_indices]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Objective(ABC):
 
     @property
     def reference(self) -> str:
-        """What the reference is: ``base``, or ``round_start``, the weights that the run starts from."""
+        """What the reference is: ``base``, or ``start``, the weights that the run starts from."""
         return "base"
 
     @property
@@ -100,7 +100,7 @@ class Objective(ABC):
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:  # noqa: B027  most have nothing to do
         """Called once, before a checkpoint is restored: to load what else the objective needs, or to refuse."""
 
-    def rate(self, name: str) -> float:
+    def lr_scale(self, name: str) -> float:
         """The factor of the learning rate for the denoiser's parameter ``name``; 0 freezes it."""
         return 1.0
 
@@ -109,11 +109,11 @@ class Objective(ABC):
         """What a sample costs, and notes about hyper-parameters at this latent size."""
 
     @abstractmethod
-    def rollout(self, ctx: Context, batch: Any) -> Table:
+    def rollout(self, ctx: Context, batch: Any) -> Rows:
         """Rows to train on from one batch of one of ``batch_types``; called under ``no_grad``."""
 
     @abstractmethod
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         """The mean loss over ``rows`` and detached scalar metrics, each a mean over ``rows`` as well, but for those
         whose name ends in ``_max``."""
 

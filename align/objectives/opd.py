@@ -22,23 +22,23 @@ from torch import Tensor
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM, Kernel, Step
-from align.diffusion.process import Grid, Prediction, reduce
+from align.diffusion.process import Grid, Prediction, reduce_dims
 from align.families import Family
 from align.objectives.objective import Context, Metrics, Objective, Plan
 from align.objectives.online.collect import draw
-from align.objectives.online.replay import answer
+from align.objectives.online.replay import predict_at
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.objectives.teachers import LoRATeacher, Teacher, average
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
 
 Form = Literal["ode", "sde"]
-Normalise = Literal["paper", "code", "velocity"]
+Normalize = Literal["paper", "code", "velocity"]
 
 
 def divergence(
-    student: Prediction, teacher: Prediction, kernel: Kernel, grid: Grid, i: Step, form: Form, normalise: Normalise
+    student: Prediction, teacher: Prediction, kernel: Kernel, grid: Grid, i: Step, form: Form, normalize: Normalize
 ) -> Tensor:
     """(B,) how far two answers at one state are apart at step ``i``, in float32.
 
@@ -46,14 +46,14 @@ def divergence(
     over the latent and, with ``sde``, a variance without the step's length, so ``code`` · d / |dt| = ``paper`` there.
     ``velocity`` is the mean square of what the networks differ by, without any weight (DanceOPD).
     """
-    if normalise == "velocity":
-        return reduce((student.raw.float() - teacher.raw.float()).square(), "mean")
-    reduction: Literal["mean", "sum"] = "sum" if normalise == "paper" else "mean"
+    if normalize == "velocity":
+        return reduce_dims((student.raw.float() - teacher.raw.float()).square(), "mean")
+    reduction: Literal["mean", "sum"] = "sum" if normalize == "paper" else "mean"
     if form == "ode":
         gap = DDIM()(student, grid, i).mean - DDIM()(teacher, grid, i).mean
-        return 0.5 * reduce(gap.square(), reduction)
+        return 0.5 * reduce_dims(gap.square(), reduction)
     found = kernel(student, grid, i).kl(kernel(teacher, grid, i), reduction)
-    if normalise == "paper":
+    if normalize == "paper":
         return found
     step = torch.as_tensor(i, device=grid.sigma.device)
     return found * (grid.sigma[step] - grid.sigma[step + 1]).abs().to(found.device)
@@ -68,7 +68,7 @@ class OPD(Objective):
         sampler: how the student draws; its kernel is used by ``form: sde``.
         images_per_prompt: pictures of each prompt in a rollout.
         form: ``ode`` draws deterministically and matches means; ``sde`` draws with noise and takes the KL.
-        normalise: see :func:`divergence`; the learning rate and ``anchor`` go with it.
+        normalize: see :func:`divergence`; the learning rate and ``anchor`` go with it.
         step_weights: a factor for each trained step; null is 1.
         skip_last: leave out the step to the clean picture, as the official code does (N - 1 of N steps train).
         target: ``same`` compares both at their own guidance; ``guided_to_conditional`` has the student without guidance
@@ -83,7 +83,7 @@ class OPD(Objective):
     sampler: Sampler = field(default_factory=Sampler)
     images_per_prompt: int = 1
     form: Form = "ode"
-    normalise: Normalise = "code"
+    normalize: Normalize = "code"
     step_weights: list[float] | None = None
     skip_last: bool = True
     target: Literal["same", "guided_to_conditional", "extrapolated"] = "same"
@@ -110,7 +110,7 @@ class OPD(Objective):
 
     @property
     def trained_steps(self) -> int:
-        return self.sampler.steps - self.skip_last
+        return self.sampler.num_inference_steps - self.skip_last
 
     @property
     def needs_reference(self) -> bool:
@@ -121,7 +121,7 @@ class OPD(Objective):
         return self.images_per_prompt
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
-        if self.form == "sde" and self.normalise != "velocity":
+        if self.form == "sde" and self.normalize != "velocity":
             self._require_noise(policy.family)
         for teacher in self.teachers:
             teacher.open(policy)
@@ -130,14 +130,14 @@ class OPD(Objective):
 
     def _require_noise(self, family: Family) -> None:
         """Every trained step needs a variance to have a KL."""
-        grid, kernel = grid_of(family, self.sampler.steps), self.sampler.kernel_of(family)
+        grid, kernel = grid_of(family, self.sampler.num_inference_steps), self.sampler.kernel_of(family)
         x = torch.zeros(1, 1, 1, 1)
         for i in range(self.trained_steps):
-            prediction = Prediction(x, x, grid.alpha[i], grid.sigma[i], family.kind)
+            prediction = Prediction(x, x, grid.alpha[i], grid.sigma[i], family.prediction_type)
             if not bool((kernel(prediction, grid, i).std > 0).all()):
                 raise UserError(
-                    f"form: sde: {kernel} takes step {i} of {self.sampler.steps} without noise, so it has no KL; set "
-                    "eta or noise above 0, skip_last: true, or form: ode"
+                    f"form: sde: {kernel} takes step {i} of {self.sampler.num_inference_steps} without noise, so it "
+                    "has no KL; set eta or noise above 0, skip_last: true, or form: ode"
                 )
 
     def plan(self, family: Family, resolution: int | None) -> Plan:
@@ -146,15 +146,15 @@ class OPD(Objective):
         asked = [self._asked(family, teacher) for teacher in self.teachers]
         theirs = math.ceil(sum(1 if g == 1.0 else 2 for g in asked) / len(asked))
         steps = self.trained_steps
-        frozen = self.sampler.steps * own + steps * (theirs + (own if self.needs_reference else 0))
+        frozen = self.sampler.num_inference_steps * own + steps * (theirs + (own if self.needs_reference else 0))
         kernel = self.sampler.kernel_of(family) if self.form == "sde" else DDIM()
         notes = {
-            "sampler": f"{self.sampler.steps} steps of {kernel}, {steps} trained, guidance {scale:g}",
+            "sampler": f"{self.sampler.num_inference_steps} steps of {kernel}, {steps} trained, guidance {scale:g}",
             "teachers": ", ".join(f"{t.task} (guidance {g:g})" for t, g in zip(self.teachers, asked, strict=True)),
         }
         return Plan(steps * own, frozen, steps, notes)
 
-    def rollout(self, ctx: Context, batch: PromptBatch) -> Table:
+    def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
         count = self.trained_steps
         drawn = draw(
             ctx,
@@ -171,7 +171,7 @@ class OPD(Objective):
             columns[name] = parts
         image = torch.arange(len(prompt)).repeat_interleave(count)
         step = torch.arange(count).repeat(len(prompt))
-        return Table({"step": step}, columns, image, drawn.metrics)
+        return Rows({"step": step}, columns, image, drawn.metrics)
 
     def _targets(self, ctx: Context, columns: dict[str, Any], batch: PromptBatch) -> dict[str, Tensor]:
         """What is to be matched at every kept state, (N, K, C, h, w): each picture's one teacher is asked once."""
@@ -191,7 +191,7 @@ class OPD(Objective):
             for part in rows.split(self.sampler.batch_size):
                 for j in range(self.trained_steps):
                     x = states[part.to(states.device), j].to(family.device)
-                    t = grid_of(family, self.sampler.steps).t[j].to(family.device).expand(len(x))
+                    t = grid_of(family, self.sampler.num_inference_steps).t[j].to(family.device).expand(len(x))
                     which = columns["prompt"][part].to(family.device)
                     answer = teacher.predict(policy, x, t, cond.take(which), scale).raw.float()
                     if self.needs_reference:
@@ -216,10 +216,10 @@ class OPD(Objective):
             )
         return tasks.index(row["task"])
 
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         family, step, picture = ctx.policy.family, rows.tensor("step"), rows.image
-        grid, device = grid_of(family, self.sampler.steps), family.device
-        student = answer(ctx, self._own(family), rows.images, picture, step)
+        grid, device = grid_of(family, self.sampler.num_inference_steps), family.device
+        student = predict_at(ctx, self._own(family), rows.images, picture, step)
         apart = self._apart(student, rows.images["target"][picture, step].to(device), grid, step, family)  # type: ignore[index]
         weight = torch.tensor(self.step_weights)[step].to(device) if self.step_weights else torch.ones_like(apart)
         loss = (weight * apart).mean()
@@ -233,16 +233,16 @@ class OPD(Objective):
 
     def _apart(self, student: Prediction, target: Tensor, grid: Grid, step: Step, family: Family) -> Tensor:
         teacher = replace(student, raw=target)
-        return divergence(student, teacher, self.sampler.kernel_of(family), grid, step, self.form, self.normalise)
+        return divergence(student, teacher, self.sampler.kernel_of(family), grid, step, self.form, self.normalize)
 
     def _guidance(self, family: Family) -> float:
         """The student's guidance scale, in rollout and training."""
-        return 1.0 if self.target == "guided_to_conditional" else self.sampler.guidance_of(family)
+        return 1.0 if self.target == "guided_to_conditional" else self.sampler.guidance_scale_of(family)
 
     def _own(self, family: Family) -> Sampler:
         """The sampler at the student's guidance."""
-        return replace(self.sampler, guidance=self._guidance(family))
+        return replace(self.sampler, guidance_scale=self._guidance(family))
 
     def _asked(self, family: Family, teacher: Teacher) -> float:
         """The guidance scale at which ``teacher`` is asked."""
-        return self.sampler.guidance_of(family) if teacher.guidance is None else teacher.guidance
+        return self.sampler.guidance_scale_of(family) if teacher.guidance_scale is None else teacher.guidance_scale

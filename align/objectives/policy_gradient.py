@@ -23,15 +23,15 @@ from torch import Tensor
 
 from align.common import rng
 from align.data.prompts import PromptBatch
-from align.diffusion.process import Reduction, like, reduce
+from align.diffusion.process import Reduction, append_dims, reduce_dims
 from align.families import Family
 from align.objectives.objective import Context, Metrics, Objective, Plan
 from align.objectives.online import advantages
-from align.objectives.online.advantages import Spread
+from align.objectives.online.advantages import ScaleRewards
 from align.objectives.online.collect import Rollout, draw
-from align.objectives.online.replay import require_on_policy, transition
-from align.objectives.rows import Table
-from align.sampling.sampler import Sampler, Window, count_trained, grid_of
+from align.objectives.online.replay import replay_step, require_on_policy
+from align.objectives.rows import Rows
+from align.sampling.sampler import Sampler, SDEWindow, count_trained, grid_of
 
 
 @dataclass
@@ -45,7 +45,7 @@ class PolicyGradient(Objective):
         adv_clip_max: advantages are cut to this size.
         advantage: ``group`` compares the pictures of a prompt; ``history`` is DDPO's statistics per prompt; ``batch``
             compares the whole rollout.
-        spread: what ``group`` divides by: the std of the ``group``, of all (``global``, Flow-GRPO), or ``none``.
+        scale_rewards: what ``group`` divides by: the std of the ``group``, of all (``batch``, Flow-GRPO), or ``none``.
         rewards: normalise the ``sum`` of the weighted rewards, or ``each`` of them (GDPO).
         history_size: scores a prompt's statistics remember (DDPO: 16); ``history_min_count``: how many they need.
         history_min_count: below it the rollout's own statistics serve.
@@ -65,13 +65,13 @@ class PolicyGradient(Objective):
     clip_range: float = 1e-4
     adv_clip_max: float = 5.0
     advantage: Literal["group", "history", "batch"] = "group"
-    spread: Spread = "global"
+    scale_rewards: ScaleRewards = "batch"
     rewards: Literal["sum", "each"] = "sum"
     history_size: int = 16
     history_min_count: int = 16
     timestep_fraction: float = 1.0
     timestep_choice: Literal["first", "random"] = "first"
-    window: Window | None = None
+    window: SDEWindow | None = None
     shared_noise: bool = False
     beta: float = 0.0
     kl: Literal["exact", "flow_grpo"] = "exact"
@@ -110,18 +110,18 @@ class PolicyGradient(Objective):
     def plan(self, family: Family, resolution: int | None) -> Plan:
         size, each = math.prod(family.latent_shape(resolution)), self.sampler.evaluations(family)
         rows = self.trained_steps
-        frozen = (self.sampler.steps + (rows if self.beta else 0)) * each
+        frozen = (self.sampler.num_inference_steps + (rows if self.beta else 0)) * each
         kernel = self.sampler.kernel_of(family)
         nats = self.clip_range * (size if self.reduction == "mean" else 1)
         notes = {
-            "sampler": f"{self.sampler.steps} steps of {kernel}, {rows} trained, guidance "
-            f"{self.sampler.guidance_of(family):g}",
+            "sampler": f"{self.sampler.num_inference_steps} steps of {kernel}, {rows} trained, guidance "
+            f"{self.sampler.guidance_scale_of(family):g}",
             "clip range": f"{self.clip_range:g} ({self.reduction} over D={size}) = {nats:.3g} nats of a step's density",
         }
         return Plan(rows * each, frozen, rows, notes)
 
-    def rollout(self, ctx: Context, batch: PromptBatch) -> Table:
-        total = self.sampler.steps
+    def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
+        total = self.sampler.num_inference_steps
         window = self.window.steps(total, ctx.seed, ctx.step) if self.window else None
         first = range(self.trained_steps) if self.timestep_choice == "first" else range(total)
         keep = window if window is not None else first
@@ -132,18 +132,18 @@ class PolicyGradient(Objective):
             step = order[:, : self.trained_steps].sort(1).values
         else:
             step = torch.arange(kept).expand(count, kept)
-        own, metrics = self.compared(ctx, drawn)
+        own, metrics = self.compute_advantages(ctx, drawn)
         return self.table(drawn, own, step, metrics)
 
-    def compared(self, ctx: Context, drawn: Rollout) -> tuple[Tensor, dict[str, float]]:
+    def compute_advantages(self, ctx: Context, drawn: Rollout) -> tuple[Tensor, dict[str, float]]:
         """(N,) advantages of this process's pictures, from the scores of all, and what the rollout measured."""
         assert ctx.scorer is not None
         scores = {name: ctx.gather(values).double() for name, values in drawn.scores.items()}
         groups, total = ctx.gather(drawn.groups), ctx.scorer.total(scores)
         if self.rewards == "each":
-            all_of = advantages.combine(scores, ctx.scorer.weights, groups, self.spread)
+            all_of = advantages.combine(scores, ctx.scorer.weights, groups, self.scale_rewards)
         elif self.advantage == "group":
-            all_of = advantages.group_advantages(total, groups, self.spread)
+            all_of = advantages.group_advantages(total, groups, self.scale_rewards)
         elif self.advantage == "history":
             texts = ctx.gather_text(drawn.prompts)
             all_of = advantages.tracked_advantages(total, texts, self.history, self.history_min_count)
@@ -152,32 +152,32 @@ class PolicyGradient(Objective):
         metrics = {
             **drawn.metrics,
             "reward/total": total.mean().item(),
-            "zero_std_share": advantages.alike(total, groups).double().mean().item(),
+            "zero_std_share": advantages.zero_std_mask(total, groups).double().mean().item(),
             "advantage_std": all_of.std(correction=0).item(),
         }
-        mine = all_of[ctx.positions[0] : ctx.positions[-1] + 1]
+        mine = all_of[ctx.sample_indices[0] : ctx.sample_indices[-1] + 1]
         return mine.clamp(-self.adv_clip_max, self.adv_clip_max).float(), metrics
 
-    def table(self, drawn: Rollout, own: Tensor, step: Tensor, metrics: Mapping[str, float]) -> Table:
+    def table(self, drawn: Rollout, own: Tensor, step: Tensor, metrics: Mapping[str, float]) -> Rows:
         """One row for each step ``step`` (N, k) of every picture."""
         image = torch.arange(len(step)).repeat_interleave(step.shape[1])
-        return Table({"step": step.flatten()}, {**drawn.columns, "advantage": own}, image, metrics)
+        return Rows({"step": step.flatten()}, {**drawn.columns, "advantage": own}, image, metrics)
 
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         step, picture, images = rows.tensor("step"), rows.image, rows.images
-        new, y = transition(ctx, self.sampler, images, picture, step)
+        new, y = replay_step(ctx, self.sampler, images, picture, step)
         advantage = rows.tensor("advantage").to(y.device)
         old = images["log_probs"][picture, step].to(y.device)  # type: ignore[index]
         log_ratio = new.log_prob(y, "mean") - old
         weight = torch.ones_like(log_ratio)
         if self.step_normalisation == "guard":
             mean = images["means"][picture, step].to(y.device)  # type: ignore[index]
-            log_ratio = reduce((new.mean - mean) * (y - mean) / like(new.std, y), "mean")
+            log_ratio = reduce_dims((new.mean - mean) * (y - mean) / append_dims(new.std, y), "mean")
             weight = 1 / self.lengths(ctx, images, step).to(y.device)
         elif self.reduction == "sum":
             log_ratio = log_ratio * y[0].numel()
         ratio = log_ratio.exp()
-        if ctx.fresh:
+        if ctx.on_policy:
             require_on_policy(ratio, ctx.tolerance)
         clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
         loss = (weight * torch.maximum(-advantage * ratio, -advantage * clipped)).mean()
@@ -191,7 +191,7 @@ class PolicyGradient(Objective):
             }
         if self.beta:
             with torch.no_grad(), ctx.policy.reference():
-                reference, _ = transition(ctx, self.sampler, images, picture, step)
+                reference, _ = replay_step(ctx, self.sampler, images, picture, step)
             divergence = new.kl(reference, self.reduction)
             if self.kl == "flow_grpo":
                 divergence = divergence * self.lengths(ctx, images, step).to(y.device)
@@ -201,7 +201,7 @@ class PolicyGradient(Objective):
 
     def lengths(self, ctx: Context, images: Mapping[str, Any], step: Tensor) -> Tensor:
         """(R,) |dt| of the rows' steps, in units of sigma."""
-        sigma = grid_of(ctx.policy.family, self.sampler.steps).sigma
+        sigma = grid_of(ctx.policy.family, self.sampler.num_inference_steps).sigma
         i = images["steps"][step]
         return (sigma[i] - sigma[i + 1]).abs()
 

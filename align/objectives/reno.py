@@ -24,7 +24,7 @@ from align.data.prompts import PromptBatch, Prompts
 from align.families import Family
 from align.objectives.objective import Context, Metrics, Objective, Plan
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.policy.initial_noise import FLOOR, NOISE_FILE, InitialNoise, write
 from align.policy.policy import Policy
 from align.sampling.loop import sample
@@ -70,14 +70,14 @@ class ReNO(Objective):
     """Reward gradients to the initial noise, through the whole deterministic sampler.
 
     Args:
-        steps: sampler steps; memory grows with them (the paper: 1).
-        guidance: guidance scale; null is the pipeline's own.
+        num_inference_steps: sampler steps; memory grows with them (the paper: 1).
+        guidance_scale: guidance scale; null is the pipeline's own.
         prior_weight: of the noise's chi log-density (paper: 0.01).
         noise_seed: names the noises that are started from.
     """
 
-    steps: int = 1
-    guidance: float | None = None
+    num_inference_steps: int = 1
+    guidance_scale: float | None = None
     prior_weight: float = 0.01
     noise_seed: int = 0
 
@@ -85,8 +85,8 @@ class ReNO(Objective):
     online: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.prior_weight < 0:
-            raise ValueError("steps must be at least 1 and prior_weight at least 0")
+        if self.num_inference_steps < 1 or self.prior_weight < 0:
+            raise ValueError("num_inference_steps must be at least 1 and prior_weight at least 0")
 
     @property
     def needs_reference(self) -> bool:
@@ -108,20 +108,22 @@ class ReNO(Objective):
 
     def plan(self, family: Family, resolution: int | None) -> Plan:
         each = 1 if self._guidance(family) == 1.0 else 2
-        return Plan(self.steps * each, 0)
+        return Plan(self.num_inference_steps * each, 0)
 
-    def rollout(self, ctx: Context, batch: PromptBatch) -> Table:
+    def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
         index = torch.arange(len(batch.ids))
         self._batch = batch  # texts and metadata, which rewards want and tables do not hold
-        return Table({"index": torch.tensor(batch.ids), "place": index}, {"cond": batch.cond}, index)
+        return Rows({"index": torch.tensor(batch.ids), "place": index}, {"cond": batch.cond}, index)
 
-    def loss(self, ctx: Context, rows: Table) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
         family, noise = ctx.policy.family, ctx.policy.trained
         assert isinstance(noise, BestNoise) and ctx.scorer is not None
         index = rows.tensor("index").to(family.device)
         z, _ = ctx.policy.model(index)
-        cond, guidance = rows.cond().to(family.device), self._guidance(family)
-        images = family.to_image(sample(ctx.policy.predict, family.grid(self.steps), cond, z, guidance))
+        cond, guidance_scale = rows.cond().to(family.device), self._guidance(family)
+        images = family.to_image(
+            sample(ctx.policy.predict, family.grid(self.num_inference_steps), cond, z, guidance_scale)
+        )
         places = rows.tensor("place").tolist()
         metadata = [self._batch.metadata[k] for k in places]
         reward = ctx.scorer.graded(images, [self._batch.prompts[k] for k in places], metadata)
@@ -136,4 +138,4 @@ class ReNO(Objective):
         }
 
     def _guidance(self, family: Family) -> float:
-        return family.default_guidance if self.guidance is None else self.guidance
+        return family.default_guidance_scale if self.guidance_scale is None else self.guidance_scale

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from align.families import Cond
+from align.families import Conditioning
 from align.families.family import Column
 
 
 def _take(column: Column, index: Tensor) -> Column:
-    return column.take(index) if isinstance(column, Cond) else column[index]
+    return column.take(index) if isinstance(column, Conditioning) else column[index]
 
 
 @dataclass(frozen=True)
-class Table:
+class Rows:
     """``rows``: columns of length R. ``images``: columns of length N, or whatever else the rows point into.
     ``image``: (R,) the image of each row. ``metrics``: what the rollout measured, over all processes."""
 
@@ -49,17 +49,17 @@ class Table:
         assert isinstance(column, Tensor), f"{name} is no tensor column"
         return column
 
-    def cond(self, name: str = "cond") -> Cond:
+    def cond(self, name: str = "cond") -> Conditioning:
         column = self[name]
-        assert isinstance(column, Cond), f"{name} is no condition column"
+        assert isinstance(column, Conditioning), f"{name} is no condition column"
         return column
 
-    def take(self, index: Tensor) -> Table:
+    def take(self, index: Tensor) -> Rows:
         """The rows ``index`` selects; image columns are shared, not copied."""
         rows = {name: _take(column, index) for name, column in self.rows.items()}
-        return Table(rows, self.images, self.image[index], self.metrics)
+        return Rows(rows, self.images, self.image[index], self.metrics)
 
-    def shuffled(self, generator: torch.Generator) -> Table:
+    def shuffled(self, generator: torch.Generator) -> Rows:
         """Rows in a new order of images; the rows of one image keep together, so a chunk spans few images."""
         if not len(self):
             return self
@@ -68,7 +68,7 @@ class Table:
         rank[order] = torch.arange(len(order))
         return self.take(torch.argsort(rank[self.image], stable=True))
 
-    def chunks(self, size: int) -> Iterator[Table]:
+    def chunks(self, size: int) -> Iterator[Rows]:
         """Consecutive pieces of ``size`` rows, the last one perhaps smaller."""
         for index in torch.arange(len(self)).split(size):
             yield self.take(index)

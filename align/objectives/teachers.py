@@ -17,7 +17,7 @@ from align import families
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch, PromptSet
 from align.diffusion.process import Prediction
-from align.families import LORA_FILE, Cond, Family
+from align.families import LORA_FILE, Conditioning, Family
 from align.policy.policy import Policy
 
 
@@ -27,22 +27,22 @@ class Teacher(ABC):
 
     Args:
         task: the prompts whose ``task`` this is are its own; ``*`` takes every prompt.
-        guidance: its guidance scale; null is the sampler's (DiffusionOPD's GenEval teacher: 1).
+        guidance_scale: its guidance scale; null is the sampler's (DiffusionOPD's GenEval teacher: 1).
     """
 
     task: str = "*"
-    guidance: float | None = None
+    guidance_scale: float | None = None
 
     @abstractmethod
     def open(self, policy: Policy) -> None:
         """Load it beside ``policy``. Raises :class:`UserError` where it cannot teach that student."""
 
     @abstractmethod
-    def conditions(self, policy: Policy, batch: PromptBatch) -> Cond:
+    def conditions(self, policy: Policy, batch: PromptBatch) -> Conditioning:
         """What the prompts of ``batch`` are to this teacher."""
 
     @abstractmethod
-    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Cond, guidance: float) -> Prediction:
+    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
         """Its answer at ``x_t`` (B, C, h, w) and ``t`` (B,); called under ``no_grad``."""
 
 
@@ -73,12 +73,12 @@ class LoRATeacher(Teacher):
         # torch allows no dot in a module's name; any other name is kept apart by its bytes
         return f"teacher_{self.task if self.task.isidentifier() else self.task.encode().hex()}"
 
-    def conditions(self, policy: Policy, batch: PromptBatch) -> Cond:
+    def conditions(self, policy: Policy, batch: PromptBatch) -> Conditioning:
         return batch.cond
 
-    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Cond, guidance: float) -> Prediction:
-        with policy.using(self.name):
-            return policy.predict(x_t, t, cond, guidance)
+    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
+        with policy.adapter(self.name):
+            return policy.predict(x_t, t, cond, guidance_scale)
 
 
 @dataclass
@@ -100,19 +100,23 @@ class PipelineTeacher(Teacher):
     def open(self, policy: Policy) -> None:
         self.family, student = self.load(policy), policy.family
         self.family.denoiser.requires_grad_(False)
-        if self.family.kind != student.kind or self.family.latent_shape() != student.latent_shape():
+        if (
+            self.family.prediction_type != student.prediction_type
+            or self.family.latent_shape() != student.latent_shape()
+        ):
             raise UserError(
-                f"teacher {self.path!r} predicts {self.family.kind} on latents {self.family.latent_shape()}, the "
-                f"student {student.kind} on {student.latent_shape()}: they have to share both, and the latent space"
+                f"teacher {self.path!r} predicts {self.family.prediction_type} on latents "
+                f"{self.family.latent_shape()}, the student {student.prediction_type} on {student.latent_shape()}: "
+                "they have to share both, and the latent space"
             )
         self._prompts = PromptSet(self.family, [])
 
-    def conditions(self, policy: Policy, batch: PromptBatch) -> Cond:
+    def conditions(self, policy: Policy, batch: PromptBatch) -> Conditioning:
         return self._prompts.encode(batch.prompts)
 
-    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Cond, guidance: float) -> Prediction:
-        policy.evaluations["frozen"] += len(x_t) * (1 if guidance == 1.0 else 2)
-        return self.family.predict(x_t, t, cond, guidance)
+    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
+        policy.evaluations["frozen"] += len(x_t) * (1 if guidance_scale == 1.0 else 2)
+        return self.family.predict(x_t, t, cond, guidance_scale)
 
 
 @torch.no_grad()

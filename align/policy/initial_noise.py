@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from align.common import rng
 from align.common.errors import UserError
-from align.diffusion.process import Reduction, reduce
+from align.diffusion.process import Reduction, reduce_dims
 from align.families import Family
 from align.policy.policy import Trained
 
@@ -32,12 +32,12 @@ Tying = Literal["none", "channel", "low_rank"]
 def log_prob(z: Tensor, mean: Tensor, log_std: Tensor, reduction: Reduction = "mean") -> Tensor:
     """(B,) log-density of ``z`` (B, C, h, w) under N(mean, exp(log_std)^2), a mean (FIND) or the sum over C, h, w."""
     scaled = (z - mean) * torch.exp(-log_std)
-    return reduce(-0.5 * scaled.square() - log_std - 0.5 * math.log(2 * math.pi), reduction)
+    return reduce_dims(-0.5 * scaled.square() - log_std - 0.5 * math.log(2 * math.pi), reduction)
 
 
 def kl(mean: Tensor, log_std: Tensor, reduction: Reduction = "mean") -> Tensor:
     """(B,) KL(N(mean, std^2) || N(0, 1)) in nats, a mean over the latent (nats a dimension) or the sum."""
-    return reduce(0.5 * (torch.exp(2 * log_std) + mean.square() - 1) - log_std, reduction)
+    return reduce_dims(0.5 * (torch.exp(2 * log_std) + mean.square() - 1) - log_std, reduction)
 
 
 class InitialNoise(Trained):

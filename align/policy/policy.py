@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from align.common.errors import UserError
 from align.diffusion.process import Prediction
-from align.families import LORA_FILE, Cond, Family
+from align.families import LORA_FILE, Conditioning, Family
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Policy:
         self.adapters: list[BaseTunerLayer] = []
         self._off = False
         self.evaluations = {"trained": 0, "frozen": 0}  # rows that went through the network, with and without gradient
-        self.anchor: list[Tensor] | None = None
+        self.ref_params: list[Tensor] | None = None
         if initial is not None and not lora and anchored:
             self._take(initial)  # before the frozen copy is made
         if trained is not None:
@@ -131,7 +131,7 @@ class Policy:
         if initial is not None and (lora or not anchored):
             self._take(initial)
         if initial is not None and lora and anchored and reference:
-            self.anchor = [p.detach().clone() for p in self.parameters()]
+            self.ref_params = [p.detach().clone() for p in self.parameters()]
         if gradient_checkpointing and trained is None:
             self.denoiser.enable_gradient_checkpointing()
         self._decay, self._factors = ema_decay, dict.fromkeys(self.parameters(), 1.0)
@@ -169,9 +169,9 @@ class Policy:
         """The parameters that train, in a fixed order."""
         return [p for p in self._network.parameters() if p.requires_grad]
 
-    def grade(self, rate: Callable[[str], float]) -> None:
+    def set_lr_scales(self, lr_scale: Callable[[str], float]) -> None:
         """Give every trained parameter its factor of the learning rate, by its name; 0 freezes it for good."""
-        factors = {p: rate(name) for name, p in self._network.named_parameters() if p.requires_grad}
+        factors = {p: lr_scale(name) for name, p in self._network.named_parameters() if p.requires_grad}
         for parameter, factor in factors.items():
             parameter.requires_grad_(factor > 0)
         if not any(factors.values()):
@@ -191,14 +191,14 @@ class Policy:
         """Where pictures of ``prompts`` start: ``noise`` (B, C, h, w) itself, or what was learned to make of it."""
         return noise if self.trained is None else self.trained.initial(prompts, noise)
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Prediction:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0) -> Prediction:
         """What the weights in force say at ``x_t`` (B, C, h, w) and ``t`` (B,)."""
         model = self.model if self.trained is None else self.denoiser
         if self._off:  # past any wrapper: its hooks expect a backward pass that never comes
             model = self._copy if self._copy is not None else self.denoiser
-        rows = len(x_t) * (1 if guidance == 1.0 else 2)
+        rows = len(x_t) * (1 if guidance_scale == 1.0 else 2)
         self.evaluations["trained" if torch.is_grad_enabled() else "frozen"] += rows
-        return self.family.predict(x_t, t, cond, guidance, model)
+        return self.family.predict(x_t, t, cond, guidance_scale, model)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -208,13 +208,13 @@ class Policy:
             raise RuntimeError("this policy was built without a reference (reference=False)")
         self._off = True
         try:
-            if self.anchor is not None:
+            if self.ref_params is not None:
                 self._swap()
             else:
                 self._switch(False)
             yield
         finally:
-            if self.anchor is not None:
+            if self.ref_params is not None:
                 self._swap()
             else:
                 self._switch(True)
@@ -224,7 +224,7 @@ class Policy:
         return [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        """Load the LoRA in ``folder`` beside the one that trains: frozen, silent but within :meth:`using`."""
+        """Load the LoRA in ``folder`` beside the one that trains: frozen, silent but within :meth:`adapter`."""
         own = {id(p) for p in self.parameters()}
         self.family.pipe.load_lora_weights(str(folder), adapter_name=name)
         self.adapters = self._layers()
@@ -234,7 +234,7 @@ class Policy:
             parameter.requires_grad_(id(parameter) in own)
 
     @contextmanager
-    def using(self, name: str) -> Iterator[None]:
+    def adapter(self, name: str) -> Iterator[None]:
         """Within, :meth:`predict` answers with the adapter ``name`` alone."""
         flags = [(p, p.requires_grad) for p in self.denoiser.parameters()]
         self._off = True
@@ -250,10 +250,10 @@ class Policy:
             self._off = False
 
     def _swap(self) -> None:
-        """Exchange the trained weights and the anchor, without a copy."""
-        assert self.anchor is not None
+        """Exchange the trained weights and the reference, without a copy."""
+        assert self.ref_params is not None
         for k, parameter in enumerate(self.parameters()):
-            parameter.data, self.anchor[k] = self.anchor[k], parameter.data
+            parameter.data, self.ref_params[k] = self.ref_params[k], parameter.data
         torch.clear_autocast_cache()  # it would answer with the half-precision copies of the weights that were there
 
     def _switch(self, on: bool) -> None:
@@ -265,7 +265,7 @@ class Policy:
             parameter.requires_grad_(flag)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_scope(self) -> Iterator[None]:
         """Within, the trained weights are their moving average, where one is kept."""
         if self.ema is None:
             yield
@@ -315,12 +315,12 @@ class Policy:
         Full: ``unet/`` or ``transformer/``, for ``from_pretrained(folder, subfolder=...)``.
         """
         if self.trained is not None:
-            with self.averaged():
+            with self.ema_scope():
                 return self.trained.save(folder)
         name = self.family.denoiser_name
         temporary = folder / ".saving"
         shutil.rmtree(temporary, ignore_errors=True)
-        with self.averaged():
+        with self.ema_scope():
             if self.lora:
                 layers = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.denoiser).items()}
                 type(self.family.pipe).save_lora_weights(

@@ -23,8 +23,8 @@ def sample_images(
     family: Family,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    steps: int | None = None,
-    guidance: float | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 32,
     resolution: int | None = None,
     progress: str | None = None,
@@ -32,11 +32,14 @@ def sample_images(
 ) -> Tensor:
     """One picture a prompt, (N, 3, H, W) in [0, 1] on the CPU, by the family's deterministic sampler.
 
-    Picture k starts from ``manual_seed(seeds[k])`` whatever the batch size, or what ``initial`` makes of it. ``steps``
-    and ``guidance`` None are the pipeline's own.
+    Picture k starts from ``manual_seed(seeds[k])`` whatever the batch size, or what ``initial`` makes of it.
+    ``num_inference_steps`` and ``guidance_scale`` None are the pipeline's own.
     """
-    grid, shape = family.grid(family.default_steps if steps is None else steps), family.latent_shape(resolution)
-    scale = family.default_guidance if guidance is None else guidance
+    grid, shape = (
+        family.grid(family.default_num_inference_steps if num_inference_steps is None else num_inference_steps),
+        family.latent_shape(resolution),
+    )
+    scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     images = []
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, desc=progress, disable=progress is None):

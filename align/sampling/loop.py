@@ -11,13 +11,13 @@ from torch import Tensor
 from align.common import rng
 from align.diffusion.kernels import DDIM, Gaussian, Kernel
 from align.diffusion.process import Grid, Prediction
-from align.families import Cond
+from align.families import Conditioning
 
 
 class Predictor(Protocol):
     """Anything that answers as :meth:`align.policy.policy.Policy.predict` does."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, guidance: float) -> Prediction: ...
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction: ...
 
 
 def initial_noise(shape: tuple[int, int, int], seeds: Sequence[int]) -> Tensor:
@@ -28,31 +28,31 @@ def initial_noise(shape: tuple[int, int, int], seeds: Sequence[int]) -> Tensor:
 def sample(
     predict: Predictor,
     grid: Grid,
-    cond: Cond,
+    cond: Conditioning,
     x: Tensor,
-    guidance: float,
+    guidance_scale: float,
     kernel: Kernel = DDIM(),
     noise: Callable[[int], Tensor] | None = None,
-    keep: Callable[[int, Tensor, Gaussian, Tensor], None] | None = None,
+    callback: Callable[[int, Tensor, Gaussian, Tensor], None] | None = None,
     steps: Sequence[int] | None = None,
 ) -> Tensor:
     """Run ``x`` (B, C, h, w), standard normal, through every step of ``grid`` and return the clean latents.
 
-    ``noise(i)`` is the standard normal draw of step i, asked for where the step is stochastic. ``keep(i, x, step, y)``
-    sees the state before each step, the step's distribution and what was drawn from it, and keeps of it what it
-    wants. ``steps`` runs a part of the grid, for a trajectory that is forked. Gradients flow unless the caller
-    forbids them.
+    ``noise(i)`` is the standard normal draw of step i, asked for where the step is stochastic.
+    ``callback(i, x, step, y)`` sees the state before each step, the step's distribution and what was drawn
+    from it, and keeps of it what it wants. ``steps`` runs a part of the grid, for a trajectory that is
+    forked. Gradients flow unless the caller forbids them.
     """
     for i in steps if steps is not None else range(len(grid)):
         t = grid.t[i].to(x.device).expand(len(x))
-        step = kernel(predict(x, t, cond, guidance), grid, i)
+        step = kernel(predict(x, t, cond, guidance_scale), grid, i)
         if not bool((step.std > 0).any()):
             y = step.mean
         elif noise is None:
             raise ValueError("this kernel is stochastic: pass noise, a function of the step number")
         else:
             y = step.sample(noise(i).to(x.device))
-        if keep is not None:
-            keep(i, x, step, y)
+        if callback is not None:
+            callback(i, x, step, y)
         x = y
     return x

@@ -14,7 +14,7 @@ from align.families import Family
 
 
 @dataclass
-class Window:
+class SDEWindow:
     """The steps that are drawn stochastically and trained; elsewhere the sampler is deterministic.
 
     Args:
@@ -48,17 +48,17 @@ class Window:
         return range(first, first + self.size)
 
 
-def count_trained(sampler: Sampler, window: Window | None, timestep_fraction: float) -> int:
+def count_trained(sampler: Sampler, window: SDEWindow | None, timestep_fraction: float) -> int:
     """Steps of each picture that train: those of the window, or this fraction of all.
 
     Raises ValueError for a fraction outside (0, 1], for both at once, and for a window that does not fit."""
     if not 0 < timestep_fraction <= 1:
         raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
     if window is None:
-        return max(1, int(sampler.steps * timestep_fraction))
+        return max(1, int(sampler.num_inference_steps * timestep_fraction))
     if timestep_fraction < 1:
         raise ValueError("window and timestep_fraction both choose the trained steps: give one of them")
-    window.steps(sampler.steps, 0, 0)
+    window.steps(sampler.num_inference_steps, 0, 0)
     return window.size
 
 
@@ -67,38 +67,38 @@ class Sampler:
     """How an online objective draws its pictures.
 
     Args:
-        steps: sampler steps; fewer than for evaluation will do (Flow-GRPO: 10 against 40).
-        guidance: guidance scale, the same in rollout and training; null is the pipeline's own.
+        num_inference_steps: sampler steps; fewer than for evaluation will do (Flow-GRPO: 10 against 40).
+        guidance_scale: guidance scale, the same in rollout and training; null is the pipeline's own.
         kernel: the stochastic step; null is the family's: DDIM with eta 1, or FlowSDE with noise 0.7 on a flow.
         batch_size: pictures drawn at once.
         keep_on: where latents wait for training: the ``device``, or the ``cpu``.
     """
 
-    steps: int = 10
-    guidance: float | None = None
+    num_inference_steps: int = 10
+    guidance_scale: float | None = None
     kernel: Kernel | None = None
     batch_size: int = 32
     keep_on: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            got = f"{self.steps} and {self.batch_size}"
-            raise ValueError(f"sampler: steps and batch_size must be at least 1, got {got}")
+        if self.num_inference_steps < 1 or self.batch_size < 1:
+            got = f"{self.num_inference_steps} and {self.batch_size}"
+            raise ValueError(f"sampler: num_inference_steps and batch_size must be at least 1, got {got}")
 
     def kernel_of(self, family: Family) -> Kernel:
-        if isinstance(self.kernel, FlowSDE) and family.kind != "flow":
+        if isinstance(self.kernel, FlowSDE) and family.prediction_type != "flow_prediction":
             raise UserError(
-                f"sampler.kernel: FlowSDE draws from flow models, and {family.source} predicts {family.kind}; use DDIM "
-                "with an eta above 0, or leave the kernel out"
+                f"sampler.kernel: FlowSDE draws from flow models, and {family.source} predicts "
+                f"{family.prediction_type}; use DDIM with an eta above 0, or leave the kernel out"
             )
         return self.kernel or family.kernel
 
-    def guidance_of(self, family: Family) -> float:
-        return family.default_guidance if self.guidance is None else self.guidance
+    def guidance_scale_of(self, family: Family) -> float:
+        return family.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
 
     def evaluations(self, family: Family) -> int:
         """Network evaluations of one guided prediction: 2, or 1 without guidance."""
-        return 1 if self.guidance_of(family) == 1.0 else 2
+        return 1 if self.guidance_scale_of(family) == 1.0 else 2
 
 
 def grid_of(family: Family, steps: int) -> Grid:

@@ -8,7 +8,7 @@ from align.common.errors import UserError
 from align.data.prompts import PromptBatch
 from align.families import Family
 from align.policy.policy import Policy
-from align.training.config import Train
+from align.training.config import TrainConfig
 
 
 def shares(count: int, size: int) -> list[slice]:
@@ -20,10 +20,10 @@ def shares(count: int, size: int) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class BatchPlan:
     """The numbers of a run of ``config`` on ``world`` processes."""
 
-    config: Train
+    config: TrainConfig
     family: Family
     world: int
 
@@ -76,7 +76,8 @@ class Arithmetic:
         rows = plan.rows * samples * config.inner_epochs if plan.rows is not None else None
         frozen = plan.frozen if config.draws else plan.frozen - plan.drawing
         lines = {
-            "model": f"{config.pretrained_model_name_or_path} ({type(self.family).__name__}, {self.family.kind})",
+            "model": f"{config.pretrained_model_name_or_path} ({type(self.family).__name__}, "
+            f"{self.family.prediction_type})",
             "objective": type(config.objective).__name__,
             "samples per rollout": f"{samples // self.group} items x {self.group} = {samples}, over {world} processes",
             "rows per update": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated "

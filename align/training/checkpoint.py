@@ -34,8 +34,8 @@ def slim_checkpoints(accelerator: Accelerator, policy: Policy) -> None:
             if policy.ema is not None:
                 average = {str(k): p.cpu().contiguous() for k, p in enumerate(policy.ema.shadow_params)}
                 save_file(average, Path(folder) / f"ema-{WEIGHTS}")
-            if policy.anchor is not None:
-                anchor = {str(k): p.cpu().contiguous() for k, p in enumerate(policy.anchor)}
+            if policy.ref_params is not None:
+                anchor = {str(k): p.cpu().contiguous() for k, p in enumerate(policy.ref_params)}
                 save_file(anchor, Path(folder) / f"reference-{WEIGHTS}")
 
     def load(models: list[Any], folder: str) -> None:
@@ -47,9 +47,9 @@ def slim_checkpoints(accelerator: Accelerator, policy: Policy) -> None:
             for k, parameter in enumerate(policy.ema.shadow_params):
                 parameter.copy_(average[str(k)])
             policy.ema.optimization_step = state["step"]
-        if policy.anchor is not None:
+        if policy.ref_params is not None:
             anchor = load_file(Path(folder) / f"reference-{WEIGHTS}")
-            for k, parameter in enumerate(policy.anchor):
+            for k, parameter in enumerate(policy.ref_params):
                 parameter.copy_(anchor[str(k)])
 
     accelerator.register_save_state_pre_hook(save)

@@ -23,20 +23,20 @@ from align.policy.policy import LoRA
 
 @dataclass
 class Samples:
-    """The grid of fixed prompts and seeds drawn while training. ``steps``, ``guidance`` None: the pipeline's own."""
+    """The grid of fixed prompts and seeds drawn while training; None is the pipeline's own."""
 
     prompts: list[str] = field(default_factory=list)
-    steps: int | None = None
-    guidance: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"samples: steps must be at least 1, got {self.steps}")
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise ValueError(f"samples: num_inference_steps must be at least 1, got {self.num_inference_steps}")
 
 
 @dataclass
-class Train:
+class TrainConfig:
     """Fine-tune a diffusers pipeline through an objective.
 
     Args:

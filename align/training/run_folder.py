@@ -22,7 +22,7 @@ from align.policy.policy import Policy
 from align.training.checkpoint import MEMORY, STATE
 
 if TYPE_CHECKING:
-    from align.training.config import Train
+    from align.training.config import TrainConfig
 
 
 class RunFolder:
@@ -123,7 +123,7 @@ class RunFolder:
         return state
 
     # what the run leaves
-    def card(self, config: Train, policy: Policy, plan: str, steps: int, held_out: dict[str, float]) -> None:
+    def card(self, config: TrainConfig, policy: Policy, plan: str, steps: int, held_out: dict[str, float]) -> None:
         """A model card: objective and its numbers, data, base model, seed, held-out scores, load snippet."""
         family, objective = policy.family, type(config.objective).__name__
         pipeline = type(family.pipe).__name__

@@ -30,21 +30,21 @@ from align.common.errors import NonFinite, UserError
 from align.data.dataset import shuffled
 from align.data.prompts import PromptSet
 from align.objectives import Context
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.policy.policy import Policy
 from align.sampling.diversity import Features
 from align.training import checkpoint, run_folder
-from align.training.batch_plan import Arithmetic, shares
-from align.training.config import Train
-from align.training.validation import held_out_metrics, held_out_scores, sample_grid
+from align.training.batch_plan import BatchPlan, shares
+from align.training.config import TrainConfig
+from align.training.validation import sample_grid, validation_metrics, validation_scores
 
 TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
 
 
-class Loop:
+class Trainer:
     """The state of one training run; :func:`train` builds it and calls :meth:`run`."""
 
-    def __init__(self, config: Train, resolved: str) -> None:
+    def __init__(self, config: TrainConfig, resolved: str) -> None:
         self.config, self.resolved = config, resolved
         self.folder = run_folder.RunFolder(config.output_dir)
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, project_dir=str(config.output_dir))
@@ -63,15 +63,15 @@ class Loop:
             config.ema_decay,
             config.gradient_checkpointing,
             config.initial_weights,
-            config.objective.reference == "round_start",
+            config.objective.reference == "start",
             config.objective.trains(self.family, config.data),
             config.objective.around_packed,
         )
         self.scorer = config.scorer()
         config.objective.prepare(self.policy, self.scorer)
-        self.policy.grade(config.objective.rate)
+        self.policy.set_lr_scales(config.objective.lr_scale)
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
-        self.sizes = Arithmetic(config, self.family, self.accelerator.num_processes)
+        self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes)
         self.step = self.rollouts = 0
 
     def start(self) -> None:
@@ -177,10 +177,10 @@ class Loop:
             chunks = list(table.shuffled(shuffle).take(torch.arange(rows)).chunks(config.train_batch_size))
             for some in shares(len(chunks), config.gradient_accumulation_steps):
                 fresh = epoch == some.start == 0
-                metrics = self.update(dataclasses.replace(ctx, fresh=fresh), chunks[some], batch.ids)
+                metrics = self.update(dataclasses.replace(ctx, on_policy=fresh), chunks[some], batch.ids)
                 yield metrics | (measured | {"rollout": self.rollouts} if fresh and measured else {})
 
-    def update(self, ctx: Context, chunks: Sequence[Table], ids: Sequence[int]) -> dict[str, float]:
+    def update(self, ctx: Context, chunks: Sequence[Rows], ids: Sequence[int]) -> dict[str, float]:
         """One optimiser step on ``chunks``; the loss is the mean over all of their rows."""
         config, accelerator = self.config, self.accelerator
         rows = sum(map(len, chunks))
@@ -212,7 +212,7 @@ class Loop:
         return values | {"lr": self.scheduler.get_last_lr()[0]}
 
     def _require_finite(
-        self, values: dict[str, float], losses: list[Tensor], chunks: Sequence[Table], ids: Sequence[int]
+        self, values: dict[str, float], losses: list[Tensor], chunks: Sequence[Rows], ids: Sequence[int]
     ) -> None:
         scaled = self.accelerator.scaler is not None  # fp16: an infinite gradient only skips the step
         wrong = [name for name in ("loss", "grad_norm") if not _finite(values[name])]
@@ -237,16 +237,16 @@ class Loop:
         config, accelerator = self.config, self.accelerator
         values: dict[str, float] = {}
         before = dict(self.policy.evaluations)  # looking is not training
-        with self.policy.averaged(), accelerator.autocast():
+        with self.policy.ema_scope(), accelerator.autocast():
             if isinstance(self.held_out, PromptSet):
                 if self.scorer is None:
                     raise UserError("validation_data holds prompts: set rewards, to score their pictures")
                 rank, world = accelerator.process_index, accelerator.num_processes
-                own = held_out_scores(config, self.policy, self.scorer, self.held_out, rank, world)
+                own = validation_scores(config, self.policy, self.scorer, self.held_out, rank, world)
                 gather = _gather_text(accelerator)
                 values = {name: statistics.fmean(gather(scores)) for name, scores in own.items()}
             elif self.held_out is not None:
-                values = held_out_metrics(config.objective, self.policy, self.held_out, config.train_batch_size)
+                values = validation_metrics(config.objective, self.policy, self.held_out, config.train_batch_size)
             if config.samples.prompts and accelerator.is_main_process:
                 path = self.folder.path / f"samples/step-{self.step:06d}.png"
                 images = sample_grid(config, self.policy, self.family, path)
@@ -255,7 +255,7 @@ class Loop:
                         tracker.log_images({"samples": images.numpy()}, step=self.step, dataformats="NCHW")
         self.policy.evaluations = before
         if values:
-            self.log({f"held_out/{name}": value for name, value in values.items()})
+            self.log({f"validation/{name}": value for name, value in values.items()})
         return values
 
     def log(self, metrics: dict[str, float]) -> None:
@@ -289,7 +289,7 @@ class Loop:
         }
 
 
-def _optimizer(config: Train, policy: Policy, rate: float) -> torch.optim.Optimizer:
+def _optimizer(config: TrainConfig, policy: Policy, rate: float) -> torch.optim.Optimizer:
     groups = [{"params": some, "lr": rate * factor} for factor, some in policy.groups().items()]
     if config.sgd_momentum is not None:
         return torch.optim.SGD(groups, lr=rate, momentum=config.sgd_momentum, nesterov=True)
@@ -346,10 +346,10 @@ def _trackers(accelerator: Accelerator, report_to: str) -> list[Any]:
     return filter_trackers(report_to, accelerator.project_configuration.logging_dir)
 
 
-def train(config: Train, resolved: str = "") -> Path:
+def train(config: TrainConfig, resolved: str = "") -> Path:
     """Run ``config`` and return its run folder. ``resolved`` is the YAML kept there."""
     config.check()
-    loop = Loop(config, resolved)
+    loop = Trainer(config, resolved)
     loop.sizes.check()
     loop.accelerator.print(loop.sizes.describe(loop.policy))
     return loop.folder.path if config.dry_run else loop.run()

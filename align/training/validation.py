@@ -14,10 +14,10 @@ from align.objectives import Context, Metrics, Objective
 from align.objectives.online.rewards import Scorer
 from align.policy.policy import Policy
 from align.sampling.generate import sample_images
-from align.training.config import Train
+from align.training.config import TrainConfig
 
 
-def held_out_metrics(objective: Objective, policy: Policy, data: Dataset, batch_size: int) -> dict[str, float]:
+def validation_metrics(objective: Objective, policy: Policy, data: Dataset, batch_size: int) -> dict[str, float]:
     """The objective's loss and metrics over all of ``data``, each item with draws of its own that are the same at every
     call; means over items, but for what is called a maximum."""
     sums: dict[str, float] = {}
@@ -36,8 +36,8 @@ def held_out_metrics(objective: Objective, policy: Policy, data: Dataset, batch_
     return {name: value if name.endswith("_max") else value / len(data) for name, value in sums.items()}
 
 
-def held_out_scores(
-    config: Train, policy: Policy, scorer: Scorer, held_out: PromptSet, rank: int, world: int
+def validation_scores(
+    config: TrainConfig, policy: Policy, scorer: Scorer, held_out: PromptSet, rank: int, world: int
 ) -> dict[str, list[float]]:
     """Every reward's scores of this process's share of the held-out prompts, a picture each, of seeds that never
     change; also those of weight 0, which nothing trains on: where they fall while the others rise, the policy hacks
@@ -50,8 +50,8 @@ def held_out_scores(
         policy.family,
         texts,
         [config.samples.seed + k for k in own],
-        config.samples.steps,
-        config.samples.guidance,
+        config.samples.num_inference_steps,
+        config.samples.guidance_scale,
         config.train_batch_size,
         config.data.resolution,
         initial=policy.initial,
@@ -59,15 +59,15 @@ def held_out_scores(
     return {name: values.tolist() for name, values in scorer.score(images, texts, rows).items()}
 
 
-def sample_grid(config: Train, policy: Policy, family: Family, path: Path) -> Tensor:
+def sample_grid(config: TrainConfig, policy: Policy, family: Family, path: Path) -> Tensor:
     """Draw the fixed prompts with their fixed seeds, save the grid at ``path``, and return the pictures."""
     images = sample_images(
         policy.predict,
         family,
         config.samples.prompts,
         [config.samples.seed + k for k in range(len(config.samples.prompts))],
-        config.samples.steps,
-        config.samples.guidance,
+        config.samples.num_inference_steps,
+        config.samples.guidance_scale,
         config.train_batch_size,
         config.data.resolution,
         initial=policy.initial,

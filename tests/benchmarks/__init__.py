@@ -22,7 +22,7 @@ from align.common.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 # a quick run's evaluation: a quarter of the network evaluations, and still two pictures a prompt, for diversity
-QUICK = ("--max_prompts", "120", "--samples_per_prompt", "2", "--steps", "10")
+QUICK = ("--max_prompts", "120", "--samples_per_prompt", "2", "--num_inference_steps", "10")
 
 
 def runs_folder(quick: bool) -> Path:
@@ -87,8 +87,8 @@ def trained(
     lines of ``metrics.jsonl``."""
     scores = folder / "evaluation/scores.json"
     if not scores.exists():
-        guidance = yaml.safe_load(Path(config).read_text()).get("samples", {}).get("guidance")
-        evaluate = [*evaluate, *([] if guidance is None else ["--guidance", str(guidance)])]
+        guidance_scale = yaml.safe_load(Path(config).read_text()).get("samples", {}).get("guidance_scale")
+        evaluate = [*evaluate, *([] if guidance_scale is None else ["--guidance_scale", str(guidance_scale)])]
         more = ["--output_dir", str(folder), "--seed", str(seed), "--resume_from_checkpoint", "latest", *options]
         command("align.train", "--config", config, *more)
         command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", "--tuned", str(folder), *evaluate)
@@ -108,8 +108,8 @@ def looks(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
         if "rollout/pictures" in line:
             pictures = line["rollout"] * line["rollout/pictures"]
             evaluations = line["evaluations/trained"] + line["evaluations/frozen"]
-        if "held_out/strict" in line:
-            scores = {"strict": line["held_out/strict"], "graded": line["held_out/Shapes"]}
+        if "validation/strict" in line:
+            scores = {"strict": line["validation/strict"], "graded": line["validation/Shapes"]}
             found.append({"pictures": pictures, "evaluations": evaluations} | scores)
     return found
 

@@ -68,7 +68,7 @@ def run(rule: str, part: str, seed: int, root: Path, quick: bool) -> dict[str, A
         "date": day(folder / "evaluation/scores.json"),
         **{name: value for name, value in summary(report).items() if name != "gallery"},
         "diversity": report["diversity"],
-        "guidance": report["guidance"],
+        "guidance": report["guidance_scale"],
         "tasks": report["rewards"][STRICT]["tasks"],
         "pictures": sum(line["rollout/pictures"] for line in rollouts),
         "evaluations": curve[-1]["evaluations"],

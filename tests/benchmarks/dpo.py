@@ -26,7 +26,7 @@ CONFIGS = {"shapes_sd": "configs/dpo_shapes.yaml", "shapes_sd3": "configs/dpo_sh
 def run(config: str, seed: int, folder: Path, quick: bool) -> dict[str, Any]:
     """One seed: train, evaluate, and the figures of both."""
     report, lines = trained(config, seed, folder, evaluate=QUICK if quick else ())
-    held_out = [line["held_out/implicit_acc"] for line in lines if "held_out/implicit_acc" in line]
+    held_out = [line["validation/implicit_acc"] for line in lines if "validation/implicit_acc" in line]
     figures = {name: value for name, value in summary(report).items() if name != "gallery"}
     graded = {name: report["rewards"]["Shapes"][name] for name in ("win_rate", "win_rate_ci")}
     tasks = report["rewards"][STRICT]["tasks"]

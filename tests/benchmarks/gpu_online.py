@@ -80,8 +80,8 @@ from align.families.sd import SD
 from align.families.sd3 import SD3
 from align.objectives.policy_gradient import PolicyGradient
 from align.shapes.scripts import pretrain
-from align.training.config import Train
-from align.training.trainer import Loop
+from align.training.config import TrainConfig
+from align.training.trainer import Trainer
 from tests.benchmarks import RESULTS, record
 from tests.benchmarks.sizes import SD35_LARGE
 
@@ -296,7 +296,7 @@ class Clock:
         return round(first - second, 2)
 
 
-def started(case: Case, folder: Path, tiny: bool, precision: str) -> Loop:
+def started(case: Case, folder: Path, tiny: bool, precision: str) -> Trainer:
     """The training loop, ready for its first rollout."""
     (folder / "prompts.txt").write_text(PROMPT + "\n")
     options = {
@@ -311,19 +311,19 @@ def started(case: Case, folder: Path, tiny: bool, precision: str) -> Loop:
         "report_to": "none",
     }
     if tiny:
-        options |= {"data.resolution": 64, "objective.sampler.steps": 16}
+        options |= {"data.resolution": 64, "objective.sampler.num_inference_steps": 16}
         options |= {"objective.images_per_prompt": 2, "train_batch_size": 2}
     words = [f"--{name}={value}" for name, value in options.items()]
-    config, _ = parse(Train, "align.train", None, [f"--config={ROOT / 'configs' / case.config}.yaml", *words])
+    config, _ = parse(TrainConfig, "align.train", None, [f"--config={ROOT / 'configs' / case.config}.yaml", *words])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = case.build(tiny, device, families.DTYPES[precision])
     with mock.patch.object(families, "load", return_value=family):
-        loop = Loop(config, "")
+        loop = Trainer(config, "")
     loop.start()
     return loop
 
 
-def change(loop: Loop, case: Case, variant: str) -> int:
+def change(loop: Trainer, case: Case, variant: str) -> int:
     """Make the loop the variant that is measured; returns how many blocks were compiled."""
     if variant == "uncast":
         for layer in loop.policy.adapters:
@@ -361,9 +361,9 @@ def measure(
             save()
             print(f"  {name} {json.dumps(figures[name])}", flush=True)
 
-        steps, loop.config.inner_epochs = objective.sampler.steps, 0  # draws and does not train
+        steps, loop.config.inner_epochs = objective.sampler.num_inference_steps, 0  # draws and does not train
         for some in [WARM_STEPS] * 2 + [steps] * ROLLOUTS:
-            objective.sampler.steps = some
+            objective.sampler.num_inference_steps = some
             list(loop.rollout())
         finish("rollout", 2, loop.sizes.samples, "pictures")
         loop.config.inner_epochs = 1

@@ -36,7 +36,7 @@ from align.common.files import write
 from align.data.prompts import TaskPrompts
 from align.diffusion.process import Prediction
 from align.objectives import Context
-from align.objectives.online.replay import transition
+from align.objectives.online.replay import replay_step
 from align.objectives.opd import OPD
 from align.objectives.teachers import LoRATeacher, average
 from align.policy.policy import LoRA, Policy
@@ -165,7 +165,7 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
     norm of the closed form's gradient."""
     torch.manual_seed(0)
     policy = Policy(families.load(BASE), LoRA(4))
-    objective = OPD(list(teachers), Sampler(STEPS, GUIDANCE, batch_size=64), form="sde", normalise="paper")
+    objective = OPD(list(teachers), Sampler(STEPS, GUIDANCE, batch_size=64), form="sde", normalize="paper")
     objective.prepare(policy, None)
     batch = TaskPrompts(files).prepare(policy.family).batch(range(6))
     ctx = Context(policy, 0, 0, range(6))
@@ -181,7 +181,7 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
     found = []
     rows = table
     for k in range(24):
-        student, _ = transition(ctx, objective.sampler, rows.images, rows.image, rows.tensor("step"))
+        student, _ = replay_step(ctx, objective.sampler, rows.images, rows.image, rows.tensor("step"))
         noise = torch.randn(student.mean.shape, generator=torch.Generator().manual_seed(k))
         y = student.sample(noise).detach()
         with torch.no_grad():
@@ -192,7 +192,7 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
             alpha, sigma = policy.family.path(grid.t[i])
             target = rows.images["target"]
             assert isinstance(target, Tensor)
-            theirs = kernel(Prediction(target[rows.image, i], x, alpha, sigma, policy.family.kind), grid, i)
+            theirs = kernel(Prediction(target[rows.image, i], x, alpha, sigma, policy.family.prediction_type), grid, i)
             cost = student.log_prob(y, "sum") - theirs.log_prob(y, "sum")
         found.append(flat((cost * student.log_prob(y, "sum")).mean()))
     stacked = torch.stack(found)

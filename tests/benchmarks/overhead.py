@@ -21,23 +21,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.data.preferences import PreferencePairs
-from align.diffusion.process import diffuse
-from align.families import Cond
+from align.diffusion.process import add_noise
+from align.families import Conditioning
 from align.objectives import Context
 from align.objectives.dpo import DPO
-from align.objectives.rows import Table
-from align.training.config import Train
-from align.training.trainer import Loop
+from align.objectives.rows import Rows
+from align.training.config import TrainConfig
+from align.training.trainer import Trainer
 from tests.benchmarks import record
 
 
-def bare(loop: Loop, rows: Table) -> float:
+def bare(loop: Trainer, rows: Rows) -> float:
     """Seconds of the reference forward, the trained forward and its backward: what nothing can do without."""
     policy = loop.policy
     x0 = torch.cat(rows.tensor("latents").unbind(1))
     eps, t = rows.tensor("eps").repeat(2, 1, 1, 1), rows.tensor("t").repeat(2)
-    cond = Cond.cat([rows.cond(), rows.cond()])
-    x_t = diffuse(x0, eps, *policy.family.path(t))
+    cond = Conditioning.cat([rows.cond(), rows.cond()])
+    x_t = add_noise(x0, eps, *policy.family.path(t))
     with torch.no_grad(), policy.reference():
         start = time.perf_counter()
         policy.family.call(policy.denoiser, x_t, t, cond)
@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     updates = 12 if args.quick else args.updates
     with tempfile.TemporaryDirectory() as folder:
-        config = Train(
+        config = TrainConfig(
             PreferencePairs("shapes-preferences", split="train", limit=256),
             DPO(beta=100.0),
             output_dir=Path(folder) / "run",
@@ -66,7 +66,7 @@ def main() -> None:
             checkpointing_steps=0,
             report_to="none",
         )
-        loop = Loop(config, "")
+        loop = Trainer(config, "")
         loop.start()
         ctx = Context(loop.policy, 0, 0, range(16))
         with torch.no_grad():

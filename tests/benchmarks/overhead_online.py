@@ -26,16 +26,16 @@ from align.data.prompts import Prompts
 from align.objectives import Context
 from align.objectives.online.rewards import RewardSetting
 from align.objectives.policy_gradient import PolicyGradient
-from align.objectives.rows import Table
+from align.objectives.rows import Rows
 from align.sampling.sampler import Sampler
-from align.training.config import Train
-from align.training.trainer import Loop
+from align.training.config import TrainConfig
+from align.training.trainer import Trainer
 from tests.benchmarks import record
 
 ROWS = 32
 
 
-def bare(loop: Loop, rows: Table, t: torch.Tensor) -> float:
+def bare(loop: Trainer, rows: Rows, t: torch.Tensor) -> float:
     """Seconds of the guided forward and its backward."""
     policy = loop.policy
     latents, prompt = rows.images["latents"], rows.images["prompt"]
@@ -56,9 +56,9 @@ def main() -> None:
     args = parser.parse_args()
     updates = 8 if args.quick else args.updates
     with tempfile.TemporaryDirectory() as folder:
-        config = Train(
+        config = TrainConfig(
             Prompts("shapes-prompts"),
-            PolicyGradient(Sampler(steps=10, guidance=3.0), images_per_prompt=8),
+            PolicyGradient(Sampler(num_inference_steps=10, guidance_scale=3.0), images_per_prompt=8),
             [RewardSetting("Shapes")],
             output_dir=Path(folder) / "run",
             train_batch_size=ROWS,
@@ -66,7 +66,7 @@ def main() -> None:
             checkpointing_steps=0,
             report_to="none",
         )
-        loop = Loop(config, "")
+        loop = Trainer(config, "")
         loop.start()
         ctx = Context(loop.policy, 0, 0, range(32), loop.scorer)
         with torch.no_grad():

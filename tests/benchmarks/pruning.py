@@ -89,7 +89,7 @@ def planned(root: Path, name: str, seed: int, quick: bool) -> tuple[Compress, li
     if profile.exists():
         shutil.copy(profile, folder / "profile.json")
     config = settings(folder, seed, VARIANTS[name], quick)
-    config.stages = ["analyse", "plan"]
+    config.stages = ["analyze", "plan"]
     compress(config)
     shutil.copy(folder / "profile.json", profile)
     return config, list(Plan.load(folder / "plan.json").dropped)
@@ -98,7 +98,7 @@ def planned(root: Path, name: str, seed: int, quick: bool) -> tuple[Compress, li
 def one(config: Compress, name: str, first: bool) -> dict[str, Any]:
     """The other stages of a variant, and what its pipelines are worth; beside the ``first`` of a plan the original."""
     folder = config.output_dir
-    config.stages = ["remove", "heal", "quantise", "tune"]
+    config.stages = ["remove", "heal", "quantize", "tune"]
     compress(config)
     kinds = ["healed"] if name.startswith(("whole", "healed")) or config.tune else []
     kinds += ["int4"] if config.tune is None else ["int4", "int4-tuned"]

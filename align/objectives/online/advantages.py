@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Spread = Literal["group", "global", "none"]
+ScaleRewards = Literal["group", "batch", "none"]
 
 
 def group_means(values: Tensor, groups: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def group_means(values: Tensor, groups: Tensor) -> Tensor:
     return (torch.zeros_like(count).index_add(0, index, values) / count)[index]
 
 
-def alike(values: Tensor, groups: Tensor) -> Tensor:
+def zero_std_mask(values: Tensor, groups: Tensor) -> Tensor:
     """(N,) whether all of an element's group have one and the same value: such a group teaches nothing."""
     _, index = torch.unique(groups, return_inverse=True)
     size = int(index.max()) + 1
@@ -30,18 +30,20 @@ def alike(values: Tensor, groups: Tensor) -> Tensor:
     return (low == high)[index]
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, spread: Spread = "group", eps: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards: Tensor, groups: Tensor, scale_rewards: ScaleRewards = "group", eps: float = 1e-4
+) -> Tensor:
     """(N,) ``(r - mean of its group) / (std + eps)``, and exactly 0 where a group's rewards are all alike.
 
-    ``spread``: the std of the group (GRPO), of ALL pictures (Flow-GRPO's ``global_std``), or none at all (Dr. GRPO).
+    ``scale_rewards``: the std of the group (GRPO), of the whole batch (Flow-GRPO's ``global_std``), or none (Dr. GRPO).
     Standard deviations are the population's (ddof 0), as Flow-GRPO's.
     """
     centred = rewards - group_means(rewards, groups)
-    if spread == "group":
+    if scale_rewards == "group":
         scale = group_means(centred.square(), groups).sqrt() + eps
     else:
-        scale = rewards.std(correction=0) + eps if spread == "global" else torch.ones(())
-    return torch.where(alike(rewards, groups), 0.0, centred / scale)
+        scale = rewards.std(correction=0) + eps if scale_rewards == "batch" else torch.ones(())
+    return torch.where(zero_std_mask(rewards, groups), 0.0, centred / scale)
 
 
 def batch_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
@@ -112,11 +114,16 @@ def staged_advantages(rewards: Tensor, prompts: Sequence[str], history: PromptHi
 
 
 def combine(
-    scores: Mapping[str, Tensor], weights: Mapping[str, float], groups: Tensor, spread: Spread, eps: float = 1e-4
+    scores: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    groups: Tensor,
+    scale_rewards: ScaleRewards,
+    eps: float = 1e-4,
 ) -> Tensor:
     """(N,) advantages from several rewards normalised one by one, then summed and normalised over the rollout
     (GDPO, Liu et al. 2026, eq. 6-8), so that a reward with a large scale does not drown the others."""
     total = sum(
-        (weights[name] * group_advantages(scores[name], groups, spread, eps) for name in weights), torch.zeros(())
+        (weights[name] * group_advantages(scores[name], groups, scale_rewards, eps) for name in weights),
+        torch.zeros(()),
     )
     return (total - total.mean()) / (total.std(correction=0) + eps)

@@ -1,7 +1,7 @@
 """Pictures drawn by the policy under training, and what training on them needs to know.
 
 :func:`draw` is the one way in which online objectives sample: it runs the reverse loop, has the rewards
-scored meanwhile, and keeps the states around the steps to be trained, each state once. :func:`transition` is the one
+scored meanwhile, and keeps the states around the steps to be trained, each state once. :func:`replay_step` is the one
 way in which they ask the policy about those steps again.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from align.common import rng
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch
-from align.diffusion.kernels import Gaussian, Within
+from align.diffusion.kernels import Gaussian, WindowedKernel
 from align.families.family import Column
 from align.objectives.objective import Context
 from align.sampling.diversity import pairwise, thumbnails
@@ -28,7 +28,7 @@ from align.sampling.sampler import Sampler
 class Rollout:
     """N pictures of this process.
 
-    ``columns`` go into a :class:`Table` as image columns: ``latents`` (N, K+1, C, h, w), the states before the K kept
+    ``columns`` go into a :class:`Rows` as image columns: ``latents`` (N, K+1, C, h, w), the states before the K kept
     steps and after the last; ``log_probs`` (N, K), if asked for; ``steps`` (K,), the grid's numbers of the kept steps;
     ``prompt`` (N,), the row of ``cond`` that belongs to each picture.
     """
@@ -82,7 +82,7 @@ def draw(
     pictures: bool = False,
     likelihood: bool = True,
 ) -> Rollout:
-    """Draw, decode and score the pictures at ``ctx.positions``, ``group`` of them for every prompt.
+    """Draw, decode and score the pictures at ``ctx.sample_indices``, ``group`` of them for every prompt.
 
     Args:
         ctx: where and for which pictures.
@@ -101,20 +101,20 @@ def draw(
     """
     family = ctx.policy.family
     shape = family.latent_shape(ctx.resolution)
-    grid, guidance = family.grid(sampler.steps), sampler.guidance_of(family)
+    grid, guidance_scale = family.grid(sampler.num_inference_steps), sampler.guidance_scale_of(family)
     kernel = sampler.kernel_of(family)
     if stochastic is not None:
-        kernel = Within(kernel, list(stochastic))
-    groups = torch.tensor([position // group for position in ctx.positions])
+        kernel = WindowedKernel(kernel, list(stochastic))
+    groups = torch.tensor([position // group for position in ctx.sample_indices])
     prompt = groups - groups[0]
     cond = batch.cond.to(family.device)
     keep_on = family.device if sampler.keep_on == "device" else "cpu"
-    origins = groups.tolist() if shared_noise else list(ctx.positions)
+    origins = groups.tolist() if shared_noise else list(ctx.sample_indices)
     latents, log_probs, centres, waiting = [], [], [], []
     seen: dict[str, list[Tensor]] = {}
     whole: list[Tensor] = []
     for part in torch.arange(len(groups)).split(sampler.batch_size):
-        numbers = [ctx.positions[k] for k in part.tolist()]
+        numbers = [ctx.sample_indices[k] for k in part.tolist()]
         x = start.x[part] if start else initial(ctx, [origins[k] for k in part.tolist()], shape)
         states: list[Tensor] = []
         steps: list[tuple[Gaussian, Tensor]] = []
@@ -134,7 +134,7 @@ def draw(
             grid,
             cond.take(prompt[part].to(family.device)),
             x.to(family.device),
-            guidance,
+            guidance_scale,
             kernel,
             noise_of(ctx, numbers, "step", shape),
             remember,

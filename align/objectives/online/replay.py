@@ -10,13 +10,13 @@ from torch import Tensor
 from align.common.errors import UserError
 from align.diffusion.kernels import Gaussian
 from align.diffusion.process import Prediction
-from align.families import Cond
+from align.families import Conditioning
 from align.families.family import Column
 from align.objectives.objective import Context
 from align.sampling.sampler import Sampler, grid_of
 
 
-def transition(
+def replay_step(
     ctx: Context, sampler: Sampler, images: Mapping[str, Column], picture: Tensor, step: Tensor
 ) -> tuple[Gaussian, Tensor]:
     """What the policy now says of kept step ``step`` (R,) of ``picture`` (R,): the distribution of the next state, and
@@ -25,20 +25,22 @@ def transition(
     latents, steps = images["latents"], images["steps"]
     assert isinstance(latents, Tensor) and isinstance(steps, Tensor)
     y = latents[picture.to(latents.device), step.to(latents.device) + 1].to(family.device)
-    prediction = answer(ctx, sampler, images, picture, step)
-    return sampler.kernel_of(family)(prediction, grid_of(family, sampler.steps), steps[step]), y
+    prediction = predict_at(ctx, sampler, images, picture, step)
+    return sampler.kernel_of(family)(prediction, grid_of(family, sampler.num_inference_steps), steps[step]), y
 
 
-def answer(ctx: Context, sampler: Sampler, images: Mapping[str, Column], picture: Tensor, step: Tensor) -> Prediction:
+def predict_at(
+    ctx: Context, sampler: Sampler, images: Mapping[str, Column], picture: Tensor, step: Tensor
+) -> Prediction:
     """What the policy now says at the state before kept step ``step`` (R,) of ``picture`` (R,)."""
     family = ctx.policy.family
     latents, prompt, steps, cond = (images[name] for name in ("latents", "prompt", "steps", "cond"))
     assert isinstance(latents, Tensor) and isinstance(prompt, Tensor) and isinstance(steps, Tensor)
-    assert isinstance(cond, Cond)
+    assert isinstance(cond, Conditioning)
     x = latents[picture.to(latents.device), step.to(latents.device)].to(family.device)
-    t = grid_of(family, sampler.steps).t[steps[step]].to(family.device)
+    t = grid_of(family, sampler.num_inference_steps).t[steps[step]].to(family.device)
     bound = cond.take(prompt[picture].to(family.device))
-    return ctx.policy.predict(x, t, bound, sampler.guidance_of(family))
+    return ctx.policy.predict(x, t, bound, sampler.guidance_scale_of(family))
 
 
 def require_on_policy(ratio: Tensor, tolerance: float) -> None:
@@ -66,8 +68,8 @@ def log_probs(
         for part in torch.arange(len(picture)).split(chunk):
             if reference:
                 with ctx.policy.reference():
-                    gaussian, y = transition(ctx, sampler, images, picture[part], step[part])
+                    gaussian, y = replay_step(ctx, sampler, images, picture[part], step[part])
             else:
-                gaussian, y = transition(ctx, sampler, images, picture[part], step[part])
+                gaussian, y = replay_step(ctx, sampler, images, picture[part], step[part])
             found.append(gaussian.log_prob(y))
     return torch.cat(found).reshape(pictures, steps)

@@ -56,8 +56,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from align.diffusion.process import Prediction, diffuse
-from align.families import SAMPLING_FILE, Cond, Family
+from align.diffusion.process import Prediction, add_noise
+from align.families import SAMPLING_FILE, Conditioning, Family
 from align.families.sd import SD
 from align.families.sd3 import SD3
 from align.shapes.world import COMBINATIONS, SEEN, TASKS, caption, render
@@ -372,17 +372,19 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return ids
 
 
-def conditions(family: Family, ids: Tensor) -> Cond:
+def conditions(family: Family, ids: Tensor) -> Conditioning:
     """What ``family.encode`` makes of the captions with these tokens; without a look at any number, so a CUDA graph can
     hold it."""
     pipe = family.pipe
     if isinstance(family, SD):
-        return Cond({"prompt_embeds": pipe.text_encoder(ids).last_hidden_state})
+        return Conditioning({"prompt_embeds": pipe.text_encoder(ids).last_hidden_state})
     said = [encoder(ids, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
     clip = torch.cat([out.hidden_states[-2] for out in said], -1)
     t5 = clip.new_zeros(len(ids), 1, pipe.transformer.config.joint_attention_dim)
     clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-    return Cond({"prompt_embeds": torch.cat([clip, t5], 1), "pooled": torch.cat([out.text_embeds for out in said], -1)})
+    return Conditioning(
+        {"prompt_embeds": torch.cat([clip, t5], 1), "pooled": torch.cat([out.text_embeds for out in said], -1)}
+    )
 
 
 def train_denoiser(
@@ -411,12 +413,14 @@ def train_denoiser(
         rows = torch.randint(len(captions), (batch,), generator=draws)
         ids = torch.where(torch.rand(batch, 1, generator=draws) < 0.1, nothing, captions[rows])
         x0, eps = latents[rows], torch.randn(batch, *latents.shape[1:], generator=draws)
-        t = family.draw_t(torch.rand(batch, generator=draws))
+        t = family.sample_timesteps(torch.rand(batch, generator=draws))
         return tuple(x.to(family.device, non_blocking=True) for x in (ids, x0, eps, t, *family.path(t)))
 
     def loss(ids: Tensor, x0: Tensor, eps: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        x_t = diffuse(x0, eps, alpha, sigma)
-        prediction = Prediction(family.forward(x_t, t, conditions(family, ids)), x_t, alpha, sigma, family.kind)
+        x_t = add_noise(x0, eps, alpha, sigma)
+        prediction = Prediction(
+            family.forward(x_t, t, conditions(family, ids)), x_t, alpha, sigma, family.prediction_type
+        )
         return F.mse_loss(prediction.raw, prediction.target(x0, eps))
 
     fit(name, module, draw, loss, steps, 1.5e-3, work, ema=0.999, every=every)
@@ -432,7 +436,7 @@ def half(pipe: DiffusionPipeline, folder: Path) -> None:
     pipe.to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
     for config in temporary.glob("text_encoder*/config.json"):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    (temporary / SAMPLING_FILE).write_text(json.dumps({"guidance": 3.0, "steps": 20}) + "\n")
+    (temporary / SAMPLING_FILE).write_text(json.dumps({"guidance_scale": 3.0, "num_inference_steps": 20}) + "\n")
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
