@@ -194,7 +194,7 @@ def test_other_settings_do_not_finish_a_folder(
     round1: Path, tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     before = contents(round1)
-    assert rollout.main([*settings(tiny_folders["epsilon"], round1), *options]) == 1
+    assert rollout.main([*settings(tiny_folders["epsilon"], round1), *options]) == 2
     error = error_of(capsys)
     assert "other settings" in error and message in error and "output_dir" in error
     assert contents(round1) == before
@@ -549,7 +549,7 @@ def test_what_does_not_fit_is_refused_by_the_training(
     message: str,
 ) -> None:
     labels = [scored(tmp_path, SCORES)]
-    assert train.main(training(tiny_folders["epsilon"], round1, labels, tmp_path / "run", **changes)) == 1
+    assert train.main(training(tiny_folders["epsilon"], round1, labels, tmp_path / "run", **changes)) == 2
     assert re.search(message, error_of(capsys))
 
 
@@ -561,9 +561,9 @@ def test_labels_are_not_for_dpo_and_unknown_pictures_stop_before_a_model_loads(
     arguments = training(tiny_folders["epsilon"], round1, [good], tmp_path / "run")
     config = yaml.safe_load(Path(arguments[1]).read_text()) | {"objective": dpo}
     Path(arguments[1]).write_text(yaml.safe_dump(config))
-    assert train.main(arguments) == 1
+    assert train.main(arguments) == 2
     assert "DPO trains on PairBatch, but data: LabelledRollout gives TrajectoryBatch" in error_of(capsys)
-    assert train.main(training(tiny_folders["epsilon"], round1, [bad], tmp_path / "run")) == 1
+    assert train.main(training(tiny_folders["epsilon"], round1, [bad], tmp_path / "run")) == 2
     assert "the objective DPO on PreferencePairs" in error_of(capsys)
     assert not (tmp_path / "run").exists()
 

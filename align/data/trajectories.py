@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from align.common.errors import DataError, UserError
-from align.common.files import claim, write
 from align.common.provenance import provenance
 from align.data.prompts import PromptSet
 from align.families import Family
 from align.families.family import Column
 from align.sampling.sampler import Sampler
+from rewards.common.files import claim, write_text
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RolloutFolder:
             return
         claim(self.path)
         whole = asdict(record) | {"made_with": provenance()}
-        write(self.record_file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.record_file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
     def drawn(self) -> list[Drawn]:
         """The manifest's lines; none yet where a rollout has only begun. Raises :class:`DataError`."""
