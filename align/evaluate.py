@@ -24,7 +24,6 @@ from torch import Tensor
 from align import families
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
-from align.common.files import claim, write
 from align.common.provenance import provenance
 from align.data.prompts import read_prompts
 from align.evaluation import gallery
@@ -34,6 +33,7 @@ from align.shapes.world import held_out_prompts
 from align.training import model_card
 from rewards import RewardSum
 from rewards import load as load_reward
+from rewards.common.files import claim, write_text
 from rewards.models.shapes import Shapes
 from rewards.models.shapes import parse as parse_caption
 
@@ -140,8 +140,8 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         | {f"{who}/{name}": float(v[k]) for who in scores for name, v in scores[who].items()}
         for k, (text, seed) in enumerate(zip(texts, seeds, strict=True))
     ]
-    write(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write(output / "scores.json", json.dumps(report | provenance(), indent=2) + "\n")
+    write_text(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(output / "scores.json", json.dumps(report | provenance(), indent=2) + "\n")
     model_card.add_to_card(config.tuned / "README.md", "Held-out prompts, base against tuned", table(report))
     return report
 
@@ -271,7 +271,7 @@ figcaption{{color:#555;font-size:12px}}</style>
 <h1>{html.escape(report["base"])} against {html.escape(report["tuned"])}</h1>
 <p>Same prompts and seeds; evenly spaced prompts, first picture of each. {html.escape(reward)}: tuned wins
 {report["win_rate"]:.1%} (95 % interval {low:.1%} to {high:.1%}, ties one half).</p><main>{cards}</main>"""
-    write(output / "gallery.html", page)
+    write_text(output / "gallery.html", page)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

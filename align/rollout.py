@@ -32,7 +32,6 @@ from tqdm import tqdm
 from align import families
 from align.common.command import command, parse
 from align.common.errors import NonFinite, require_at_least
-from align.common.files import write
 from align.data.prompts import PromptBatch, Prompts, PromptSet
 from align.data.trajectories import Drawn, Record, RolloutFolder, describe
 from align.evaluation import gallery
@@ -42,6 +41,7 @@ from align.objectives.online.collect import draw
 from align.objectives.online.rewards import RewardSetting, Scorer
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler
+from rewards.common.files import atomic, write_text
 
 
 @dataclass
@@ -110,7 +110,7 @@ def rollout(config: RolloutSettings) -> Path:
             known[shard] = _draw(config, ctx, prompts.batch(chosen), folder, shard)
             lines = [line for number in sorted(known) for line in known[number]]
             # last of all: a shard that the manifest lists is whole
-            write(folder.manifest, "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines))
+            write_text(folder.manifest, "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines))
     print(f"{record.images} pictures of {record.prompts} prompts in {folder.path}")
     return folder.path
 
@@ -137,10 +137,9 @@ def _draw(config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: Rol
         gallery.save_picture(image, folder.path / line.image)
     captions = [f"{line.trajectory} {line.prompt}" for line in lines]
     gallery.save_grid(images, captions, folder.path / f"contact-sheet-{shard:05d}.png", k)
-    draft = folder.shard(shard).with_suffix(".tmp")
     kept = {"latents": latents.half() if config.half else latents, "log_probs": log_probs}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in kept.items()}, draft)
-    draft.replace(folder.shard(shard))
+    with atomic(folder.shard(shard)) as draft:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in kept.items()}, draft)
     return lines
 
 

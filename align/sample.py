@@ -21,11 +21,11 @@ import torch
 from align import families
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
-from align.common.files import claim, write
 from align.data.prompts import read_prompts
 from align.evaluation import gallery
 from align.policy.initial_noise import InitialNoise
 from align.sampling import generate
+from rewards.common.files import claim, write_text
 
 
 @dataclass
@@ -103,7 +103,9 @@ def sample(config: Sample) -> Path:
     rows = [
         {"file_name": name, "prompt": text, "seed": seed} for name, text, seed in zip(names, texts, seeds, strict=True)
     ]
-    write(config.output_dir / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(
+        config.output_dir / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
     print(f"{len(texts)} pictures in {config.output_dir}")
     return config.output_dir
 

@@ -27,7 +27,6 @@ from align import families
 from align.common.assets import locate
 from align.common.command import command, parse
 from align.common.errors import UserError
-from align.common.files import claim, write
 from align.data.prompts import read_prompts
 from align.families import LORA_FILE, SAMPLING_FILE, Family
 from align.training.config import TrainConfig
@@ -41,6 +40,7 @@ from pruning.quantize import NF4, Model, merge_lora, quantize, save_pipeline, se
 from pruning.report import Reporting, report
 from rewards import RewardSum
 from rewards import load as load_reward
+from rewards.common.files import claim, write_text
 
 Stage = Literal["analyze", "plan", "remove", "heal", "quantize", "tune", "report"]
 STAGES: tuple[Stage, ...] = ("analyze", "plan", "remove", "heal", "quantize", "tune", "report")
@@ -173,7 +173,7 @@ def compress(config: Compress, resolved: str = "") -> Path:
         _check_skip(config)
     claim(config.output_dir)
     if resolved:
-        write(config.at("config.yaml"), resolved)
+        write_text(config.at("config.yaml"), resolved)
     original = _original(config)
     if "analyze" in stages and (config.blocks is None or _graded(config)):
         _analyse(config, _family(config, original), prompts)

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from align.common.errors import NonFinite, UserError
-from align.common.files import write
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction
 from align.families import Conditioning, Family
@@ -31,6 +30,7 @@ from align.sampling.loop import initial_noise, sample
 from pruning.graph import BlockGraph, Streams
 from pruning.plan import key
 from rewards import RewardSum
+from rewards.common.files import write_text
 
 Measure = Literal["drop", "mse", "cosine"]
 Profile = dict[str, Any]
@@ -104,7 +104,7 @@ def profile(
     full = calibration.draw()
     if not found["full"]:  # a run that goes on keeps the times that it measured first
         found |= full
-        write(path, json.dumps(found, indent=2) + "\n")
+        write_text(path, json.dumps(found, indent=2) + "\n")
     for unit in tqdm(left, desc="importance", initial=len(units) - len(left), total=len(units)):
         with graph.skip(unit):
             mse, score = calibration.without()
@@ -112,7 +112,7 @@ def profile(
             raise NonFinite(f"without {key(unit)} the output is not finite; profile in bfloat16 or float32")
         drop = None if score is None else found["full"]["reward"] - score
         found["units"][key(unit)] = {"mse": mse, "reward": score, "drop": drop}
-        write(path, json.dumps(found, indent=2) + "\n")
+        write_text(path, json.dumps(found, indent=2) + "\n")
     return found
 
 

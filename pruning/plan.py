@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from align.common.errors import UserError
-from align.common.files import write
 from pruning import plots
 from pruning.graph import BlockGraph
+from rewards.common.files import write_text
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?(?:\.(\w+))?")
 
@@ -103,7 +103,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
-        write(path, json.dumps(asdict(self), indent=2) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def load(path: Path) -> Plan:

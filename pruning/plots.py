@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from rewards.common.files import atomic
+
 if TYPE_CHECKING:
     from pruning.plan import Plan
 
@@ -92,7 +94,5 @@ def _shade(dark: float) -> tuple[int, int, int]:
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp.png")
-    sheet.save(draft)
-    draft.replace(path)
+    with atomic(path) as draft:
+        sheet.save(draft, "PNG")

@@ -11,11 +11,10 @@ quantisation, ibid. §3.2). It saves bytes, not time.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from align.common.errors import UserError
 from align.families import LORA_FILE
+from rewards.common.files import atomic
 
 Model = Any  # a ModelMixin or a PreTrainedModel
 BLOCK = 64  # weights that share one scale
@@ -398,27 +398,19 @@ def save_pipeline(pipe: DiffusionPipeline, folder: Path | str, beside: Mapping[s
     ``beside`` holds more files, name to text: a model card, ``sampling.json``. Raises
     :class:`UserError` where ``folder`` exists.
     """
-
-    def fill(draft: Path) -> None:
+    with _new_folder(Path(folder)) as draft:
         pipe.save_pretrained(draft, max_shard_size=_ONE_FILE)
         for name, text in (beside or {}).items():
             (draft / name).write_text(text, encoding="utf-8")
 
-    _whole(Path(folder), fill)
-
 
 def save(module: Model, folder: Path | str) -> None:
     """Write one component, as :func:`save_pipeline` does."""
-    _whole(Path(folder), lambda draft: module.save_pretrained(draft, max_shard_size=_ONE_FILE))
+    with _new_folder(Path(folder)) as draft:
+        module.save_pretrained(draft, max_shard_size=_ONE_FILE)
 
 
-def _whole(folder: Path, fill: Callable[[Path], Any]) -> None:
+def _new_folder(folder: Path) -> AbstractContextManager[Path]:
     if folder.exists():
         raise UserError(f"{folder} exists; name another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        fill(draft)
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    return atomic(folder)

@@ -21,7 +21,6 @@ from torch import Tensor
 import pruning
 from align import families
 from align.common.assets import locate
-from align.common.files import write
 from align.common.provenance import provenance
 from align.evaluate import STRICT, chosen_prompts
 from align.evaluation import gallery
@@ -30,6 +29,7 @@ from align.sampling import generate
 from pruning.graph import weights
 from rewards import RewardSum
 from rewards import load as load_reward
+from rewards.common.files import write_text
 from rewards.models.shapes import Shapes
 
 
@@ -171,8 +171,8 @@ def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str
         found[name]["latency"] = seconds
     text = table(found)
     _gallery(output, texts, pictures, found)
-    write(output / "report.json", json.dumps({"pipelines": found} | provenance(), indent=2) + "\n")
-    write(output / "report.md", text + "\n")
+    write_text(output / "report.json", json.dumps({"pipelines": found} | provenance(), indent=2) + "\n")
+    write_text(output / "report.md", text + "\n")
     return text
 
 
@@ -212,7 +212,7 @@ body{{font:15px system-ui;margin:2em}}
 td,th{{padding:4px 10px;text-align:left}}img{{width:110px;image-rendering:auto;border:1px solid #eee}}
 pre{{background:#f5f5f5;padding:1em}}</style><h1>Original and compressed</h1>
 <pre>{html.escape(table(found))}</pre><table><tr><th></th>{head}</tr>{rows}</table>"""
-    write(output / "gallery.html", page)
+    write_text(output / "gallery.html", page)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ from tqdm import tqdm
 
 from rewards import Reward, RewardError
 from rewards.common.command import new_parser, status
+from rewards.common.files import write_text
 from rewards.data.images import Input, Row
 from rewards.data.inputs import load_rewards, parse_rewards, pick_device
 from rewards.data.preferences import recognise
 from rewards.data.tables import Picture
 from rewards.scoring.engine import score_batch
 from rewards.scoring.loader import Batch, Decoder, Unreadable, ahead
-from rewards.scoring.output import write
 
 Bad = list[dict[str, str]]
 
@@ -257,7 +257,7 @@ def run(arguments: argparse.Namespace) -> int:
     scores = score(found, rewards, device, arguments.batch_size, arguments.threads, arguments.max_bad)
     report = compare(found, scores, arguments.human_ties, arguments.agreement)
     report |= {"source": arguments.pairs, "settings": {one.label: one.settings() for one in named}}
-    write(output, json.dumps(report, indent=2) + "\n")
+    write_text(output, json.dumps(report, indent=2) + "\n")
     print(table(report))
     return 0
 

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from rewards.common.errors import RewardError, UserError
+
 _BUILT_IN: dict[str, str] = {
     "Aesthetic": "rewards.models.aesthetic.Aesthetic",
     "CLIPScore": "rewards.models.clip_score.CLIPScore",
@@ -34,14 +36,6 @@ _BUILT_IN: dict[str, str] = {
     "VQAScore": "rewards.models.vqa_score.VQAScore",
 }
 _SLACK = 1e-3  # how far outside [0, 1] rounding may carry a pixel; a picture in [-1, 1] or [0, 255] goes further
-
-
-class RewardError(ValueError):
-    """A reward was misused or answered nonsense; ``row`` is the offending row of the batch where there is one."""
-
-    def __init__(self, message: str, row: int | None = None) -> None:
-        super().__init__(message)
-        self.row = row
 
 
 @runtime_checkable
@@ -221,7 +215,7 @@ def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:
         raise RewardError(f"reward {name!r}: {error}; its arguments are {signature}") from error
     try:
         reward = cls(**arguments)
-    except RewardError:
+    except UserError:
         raise
     except ValueError as error:
         raise RewardError(f"reward {name!r}: {error}") from error

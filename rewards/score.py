@@ -34,12 +34,13 @@ from tqdm import tqdm
 
 from rewards import RewardError
 from rewards.common.command import new_parser, status
+from rewards.common.files import atomic, write_text
 from rewards.data.images import Input
 from rewards.data.inputs import open_input, parse_rewards
 from rewards.scoring.engine import Scorer, open_scorer
 from rewards.scoring.gallery import Shown, page
 from rewards.scoring.loader import shard_sizes
-from rewards.scoring.output import Bad, Shards, wait_for, write, write_bad
+from rewards.scoring.output import Bad, Shards, wait_for, write_bad
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -165,11 +166,11 @@ def _finish(
         raise RewardError(f"none of the {len(bad)} images can be read; the reasons are in {bad_file}")
     if arguments.gallery is not None:
         text = gallery(shards, count, source, labels, bad, arguments.gallery)
-        write(output.with_suffix(".html") if single else output / "gallery.html", text)
+        write_text(output.with_suffix(".html") if single else output / "gallery.html", text)
     if single:
         _merge(shards, count, output)
     else:
-        write(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name, figures in summary["rewards"].items():
         print(f"{name}: mean {figures['mean']:.4f} over {figures['count']} images")
     if bad:
@@ -180,11 +181,9 @@ def _finish(
 
 def _merge(shards: Shards, count: int, output: Path) -> None:
     """The shards as one table, and then without their folder."""
-    draft = output.with_name(f".{output.name}.tmp")
-    with pq.ParquetWriter(draft, shards.read(0).schema) as writer:
+    with atomic(output) as draft, pq.ParquetWriter(draft, shards.read(0).schema) as writer:
         for number in range(count):
             writer.write_table(shards.read(number))
-    draft.replace(output)
     _clear(shards)
 
 

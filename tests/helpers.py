@@ -73,14 +73,14 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     from align.train import main
     from align.training import run_folder
 
-    whole = run_folder.write
+    whole = run_folder.write_text
 
     def held(path: Path, text: str) -> None:
         if path.parent.name == environment.get("HOLD_IN"):
             time.sleep(60)
         whole(path, text)
 
-    run_folder.write = held
+    run_folder.write_text = held
     sys.exit(main(list(arguments)))
 
 

@@ -320,7 +320,7 @@ def test_bad_settings_in_words(
             said_there = heal | change[name] if isinstance(change[name], dict) else change[name]
             (tmp_path / "changed.yaml").write_text(yaml.safe_dump(said_there))
             change = change | {name: str(tmp_path / "changed.yaml")}
-    assert run(config | change, tmp_path) == 1
+    assert run(config | change, tmp_path) == 2
     told = errors(capsys.readouterr().err)
     assert len(told) == 1
     assert said in told[0]
@@ -334,7 +334,7 @@ def test_another_plan_in_the_same_folder_is_refused(
 ) -> None:
     by_hand = config | {"budget": None, "heal": None, "blocks": "1"}
     assert run(by_hand, tmp_path, "--stages", "[plan,remove]") == 0
-    assert run(by_hand | {"blocks": "0"}, tmp_path, "--stages", "[plan,remove]") == 1
+    assert run(by_hand | {"blocks": "0"}, tmp_path, "--stages", "[plan,remove]") == 2
     assert "another plan" in capsys.readouterr().err
 
 
@@ -407,7 +407,7 @@ def test_what_is_not_packed_makes_up_for_the_rounding(
     assert errors_of[1] < 0.9 * errors_of[0]
     # a LoRA could not be merged into it
     (tmp_path / "tune.yaml").write_text(yaml.safe_dump({key: value for key, value in tune.items() if key != "lora"}))
-    assert run(config, tmp_path) == 1
+    assert run(config, tmp_path) == 2
     assert "set lora: null" in errors(capsys.readouterr().err)[0]
 
 

@@ -123,7 +123,7 @@ def test_prompt_files(tuned: Path) -> None:
 def test_mistakes_are_one_line(
     tuned: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert evaluate(tuned, *arguments) == 1
+    assert evaluate(tuned, *arguments) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1
     assert message in error[0]
@@ -138,10 +138,10 @@ def test_nothing_is_drawn_for_nothing(
         (tuned / LORA_FILE).unlink()
     else:
         (tuned / "evaluation").touch()
-    assert evaluate(tuned) == 1
+    assert evaluate(tuned) == 2
     assert mistake in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_asks_for_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(tmp_path) == 1
+    assert evaluate(tmp_path) == 2
     assert "--base MODEL" in capsys.readouterr().err

@@ -702,7 +702,7 @@ def test_mistakes_are_one_clear_line(
     if changes.pop("tasks", False):
         tasks = {"one": config["data"]["init_args"]["path"]}
         config["data"] = {"class_path": "TaskPrompts", "init_args": {"tasks": tasks}}
-    assert main(["--config", write(config, **changes)]) == 1
+    assert main(["--config", write(config, **changes)]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert message in error
 

@@ -96,7 +96,7 @@ def test_the_numbers_are_those_of_a_loop_written_by_hand(tiny: Build, tmp_path: 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measured(tiny("flow"), tmp_path / "whole.json", reward=bright())
-    write, calls = importance.write, []
+    write, calls = importance.write_text, []
 
     def dies(path: Path, text: str) -> None:
         if len(calls) == 2:
@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tiny: Build, tmp_path: Path, m
         write(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(importance, "write", dies)
+        patch.setattr(importance, "write_text", dies)
         with pytest.raises(KeyboardInterrupt):
             measured(tiny("flow"), tmp_path / "killed.json", reward=bright())
     half = json.loads((tmp_path / "killed.json").read_text())

@@ -148,7 +148,7 @@ def test_an_interrupted_rollout_ends_as_the_whole_one(
         (copy / "images/00004.png").unlink()
     else:
         (copy / "manifest.jsonl").unlink()
-        (copy / "trajectories-00002.tmp").write_bytes(b"half")
+        (copy / ".trajectories-00002.safetensors.host.1.tmp").write_bytes(b"half")
     untouched = (copy / "trajectories-00001.safetensors").stat().st_mtime_ns
     arguments = settings(tiny_folders["epsilon"], round1)  # the very same settings, but for where
     assert rollout.main([*arguments, "--output_dir", str(copy)]) == 0
@@ -194,7 +194,7 @@ def test_other_settings_do_not_finish_a_folder(
     round1: Path, tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     before = contents(round1)
-    assert rollout.main([*settings(tiny_folders["epsilon"], round1), *options]) == 1
+    assert rollout.main([*settings(tiny_folders["epsilon"], round1), *options]) == 2
     error = error_of(capsys)
     assert "other settings" in error and message in error and "output_dir" in error
     assert contents(round1) == before
@@ -561,7 +561,7 @@ def test_what_does_not_fit_is_refused_by_the_training(
     message: str,
 ) -> None:
     labels = [scored(tmp_path, SCORES)]
-    assert train.main(training(tiny_folders["epsilon"], round1, labels, tmp_path / "run", **changes)) == 1
+    assert train.main(training(tiny_folders["epsilon"], round1, labels, tmp_path / "run", **changes)) == 2
     assert re.search(message, error_of(capsys))
 
 
@@ -573,9 +573,9 @@ def test_labels_are_not_for_dpo_and_unknown_pictures_stop_before_a_model_loads(
     arguments = training(tiny_folders["epsilon"], round1, [good], tmp_path / "run")
     config = yaml.safe_load(Path(arguments[1]).read_text()) | {"objective": dpo}
     Path(arguments[1]).write_text(yaml.safe_dump(config))
-    assert train.main(arguments) == 1
+    assert train.main(arguments) == 2
     assert "DPO trains on PairBatch, but data: LabelledRollout gives TrajectoryBatch" in error_of(capsys)
-    assert train.main(training(tiny_folders["epsilon"], round1, [bad], tmp_path / "run")) == 1
+    assert train.main(training(tiny_folders["epsilon"], round1, [bad], tmp_path / "run")) == 2
     assert "the objective DPO on PreferencePairs" in error_of(capsys)
     assert not (tmp_path / "run").exists()
 

@@ -275,7 +275,7 @@ def test_updates_are_of_equal_size_where_rows_vary(count: int, sizes: list[int])
 def test_mistakes_are_one_clear_line(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
-    assert main(["--config", write(config, **changes)]) == 1
+    assert main(["--config", write(config, **changes)]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert message in error
     assert not (Path(config["output_dir"]) / LORA_FILE).exists()
@@ -314,7 +314,7 @@ def test_a_kernel_of_other_models_is_refused_before_anything_is_drawn(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config["objective"]["init_args"]["sampler"] = {"kernel": {"class_path": "align.diffusion.kernels.FlowSDE"}}
-    assert main(["--config", write(config), "--dry_run"]) == 1
+    assert main(["--config", write(config), "--dry_run"]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert "FlowSDE draws from flow models" in error and "predicts epsilon" in error
 
@@ -347,7 +347,7 @@ def test_a_broken_reward_stops_the_run_with_its_name(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     rewards = [*WATCHED, {"name": "tests.helpers.Broken", "args": {"how": how}, "label": "theirs"}]
-    assert main(["--config", write(config, rewards=rewards)]) == 1
+    assert main(["--config", write(config, rewards=rewards)]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert "reward 'theirs'" in error
     assert ("nan" if how == "nan" else "somebody else's bug") in error
@@ -413,7 +413,7 @@ def test_weights_that_are_not_the_rollouts_stop_the_run(
         return table
 
     monkeypatch.setattr(PolicyGradient, "rollout", rollout)
-    assert main(["--config", write(config)]) == 1
+    assert main(["--config", write(config)]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert "likelihood ratio off 1" in error and "allowed 0.001" in error
 

@@ -772,7 +772,7 @@ def test_mistakes_are_one_clear_line(
             "OPD trains on PromptBatch",
         ),
     ):
-        assert main(["--config", write(config, **changes)]) == 1
+        assert main(["--config", write(config, **changes)]) == 2
         (error,) = errors(capsys.readouterr().err)
         assert message in error
         assert not (tmp_path / "run" / LORA_FILE).exists()

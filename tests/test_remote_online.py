@@ -87,7 +87,7 @@ def test_a_run_with_remote_rewards_is_the_run_with_the_rewards(
 def test_a_remote_reward_that_fails_stops_the_run(
     config: dict[str, Any], url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--config", write(config, rewards=[remote(url, "sour", label="taste")])]) == 1
+    assert main(["--config", write(config, rewards=[remote(url, "sour", label="taste")])]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert f"reward 'sour' at {url} answered 500" in error
     assert "ZeroDivisionError: the judge is out to lunch" in error
@@ -97,6 +97,6 @@ def test_a_remote_reward_that_fails_stops_the_run(
 def test_a_server_that_is_not_there_stops_the_run_before_it_begins(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--config", write(config, rewards=[remote("http://127.0.0.1:9", "Shapes")])]) == 1
+    assert main(["--config", write(config, rewards=[remote("http://127.0.0.1:9", "Shapes")])]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert "http://127.0.0.1:9 failed 1 times, last with ConnectionRefusedError" in error

@@ -297,7 +297,7 @@ def test_two_processes_are_one(config: dict[str, Any], tmp_path: Path) -> None:
 def test_rewards_without_a_gradient_are_refused(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str], rewards: list[dict[str, Any]], message: str
 ) -> None:
-    assert main(["--config", write(config, rewards=rewards)]) == 1
+    assert main(["--config", write(config, rewards=rewards)]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert message in error
     assert not Path(config["output_dir"]).exists()
@@ -315,6 +315,6 @@ def test_a_reward_that_is_only_watched_needs_no_gradient(tiny: Build) -> None:
 def test_data_of_another_kind_is_refused_in_words(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     tasks = {"one": config["data"]["init_args"]["path"]}
     config["data"] = {"class_path": "TaskPrompts", "init_args": {"tasks": tasks}}
-    assert main(["--config", write(config)]) == 1
+    assert main(["--config", write(config)]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert "Prompts" in error

@@ -126,7 +126,7 @@ def test_a_folder_with_pictures_is_left_alone(
 ) -> None:
     (tmp_path / "00000.png").write_text("mine")
     command = ["--pretrained_model_name_or_path", str(tiny_folders["flow"]), "--prompts", "a star", *QUICK]
-    assert main([*command, "--output_dir", str(tmp_path)]) == 1
+    assert main([*command, "--output_dir", str(tmp_path)]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert "holds pictures already; give another output_dir" in error
     assert (tmp_path / "00000.png").read_text() == "mine" and not (tmp_path / "metadata.jsonl").exists()
@@ -157,7 +157,7 @@ def test_mistakes_are_one_clear_line(
     given = [places.get(word, word) for word in arguments]
     if "--noise" not in given:
         given += ["--pretrained_model_name_or_path", str(tiny_folders["flow"])]
-    assert main([*given, *QUICK, "--output_dir", str(tmp_path / "out")]) == 1
+    assert main([*given, *QUICK, "--output_dir", str(tmp_path / "out")]) == 2
     (error,) = errors(capsys.readouterr().err)
     assert message in error
     assert not (tmp_path / "out").exists()

@@ -220,7 +220,7 @@ def test_a_nan_stops_the_run_and_names_step_rows_and_checkpoint(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config |= {"checkpointing_steps": 1, "learning_rate": 1e30, "max_grad_norm": 1e30, "lr_warmup_steps": 0}
-    assert main(["--config", write(config)]) == 1
+    assert main(["--config", write(config)]) == 2
     error = capsys.readouterr().err
     message = next(line for line in error.splitlines() if line.startswith("error:"))
     assert "at step 2, rows" in message
@@ -299,7 +299,7 @@ def test_a_config_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.Captur
 def test_mistakes_are_one_clear_line(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
-    assert main(["--config", write(config, **changes)]) == 1
+    assert main(["--config", write(config, **changes)]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1
     assert message in error[0]
@@ -312,7 +312,7 @@ def test_corrupt_pictures_stop_the_run_before_training(
     rows = pq.read_table(pairs).to_pylist()
     rows[3]["jpg_0"] = b"not a picture"
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bad.parquet")
-    assert main(["--config", write(config, data=paired(tmp_path / "bad.parquet", cache_dir=str(tmp_path)))]) == 1
+    assert main(["--config", write(config, data=paired(tmp_path / "bad.parquet", cache_dir=str(tmp_path)))]) == 2
     assert "1 of 12" in capsys.readouterr().err
 
 
@@ -321,16 +321,16 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_data_is_encoded
 ) -> None:
     monkeypatch.setattr(PreferencePairs, "prepare", lambda *_: pytest.fail("encoded for nothing"))
     (tmp_path / "file").touch()
-    assert main(["--config", write(config), "--output_dir", str(tmp_path / "file" / "run")]) == 1
+    assert main(["--config", write(config), "--output_dir", str(tmp_path / "file" / "run")]) == 2
     assert "cannot write into" in capsys.readouterr().err
     (Path(config["output_dir"]) / "checkpoint-3").mkdir(parents=True)
-    assert main(["--config", write(config)]) == 1
+    assert main(["--config", write(config)]) == 2
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_not_overwritten(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", write(config, max_train_steps=3)]) == 0
-    assert main(["--config", write(config, max_train_steps=3)]) == 1
+    assert main(["--config", write(config, max_train_steps=3)]) == 2
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
 
 

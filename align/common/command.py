@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from align.common.errors import UserError
 from align.common.renames import tell, upgrade, upgrade_arguments
-from rewards import RewardError
+from rewards.common.command import status
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -114,16 +114,8 @@ def _rewritten(arguments: list[str], scratch: Path) -> list[str]:
 
 
 def command(run: Callable[[], Any]) -> int:
-    """Run a command; a user's mistake becomes one line on stderr and exit status 1, a bug keeps its traceback."""
+    """Run a command quietly; its exit status is that of :func:`rewards.common.command.status`."""
     for library in (diffusers_logging, transformers_logging):  # their loading bars and hints would bury ours
         library.disable_progress_bar()
         library.set_verbosity_error()
-    try:
-        run()
-    except (UserError, RewardError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return status(run)

@@ -1,8 +1,8 @@
 """Mistakes of the user, as against bugs of ours: shown as one line, without a traceback."""
 
+from rewards.common.errors import DataError, UserError
 
-class UserError(ValueError):
-    """What arrived, what was expected, what to do next."""
+__all__ = ["DataError", "NonFinite", "UserError", "require_at_least"]
 
 
 def require_at_least(least: int, settings: object, *names: str) -> None:
@@ -15,7 +15,3 @@ def require_at_least(least: int, settings: object, *names: str) -> None:
 
 class NonFinite(UserError):
     """A loss or gradient that is NaN or infinite."""
-
-
-class DataError(UserError):
-    """A data set that cannot be used as it stands; the message says what was found and what to do."""

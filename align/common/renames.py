@@ -17,6 +17,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
     "sampler": _SAMPLING,
     "samples": _SAMPLING,
     "report": _SAMPLING,
+    "teacher": {"guidance": "guidance_scale"},
     "teachers": {"guidance": "guidance_scale"},
     "objective": {**_SAMPLING, "spread": "scale_rewards", "normalise": "normalize"},
     "update": {"spread": "scale_rewards"},
@@ -31,11 +32,9 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 
 # import paths that configs and rollout folders name
 CLASSES: Mapping[str, str] = {
-    "align.data.Prompts": "align.data.prompts.Prompts",
-    "align.data.TaskPrompts": "align.data.prompts.TaskPrompts",
-    "align.encoded.PreferencePairs": "align.data.preferences.PreferencePairs",
-    "align.images.Images": "align.data.captioned.Images",
-    "align.labels.LabelledRollout": "align.data.annotations.LabelledRollout",
+    "align.encoded.PreferencePairs": "align.data.PreferencePairs",
+    "align.images.Images": "align.data.Images",
+    "align.labels.LabelledRollout": "align.data.LabelledRollout",
     "align.process.DDIM": "align.diffusion.kernels.DDIM",
     "align.process.FlowSDE": "align.diffusion.kernels.FlowSDE",
     "align.teachers.LoRATeacher": "align.objectives.teachers.LoRATeacher",

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from align.common.errors import DataError
-from align.common.files import write
 from align.data.images import Picture, Readable
 from align.families import Family
+from rewards.common.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def check_bad(bad: Sequence[Bad], total: int, max_share: float, report: Path | N
     if not bad:
         return
     if report:
-        write(report, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad))
+        write_text(report, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad))
     first = "".join(f"\n  row {row.row}, {row.source}: {row.reason}" for row in bad[:3])
     message = f"{len(bad)} of {total} rows are unusable{f', listed in {report}' if report else ''}; the first:{first}"
     if len(bad) > max_share * total:

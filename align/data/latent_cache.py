@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from align.data.dataset import Bad, Item, ItemSet
 from align.families import Conditioning
+from rewards.common.files import atomic
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,8 @@ def keys_of(
 
 def save(file: Path, tensors: dict[str, Tensor], header: dict[str, object]) -> None:
     """Write a shard whole or not at all; ``header`` is what it says of itself."""
-    draft = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    save_file(tensors, draft, metadata={name: json.dumps(value) for name, value in header.items()})
-    draft.replace(file)
+    with atomic(file) as draft:
+        save_file(tensors, draft, metadata={name: json.dumps(value) for name, value in header.items()})
 
 
 def header_of(file: Path, key: str) -> dict[str, Any] | None:

@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from align.common.errors import DataError
-from align.common.files import write
 from align.data.dataset import Bad, Data, ItemSet, Pair, check_bad
 from align.data.encoding import conds_of, latents_of, threads
 from align.data.formats import recognise
 from align.data.latent_cache import SHARD, Encoder, Entry, Views, header_of, index_of, keys_of, save
 from align.families import Conditioning
+from rewards.common.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class Encoded(Data):
         if rank == 0:
             index = {"key": latents_key, "layout": found.layout, "ties": found.ties, "captions": captions}
             rows = {self.what: [asdict(entry) for entry in entries], "bad": [asdict(row) for row in bad]}
-            write(folder / "index.json", json.dumps(index | rows, ensure_ascii=False))
+            write_text(folder / "index.json", json.dumps(index | rows, ensure_ascii=False))
         return self.opened(latent_files, cond_files, entries, captions)
 
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from align.common.errors import DataError, UserError
-from align.common.files import claim, write
 from align.common.provenance import provenance
 from align.common.renames import upgrade
 from align.data.prompts import PromptSet
 from align.families import Family
 from align.families.family import Column
 from align.sampling.sampler import Sampler
+from rewards.common.files import claim, sweep, write_text
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,11 @@ class RolloutFolder:
                     f"{self.path} holds a rollout with other settings ({'; '.join(other)}); give another output_dir, "
                     "or delete that folder"
                 )
+            sweep(self.path)
             return
         claim(self.path)
         whole = asdict(record) | {"made_with": provenance()}
-        write(self.record_file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.record_file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
     def drawn(self) -> list[Drawn]:
         """The manifest's lines; none yet where a rollout has only begun. Raises :class:`DataError`."""

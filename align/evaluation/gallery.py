@@ -10,6 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from rewards.common.files import atomic
+
 
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] to an 8-bit picture."""
@@ -18,9 +20,8 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def save_picture(image: Tensor, path: Path) -> None:
     """Write one picture (3, H, W) as a PNG, whole or not at all."""
-    draft = path.with_name(f"{path.name}.tmp")
-    to_pil(image).save(draft, "PNG")
-    draft.replace(path)
+    with atomic(path) as draft:
+        to_pil(image).save(draft, "PNG")
 
 
 def embedded(image: Tensor) -> str:
@@ -54,10 +55,8 @@ def save_grid(
             if rows_of and k % columns == 0:
                 pen.text((2, y + label + d * side + side // 2 - 6), rows_of[d], fill="black")
         pen.text((x + 2, y), "\n".join(_wrap(caption, side // 6)), fill="black", spacing=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    sheet.save(temporary)
-    temporary.replace(path)
+    with atomic(path) as draft:
+        sheet.save(draft, "PNG")
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -22,6 +22,7 @@ from align.common.errors import UserError
 from align.diffusion.process import Reduction, reduce_dims
 from align.families import Family
 from align.policy.policy import Trained
+from rewards.common.files import atomic
 
 NOISE_FILE = "find.safetensors"
 FLOOR = 1e-4  # the least standard deviation
@@ -223,8 +224,6 @@ def write(path: Path, noise: InitialNoise, mean: Tensor, std: Tensor) -> Path:
         "shape": json.dumps(list(noise.shape)),
         "prompts": json.dumps(noise.prompts),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    save_file({"mean": mean, "std": std}, draft, about)
-    draft.replace(path)
+    with atomic(path) as draft:
+        save_file({"mean": mean, "std": std}, draft, about)
     return path

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.common.files import write
+from rewards.common.files import write_text
 
 if TYPE_CHECKING:
     pass
@@ -18,4 +18,4 @@ def add_to_card(path: Path, title: str, text: str) -> None:
         kept = re.sub(
             rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", path.read_text(encoding="utf-8"), flags=re.DOTALL
         )
-        write(path, f"{kept.rstrip()}\n\n## {title}\n\n{text}\n")
+        write_text(path, f"{kept.rstrip()}\n\n## {title}\n\n{text}\n")

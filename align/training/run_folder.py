@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.common.errors import UserError
-from align.common.files import claim, write
 from align.common.provenance import provenance
 from align.policy.policy import Policy
 from align.training.checkpoint import MEMORY, STATE
+from rewards.common.files import claim, write_text
 
 if TYPE_CHECKING:
     from align.training.config import TrainConfig
@@ -47,8 +47,8 @@ class RunFolder:
             shutil.rmtree(leftover)
         if not resumed:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
-        write(self.path / "config.yaml", resolved)
-        write(self.path / "run.json", json.dumps(provenance(), indent=2) + "\n")
+        write_text(self.path / "config.yaml", resolved)
+        write_text(self.path / "run.json", json.dumps(provenance(), indent=2) + "\n")
 
     def log(self, line: dict[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -65,7 +65,7 @@ class RunFolder:
                 continue
             if entry["step"] <= step:
                 kept.append(text)
-        write(path, "".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
 
     # checkpoints
     def checkpoints(self) -> list[Path]:
@@ -105,7 +105,7 @@ class RunFolder:
             if memory:
                 save_file(memory, temporary / MEMORY)
             small = {k: v for k, v in state["objective"].items() if k not in memory}
-            write(temporary / STATE, json.dumps(state | {"objective": small}))
+            write_text(temporary / STATE, json.dumps(state | {"objective": small}))
             if final.exists():
                 shutil.rmtree(final)
             os.replace(temporary, final)
@@ -167,4 +167,4 @@ Made by t2i-align on `{getattr(config.data, "path", type(config.data).__name__)}
         data = ModelCardData(
             base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags, license="other"
         )
-        write(self.path / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}")
+        write_text(self.path / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from rewards import RewardError, available
+from rewards.base import available
+from rewards.common.errors import UserError
 
 MISTAKE = 2  # exit status where the user has something to put right
 
@@ -30,10 +31,15 @@ def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def status(command: Callable[[], int]) -> int:
-    """Its exit status; a ``RewardError`` becomes one line on stderr and :data:`MISTAKE`."""
+def status(command: Callable[[], object]) -> int:
+    """The exit status of a command: the number that it returns, or 0; :data:`MISTAKE` where it raises a ``UserError``,
+    which is told on stderr; 130 where it is interrupted. A bug keeps its traceback."""
     try:
-        return command()
-    except RewardError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        answer = command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return answer if isinstance(answer, int) else 0

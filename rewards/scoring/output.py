@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rewards import RewardError
+from rewards.common.files import atomic, write_text
 
 Bad = dict[int, dict[str, Any]]  # row number -> {"row", "file", "error"}
 
@@ -65,11 +64,8 @@ class Shards:
     def write(self, number: int, table: pa.Table, bad: Bad) -> None:
         entries = [bad[row] for row in sorted(bad)]
         texts = {"t2i-align.settings": json.dumps(self.settings), "t2i-align.bad": json.dumps(entries)}
-        path = self.path(number)
-        # under a name of this process: a cluster that takes a machine for dead gives its shard to another one
-        draft = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-        pq.write_table(table.replace_schema_metadata(texts), draft)
-        draft.replace(path)
+        with atomic(self.path(number)) as draft:
+            pq.write_table(table.replace_schema_metadata(texts), draft)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -79,17 +75,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def write(path: Path, text: str) -> None:
-    """A whole file or none."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text, "utf-8")
-    draft.replace(path)
-
-
 def write_bad(path: Path, bad: Bad) -> None:
     """One JSON object a line; nothing bad, no file, so that none is left from an earlier run."""
     if bad:
-        write(path, "".join(json.dumps(bad[row]) + "\n" for row in sorted(bad)))
+        write_text(path, "".join(json.dumps(bad[row]) + "\n" for row in sorted(bad)))
     else:
         path.unlink(missing_ok=True)
 

@@ -27,6 +27,7 @@ import ray.data
 from tqdm import tqdm
 
 from rewards import RewardError
+from rewards.common.errors import UserError
 from rewards.data.images import Input
 from rewards.data.inputs import Named, open_input
 from rewards.scoring.engine import Scorer, open_scorer, refuse_too_many
@@ -102,7 +103,7 @@ class _Actor:
         (number,) = batch["item"].tolist()
         try:
             self.scorer.run({number}.__contains__, self.share.bad, end=(number + 1) * self.share.arguments.shard_size)
-        except RewardError as error:
+        except UserError as error:
             return {"shard": [number], "error": [str(error)]}
         return {"shard": [number], "error": [""]}
 

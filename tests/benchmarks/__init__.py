@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import yaml
 
-from align.common.files import write
 from align.common.provenance import provenance
+from rewards.common.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 # a quick run's evaluation: a quarter of the network evaluations, and still two pictures a prompt, for diversity
@@ -38,7 +38,7 @@ def record(name: str, figures: dict[str, Any], quick: bool = False) -> None:
     if torch.cuda.is_available():
         hardware += f", {torch.cuda.get_device_name()}"
     content = {"date": date.today().isoformat(), "hardware": hardware, **figures, **provenance()}
-    write(RESULTS / f"{name}.json", json.dumps(content, indent=2) + "\n")
+    write_text(RESULTS / f"{name}.json", json.dumps(content, indent=2) + "\n")
 
 
 def settings_of(configs: Iterable[str], **more: Any) -> str:

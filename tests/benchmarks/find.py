@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from align import families
-from align.common.files import write
 from align.evaluation import gallery
 from align.families import Family
 from align.policy.initial_noise import InitialNoise
 from align.sampling.diversity import pairwise, thumbnails
 from align.shapes.world import held_out_prompts
+from rewards.common.files import write_text
 from rewards.models.shapes import Shapes
 from tests.benchmarks import RESULTS, command, curves, looks, metrics, record, runs_folder
 
@@ -92,7 +92,7 @@ def run(model: str, quick: bool) -> dict[str, Any]:
     prompts = [prompt for prompt, success in zip(everything, screened.tolist(), strict=True) if success < 0.3]
     prompts = [prompts[k] for k in np.linspace(0, len(prompts) - 1, min(wanted, len(prompts))).round().astype(int)]
     listed = folder / "prompts.txt"
-    write(listed, "\n".join(prompts) + "\n")
+    write_text(listed, "\n".join(prompts) + "\n")
     if not (folder / "run/find.safetensors").exists():
         more = ["--pretrained_model_name_or_path", model, "--data.init_args.path", str(listed)]
         more += ["--rollout_batch_size", str(len(prompts)), "--max_rollouts", str(drawn // 16)]

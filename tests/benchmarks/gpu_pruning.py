@@ -47,7 +47,7 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from align.common.files import write
+from rewards.common.files import write_text
 from align.common.provenance import provenance
 from align.common.assets import locate
 from pruning import quantize as q
@@ -430,7 +430,7 @@ def keep(found: Figures, output: Path | None, tiny: bool) -> None:
         record(NAME, found, quick=tiny)
     else:
         head = {"date": date.today().isoformat(), "hardware": found["device"]}
-        write(output, json.dumps({**head, **found, **provenance()}, indent=2) + "\n")
+        write_text(output, json.dumps({**head, **found, **provenance()}, indent=2) + "\n")
 
 
 def run(tiny: bool, deadline: float, output: Path | None, where: Path) -> Figures:

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from align import families
-from align.common.files import write
 from align.data.prompts import TaskPrompts
 from align.diffusion.process import Prediction
 from align.objectives import Context
@@ -42,6 +41,7 @@ from align.objectives.teachers import LoRATeacher, average
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler
 from align.shapes.world import caption, held_out_prompts
+from rewards.common.files import write_text
 from rewards.models.shapes import Shapes, parse
 from tests.benchmarks import (
     RESULTS,
@@ -80,7 +80,7 @@ def prompt_files(folder: Path) -> dict[str, str]:
         rng, texts = np.random.default_rng(5), dict[str, None]()
         while len(texts) < 150:
             texts[caption(rng, task)] = None
-        write(folder / f"{task}.txt", "\n".join(texts) + "\n")
+        write_text(folder / f"{task}.txt", "\n".join(texts) + "\n")
         found[task] = str(folder / f"{task}.txt")
     return found
 
@@ -103,7 +103,7 @@ def scores(folder: Path, pictures: int) -> dict[str, dict[str, float]]:
     for mode in ("graded", "strict"):
         values = Shapes(mode=mode).score(images=images, prompts=prompts).double()
         found[mode] = {t: values[torch.tensor([task == t for task in tasks])].mean().item() for t in TASKS}
-    write(kept, json.dumps(found))
+    write_text(kept, json.dumps(found))
     return found
 
 
@@ -232,7 +232,7 @@ def before_students(root: Path, teachers: list[LoRATeacher], files: dict[str, st
 def learnt(root: Path, kind: str, seed: int, quick: bool, files: dict[str, str], joint_steps: int = 0) -> Path:
     """The run of one student, or of joint training for so many updates."""
     held = root / "held-out.txt"
-    write(held, "\n".join(p for p in held_out_prompts() if parse(p).task in TASKS) + "\n")
+    write_text(held, "\n".join(p for p in held_out_prompts() if parse(p).task in TASKS) + "\n")
     rewards = [{"name": "Shapes"}, {"name": "Shapes", "args": {"mode": "strict"}, "weight": 0, "label": "strict"}]
     options = ["--validation_data", json.dumps({"class_path": "Prompts", "init_args": {"path": str(held)}})]
     options += ["--rewards", json.dumps(rewards), "--seed", str(seed)]

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import yaml
 
 from align.common.command import parse
-from align.common.files import write
 from pruning.compress import Compress, compress
 from pruning.plan import Plan
 from pruning.report import Reporting, report
+from rewards.common.files import write_text
 from tests.benchmarks import RESULTS, day, earlier, record, runs_folder, settings_of, span
 
 CONFIG = "configs/compress_shapes_sd3.yaml"
@@ -67,12 +67,12 @@ def settings(folder: Path, seed: int, change: dict[str, Any], quick: bool) -> Co
     heal |= {k: v for k, v in change.items() if k in ("max_train_steps", "ema_decay")}
     if quick:
         heal["max_train_steps"] = 40
-    write(folder / "heal.yaml", yaml.safe_dump(heal))
+    write_text(folder / "heal.yaml", yaml.safe_dump(heal))
     config.heal = folder / "heal.yaml"
     if "tune" in change:
         assert config.tune is not None
         tune = yaml.safe_load(config.tune.read_text()) | {"seed": seed}
-        write(folder / "tune.yaml", yaml.safe_dump(tune))
+        write_text(folder / "tune.yaml", yaml.safe_dump(tune))
         config.tune = folder / "tune.yaml"
     else:
         config.tune = None

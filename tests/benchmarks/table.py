@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from align.common.files import write
+from rewards.common.files import write_text
 from tests.benchmarks import RESULTS, mean_curve, spread
 
 README = Path(__file__).parents[2] / "README.md"
@@ -535,4 +535,4 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    write(README, filled(README.read_text(encoding="utf-8")))
+    write_text(README, filled(README.read_text(encoding="utf-8")))

@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import multiprocessing
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from align import families
-from align.common.files import write
 from align.evaluation import gallery
 from align.families import Family
 from align.sampling import generate
 from align.shapes.world import TASKS, caption
+from rewards.common.files import atomic, write_text
 from rewards.models.shapes import judge
 
 # how often a caption of each task is drawn: most where the base model fails most
@@ -100,9 +99,8 @@ def pair(number: int, text: str, pictures: np.ndarray) -> dict[str, Any] | None:
 
 
 def save(rows: list[dict[str, Any]], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd", row_group_size=256)
-    os.replace(temporary, path)
+    with atomic(path) as draft:
+        pq.write_table(pa.Table.from_pylist(rows), draft, compression="zstd", row_group_size=256)
 
 
 def main() -> None:
@@ -125,7 +123,7 @@ def main() -> None:
     begun = args.work / "settings.json"
     if begun.exists() and (found := json.loads(begun.read_text())) != drawn_by:
         parser.error(f"--work {args.work} holds pairs drawn by {found}, asked are {drawn_by}; give another folder")
-    write(begun, json.dumps(drawn_by))
+    write_text(begun, json.dumps(drawn_by))
     args.output.mkdir(parents=True, exist_ok=True)
     texts = captions(4 * (args.train + args.held_out), 11)
     train: list[dict[str, Any]] = []

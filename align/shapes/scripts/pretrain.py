@@ -22,7 +22,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +60,7 @@ from align.families import SAMPLING_FILE, Conditioning, Family
 from align.families.sd import SD
 from align.families.sd3 import SD3
 from align.shapes.world import COMBINATIONS, SEEN, TASKS, caption, render
+from rewards.common.files import atomic
 
 TOKENS = 12  # the longest caption has ten words
 CHUNK = 1024  # scenes rendered by one process at a time
@@ -167,8 +167,8 @@ def fit(
                 "shadow": shadow,
                 "step": step + 1,
             }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").rename(checkpoint)
+            with atomic(checkpoint) as draft:
+                torch.save(state, draft)
     for parameter, average in zip(module.parameters(), shadow, strict=False):
         parameter.data.copy_(average)
     module.eval().zero_grad(set_to_none=True)
@@ -358,8 +358,8 @@ def examples(vae: AutoencoderKL, work: Path, seed: int, count: int) -> tuple[Ten
                 mean = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
                 latents.append(mean.cpu() * vae.config.scaling_factor)
         state = {"ids": tokens(new_tokenizer(), captions), "latents": torch.cat(latents)}
-        torch.save(state, cache.with_suffix(".tmp"))
-        cache.with_suffix(".tmp").rename(cache)
+        with atomic(cache) as draft:
+            torch.save(state, draft)
     state = torch.load(cache, weights_only=True)
     return state["ids"], state["latents"]
 
@@ -427,19 +427,16 @@ def train_denoiser(
 
 
 def half(pipe: DiffusionPipeline, folder: Path) -> None:
-    """Save the pipeline in float16 safetensors: written to a temporary folder, then renamed.
+    """Save the pipeline in float16 safetensors: all of it or nothing.
 
     Loaded without a dtype, diffusers' own models come up in float32 but transformers' in the dtype of their config;
     so that config says float32, lest the text encoder's halves meet the denoiser's floats.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    pipe.to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
-    for config in temporary.glob("text_encoder*/config.json"):
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    (temporary / SAMPLING_FILE).write_text(json.dumps({"guidance_scale": 3.0, "num_inference_steps": 20}) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    with atomic(folder) as draft:
+        pipe.to(dtype=torch.float16).save_pretrained(draft, safe_serialization=True)
+        for config in draft.glob("text_encoder*/config.json"):
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        (draft / SAMPLING_FILE).write_text(json.dumps({"guidance_scale": 3.0, "num_inference_steps": 20}) + "\n")
 
 
 # each denoiser's phases and their shift: the flow model first learns to draw, then composition, which is decided at
