@@ -9,8 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +22,28 @@ import pruning
 from align import families
 from align.common.assets import locate
 from align.common.provenance import provenance
-from align.evaluate import STRICT, chosen_prompts
-from align.evaluation import gallery
+from align.evaluation import compare, gallery
+from align.evaluation.compare import STRICT, Comparison, draw_and_score, overall
 from align.families import Family
 from align.sampling import generate
 from pruning.graph import weights
-from rewards import RewardSum
-from rewards import load as load_reward
 from rewards.common.files import write_text
-from rewards.models.shapes import Shapes
 
 
 @dataclass
-class Reporting:
-    """What pipelines are compared by.
+class Reporting(Comparison):
+    """What pipelines are compared on, and whether their memory and time are measured.
 
     Args:
-        prompts: a prompt file, or ``shapes``, the embedded world's held-out prompts.
-        max_prompts: evenly spaced ones, so many at most.
-        samples_per_prompt: pictures of each.
-        reward: the rewards; with ``Shapes`` its strict verdict too.
-        num_inference_steps: sampler steps; null is the pipeline's own default.
-        guidance_scale: guidance scale; null is the pipeline's own default.
-        seed: picture k starts from seed + k, for every pipeline.
-        batch_size: pictures at once, also of the timed evaluation.
         memory: measure peak memory, each pipeline in a process of its own.
         repeats: evaluations of every denoiser, in turns, whose median is its latency.
     """
 
-    prompts: str = "shapes"
-    max_prompts: int | None = None
-    samples_per_prompt: int = 1
-    reward: list[str] = field(default_factory=lambda: ["Shapes"])
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int = 1000
-    batch_size: int = 64
     memory: bool = True
     repeats: int = 15
 
 
-def opened(source: str) -> Family:
+def open_pipeline(source: str) -> Family:
     """A pipeline of any of our folders, or a model by its name, ready to sample: on a GPU as it was saved; on a CPU in
     float32."""
     if torch.cuda.is_available():
@@ -127,53 +108,56 @@ def _measure(source: str, batch: int, steps: int) -> int:
 
 def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str:
     """Measure the pipelines of ``folders`` (name to folder or model, the original first), write ``report.json``,
-    ``report.md``, ``gallery.png`` and ``gallery.html`` into ``output``, and return the table."""
-    prompts, tasks = chosen_prompts(settings.prompts, settings.max_prompts)
-    texts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
-    seeds = range(settings.seed, settings.seed + len(texts))
-    scorers: dict[str, Any] = {name: load_reward(name) for name in settings.reward}
-    if "Shapes" in scorers:
-        scorers[STRICT] = Shapes(mode="strict")
-    rewards = RewardSum(scorers)
-    found: dict[str, dict[str, Any]] = {}
-    pictures: dict[str, Tensor] = {}
-    held: dict[str, Family] = {}
-    for name, source in folders.items():
-        family = held[name] = opened(source)
-        where = Path(locate(source))
-        with torch.autocast(family.device.type, family.dtype, enabled=family.dtype != torch.float32):
-            pictures[name] = generate.sample_images(
-                family.predict,
-                family,
-                texts,
-                seeds,
-                settings.num_inference_steps,
-                settings.guidance_scale,
-                settings.batch_size,
-                None,
-                name,
-            )
-        scores = rewards.components(images=pictures[name], prompts=texts)
-        entry = found[name] = {
-            "source": source,
-            "parameters": sum(map(weights, family.denoiser.parameters())),
-            "denoiser_bytes": weights_bytes(where / family.denoiser_name),
-            "pipeline_bytes": weights_bytes(where),
-            "peak_bytes": peak(source, settings) if settings.memory else None,
-            "rewards": {reward: scores[reward].double().mean().item() for reward in scorers},
-        }
-        if tasks is not None and STRICT in scorers:
-            strict = scores[STRICT].double().view(len(prompts), settings.samples_per_prompt).mean(1)
-            by = {task: [v for v, t in zip(strict.tolist(), tasks, strict=True) if t == task] for task in tasks}
-            entry["tasks"] = {task: statistics.fmean(values) for task, values in by.items()}
-            entry["rewards"][STRICT] = statistics.fmean(entry["tasks"].values())
-    for name, seconds in latencies(held, min(settings.batch_size, 64), settings.repeats).items():
-        found[name]["latency"] = seconds
-    text = table(found)
-    _gallery(output, texts, pictures, found)
-    write_text(output / "report.json", json.dumps({"pipelines": found} | provenance(), indent=2) + "\n")
+    ``report.md``, ``gallery.png`` and ``gallery.html`` into ``output``, and return the tables."""
+    settings.check()
+    prompts, tasks = settings.read_prompts()
+    rewards = settings.load_rewards()
+    opened: dict[str, Family] = {}
+
+    def models() -> Iterator[tuple[str, Family]]:
+        for name, source in folders.items():
+            opened[name] = open_pipeline(source)
+            yield name, opened[name]
+
+    images, scores = draw_and_score(models(), settings, prompts, rewards)
+    comparison = compare.compare(scores, tasks, settings.samples_per_prompt, settings.deciding_reward)
+    seconds = latencies(opened, min(settings.batch_size, 64), settings.repeats)
+    pipelines = {
+        name: sizes(source, opened[name])
+        | {"peak_bytes": peak(source, settings) if settings.memory else None}
+        | quality(comparison, name)
+        | {"latency": seconds[name]}
+        for name, source in folders.items()
+    }
+    text = table(pipelines)
+    if len(folders) > 1:
+        text += f"\n\n{compare.table(comparison)}"
+    _gallery(output, settings.texts_and_seeds(prompts)[0], images, pipelines)
+    figures = {"pipelines": pipelines, "comparison": comparison}
+    write_text(output / "report.json", json.dumps(figures | provenance(), indent=2) + "\n")
     write_text(output / "report.md", text + "\n")
     return text
+
+
+def sizes(source: str, family: Family) -> dict[str, Any]:
+    """Parameters of the denoiser, and bytes on disk of it and of the whole pipeline."""
+    folder = Path(locate(source))
+    return {
+        "source": source,
+        "parameters": sum(map(weights, family.denoiser.parameters())),
+        "denoiser_bytes": weights_bytes(folder / family.denoiser_name),
+        "pipeline_bytes": weights_bytes(folder),
+    }
+
+
+def quality(comparison: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A pipeline's mean under every reward; of the strict verdict the mean over tasks, and each task's."""
+    entries = comparison["rewards"]
+    means = {reward: entry[f"{name}_mean"] for reward, entry in entries.items()}
+    if "tasks" not in entries.get(STRICT, {}):
+        return {"rewards": means}
+    tasks = {task: by_model[name] for task, by_model in entries[STRICT]["tasks"].items()}
+    return {"rewards": means | {STRICT: overall(entries[STRICT], name)}, "tasks": tasks}
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from align.evaluate import bootstrap, compare, main
+from align.evaluate import main
+from align.evaluation.compare import bootstrap, compare
 from align.families import LORA_FILE
 from align.policy.policy import LoRA, Policy
 from align.sampling import generate

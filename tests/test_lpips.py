@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from align.evaluate import diversity
+from align.evaluation.compare import diversity
 from align.sampling.diversity import Features, pairwise, thumbnails
 from rewards import RewardError
 from rewards.data.images import decode

@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from align.evaluate import STRICT, summary
+from align.evaluation.compare import STRICT, summary
 from tests.benchmarks import (
     QUICK,
     RESULTS,

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from align.evaluate import STRICT, summary
+from align.evaluation.compare import STRICT, summary
 from tests.benchmarks import QUICK, record, runs_folder, trained
 
 CONFIGS = {"shapes_sd": "configs/dpo_shapes.yaml", "shapes_sd3": "configs/dpo_shapes_sd3.yaml"}

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from align import families
-from align.evaluate import STRICT, compare
+from align.evaluation.compare import STRICT, compare
 from align.families import Family
 from align.shapes.world import held_out_prompts
 from pruning.quantize import NF4, quantize, save, unpacked

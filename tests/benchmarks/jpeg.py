@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from align.evaluate import STRICT
+from align.evaluation.compare import STRICT
 from tests.benchmarks import QUICK, RESULTS, curves, record, runs_folder, trained
 
 # config, updates in ten rollouts, over which the learning rate decays, and further options; the KL to the reference, at

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from align.evaluate import STRICT, summary
+from align.evaluation.compare import STRICT, summary
 from tests.benchmarks import QUICK, RESULTS, curves, looks, mean_curve, record, runs_folder, trained
 from tests.benchmarks.table import EQUAL, load
 

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from align.evaluate import STRICT
+from align.evaluation.compare import STRICT
 from align.shapes.scripts.pretrain import PHASES
 from tests.benchmarks import QUICK, command, record, runs_folder
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import yaml
 
 from align.common.command import parse
+from align.evaluation.compare import STRICT
 from pruning.compress import Compress, compress
 from pruning.plan import Plan
 from pruning.report import Reporting, report
@@ -50,7 +51,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whole blocks only, healed fifteen times as long": BLOCKS | {"max_train_steps": 6000, "ema_decay": 0.998},
 }
 QUICK = ("whole method", "whole blocks only")
-STRICT = "Shapes (strict)"
 PICTURES = 8
 
 
