@@ -10,12 +10,17 @@ from collections.abc import Sequence
 
 from align.common.command import command, parse
 from align.training.config import TrainConfig
-from align.training.trainer import train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, resolved = parse(TrainConfig, "align.train", __doc__, argv)
-    return command(lambda: train(config, resolved))
+    return command(lambda: run(config, resolved))
+
+
+def run(config: TrainConfig, resolved: str) -> None:
+    from align.training.trainer import train  # accelerate: not for --help or a wrong key
+
+    train(config, resolved)
 
 
 if __name__ == "__main__":

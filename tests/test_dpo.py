@@ -135,7 +135,7 @@ def test_i4_constant_shift(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None
         with torch.no_grad():  # with gradients some processors take products by another kernel than the reference's
             said = plain(x_t, t, cond, guidance_scale)
         said = Prediction(said.raw.double(), x_t, said.alpha, said.sigma, said.prediction_type)
-        if policy._off:
+        if policy.answering is not None:
             heard.append(said.raw)
             return said
         return Prediction(said.raw + shift, x_t, said.alpha, said.sigma, said.prediction_type)
@@ -151,8 +151,8 @@ def test_i4_constant_shift(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None
 def test_i5_training_leaves_the_reference_alone(tiny: Build, lora: LoRA | None) -> None:
     policy = Policy(tiny("flow"), lora)
     frozen = [p for p in policy.denoiser.parameters() if not p.requires_grad]
-    if policy._copy is not None:
-        frozen += list(policy._copy.parameters())
+    if policy.weights.frozen is not None:
+        frozen += list(policy.weights.frozen.parameters())
     before = [p.clone() for p in frozen]
     optimiser = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     for _ in range(3):
@@ -236,7 +236,7 @@ def test_a_step_costs_one_forward_and_one_reference_forward(tiny: Build, lora: L
     policy, rows = Policy(tiny("epsilon"), lora), []
     pairs = batch(policy)
     assert policy.family.uncond is not None
-    for network in (policy.denoiser, policy._copy):
+    for network in (policy.denoiser, policy.weights.frozen):
         if network is not None:
             network.register_forward_pre_hook(lambda m, args: rows.append((len(args[0]), torch.is_grad_enabled())))
     for part in (policy.family.pipe.vae, policy.family.pipe.text_encoder):

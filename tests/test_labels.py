@@ -587,7 +587,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     real = Policy.predict
 
     def predict(self: Policy, x_t: Tensor, *args: Any, **options: Any) -> Any:
-        if self._off:
+        if self.answering is not None:
             rows.append(len(x_t))
         return real(self, x_t, *args, **options)
 

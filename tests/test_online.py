@@ -433,6 +433,6 @@ def test_only_the_first_update_of_a_rollout_is_checked(config: dict[str, Any], m
 
 
 def test_full_finetuning_keeps_no_copy_where_nothing_asks_for_it(tiny: Build) -> None:
-    assert Policy(tiny("epsilon"), None, PolicyGradient().needs_reference)._copy is None
-    assert Policy(tiny("epsilon"), LoRA(2), D3PO().needs_reference)._copy is None
-    assert Policy(tiny("epsilon"), None, D3PO().needs_reference)._copy is not None
+    assert Policy(tiny("epsilon"), None, PolicyGradient().needs_reference).weights.frozen is None
+    assert Policy(tiny("epsilon"), LoRA(2), D3PO().needs_reference).weights.frozen is None
+    assert Policy(tiny("epsilon"), None, D3PO().needs_reference).weights.frozen is not None

@@ -408,7 +408,7 @@ def test_full_finetuning_without_a_kl_needs_no_frozen_copy(tiny: Build) -> None:
     policy = Policy(tiny("epsilon"), None, reference=objective.needs_reference)
     ctx, table = rolled(objective, policy, 1)
     objective.loss(ctx, table)[0].backward()
-    assert policy._copy is None
+    assert policy.weights.frozen is None
 
 
 # steps

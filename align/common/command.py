@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
-from diffusers.utils import logging as diffusers_logging
 from jsonargparse import ArgumentParser, Namespace
-from transformers.utils import logging as transformers_logging
 
 from align.common.errors import UserError
 from align.common.renames import tell, upgrade, upgrade_arguments
@@ -115,6 +113,9 @@ def _rewritten(arguments: list[str], scratch: Path) -> list[str]:
 
 def command(run: Callable[[], Any]) -> int:
     """Run a command quietly; its exit status is that of :func:`rewards.common.command.status`."""
+    from diffusers.utils import logging as diffusers_logging  # here: --help and a wrong key need neither library
+    from transformers.utils import logging as transformers_logging
+
     for library in (diffusers_logging, transformers_logging):  # their loading bars and hints would bury ours
         library.disable_progress_bar()
         library.set_verbosity_error()

@@ -13,18 +13,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from align.common.assets import locate
 from align.common.errors import UserError
 from align.common.renames import upgrade
 from align.diffusion.kernels import Kernel
 from align.diffusion.process import Grid, Prediction, PredictionType, append_dims
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLING_FILE = "sampling.json"  # a folder may say which guidance and steps its pipeline was made for
@@ -216,6 +217,8 @@ class Family(ABC):
     def identity(self) -> Mapping[str, Mapping[str, object]]:
         """What cached latents of ``pictures`` and embeddings of ``captions`` depend on: the VAE, and all but it and the
         denoiser. Where the pipeline lies does not matter."""
+        from transformers import PreTrainedTokenizerBase
+
         parts = {name: part for name, part in self.pipe.components.items() if name != self.denoiser_name}
         weights = {
             name: [type(part).__name__, sum(p.numel() for p in part.parameters()), f"{_checksum(part):.6e}"]

@@ -6,13 +6,15 @@ import json
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 
 from align.common.assets import EMBEDDED, locate
 from align.families.family import LORA_FILE, Family, Unsupported
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of ``mixed_precision``
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers.optimization import SchedulerType
 
 import align.data
 import align.objectives  # noqa: F401  imported, so that `--objective DPO` needs no import path
@@ -132,6 +131,8 @@ class TrainConfig:
 
     def check(self) -> None:
         """Everything that can be known to be wrong before a weight is loaded."""
+        from diffusers.optimization import SchedulerType
+
         require_at_least(1, self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps")
         require_at_least(1, self, "inner_epochs", "rollout_batch_size", "max_rollouts", "checkpoints_total_limit")
         require_at_least(0, self, "checkpointing_steps", "validation_steps", "lr_warmup_steps")

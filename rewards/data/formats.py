@@ -13,13 +13,13 @@ import tarfile
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from rewards import RewardError
 from rewards.data.images import Input, Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPTS = ("prompt", "caption", "text")
@@ -165,6 +165,8 @@ def _small(schema: pa.Schema, image: str) -> list[str]:
 
 def parquet(home: Path, files: Sequence[Path], prompt_column: str | None, image_column: str | None) -> Input:
     """The rows of parquet ``files`` below ``home``; row groups of which nothing is wanted are not read."""
+    import pyarrow.parquet as pq
+
     try:
         schemas = [pq.read_schema(file) for file in files]
         counts = [pq.read_metadata(file).num_rows for file in files]

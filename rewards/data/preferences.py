@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from rewards import RewardError
 from rewards.data.tables import Arrow, Picture, Shards, Table, parse
 
@@ -142,6 +140,8 @@ def _columns(path: object, names: Sequence[str], caption: str | None) -> Columns
 
 # Tables: parquet shards, Arrow data sets on disk, the hub.
 def _parquet(files: list[Path], caption: str | None) -> Found:
+    import pyarrow.parquet as pq
+
     try:
         names = [pq.read_schema(file).names for file in files]
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError

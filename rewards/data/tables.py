@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import pyarrow.parquet as pq
-
 from rewards import RewardError
 
 
@@ -58,6 +56,8 @@ class Shards:
     through the rows in order costs one pass, and memory for one page of each column, not for a row group."""
 
     def __init__(self, files: list[Path], pictures: tuple[str, str]) -> None:
+        import pyarrow.parquet as pq
+
         self.files, self.pictures = files, pictures
         self.groups: list[tuple[Path, int]] = []
         self.starts: list[int] = []  # the first row of each row group, counted over all files
@@ -73,12 +73,16 @@ class Shards:
         self._batches: Iterator[Any] = iter(())
 
     def column(self, name: str) -> list[Any]:
+        import pyarrow.parquet as pq
+
         return [value for file in self.files for value in pq.read_table(file, columns=[name])[name].to_pylist()]
 
     def home(self, row: int) -> Path:
         return self.groups[bisect_right(self.starts, row) - 1][0]
 
     def cell(self, row: int, name: str) -> Any:
+        import pyarrow.parquet as pq
+
         group = bisect_right(self.starts, row) - 1
         file, index = self.groups[group]
         try:

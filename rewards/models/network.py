@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,6 +86,8 @@ def find(source: str, name: str) -> Path:
         if found := [file for file in files if file.is_file()]:
             return found[0]
         raise FileNotFoundError(f"there is no {name} in it")
+    from huggingface_hub import hf_hub_download
+
     return Path(hf_hub_download(source, name))
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
@@ -68,6 +67,8 @@ class Finder:
 
     def _look(self, pixels: np.ndarray) -> Iterator[Found]:
         """Objects in a picture (H, W, 3) with values 0..255 at the working size."""
+        from scipy import ndimage
+
         coverage, colour = self._unmix(pixels)
         strongest = ndimage.maximum_filter(coverage, _REACH)
         solid = coverage > np.maximum(_FAINT, 0.5 * np.minimum(strongest, 1.0))
@@ -104,6 +105,8 @@ class Finder:
 
     def _name_shape(self, coverage: np.ndarray, x: float, y: float, area: float) -> tuple[str, float]:
         """Best template and its IoU for one object: its coverage (h, w) in [0, 1], centroid and area in pixels."""
+        from scipy import ndimage
+
         cells = (np.arange(_GRID) + 0.5) * (2 * _SPAN / _GRID) - _SPAN
         rows, columns = np.meshgrid(y + cells * math.sqrt(area), x + cells * math.sqrt(area), indexing="ij")
         seen = ndimage.map_coordinates(coverage, [rows.ravel(), columns.ravel()], order=1, mode="constant") > 0.5

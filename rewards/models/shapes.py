@@ -30,7 +30,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rewards import RewardError
@@ -147,6 +146,8 @@ def grade(spec: Spec, found: Sequence[Found], offset: float = OFFSET) -> float:
     credit = np.array([[_credit(asked, other) for other in found] for asked in spec.things])
     count = float(min(credit.shape) / max(credit.shape))
     if spec.relation is None:
+        from scipy.optimize import linear_sum_assignment
+
         return count * float(credit[linear_sum_assignment(credit, maximize=True)].sum()) / len(spec.things)
     if len(found) == 1:
         return count * 0.5 * float(credit.max()) / len(spec.things)

@@ -1,0 +1,122 @@
+"""LoRA as what trains: adapters on the frozen denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from align.common.errors import UserError
+from align.families import LORA_FILE, Family
+from align.policy.lora import LoRA
+from align.policy.weights import Weights
+
+class LoRAWeights(Weights):
+    """Adapters on the frozen denoiser: the reference is the same network with the adapters off, or with those that it
+    began with (``anchored``, :attr:`ref_params`); no second model either way."""
+
+    kind = "LoRA"
+
+    def __init__(self, family: Family, lora: LoRA, initial: Path | None, anchored: bool, reference: bool) -> None:
+        super().__init__(family, family.denoiser)
+        self.denoiser, self.lora = family.denoiser, lora
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha if lora.alpha is not None else lora.rank,
+            target_modules=lora.targets or list(family.lora_targets),
+            init_lora_weights="gaussian",
+        )
+        try:
+            self.denoiser.add_adapter(config)
+        except ValueError as error:  # peft's for targets that fit nothing
+            known = ", ".join(family.lora_targets)
+            raise UserError(f"lora.targets: {error} The family's own are {known}") from error
+        self.layers = self._layers()
+        self.upcast()
+        if initial is not None:
+            self._take(initial)
+            if anchored and reference:
+                self.ref_params = [p.detach().clone() for p in self.parameters()]
+
+    def _layers(self) -> list[BaseTunerLayer]:
+        return [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+    @torch.no_grad()
+    def _take(self, folder: Path) -> None:
+        """Put in the weights that :meth:`save` wrote to ``folder``. Raises :class:`UserError`."""
+        saved = self._saved(folder, LORA_FILE)
+        layers = {k.removeprefix(f"{self.family.denoiser_name}."): v for k, v in saved.items()}
+        layers = convert_unet_state_dict_to_peft(layers)
+        ours = get_peft_model_state_dict(self.denoiser)
+        if {k: v.shape for k, v in layers.items()} != {k: v.shape for k, v in ours.items()}:
+            raise UserError(
+                f"initial_weights: the LoRA in {folder / LORA_FILE} does not fit rank {self.lora.rank} on "
+                f"{len(self.layers)} layers; set lora.rank and lora.targets as they were in that run"
+            )
+        set_peft_model_state_dict(self.denoiser, layers)
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        exchange = self._swap if self.ref_params is not None else self._switch
+        try:
+            exchange(False)
+            yield self.denoiser
+        finally:
+            exchange(True)
+
+    def _swap(self, _on: bool) -> None:
+        """Exchange the trained weights and the reference, without a copy."""
+        assert self.ref_params is not None
+        for k, parameter in enumerate(self.parameters()):
+            parameter.data, self.ref_params[k] = self.ref_params[k], parameter.data
+        torch.clear_autocast_cache()  # it would answer with the half-precision copies of the weights that were there
+
+    def _switch(self, on: bool) -> None:
+        # peft freezes adapters when it turns them off; turning them on again must give every flag back
+        flags = [(p, p.requires_grad) for layer in self.layers for p in layer.parameters()] if not on else []
+        for layer in self.layers:
+            layer.enable_adapters(on)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load the LoRA in ``folder`` beside the one that trains: frozen, silent but within :meth:`adapter`."""
+        trained = {id(p) for p in self.parameters()}
+        self.family.pipe.load_lora_weights(str(folder), adapter_name=name)
+        self.layers = self._layers()
+        for layer in self.layers:
+            layer.set_adapter("default")
+        for parameter in self.denoiser.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    @contextmanager
+    def adapter(self, name: str) -> Iterator[nn.Module]:
+        """Within, the network that is given says what the adapter ``name`` alone says."""
+        flags = [(p, p.requires_grad) for p in self.denoiser.parameters()]
+        try:
+            for layer in self.layers:
+                layer.set_adapter(name)
+            yield self.denoiser
+        finally:
+            for layer in self.layers:
+                layer.set_adapter("default")
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def write(self, folder: Path) -> str:
+        """``pytorch_lora_weights.safetensors`` with rank and alpha in its metadata, for ``load_lora_weights``."""
+        name = self.family.denoiser_name
+        layers = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.denoiser).items()}
+        arguments = {
+            f"{name}_lora_layers": layers,
+            f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
+        }
+        type(self.family.pipe).save_lora_weights(folder, **arguments)
+        return LORA_FILE

@@ -1,0 +1,224 @@
+"""What of a policy trains, each kind with its own reference, moving average, checkpoint and file: LoRA beside a frozen
+denoiser, all weights of the denoiser, or a module in the denoiser's stead. :class:`align.policy.policy.Policy` has one.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from align.common.errors import UserError
+from align.families import Family
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from align.policy.policy import Trained
+
+
+class Weights(ABC):
+    """The parameters that train, float32 whatever the frozen rest is in, and what else can be put in their place."""
+
+    kind: str  # in a word, for people
+    ref_params: list[Tensor] | None = None  # a reference that is neither the network without LoRA nor a second network
+    frozen: nn.Module | None = None  # the second network that is the reference
+    layers: Sequence[BaseTunerLayer] = ()  # that have adapters
+
+    def __init__(self, family: Family, module: nn.Module) -> None:
+        self.family = family
+        self.module = module  # has the parameters that train
+        self.ema: EMAModel | None = None
+        self._decay = 0.0
+        self._factors: dict[nn.Parameter, float] = {}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that train, in a fixed order."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def start(self, ema_decay: float) -> None:
+        """To be called when the first weights are in place."""
+        self._decay, self._factors = ema_decay, dict.fromkeys(self.parameters(), 1.0)
+        self.ema = EMAModel(self.parameters(), decay=ema_decay) if ema_decay else None
+
+    def upcast(self) -> None:
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+
+    def set_lr_scales(self, lr_scale: Callable[[str], float]) -> None:
+        """Give every trained parameter its factor of the learning rate, by its name; 0 freezes it for good."""
+        factors = {p: lr_scale(name) for name, p in self.module.named_parameters() if p.requires_grad}
+        for parameter, factor in factors.items():
+            parameter.requires_grad_(factor > 0)
+        if not any(factors.values()):
+            raise UserError("every parameter is frozen: the objective's settings leave nothing to train")
+        self._factors = {parameter: factor for parameter, factor in factors.items() if factor}
+        if self.ema is not None:
+            self.ema = EMAModel(self.parameters(), decay=self._decay)
+
+    def groups(self) -> dict[float, list[nn.Parameter]]:
+        """The trained parameters by their factor of the learning rate."""
+        found: dict[float, list[nn.Parameter]] = {}
+        for parameter, factor in self._factors.items():
+            found.setdefault(factor, []).append(parameter)
+        return found
+
+    # what answers in their place
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[nn.Module]:
+        """Within, the network that is given says what the reference says."""
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        raise UserError(f"the adapter {name!r} in {folder} needs a LoRA that trains beside it; set lora")
+
+    def adapter(self, name: str) -> AbstractContextManager[nn.Module]:
+        raise UserError(f"there is no adapter {name!r}; set lora")
+
+    @contextmanager
+    def ema_scope(self) -> Iterator[None]:
+        """Within, the trained weights are their moving average, where one is kept."""
+        if self.ema is None:
+            yield
+            return
+        parameters = self.parameters()
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        torch.clear_autocast_cache()
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+            torch.clear_autocast_cache()
+
+    def after_step(self) -> None:
+        """To be called after every optimiser step."""
+        if self.ema is not None:
+            self.ema.step(self.parameters())
+
+    # checkpoints
+    def named(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by name."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def state(self) -> dict[str, Tensor]:
+        """:meth:`named` on the CPU."""
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.named().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave; every name has to be there and no other."""
+        named = self.named()
+        if named.keys() != state.keys():
+            raise ValueError(
+                f"checkpoint and policy differ in {len(named.keys() ^ state.keys())} parameters, for example "
+                f"{sorted(named.keys() ^ state.keys())[0]!r}; was it written with another rank, target list or model?"
+            )
+        for name, parameter in named.items():
+            parameter.copy_(state[name])
+
+    # what stock diffusers loads
+    def save(self, folder: Path) -> Path:
+        """Write the (averaged) weights and return what was written."""
+        temporary = folder / ".saving"
+        shutil.rmtree(temporary, ignore_errors=True)
+        with self.ema_scope():
+            name = self.write(temporary)
+        target = folder / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        (temporary / name).replace(target)
+        shutil.rmtree(temporary)
+        return target
+
+    @abstractmethod
+    def write(self, folder: Path) -> str:
+        """Write the weights in force into ``folder``, new; returns the name of the file or folder in it."""
+
+    def _saved(self, folder: Path, name: str) -> dict[str, Tensor]:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"initial_weights: no {path}; expected the folder of a {self.kind} run")
+        return load_file(path)
+
+
+class FullWeights(Weights):
+    """Every weight of the denoiser; the reference is a frozen copy of what stood there, which ``reference=False``
+    spares. With ``anchored`` the copy is of the weights that the run began with, else of the pipeline's own."""
+
+    kind = "full"
+
+    def __init__(
+        self, family: Family, initial: Path | None, anchored: bool, reference: bool, around_packed: bool
+    ) -> None:
+        super().__init__(family, family.denoiser)
+        self.denoiser = family.denoiser
+        if initial is not None and anchored:
+            self._take(initial)
+        if not around_packed and not all(p.is_floating_point() for p in self.denoiser.parameters()):
+            raise UserError(
+                f"the {family.denoiser_name} of {family.source!r} has weights in 4 bit, which cannot be trained "
+                "themselves; set lora, which trains beside them, or start from the pipeline before it was quantised"
+            )
+        self.frozen = copy.deepcopy(self.denoiser).requires_grad_(False) if reference else None
+        for parameter in self.denoiser.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self.upcast()
+        if initial is not None and not anchored:
+            self._take(initial)
+
+    def _take(self, folder: Path) -> None:
+        name = f"{self.family.denoiser_name}/diffusion_pytorch_model.safetensors"
+        self.denoiser.load_state_dict(self._saved(folder, name))
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        if self.frozen is None:
+            raise RuntimeError("this policy was built without a reference (reference=False)")
+        yield self.frozen
+
+    def write(self, folder: Path) -> str:
+        """``unet/`` or ``transformer/``, for ``from_pretrained(folder, subfolder=...)``."""
+        name = self.family.denoiser_name
+        self.denoiser.save_pretrained(folder / name)
+        return name
+
+
+class ModuleWeights(Weights):
+    """A module of the objective's own; every weight of the pipeline stays as it is, and there is no reference."""
+
+    kind = "initial noise"
+
+    def __init__(self, family: Family, trained: Trained, initial: Path | None) -> None:
+        super().__init__(family, trained)
+        self.trained = trained
+        if initial is not None:
+            raise UserError("initial_weights: this objective trains no weight of the model; merge them into it first")
+        family.denoiser.requires_grad_(False)
+        trained.to(family.device)
+        self.upcast()
+
+    def reference(self) -> AbstractContextManager[nn.Module]:
+        raise RuntimeError("this policy was built without a reference (reference=False)")
+
+    def after_step(self) -> None:
+        self.trained.after_step()
+        super().after_step()
+
+    def named(self) -> dict[str, Tensor]:
+        return super().named() | dict(self.trained.named_buffers())
+
+    def save(self, folder: Path) -> Path:
+        with self.ema_scope():
+            return self.trained.save(folder)
+
+    def write(self, folder: Path) -> str:
+        return self.trained.save(folder).name
