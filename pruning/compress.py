@@ -18,10 +18,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 
 from align import families
 from align.common.assets import locate
@@ -30,13 +29,11 @@ from align.common.errors import UserError
 from align.data.prompts import read_prompts
 from align.families import LORA_FILE, SAMPLING_FILE, Family
 from align.training.config import TrainConfig
-from align.training.trainer import train
-from pruning import importance, plots, reads
+from pruning import importance, load, plots, reads
 from pruning.distill import Heal
 from pruning.graph import BlockGraph
-from pruning.loading import load, outline
+from pruning.nf4 import NF4
 from pruning.plan import Budget, Plan, by_hand, key, to_budget
-from pruning.quantize import NF4, Model, merge_lora, quantize, save_pipeline, settings_for, unnamed
 from pruning.report import Reporting, report
 from rewards import RewardSum
 from rewards import load as load_reward
@@ -205,8 +202,10 @@ def _family(config: Compress, original: str) -> Family:
     return families.load(original, device=_device(config))
 
 
-def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
     """The whole pipeline; a family may leave out parts that say nothing."""
+    from diffusers import DiffusionPipeline
+
     if reads(locate(source)):
         return load(locate(source), dtype)
     return DiffusionPipeline.from_pretrained(locate(source), dtype=dtype, use_safetensors=True)
@@ -220,6 +219,8 @@ def _beside(source: str) -> dict[str, str]:
 
 def _original(config: Compress) -> str:
     """The original's name or folder, the LoRA merged into it."""
+    from pruning.quantize import merge_lora, save_pipeline
+
     source = config.pretrained_model_name_or_path
     if config.weights is not None and not config.at("merged").exists():
         pipe = _pipeline(source)
@@ -274,6 +275,8 @@ def _decide(config: Compress, family: Family) -> Plan:
 
 
 def _remove(config: Compress, original: str) -> None:
+    from pruning.quantize import save_pipeline
+
     plan, pipe, name = Plan.load(config.at("plan.json")), _pipeline(original), families.find(original).denoiser_name
     graph = BlockGraph.of(getattr(pipe, name))
     plan.fits(graph)
@@ -284,6 +287,9 @@ def _remove(config: Compress, original: str) -> None:
 
 def _heal(config: Compress, *, before: str, run: str, after: str) -> None:
     """The pipeline ``after`` is ``before``, taught by the original in the run ``run``."""
+    from align.training.trainer import train
+    from pruning.quantize import merge_lora, save_pipeline
+
     student, folder = config.at(before), config.at(run)
     settings, resolved = config.run(run, str(student))
     train(settings, resolved)
@@ -301,13 +307,17 @@ def _heal(config: Compress, *, before: str, run: str, after: str) -> None:
 
 def _check_skip(config: Compress) -> None:
     """Refuse a skip list that names nothing before a weight is loaded; of a model of the hub, when it is quantised."""
+    from pruning.loading import outline
+
     folder = Path(locate(config.pretrained_model_name_or_path))
     if folder.is_dir():
         parts = [file.parent.name for file in sorted(folder.glob("*/config.json"))]
         _all_named(config, [outline(folder / part) for part in _quantised(config, str(folder), parts)])
 
 
-def _all_named(config: Compress, models: Sequence[Model]) -> None:
+def _all_named(config: Compress, models: Sequence[Any]) -> None:
+    from pruning.quantize import unnamed
+
     if idle := unnamed(config.quantize, *models):
         kinds = ", ".join(dict.fromkeys(type(model).__name__ for model in models))
         raise UserError(f"quantize.skip: {', '.join(map(repr, idle))} names no Linear of {kinds}")
@@ -320,6 +330,8 @@ def _quantised(config: Compress, source: str, components: Sequence[str]) -> list
 
 
 def _quantise(config: Compress, source: str, name: str) -> None:
+    from pruning.quantize import quantize, save_pipeline, settings_for
+
     pipe = _pipeline(source, DTYPES[config.dtype])
     parts = [part for part, component in pipe.components.items() if component is not None]
     models = [getattr(pipe, part) for part in _quantised(config, source, parts)]

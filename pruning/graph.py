@@ -16,14 +16,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from align.common.errors import UserError
 from pruning.architectures import MID_LAYERS, PARTS, Kind, Row, describe, part_name, rows
 from pruning.identity import Gone, stand_in
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 Streams = dict[str, Tensor]  # "hidden", and "context" where a block has that stream too
 _NOT_STOCK = ("attn", "ff", "norm", "mlp")

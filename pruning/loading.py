@@ -22,10 +22,9 @@ from transformers import PreTrainedModel
 from align.common.errors import UserError
 from pruning.architectures import CLASSES
 from pruning.graph import BlockGraph
+from pruning.nf4 import COMPUTE, NF4
 from pruning.quantize import (
     BLOCK,
-    COMPUTE,
-    NF4,
     STATE,
     Linear4bit,
     Model,
@@ -136,7 +135,9 @@ def skeleton(config: Mapping[str, Any]) -> ModelMixin:
         raise UserError(f"config.json is of a {name}; expected {', '.join(CLASSES)}")
     removed = (config.get("pruning") or {}).get("removed", [])
     with init_empty_weights(include_buffers=False):
-        denoiser = CLASSES[name].from_config({key: value for key, value in config.items() if key != "pruning"})
+        denoiser = getattr(diffusers, name).from_config(
+            {key: value for key, value in config.items() if key != "pruning"}
+        )
     return BlockGraph.of(denoiser).remove(removed)
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import bitsandbytes as bnb
 import diffusers
@@ -34,11 +34,11 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from align.common.errors import UserError
 from align.families import LORA_FILE
+from pruning.nf4 import NF4
 from rewards.common.files import atomic
 
 Model = Any  # a ModelMixin or a PreTrainedModel
 BLOCK = 64  # weights that share one scale
-COMPUTE = ("bfloat16", "float16", "float32")
 STATE = "quant_state.bitsandbytes__nf4"
 # What stays in full precision unless the settings say otherwise: the way in, the way out, and what makes the
 # conditioning vector. All together under 1 % of a large model. An entry means what the model's library takes it to
@@ -50,25 +50,6 @@ KEPT: dict[str, tuple[str, ...]] = {
     "UNet2DConditionModel": ("time_embedding", "add_embedding"),
     "CLIPTextModelWithProjection": ("text_projection",),
 }
-
-
-@dataclass(frozen=True)
-class NF4:
-    """How to quantize.
-
-    Args:
-        double_quant: quantize the blocks' scales to 8 bits as well.
-        compute_dtype: what the packed weights are unpacked to, and multiplied in.
-        skip: modules to keep in full precision, by name, in place of the architecture's own list (``KEPT``).
-    """
-
-    double_quant: bool = False
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    skip: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        if self.compute_dtype not in COMPUTE:
-            raise UserError(f"compute_dtype is {self.compute_dtype!r}, expected {' or '.join(map(repr, COMPUTE))}")
 
 
 @dataclass(frozen=True)
