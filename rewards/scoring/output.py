@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from rewards import RewardError
 from rewards.common.files import atomic, write_text
 
-Bad = dict[int, dict[str, Any]]  # row number -> {"row", "file", "error"}
+BadRows = dict[int, dict[str, Any]]  # row number -> {"row", "file", "error"}
 
 
 @dataclass(frozen=True)
-class Shards:
+class ScoreShards:
     """The whole shards in ``folder``. Each carries ``settings`` and its bad files within, so it is there with both or
     not at all."""
 
@@ -33,7 +33,7 @@ class Shards:
         stems = (path.stem.removeprefix("scores-") for path in self.folder.glob("scores-*.parquet"))
         return {int(stem) for stem in stems if stem.isdigit()}
 
-    def bad(self, number: int) -> Bad:
+    def bad(self, number: int) -> BadRows:
         """Its unreadable files. ``RewardError`` names the settings that a shard was not written with."""
         path = self.path(number)
         try:
@@ -61,7 +61,7 @@ class Shards:
         for path in self.folder.glob(".scores-*.tmp"):
             path.unlink(missing_ok=True)
 
-    def write(self, number: int, table: pa.Table, bad: Bad) -> None:
+    def write(self, number: int, table: pa.Table, bad: BadRows) -> None:
         entries = [bad[row] for row in sorted(bad)]
         texts = {"t2i-align.settings": json.dumps(self.settings), "t2i-align.bad": json.dumps(entries)}
         with atomic(self.path(number)) as draft:
@@ -75,7 +75,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def write_bad(path: Path, bad: Bad) -> None:
+def write_bad(path: Path, bad: BadRows) -> None:
     """One JSON object a line; nothing bad, no file, so that none is left from an earlier run."""
     if bad:
         write_text(path, "".join(json.dumps(bad[row]) + "\n" for row in sorted(bad)))
@@ -83,7 +83,7 @@ def write_bad(path: Path, bad: Bad) -> None:
         path.unlink(missing_ok=True)
 
 
-def wait_for(shards: Shards, count: int, patience: float) -> None:
+def wait_for(shards: ScoreShards, count: int, patience: float) -> None:
     """Until shards 0 .. count - 1 are there. ``RewardError`` where none has been added for ``patience`` seconds."""
     missing, since = set(range(count)) - shards.whole(), time.monotonic()
     while missing:
