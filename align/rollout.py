@@ -138,6 +138,8 @@ def _draw(config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: Rol
     captions = [f"{line.trajectory} {line.prompt}" for line in lines]
     gallery.save_grid(images, captions, folder.path / f"contact-sheet-{shard:05d}.png", k)
     kept = {"latents": latents.half() if config.half else latents, "log_probs": log_probs}
+    for leftover in folder.path.glob(f"*{folder.shard(shard).stem}*.tmp"):  # of this shard, from a killed process
+        leftover.unlink()
     with atomic(folder.shard(shard)) as draft:
         save_file({name: tensor.cpu().contiguous() for name, tensor in kept.items()}, draft)
     return lines

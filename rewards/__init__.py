@@ -21,6 +21,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from rewards.base import (  # noqa: E402
     Reward,
+    RewardConfig,
     RewardError,
     RewardSum,
     available,
@@ -28,8 +29,20 @@ from rewards.base import (  # noqa: E402
     checked,
     load,
     needs_prompt,
+    parse_reward,
 )
 
 list = available  # ``rewards.list()``; kept out of ``__all__``, where it would hide the built-in
 
-__all__ = ["Reward", "RewardError", "RewardSum", "available", "check_statistics", "checked", "load", "needs_prompt"]
+__all__ = [
+    "Reward",
+    "RewardConfig",
+    "RewardError",
+    "RewardSum",
+    "available",
+    "check_statistics",
+    "checked",
+    "load",
+    "needs_prompt",
+    "parse_reward",
+]

@@ -24,23 +24,26 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from rewards import Reward, RewardError
+from rewards.base import Reward, load_rewards, parse_rewards
 from rewards.common.command import new_parser, status
+from rewards.common.device import pick_device
+from rewards.common.errors import RewardError
 from rewards.common.files import write_text
-from rewards.data.images import Input, Row
-from rewards.data.inputs import load_rewards, parse_rewards, pick_device
+from rewards.data.images import ImageRow, ImageSource, UnreadableError
 from rewards.data.preferences import recognise
-from rewards.data.tables import Picture
+from rewards.data.tables import LazyImage
 from rewards.scoring.engine import score_batch
-from rewards.scoring.loader import Batch, Decoder, Unreadable, ahead
+from rewards.scoring.loader import BadImage, Batch, Decoder, ahead
 
-Bad = list[dict[str, str]]
+if TYPE_CHECKING:
+    pass
+
+BadEntries = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ class Choices:
     and the rows that cannot be used."""
 
     layout: str
-    pictures: list[tuple[Picture, str]]
+    pictures: list[tuple[LazyImage, str]]
     choices: list[Choice]
     ties: list[str]
-    bad: Bad
+    bad: BadEntries
 
 
 # Reading and scoring
@@ -100,13 +103,13 @@ def score(
     """Scores of ``found.pictures`` by reward, (P,) float64 with NaN where the picture cannot be read; ``found.bad``
     gets those too. ``RewardError`` where more than ``max_bad`` of rows and pictures cannot be used."""
 
-    def rows(wanted: Callable[[int], bool]) -> Iterator[Row | None]:
+    def rows(wanted: Callable[[int], bool]) -> Iterator[ImageRow | None]:
         for number, (picture, prompt) in enumerate(found.pictures):
             yield _row(picture, prompt) if wanted(number) else None
 
     _refuse(found.bad, max_bad)
     total = len(found.pictures)
-    decoder = Decoder(Input({"layout": "pairs"}, total, rows), None, total, batch_size, threads)
+    decoder = Decoder(ImageSource({"layout": "pairs"}, total, rows), None, total, batch_size, threads)
     scores = {name: np.full(total, np.nan) for name in rewards}
     with tqdm(total=total, desc="scoring", unit="image") as bar:
         for item in ahead(decoder.work(lambda shard: True), 4):
@@ -115,21 +118,21 @@ def score(
                 for name, values in score_batch(rewards, batch).items():
                     scores[name][list(item.rows)] = values
                 bar.update(len(item.rows))
-            elif isinstance(item, Unreadable):
+            elif isinstance(item, BadImage):
                 found.bad.append({"source": item.file, "error": item.error})
                 _refuse(found.bad, max_bad)
                 bar.update()
     return scores
 
 
-def _row(picture: Picture, prompt: str) -> Row:
+def _row(picture: LazyImage, prompt: str) -> ImageRow:
     try:
-        return Row(str(picture), prompt, picture.data())
-    except OSError as error:
-        return Row(str(picture), prompt, problem=str(error))
+        return ImageRow(str(picture), prompt, picture.source())
+    except UnreadableError as error:
+        return ImageRow(str(picture), prompt, problem=str(error))
 
 
-def _refuse(bad: Bad, max_bad: int) -> None:
+def _refuse(bad: BadEntries, max_bad: int) -> None:
     if len(bad) > max_bad:
         raise RewardError(
             f"{len(bad)} rows or pictures cannot be used, the last {bad[-1]['source']}: {bad[-1]['error']}; put them "
@@ -203,6 +206,8 @@ def kendall(one: np.ndarray, other: np.ndarray) -> float | None:
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float | None:
     """Rank correlation of two scorers' scores (P,); None where one scores all pictures alike."""
+    from scipy.stats import spearmanr
+
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
     return float(spearmanr(one, other).statistic)
@@ -256,7 +261,7 @@ def run(arguments: argparse.Namespace) -> int:
     rewards = load_rewards(named, device)
     scores = score(found, rewards, device, arguments.batch_size, arguments.threads, arguments.max_bad)
     report = compare(found, scores, arguments.human_ties, arguments.agreement)
-    report |= {"source": arguments.pairs, "settings": {one.label: one.settings() for one in named}}
+    report |= {"source": arguments.pairs, "settings": {one.title: one.settings() for one in named}}
     write_text(output, json.dumps(report, indent=2) + "\n")
     print(table(report))
     return 0

@@ -5,17 +5,21 @@ from __future__ import annotations
 import builtins
 import importlib
 import inspect
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+import yaml
 from torch import Tensor
 
 from rewards.common.errors import RewardError, UserError
 
-_BUILT_IN: dict[str, str] = {
+logger = logging.getLogger(__name__)
+
+BUILT_IN: dict[str, str] = {
     "Aesthetic": "rewards.models.aesthetic.Aesthetic",
     "CLIPScore": "rewards.models.clip_score.CLIPScore",
     "EndpointJudge": "rewards.models.vlm_judge.EndpointJudge",
@@ -35,7 +39,90 @@ _BUILT_IN: dict[str, str] = {
     "Shapes": "rewards.models.shapes.Shapes",
     "VQAScore": "rewards.models.vqa_score.VQAScore",
 }
+EXPECTED = "expected NAME, NAME:KEY=VALUE,KEY=VALUE or '{name: NAME, weight: 1, label: LABEL, args: {KEY: VALUE}}'"
 _SLACK = 1e-3  # how far outside [0, 1] rounding may carry a pixel; a picture in [-1, 1] or [0, 255] goes further
+
+
+@dataclass
+class RewardConfig:
+    """One reward as a user names it, on a command line or in YAML.
+
+    Args:
+        name: a built-in reward's name, or an import path.
+        weight: in a weighted sum; 0 only watches it, so that hacking of the others shows.
+        args: the reward's own arguments.
+        label: its name in logs and columns; default ``name``.
+        normalize: [mean, std] of its scores, measured beforehand: (score - mean) / std is what ``weight`` is of.
+    """
+
+    name: str
+    weight: float = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+    label: str | None = None
+    normalize: builtins.list[float] | None = None
+
+    @property
+    def title(self) -> str:
+        """The label, or the name where there is none."""
+        return self.label or self.name
+
+    def settings(self) -> dict[str, Any]:
+        """What may be written down: a token authorises, it changes no score."""
+        return {"name": self.name, "args": {key: value for key, value in self.args.items() if key != "token"}}
+
+
+def parse_reward(given: str | Mapping[str, Any]) -> RewardConfig:
+    """``NAME``, ``NAME:KEY=VALUE,KEY=VALUE``, or YAML or a mapping with the fields of :class:`RewardConfig`.
+
+    A VALUE is a YAML scalar without commas. ``RewardError`` where it is none of these.
+    """
+    content: Any = given
+    try:
+        if isinstance(given, str) and not given.lstrip().startswith("{"):
+            name, _, rest = given.partition(":")
+            args: dict[str, Any] = {}
+            for item in rest.split(",") if rest else []:
+                key, equals, value = item.partition("=")
+                if not equals or not key.isidentifier() or key in args:
+                    raise RewardError(f"--reward {given}: {item!r} is no KEY=VALUE of its own; {EXPECTED}")
+                args[key] = yaml.safe_load(value)
+            content = {"name": name, "args": args}
+        elif isinstance(given, str):
+            content = yaml.safe_load(given)
+    except yaml.YAMLError as error:
+        raise RewardError(f"--reward {given} is not YAML ({' '.join(str(error).split())}); {EXPECTED}") from error
+    known = {one.name for one in fields(RewardConfig)}
+    if not isinstance(content, Mapping) or set(content) - known:
+        keys = f"the keys {', '.join(map(str, content))}" if isinstance(content, Mapping) else "no keys"
+        raise RewardError(f"--reward {given} has {keys}; {EXPECTED}")
+    config = {key: value for key, value in content.items() if value is not None}
+    name, label, arguments, weight = (config.get(key, usual) for key, usual in _USUAL.items())
+    good = isinstance(name, str) and name and isinstance(label, str) and isinstance(arguments, dict)
+    if not good or isinstance(weight, bool) or not isinstance(weight, int | float) or content.get("label") == "":
+        raise RewardError(f"--reward {given}: {EXPECTED}")
+    return RewardConfig(**config)
+
+
+_USUAL: dict[str, Any] = {"name": None, "label": "", "args": {}, "weight": 1.0}
+
+
+def parse_rewards(given: Sequence[str | Mapping[str, Any]]) -> builtins.list[RewardConfig]:
+    """:func:`parse_reward` of each; ``RewardError`` where two have the same label."""
+    found = [parse_reward(one) for one in given]
+    check_labels(found)
+    for one in found:
+        if one.title in ("file", "prompt"):
+            raise RewardError(f"a reward cannot be called {one.title!r}, which is another column; give another label")
+    return found
+
+
+def check_labels(configs: Sequence[RewardConfig]) -> None:
+    """``RewardError`` where two rewards have the same label."""
+    labels = [one.title for one in configs]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise RewardError(
+            f"two rewards are called {twice[0]!r}; give one a label of its own: '{{name: .., label: .., args: ..}}'"
+        )
 
 
 @runtime_checkable
@@ -110,7 +197,7 @@ class RewardSum:
     Args:
         rewards: by name.
         weights: of what is summed; a reward that is not named has weight 1.
-        normalise: how a reward is brought to a scale that can be summed with others'; one that is not named is taken as
+        normalize: how a reward is brought to a scale that can be summed with others'; one that is not named is taken as
             it is. ``(mean, std)``, measured beforehand (``summary.json`` of ``rewards.score`` has both), gives
             (score - mean) / std: an image's score is the same alone and in a batch. ``"batch"`` takes mean and standard
             deviation (over n) of the batch at hand, so by definition an image's score depends on its batch mates; it
@@ -119,17 +206,17 @@ class RewardSum:
 
     rewards: dict[str, Reward]
     weights: dict[str, float] | None = None
-    normalise: dict[str, tuple[float, float] | Literal["batch"]] | None = None
+    normalize: dict[str, tuple[float, float] | Literal["batch"]] | None = None
 
     def __post_init__(self) -> None:
         if not self.rewards:
             raise RewardError("RewardSum got no rewards; expected at least one")
         if "total" in self.rewards:
             raise RewardError("RewardSum: 'total' is the name of the weighted sum; give that reward another name")
-        for what, named in {"weights": self.weights, "normalise": self.normalise}.items():
+        for what, named in {"weights": self.weights, "normalize": self.normalize}.items():
             if unknown := sorted(set(named or {}) - set(self.rewards)):
                 raise RewardError(f"RewardSum got {what} for {unknown}; the rewards are {sorted(self.rewards)}")
-        for name, how in (self.normalise or {}).items():
+        for name, how in (self.normalize or {}).items():
             if how != "batch":
                 check_statistics(name, how)
 
@@ -149,8 +236,8 @@ class RewardSum:
         """Every reward's own score by name, neither normalised nor weighted, and their weighted sum as ``"total"``;
         each (B,) float32."""
         scores = {name: checked(reward, name, images, prompts, metadata) for name, reward in self.rewards.items()}
-        weights, normalise = self.weights or {}, self.normalise or {}
-        parts = [weights.get(name, 1.0) * _normalised(score, normalise.get(name)) for name, score in scores.items()]
+        weights, normalize = self.weights or {}, self.normalize or {}
+        parts = [weights.get(name, 1.0) * _normalized(score, normalize.get(name)) for name, score in scores.items()]
         return scores | {"total": torch.stack(parts).sum(0)}
 
     def score(
@@ -169,7 +256,7 @@ def check_statistics(name: str, statistics: Sequence[float]) -> None:
         )
 
 
-def _normalised(scores: Tensor, how: tuple[float, float] | Literal["batch"] | None) -> Tensor:
+def _normalized(scores: Tensor, how: tuple[float, float] | Literal["batch"] | None) -> Tensor:
     if how is None:
         return scores
     if how != "batch":
@@ -187,10 +274,24 @@ def needs_prompt(reward: Reward) -> bool:
 
 def available() -> builtins.list[str]:
     """Names that :func:`load` knows."""
-    return sorted(_BUILT_IN)
+    return sorted(BUILT_IN)
 
 
 list = available  # ``rewards.list()``; kept out of ``__all__``, where it would hide the built-in
+
+
+def load_rewards(configs: Sequence[RewardConfig], device: str | None = None) -> dict[str, Reward]:
+    """The rewards by label, networks on ``device``. ``RewardError`` says which one cannot be had, and why."""
+    found = {}
+    for one in configs:
+        try:
+            reward = load(one.name, one.args)
+        except TypeError as error:  # what constructors say to a wrong argument
+            raise RewardError(f"reward {one.title!r}: {error}") from error
+        if device is not None and isinstance(reward, torch.nn.Module):
+            reward.to(device)
+        found[one.title] = reward
+    return found
 
 
 def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:
@@ -198,7 +299,7 @@ def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:
 
     ``RewardError`` says which names there are, or what is wrong with the path, the arguments or the class.
     """
-    module_name, _, class_name = _BUILT_IN.get(name, name).rpartition(".")
+    module_name, _, class_name = BUILT_IN.get(name, name).rpartition(".")
     if not module_name:
         raise RewardError(f"unknown reward {name!r}; known are {', '.join(available())}, or package.module.Class")
     try:

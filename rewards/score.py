@@ -1,7 +1,7 @@
 """Score pictures: ``python -m rewards.score images/ --reward Shapes --output scores``.
 
 Input, ``SOURCE``, is a folder of images, with prompts from ``--prompts``, from ``metadata.jsonl`` / ``metadata.csv``
-(``file_name`` and ``prompt``, ``caption`` or ``text``) or from a ``.txt`` file beside each image; a ``.jsonl`` or
+(``file_name`` and ``caption``, ``prompt`` or ``text``) or from a ``.txt`` file beside each image; a ``.jsonl`` or
 ``.csv`` file of image paths; a parquet file or a folder of them; webdataset ``.tar`` files; a ``save_to_disk`` folder;
 or the hub id of a data set.
 
@@ -25,27 +25,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from rewards import RewardError
-from rewards.common.command import new_parser, status
+from rewards.base import parse_rewards
+from rewards.common.command import OldName, new_parser, status
+from rewards.common.errors import RewardError
 from rewards.common.files import atomic, write_text
-from rewards.data.images import Input
-from rewards.data.inputs import open_input, parse_rewards
-from rewards.scoring.engine import Scorer, open_scorer
+from rewards.data.formats import open_input
+from rewards.data.images import ImageSource
+from rewards.scoring.engine import ScoringEngine, open_scorer
 from rewards.scoring.gallery import Shown, page
 from rewards.scoring.loader import shard_sizes
-from rewards.scoring.output import Bad, Shards, wait_for, write_bad
+from rewards.scoring.output import BadRows, ScoreShards, wait_for, write_bad
+
+if TYPE_CHECKING:
+    pass
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-def score_here(scorer: Scorer, retry_bad: bool, rank: int = 0, world: int = 1) -> int:
+def score_here(scorer: ScoringEngine, retry_bad: bool, rank: int = 0, world: int = 1) -> int:
     """Every ``world``-th shard, in this process; returns the number of rows of the whole input."""
     shards = scorer.shards
     done = shards.done(retry_bad)
@@ -60,7 +62,7 @@ def score_here(scorer: Scorer, retry_bad: bool, rank: int = 0, world: int = 1) -
 
 
 # What is told about the scores
-def summarise(shards: Shards, count: int, rewards: Sequence[str], bad: Bad) -> dict[str, Any]:
+def summarise(shards: ScoreShards, count: int, rewards: Sequence[str], bad: BadRows) -> dict[str, Any]:
     """What ``summary.json`` holds: of every reward the count, mean, standard deviation (of the scores themselves, over
     n) and :data:`QUANTILES`; and the bad files."""
     figures = {}
@@ -73,8 +75,12 @@ def summarise(shards: Shards, count: int, rewards: Sequence[str], bad: Bad) -> d
     return {"rewards": figures, "bad": [bad[row] for row in sorted(bad)], "settings": shards.settings}
 
 
-def gallery(shards: Shards, count: int, source: Input, rewards: Sequence[str], bad: Bad, size: int) -> str:
+def gallery(
+    shards: ScoreShards, count: int, source: ImageSource, rewards: Sequence[str], bad: BadRows, size: int
+) -> str:
     """The page with the ``size`` best and, of the others, the ``size`` worst pictures by the first reward."""
+    import pyarrow as pa
+
     order = rewards[0]
     table = pa.concat_tables([shards.read(n) for n in range(count)])
     numbers = [n for n in range(table.num_rows + len(bad)) if n not in bad]
@@ -114,9 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise RewardError(f"--{name} is {value}; expected at least {least}")
     rank, local, world = (_environment(*pair) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     named = parse_rewards(arguments.reward)
-    labels = [one.label for one in named]
+    labels = [one.title for one in named]
     source = open_input(
-        arguments.source, arguments.prompts, arguments.prompt_column, arguments.image_column, arguments.split
+        arguments.source, arguments.prompts, arguments.caption_column, arguments.image_column, arguments.split
     )
     if source.identity["layout"] == "parquet" and output.resolve().is_relative_to(Path(arguments.source).resolve()):
         raise RewardError(f"--output {output} lies within the parquet folder that is read; expected another place")
@@ -128,11 +134,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise RewardError("--workers is for --engine ray; see --threads, or accelerate launch")
     settings = {
         "input": source.identity,
-        "rewards": {one.label: one.settings() for one in named},
+        "rewards": {one.title: one.settings() for one in named},
         "limit": arguments.limit,
         "shard_size": arguments.shard_size,
     }
-    shards = Shards(output.with_name(f".{output.name}.parts") if single else output, settings)
+    shards = ScoreShards(output.with_name(f".{output.name}.parts") if single else output, settings)
     for number in shards.whole():
         shards.bad(number)  # refuses other settings
     bad_file = output.with_name(f"{output.name}.errors.jsonl") if single else output / "bad.jsonl"
@@ -151,7 +157,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _finish(
-    arguments: argparse.Namespace, shards: Shards, count: int, source: Input, labels: Sequence[str], bad_file: Path
+    arguments: argparse.Namespace,
+    shards: ScoreShards,
+    count: int,
+    source: ImageSource,
+    labels: Sequence[str],
+    bad_file: Path,
 ) -> int:
     """All shards are there: the list of bad files, the gallery, the summary, and the table if there is to be one."""
     shards.sweep()
@@ -179,15 +190,17 @@ def _finish(
     return 1 if bad and not arguments.skip_errors else 0
 
 
-def _merge(shards: Shards, count: int, output: Path) -> None:
+def _merge(shards: ScoreShards, count: int, output: Path) -> None:
     """The shards as one table, and then without their folder."""
+    import pyarrow.parquet as pq
+
     with atomic(output) as draft, pq.ParquetWriter(draft, shards.read(0).schema) as writer:
         for number in range(count):
             writer.write_table(shards.read(number))
     _clear(shards)
 
 
-def _clear(shards: Shards) -> None:
+def _clear(shards: ScoreShards) -> None:
     for path in shards.folder.glob("scores-*.parquet"):
         path.unlink()
     shards.sweep()
@@ -216,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", default="scores.parquet", help="a .parquet file, or a folder (default: %(default)s)"
     )
     parser.add_argument("--prompts", help=".jsonl or .csv (file_name, text), or .txt with one prompt per image")
-    parser.add_argument("--prompt_column", help="default: the first of prompt, caption, text that is there")
+    parser.add_argument("--caption_column", help="default: the first of caption, prompt, text that is there")
+    parser.add_argument("--prompt_column", dest="caption_column", action=OldName, help=argparse.SUPPRESS)
     parser.add_argument("--image_column", help="default: the first usual name that is there; for .tar, the suffix")
     parser.add_argument("--split", help="of a save_to_disk folder or hub id")
     parser.add_argument("--limit", type=int, help="score the first LIMIT rows only")

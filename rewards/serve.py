@@ -29,8 +29,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewards import RewardError
+from rewards.base import load_rewards, parse_rewards
 from rewards.common.command import new_parser, status
-from rewards.data.inputs import load_rewards, parse_rewards, pick_device
+from rewards.common.device import pick_device
 from rewards.models.remote import TOKEN
 from rewards.serving.batching import Limits
 

@@ -28,7 +28,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from rewards.data.inputs import decode
+from rewards.data.images import decode_tensor as decode
 
 SIDE = 32
 SIZES = [(33, 47), (64, 64), (101, 37), (31, 90), (257, 129), (1, 40), (200, 5), (32, 35), (180, 224), (35, 32)]

@@ -22,10 +22,11 @@ from align.common.errors import DataError
 from align.data import encoding, latent_cache, preferences
 from align.data.dataset import shuffled
 from align.data.encoding import cut
-from align.data.images import Picture, UnreadableError, decode
 from align.data.preferences import EncodedPairs, PairBatch, PreferencePairs, read_pairs
 from align.data.prompts import Prompts, read_prompts
 from align.families import Conditioning
+from rewards.data.images import UnreadableError, decode
+from rewards.data.tables import LazyImage
 from tests.benchmarks.emoji_pairs import Pair as Drawn
 from tests.benchmarks.emoji_pairs import pick_a_pic, write_layouts
 
@@ -307,9 +308,9 @@ def test_pictures_that_cannot_be_read_are_found_before_training(tmp_path: Path) 
         strict.prepare(Tiny(), progress=False)
     lines = [json.loads(line) for line in strict.report.read_text().splitlines()]
     assert [line["row"] for line in lines] == [1, 2, 3, 5]
-    assert "jpg_0: not a readable picture" in lines[0]["reason"]
+    assert "jpg_0: not a readable image" in lines[0]["reason"]
     assert "the same" in lines[1]["reason"]
-    assert "NoneType" in lines[3]["reason"]
+    assert "found nothing" in lines[3]["reason"]
     family = Tiny()
     kept = PreferencePairs(str(file), max_bad_share=0.7, cache_dir=str(tmp_path / "cache")).prepare(family)
     assert kept.ids == [0, 4]
@@ -474,7 +475,7 @@ def test_pictures_become_upright_rgb() -> None:
         with pytest.raises(UnreadableError):
             decode(data)
     with pytest.raises(UnreadableError, match="cannot be opened"):
-        Picture(Path("/nowhere/a.png")).read()
+        LazyImage(Path("/nowhere/a.png")).read()
 
 
 # prompts and order

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from align.evaluation.compare import diversity
 from align.sampling.diversity import Features, pairwise, thumbnails
 from rewards import RewardError
-from rewards.data.images import decode
+from rewards.data.images import decode_tensor as decode
 from rewards.models.lpips import LPIPS, TRUNKS, load, main
 
 # Name in torchvision's state dict: (outputs, kernel, stride, padding) of a convolution, or (kernel, stride) of a pool;

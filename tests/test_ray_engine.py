@@ -17,9 +17,10 @@ import pytest
 from torch import Tensor
 
 from rewards import RewardError
-from rewards.data.inputs import open_input, parse_rewards
+from rewards.base import parse_rewards
+from rewards.data.formats import open_input
 from rewards.score import main
-from rewards.scoring.output import Bad, Shards
+from rewards.scoring.output import BadRows, ScoreShards
 from tests.test_score import COUNT, PROMPTS, REWARD, Length, lay
 
 ray = pytest.importorskip("ray")
@@ -70,13 +71,13 @@ def test_an_actor_writes_the_local_engines_shards(tmp_path: Path, layout: str) -
     command = [source, "--reward", REWARD, "--shard_size", "2", "--skip_errors", "--output"]
     assert main([*command, str(tmp_path / "local")]) == 0
     settings = pq.read_schema(tmp_path / "local/scores-00000.parquet").metadata[b"t2i-align.settings"]
-    shards = Shards(tmp_path / "actor", json.loads(settings))
+    shards = ScoreShards(tmp_path / "actor", json.loads(settings))
 
     def share(**changes: Any) -> ray_engine._Share:
-        given: dict[str, Any] = dict.fromkeys(("prompts", "prompt_column", "image_column", "split", "limit", "device"))
+        given: dict[str, Any] = dict.fromkeys(("prompts", "caption_column", "image_column", "split", "limit", "device"))
         given |= {"source": source, "batch_size": 32, "shard_size": 2, "threads": 1, "max_bad": 1, **changes}
         identity = open_input(source).identity
-        bad: Bad = {}
+        bad: BadRows = {}
         arguments = argparse.Namespace(**given)
         return ray_engine._Share(arguments, identity, parse_rewards([REWARD]), shards, tmp_path / "bad.jsonl", bad)
 

@@ -79,7 +79,7 @@ def test_aesthetic_brings_embeddings_to_length_one(clip: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", rewards.available())
 def test_pictures_and_prompts_have_names(name: str) -> None:
     """HPSv3's package swapped the two between versions; here neither can be given by its place."""
-    module, _, cls = base._BUILT_IN[name].rpartition(".")
+    module, _, cls = base.BUILT_IN[name].rpartition(".")
     scorer = getattr(import_module(module), cls)
     parameters = dict(inspect.signature(scorer.score).parameters)
     assert list(parameters) == ["self", "images", "prompts", "metadata"]

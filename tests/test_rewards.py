@@ -26,7 +26,7 @@ from align.objectives.online.rewards import RewardSetting, Scorer
 from align.shapes.world import COMBINATIONS, SIZE, Body, caption, draw, outline
 from align.training.config import TrainConfig
 from rewards import Reward, RewardError, RewardSum, available, base, checked, load
-from rewards.data.inputs import natural
+from rewards.data.formats import natural
 from rewards.models.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.models.shape_detector import Found
 from rewards.models.shapes import (
@@ -302,22 +302,22 @@ def test_statistics_that_cannot_be_are_named(statistics: Any) -> None:
         RewardSum({"a": Fixed([1.0])}, None, {"a": statistics})
     if not isinstance(statistics, str):
         with pytest.raises(RewardError, match="reward 'light' is to be normalised by"):
-            Scorer.of([RewardSetting("tests.helpers.Bright", label="light", normalise=list(statistics))])
+            Scorer.of([RewardSetting("tests.helpers.Bright", label="light", normalize=list(statistics))])
 
 
 def test_a_runs_rewards_are_normalised_alike() -> None:
     scorer = Scorer.of(
         [
-            RewardSetting("JPEGIncompressibility", 2.0, normalise=[3.0, 0.5]),
+            RewardSetting("JPEGIncompressibility", 2.0, normalize=[3.0, 0.5]),
             RewardSetting("JPEGCompressibility", -1.0, label="small"),
-            RewardSetting("Shapes", 0.0, label="watched", normalise=[9.0, 9.0]),
+            RewardSetting("Shapes", 0.0, label="watched", normalize=[9.0, 9.0]),
         ]
     )
     images, texts = scenes(3)
     scores = scorer.score(images, texts)
     expected = 2 * (scores["JPEGIncompressibility"] - 3) / 0.5 - scores["small"]
     torch.testing.assert_close(scorer.total(scores), expected)
-    torch.testing.assert_close(scorer.graded(images, texts), expected)
+    torch.testing.assert_close(scorer.differentiable_total(images, texts), expected)
     both = {"JPEGIncompressibility": load("JPEGIncompressibility"), "small": load("JPEGCompressibility")}
     total = RewardSum(both, {"JPEGIncompressibility": 2.0, "small": -1.0}, {"JPEGIncompressibility": (3.0, 0.5)})
     torch.testing.assert_close(total.score(images=images, prompts=texts), expected)
@@ -326,7 +326,7 @@ def test_a_runs_rewards_are_normalised_alike() -> None:
 def test_reward_sum_refuses_bad_names() -> None:
     with pytest.raises(RewardError, match=r"weights for \['c'\]"):
         RewardSum({"a": Fixed([1.0])}, {"c": 1.0})
-    with pytest.raises(RewardError, match=r"normalise for \['c'\]"):
+    with pytest.raises(RewardError, match=r"normalize for \['c'\]"):
         RewardSum({"a": Fixed([1.0])}, None, {"c": "batch"})
     with pytest.raises(RewardError, match="total"):
         RewardSum({"total": Fixed([1.0])})
@@ -376,14 +376,14 @@ def test_policy_gradient_and_dpo_take_every_reward_by_name(config: str, monkeypa
         arguments += ["--validation_data", "Prompts", "--validation_data.path", "shapes-prompts-heldout"]
     settings, text = parse_settings(TrainConfig, "align.train", None, arguments)
     settings.check()
-    assert [(r.name, r.weight, r.normalise) for r in settings.rewards] == [(n, 0.5, [1.0, 2.0]) for n in available()]
+    assert [(r.name, r.weight, r.normalize) for r in settings.rewards] == [(n, 0.5, [1.0, 2.0]) for n in available()]
     assert [entry["name"] for entry in yaml.safe_load(text)["rewards"]] == available()
-    for path in base._BUILT_IN.values():  # their weights are elsewhere
+    for path in base.BUILT_IN.values():  # their weights are elsewhere
         monkeypatch.setattr(f"{path}.__init__", lambda self: None)
     scorer = settings.scorer()
     assert scorer is not None
     for name, reward in scorer.rewards.items():
-        assert f"{type(reward).__module__}.{type(reward).__name__}" == base._BUILT_IN[name]
+        assert f"{type(reward).__module__}.{type(reward).__name__}" == base.BUILT_IN[name]
         arguments_of = inspect.signature(type(reward).score).parameters
         assert {"images", "prompts", "metadata"} <= set(arguments_of)
     assert list(scorer.rewards) == available()
@@ -543,7 +543,7 @@ def test_user_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         (str(folder), "--reward", "Beauty"): "unknown reward 'Beauty'; known are",
         (str(folder), "--reward", "Shapes"): "1 of 3 images have none: sub/3.webp;",
         (str(folder), "--reward", "Shapes", "--prompts", str(short)): "1 prompts for 3 images",
-        (str(folder), "--reward", "Shapes", "--prompts", str(broken)): "broken.jsonl, line 2 is not JSON",
+        (str(folder), "--reward", "Shapes", "--prompts", str(broken)): "broken.jsonl:2 is not a JSON object",
         (str(folder), "--reward", "Shapes", "--batch_size", "0"): "--batch_size is 0",
     }
     for command, message in mistakes.items():

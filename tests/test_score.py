@@ -25,7 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from rewards import RewardError, load
-from rewards.data.inputs import Named, decode, load_rewards, open_input, parse_rewards
+from rewards.base import RewardConfig, load_rewards, parse_rewards
+from rewards.common.errors import DataError
+from rewards.data.formats import open_input
+from rewards.data.images import decode_tensor as decode
 from rewards.score import main
 from rewards.scoring import loader
 from rewards.scoring.loader import Batch, Decoder, ahead
@@ -212,17 +215,17 @@ def test_limit_columns_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_rewards_are_named_in_two_ways() -> None:
     assert parse_rewards(["A", "B:url=http://host:80,n=2,x=1.5"]) == [
-        Named("A", "A", {}),
-        Named("B", "B", {"url": "http://host:80", "n": 2, "x": 1.5}),
+        RewardConfig("A"),
+        RewardConfig("B", args={"url": "http://host:80", "n": 2, "x": 1.5}),
     ]
     (one,) = parse_rewards(["{name: A, label: a, args: {token: secret, n: 1}}"])
-    assert one == Named("a", "A", {"token": "secret", "n": 1})
+    assert one == RewardConfig("A", args={"token": "secret", "n": 1}, label="a")
     assert "secret" not in str(one.settings()) and one.settings()["args"] == {"n": 1}
     for texts, message in {
         ("A:n",): "no KEY=VALUE",
         ("A:n=1,n=2",): "no KEY=VALUE",
         ("A:n=[",): "not YAML",
-        ("{name: A, weight: 2}",): "keys name, weight",
+        ("{name: A, wait: 2}",): "keys name, wait",
         ("{label: A}",): "expected NAME",
         ("A", "A"): "two rewards are called 'A'",
         ("{name: A, label: file}",): "cannot be called 'file'",
@@ -352,7 +355,7 @@ def test_a_torn_tar_and_odd_samples(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*command, "--skip_errors"]) == 0
     assert files(tmp_path / "out") == ["a.tar.gz/2.png"]
     reasons = [json.loads(line)["error"] for line in (tmp_path / "out/bad.jsonl").read_text().splitlines()]
-    assert reasons == ["expected one picture; its files are .txt", "its .json is not an object"]
+    assert reasons == ["expected one image; its files are .txt", "its .json is not an object"]
     whole = (root / "a.tar.gz").read_bytes()
     (root / "a.tar.gz").write_bytes(whole[: len(whole) // 2])
     assert main([*command[:-1], str(tmp_path / "torn")]) == 2
@@ -479,9 +482,9 @@ def test_what_is_not_an_input_is_refused(tmp_path: Path) -> None:
     for name, message in {
         "a.parquet": "not parquet",
         "a.txt": "no input that is understood",
-        "b.jsonl": "row 1 has the columns prompt",
+        "b.jsonl": "b.jsonl:1 has the columns prompt",
         "c.jsonl": "no rows",
         "none": "no such folder or file",
     }.items():
-        with pytest.raises(RewardError, match=message):
+        with pytest.raises(DataError, match=message):
             open_input(str(tmp_path / name))

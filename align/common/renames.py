@@ -21,6 +21,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
     "teachers": {"guidance": "guidance_scale"},
     "objective": {**_SAMPLING, "spread": "scale_rewards", "normalise": "normalize"},
     "update": {"spread": "scale_rewards"},
+    "rewards": {"normalise": "normalize"},
 }
 
 # new key -> old value -> new value

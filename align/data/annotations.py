@@ -26,9 +26,9 @@ from typing import Any, ClassVar
 
 from align.common.errors import DataError
 from align.data.dataset import Data
-from align.data.formats import parse
 from align.data.trajectories import Drawn, Record, RolloutFolder, TrajectoryBatch, TrajectoryPairs
 from align.families import Family
+from rewards.data.records import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Reader:
     def read(self, file: Path) -> list[Vote]:
         if not file.is_file():
             raise DataError(f"there is no label file {file}; expected JSONL, CSV or D3PO's JSON")
-        entries = parse(file) if file.suffix in (".json", ".jsonl", ".csv") else []
+        entries = read_records(file) if file.suffix in (".json", ".jsonl", ".csv") else []
         first = entries[0][1] if entries else None
         if isinstance(first, list):
             return self._matrix(file, entries)

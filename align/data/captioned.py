@@ -14,11 +14,11 @@ from torch import Tensor
 from align.common.assets import locate
 from align.common.errors import DataError
 from align.data.dataset import Bad, Captioned, ItemSet, check_bad
-from align.data.images import Picture, UnreadableError
 from align.data.preferences import Encoded, Encodings
 from align.families import Conditioning
-from rewards import RewardError
-from rewards.data.inputs import Input, Row, open_input
+from rewards.data.formats import open_input
+from rewards.data.images import ImageRow, ImageSource
+from rewards.data.tables import LazyImage
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class EncodedImages(Encodings):
 class Images(Encoded):
     """Captioned pictures on disk, and how they are cut: a folder with ``metadata.jsonl`` or ``.csv`` (``file_name`` and
     ``text``, ``caption`` or ``prompt``) or a ``.txt`` beside each picture; a ``.jsonl`` or ``.csv`` of paths; parquet;
-    webdataset tar files; a ``save_to_disk`` folder. The layouts are :func:`rewards.data.inputs.open_input`'s.
+    webdataset tar files; a ``save_to_disk`` folder. The layouts are :func:`rewards.data.formats.open_input`'s.
 
     Args:
         image_column: the picture's column, where it is not image, jpg, png, file_name or the like.
@@ -82,19 +82,16 @@ def read_images(
         raise DataError(
             f"there is no file or folder {place}; expected captioned pictures, see align.data.captioned.Images"
         )
-    try:
-        found = open_input(str(place), None, caption_column, image_column, split)
-        stream = InOrder(found)
-        items, bad, total = list[Captioned](), list[Bad](), 0
-        for total, row in enumerate(found.rows(lambda number: True), 1):
-            assert row is not None
-            if fault := _fault(row):
-                bad.append(Bad(total - 1, row.file, fault))
-                continue
-            picture = Picture(row.picture) if isinstance(row.picture, Path) else Streamed(place, total - 1, stream)
-            items.append(Captioned(total - 1, row.file, str(row.prompt).strip(), picture))
-    except RewardError as error:
-        raise DataError(str(error)) from error
+    found = open_input(str(place), None, caption_column, image_column, split)
+    stream = InOrder(found)
+    items, bad, total = list[Captioned](), list[Bad](), 0
+    for total, row in enumerate(found.rows(lambda number: True), 1):
+        assert row is not None
+        if fault := _fault(row):
+            bad.append(Bad(total - 1, row.file, fault))
+            continue
+        image = LazyImage(row.image) if isinstance(row.image, Path) else LazyImage(place, total - 1, "", stream)
+        items.append(Captioned(total - 1, row.file, str(row.prompt).strip(), image))
     check_bad(bad, total, max_bad_share, report)
     if not items:
         raise DataError(f"{place} holds no captioned picture: {total} rows, {len(bad)} bad")
@@ -102,45 +99,29 @@ def read_images(
     return ItemSet(json.dumps(found.identity, sort_keys=True), items, bad, 0, total, [])
 
 
-def _fault(row: Row) -> str:
+def _fault(row: ImageRow) -> str:
     """Why the row cannot be used; empty where it can."""
-    if row.problem or row.picture is None:
+    if row.problem or row.image is None:
         return row.problem or "no picture"
     if not row.prompt or not row.prompt.strip():
         return f"no caption: {row.prompt!r}"
-    return f"no such file: {row.picture}" if isinstance(row.picture, Path) and not row.picture.is_file() else ""
+    return f"no such file: {row.image}" if isinstance(row.image, Path) and not row.image.is_file() else ""
 
 
 class InOrder:
     """Rows whose pictures are inside larger files, read forward: asking for them in order costs one pass."""
 
-    def __init__(self, source: Input) -> None:
+    def __init__(self, source: ImageSource) -> None:
         self.source = source
         self._next = 0
-        self._rows: Iterator[Row | None] = iter(())
+        self._rows: Iterator[ImageRow | None] = iter(())
 
-    def __getitem__(self, number: int) -> Row:
+    def record(self, number: int) -> dict[str, object]:
+        """{"": the image of row ``number``}."""
         if number < self._next or not self._next:
             self._next, self._rows = 0, self.source.rows(lambda row: row >= number)
         row = None
         while self._next <= number:
             row, self._next = next(self._rows), self._next + 1
         assert row is not None
-        return row
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """The picture of row ``row`` of ``file``."""
-
-    file: Path
-    row: int
-    stream: InOrder
-    column: str = ""
-
-    def data(self) -> bytes:
-        """The encoded bytes. Raises :class:`align.data.images.UnreadableError`."""
-        picture = self.stream[self.row].picture
-        if not isinstance(picture, bytes):
-            raise UnreadableError(f"expected picture bytes, found {type(picture).__name__}")
-        return picture
+        return {"": row.image}

@@ -14,11 +14,23 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from align.common.errors import DataError
-from align.data.images import Picture, Readable
 from align.families import Family
 from rewards.common.files import write_text
+from rewards.data.tables import LazyImage
 
 logger = logging.getLogger(__name__)
+
+
+class Readable(Protocol):
+    """An image that is read when somebody looks at it; ``file``, ``row`` and ``column`` tell it from all others."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def row(self) -> int: ...
+    @property
+    def column(self) -> str: ...
+    def data(self) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +40,8 @@ class Pair:
     id: int
     source: str
     caption: str
-    chosen: Picture
-    rejected: Picture
+    chosen: LazyImage
+    rejected: LazyImage
 
     @property
     def pictures(self) -> tuple[Readable, ...]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from align.common.errors import DataError
 from align.data.dataset import Item
-from align.data.images import UnreadableError, decode
 from align.data.latent_cache import Encoder, Views
 from align.families import Conditioning
+from rewards.data.images import UnreadableError, decode
 
 TEXTS = 64  # captions in one call of the text encoders
 DECODE = 8  # items whose pictures are in memory at a time

@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from align.common.assets import locate
 from align.common.errors import DataError
 from align.data.dataset import Bad, Data, ItemSet, Pair, check_bad
 from align.data.encoding import conds_of, latents_of, threads
-from align.data.formats import recognise
 from align.data.latent_cache import SHARD, Encoder, Entry, Views, header_of, index_of, keys_of, save
 from align.families import Conditioning
 from rewards.common.files import write_text
+from rewards.data.preferences import recognise
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +245,8 @@ def read_pairs(
     caption_column: str | None = None,
     image_root: str | Path | None = None,
 ) -> ItemSet:
-    """The preference pairs at ``path``: a file, a folder or a hub id, in one of :data:`align.data.formats.LAYOUTS`.
+    """The preference pairs at ``path``: a file, a folder or a hub id, in one of its ``LAYOUTS``
+    (:mod:`rewards.data.preferences`).
 
     Args:
         path: what to read.
@@ -252,13 +254,13 @@ def read_pairs(
         ties: leave out rows without a winner, or stop at them.
         max_bad_share: stop when more of the rows than this are unusable.
         report: JSONL file that gets a line for each unusable row.
-        caption_column: the caption's name where it is not one of :data:`align.data.formats.CAPTIONS`.
+        caption_column: the caption's name where it is not one of :data:`rewards.data.records.CAPTIONS`.
         image_root: folder that relative picture paths start from; default the folder of the file that names them.
 
     Raises:
         DataError: nothing at ``path``, no known layout, ties where refused, or too many bad rows.
     """
-    layout, files, rows = recognise(str(path), split, caption_column, Path(image_root) if image_root else None)
+    layout, files, rows = recognise(locate(str(path)), split, caption_column, Path(image_root) if image_root else None)
     logger.info("%s: %s", path, layout)
     pairs, bad, tied, total = list[Pair](), list[Bad](), 0, 0
     for total, row in enumerate(rows, 1):

@@ -18,8 +18,8 @@ import torch
 from align.common.assets import locate
 from align.common.errors import DataError
 from align.data.dataset import Data
-from align.data.formats import CAPTIONS, parse
 from align.families import Conditioning, Family
+from rewards.data.records import caption_of, read_records
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def read_prompt_rows(path: str | Path) -> list[dict[str, Any]]:
-    """{"prompt": .., and what else stands there} from .jsonl or .json (objects or strings), or from a text file with
-    one prompt on each line.
+    """{"prompt": its text (the first of ``caption``, ``prompt`` and ``text``), and what else stands there} from .jsonl,
+    .json (objects or strings) or .csv, or from a text file with one prompt on each line.
 
     Raises:
         DataError: no such file, an entry without a prompt, or no prompt at all.
@@ -41,10 +41,8 @@ def read_prompt_rows(path: str | Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise DataError(f'there is no prompt file {file}; expected .jsonl with {{"prompt": ..}}, or .txt, one a line')
     prompts = []
-    for where, entry in parse(file):
-        words = (
-            next((entry[n] for n in ("prompt", *CAPTIONS) if n in entry), None) if isinstance(entry, dict) else entry
-        )
+    for where, entry in read_records(file):
+        words = caption_of(entry, None, file) if isinstance(entry, dict) else entry
         if not isinstance(words, str) or not words.strip():
             raise DataError(f'{where}: expected {{"prompt": ".."}} or a string, found {entry!r}')
         prompts.append((entry if isinstance(entry, dict) else {}) | {"prompt": words.strip()})

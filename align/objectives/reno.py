@@ -126,7 +126,7 @@ class ReNO(Objective):
         )
         places = rows.tensor("place").tolist()
         metadata = [self._batch.metadata[k] for k in places]
-        reward = ctx.scorer.graded(images, [self._batch.prompts[k] for k in places], metadata)
+        reward = ctx.scorer.differentiable_total(images, [self._batch.prompts[k] for k in places], metadata)
         norm = z.flatten(1).norm(dim=1)
         prior = (z[0].numel() - 1) * norm.log() - norm.square() / 2
         everyone = (ctx.gather(part.detach()).to(index.device) for part in (index, z, reward))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from rewards.base import available
 from rewards.common.errors import UserError
@@ -13,7 +14,7 @@ MISTAKE = 2  # exit status where the user has something to put right
 
 
 def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of ``python -m name``, with ``--reward``, which :func:`rewards.data.inputs.parse_rewards` reads."""
+    """The parser of ``python -m name``, with ``--reward``, which :func:`rewards.base.parse_rewards` reads."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {name}",
         description=description,
@@ -29,6 +30,18 @@ def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
         "'{name: NAME, label: LABEL, args: {KEY: VALUE}}'",
     )
     return parser
+
+
+class OldName(argparse.Action):
+    """An option under its name of version 0.1: it still works and says what it is called now."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        print(
+            f"warning: {option} is called --{self.dest} now; the old name goes with the next release", file=sys.stderr
+        )
+        setattr(namespace, self.dest, values)
 
 
 def status(command: Callable[[], object]) -> int:

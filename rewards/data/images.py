@@ -1,8 +1,27 @@
-"""Pictures to score: one row, a fixed sequence of them, and decoding."""
+"""Images: the one decoder, the suffixes of their files, and rows of images with their texts.
+
+Training, scoring, agreement and the server all decode here, so that a file is the same pixels to each. The rule, by the
+mode that Pillow reports:
+
+    RGB, opaque                     as it is
+    RGB, P, L, 1 with a colour key,
+    RGBA, LA, PA                    composited on white
+    1, L, P, CMYK, YCbCr            Pillow's conversion to RGB
+    I;16, I;16B, I;16L              16-bit grey: divided by 257 and rounded; a colour key becomes white
+    I                               the same where all values lie in 0 .. 65535, as they do in 16-bit files that Pillow
+                                    opens so; other values have no scale that a file tells, and are refused
+    F                               times 255 where all values lie in [0, 1], as it is where they lie in [0, 255]; these
+                                    are the two conventions in use, and any other range is refused
+
+The orientation in EXIF is applied. Of an animation the first frame is taken, which is logged once in a process.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
+import logging
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,29 +34,38 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from rewards.common.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 # what Pillow raises on damaged files
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class UnreadableError(DataError):
+    """One image that cannot be read."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One picture to score: where it lies, or its encoded bytes. One with a ``problem`` cannot be read."""
+class ImageRow:
+    """One image to score: where it lies, or its encoded bytes. One with a ``problem`` cannot be read."""
 
     file: str
     prompt: str | None = None
-    picture: Path | bytes | None = None
+    image: Path | bytes | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
 
     def read(self) -> Tensor:
-        """:func:`decode` of its picture; ``OSError`` also where there is a ``problem``."""
-        if self.problem or self.picture is None:
-            raise OSError(self.problem or "there is no picture in this row")
-        return decode(self.picture)
+        """:func:`decode_tensor` of its image. ``UnreadableError`` also where there is a ``problem``."""
+        if self.problem or self.image is None:
+            raise UnreadableError(self.problem or "there is no image in this row")
+        return decode_tensor(self.image)
 
 
 @dataclass(frozen=True)
-class Input:
+class ImageSource:
     """Rows in a fixed order.
 
     ``rows(wanted)`` gives one item per row, the row where ``wanted(number)`` and None elsewhere, so that skipping is
@@ -47,29 +75,73 @@ class Input:
 
     identity: dict[str, Any]
     total: int | None
-    rows: Callable[[Callable[[int], bool]], Iterator[Row | None]]
-    listed: Sequence[Row] = ()
+    rows: Callable[[Callable[[int], bool]], Iterator[ImageRow | None]]
+    listed: Sequence[ImageRow] = ()
 
 
-def decode(picture: Path | bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None) -> Tensor:
-    """One upright picture on white: (3, H, W) uint8. ``OSError`` where it cannot be read, or is not among Pillow's
-    ``formats``, or has more than ``max_pixels``, which is looked at before any pixel is decoded."""
+def decode(source: Path | bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None) -> Image.Image:
+    """A file, or its bytes, to an upright 8-bit RGB image by the rule above.
+
+    ``UnreadableError`` where it cannot be opened or read, is not among Pillow's ``formats``, or has more than
+    ``max_pixels``, which is looked at before any pixel is decoded.
+    """
     try:
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=formats) as opened:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
             if max_pixels is not None and opened.width * opened.height > max_pixels:
-                raise OSError(f"{opened.width} x {opened.height} pixels; at most {max_pixels} are taken")
-            if opened.mode.startswith(("I", "F")):  # PIL would clip these to white without a word
-                raise OSError(f"{opened.mode} pixels; expected 8 bits a channel")
+                raise UnreadableError(f"{opened.width} x {opened.height} pixels; at most {max_pixels} are taken")
             ImageOps.exif_transpose(opened, in_place=True)
-            image: Image.Image = opened
-            # most pictures are opaque, and to lay them on white would take longer than to decode them
-            if image.mode != "RGB" or image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            pixels = np.array(image)
-    except OSError:
+            image = _rgb(opened)
+            if opened.format != "MPO":  # a camera's JPEG with previews behind it
+                _mention_animation(opened)
+            return image
+    except UnreadableError:
         raise
-    except _BROKEN as error:
-        raise OSError(str(error)) from error
+    except FileNotFoundError as error:
+        raise UnreadableError(f"cannot be opened: {error}") from error
+    except BROKEN as error:
+        raise UnreadableError(f"not a readable image: {error}") from error
+
+
+def decode_tensor(
+    source: Path | bytes, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
+) -> Tensor:
+    """:func:`decode`, as (3, H, W) uint8."""
+    pixels = np.array(decode(source, formats, max_pixels))
     # by numpy: in every one of the decoding threads torch would start a pool of threads of its own
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_grey(image)).convert("RGB")
+    # most images are opaque, and to lay them on white would take longer than to decode them
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    """Pixels of 16 bits and more, (H, W) uint8."""
+    levels = np.asarray(image)
+    low, high = levels.min(), levels.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 255):  # written so that NaN is outside
+            raise UnreadableError(f"float pixels from {low:g} to {high:g}; expected [0, 1] or [0, 255]: rescale them")
+        return (levels * (255 if high <= 1 else 1)).round().astype("u1")
+    if low < 0 or high > 65535:
+        raise UnreadableError(f"integer pixels from {low} to {high}; expected 0 to 65535, or 8 bits: rescale them")
+    grey = (levels.astype(np.int64) / 257).round().astype("u1")
+    key = image.info.get("transparency")
+    return np.where(levels == key, np.uint8(255), grey) if isinstance(key, int) else grey
+
+
+def _mention_animation(image: Image.Image) -> None:
+    with contextlib.suppress(*BROKEN):  # a damaged later frame is nobody's loss
+        if getattr(image, "is_animated", False):  # Pillow gives it to the formats that can have frames
+            _mention_once()
+
+
+@functools.cache
+def _mention_once() -> None:
+    logger.warning("an animated image is among the data; of these the first frame is taken")

@@ -9,8 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewards import RewardError
-from rewards.data.tables import Arrow, Picture, Shards, Table, parse
+from rewards.common.errors import DataError
+from rewards.data.formats import mention_columns
+from rewards.data.images import IMAGE_SUFFIXES
+from rewards.data.records import RECORD_SUFFIXES, caption_column, caption_of, read_records
+from rewards.data.tables import LazyImage, ParquetTable, Table, hub_table, is_hub_id, is_saved, saved_table
 
 logger = logging.getLogger(__name__)
 
@@ -23,19 +26,17 @@ LAYOUTS = """\
   imagefolder      metadata.jsonl or metadata.csv: {"file_name", "rejected_file_name", "text"}
   sibling folders  chosen/ and rejected/, or w/ and l/, with the same stems; captions as .txt beside the winners
   votes, if any    votes or HPDv3's choice_dist: [for the first, for the second picture]; HPDv2's raw_annotations"""
-CAPTIONS = ("caption", "prompt", "text")
 SIDES = (("chosen", "rejected"), ("chosen_file_name", "rejected_file_name"), ("file_name", "rejected_file_name"))
 RANKED = (("image_path", "file_path"), ("human_preference", "rank"))
 VOTES = ("votes", "choice_dist")
 FOLDERS = (("chosen", "rejected"), ("w", "l"))
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
 SPLITS = frozenset(
     {"train", "val", "valid", "validation", "validation_unique", "eval", "test", "test_unique", "heldout"}
 )
 
 
 @dataclass(frozen=True)
-class Row:
+class PairRow:
     """One row as a reader found it, winner first; without sides it is a tie, or bad when it has a ``problem``.
 
     ``votes`` is how many annotators were for the winner and for the loser, where the data says so.
@@ -43,7 +44,7 @@ class Row:
 
     source: str
     caption: object = None
-    sides: tuple[Picture, Picture] | None = None
+    sides: tuple[LazyImage, LazyImage] | None = None
     votes: tuple[float, float] | None = None
     problem: str = ""
 
@@ -58,11 +59,11 @@ class Row:
 
 
 # Finding the layout. Each reader gives (layout, files read, rows).
-Found = tuple[str, list[Path], Iterable[Row]]
+Found = tuple[str, list[Path], Iterable[PairRow]]
 
 
 def recognise(path: str, split: str | None, caption: str | None, root: Path | None) -> Found:
-    """What ``path`` (file, folder or hub id) holds. Raises :class:`RewardError` for no layout, or more than one."""
+    """What ``path`` (file, folder or hub id) holds. Raises :class:`DataError` for no layout, or more than one."""
     place = Path(path).expanduser()
     if not place.exists():
         return _hub(path, split or "train", caption)
@@ -73,16 +74,16 @@ def recognise(path: str, split: str | None, caption: str | None, root: Path | No
     if place.is_dir():
         return _folder(place, split, caption, root)
     if split is not None:
-        raise RewardError(f"{place} is one file and has no split {split!r}; leave split out")
+        raise DataError(f"{place} is one file and has no split {split!r}; leave split out")
     if place.suffix == ".parquet":
         return _parquet([place], caption)
-    if place.suffix in (".json", ".jsonl", ".csv"):
+    if place.suffix in RECORD_SUFFIXES:
         return _records(place, caption, root)
-    raise RewardError(f"{place} is not a preference file that is understood. What is:\n{LAYOUTS}")
+    raise DataError(f"{place} is not a preference file that is understood. What is:\n{LAYOUTS}")
 
 
 def _folder(folder: Path, split: str | None, caption: str | None, root: Path | None) -> Found:
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+    if is_saved(folder):
         return _saved(folder, split, caption)
     shards = [(file, _split_of(file)) for file in sorted(folder.rglob("*.parquet"))]
     if split is not None:
@@ -90,7 +91,7 @@ def _folder(folder: Path, split: str | None, caption: str | None, root: Path | N
         if chosen:
             return _parquet(chosen, caption)
         labels = sorted({label for _, label in shards})
-        raise RewardError(f"{folder} has no split {split!r}" + (f"; its parquet files are {labels}" if labels else ""))
+        raise DataError(f"{folder} has no split {split!r}" + (f"; its parquet files are {labels}" if labels else ""))
     names = sorted(file for suffix in ("jsonl", "json", "csv") for file in folder.glob(f"*.{suffix}"))
     metadata = [file for file in names if file.stem == "metadata"]
     siblings = [pair for pair in FOLDERS if all((folder / name).is_dir() for name in pair)]
@@ -101,12 +102,12 @@ def _folder(folder: Path, split: str | None, caption: str | None, root: Path | N
     if shards:
         labels = sorted({label for _, label in shards})
         if len(labels) > 1 and SPLITS & set(labels):  # training on the held-out file must not happen by accident
-            raise RewardError(f"{folder} holds parquet files of {labels}; say which with split")
+            raise DataError(f"{folder} holds parquet files of {labels}; say which with split")
         return _parquet([file for file, _ in shards], caption)
     if len(names) == 1:
         return _records(names[0], caption, root)
     seen = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-    raise RewardError(f"{folder} holds {seen}: not a layout that is understood, or more than one. What is:\n{LAYOUTS}")
+    raise DataError(f"{folder} holds {seen}: not a layout that is understood, or more than one. What is:\n{LAYOUTS}")
 
 
 def _split_of(file: Path) -> str:
@@ -129,10 +130,10 @@ class Columns:
 
 def _columns(path: object, names: Sequence[str], caption: str | None) -> Columns:
     sides = next((s for s in (("jpg_0", "jpg_1"), *SIDES, ("path1", "path2")) if set(s) <= set(names)), None)
-    text = next((name for name in ((caption,) if caption else CAPTIONS) if name in names), None)
+    text = caption_column(names, caption)
     if sides is None or text is None or ("jpg_0" in sides and "label_0" not in names):
         wanted = f" (caption_column {caption!r})" if caption else ""
-        raise RewardError(
+        raise DataError(
             f"{path} has {sorted(names)}, which is no layout that is understood{wanted}. What is:\n{LAYOUTS}"
         )
     return Columns(text, *sides, next((name for name in VOTES if name in names), None))
@@ -140,57 +141,36 @@ def _columns(path: object, names: Sequence[str], caption: str | None) -> Columns
 
 # Tables: parquet shards, Arrow data sets on disk, the hub.
 def _parquet(files: list[Path], caption: str | None) -> Found:
-    import pyarrow.parquet as pq
-
-    try:
-        names = [pq.read_schema(file).names for file in files]
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise RewardError(f"{files[0].parent} has a file that is not parquet: {error}") from error
-    columns = _columns(files[0], sorted(set(names[0]).intersection(*names)), caption)
-    shards = Shards(files, (columns.first, columns.second))
-    return _table(f"{len(files)} parquet file{'s' if len(files) > 1 else ''}", shards, columns)
+    table = ParquetTable(files)
+    columns = _columns(files[0], sorted(table.names), caption)
+    return _table(f"{len(files)} parquet file{'s' if len(files) > 1 else ''}", table, columns, caption)
 
 
 def _saved(folder: Path, split: str | None, caption: str | None) -> Found:
-    from datasets import DatasetDict, load_from_disk
-
-    found = load_from_disk(str(folder))
-    splits = dict(found) if isinstance(found, DatasetDict) else {str(found.split or "train"): found}
-    if split is None and len(splits) == 1:
-        split = next(iter(splits))
-    if split not in splits:
-        raise RewardError(f"{folder} holds the splits {sorted(map(str, splits))}; say which with split, not {split!r}")
-    columns = _columns(folder, splits[split].column_names, caption)
-    arrow = Arrow(splits[split], (columns.first, columns.second))
-    return _table(f"save_to_disk folder, split {split}", arrow, columns)
+    table = saved_table(folder, split)
+    return _table(f"save_to_disk folder, split {table.split}", table, _columns(folder, table.names, caption), caption)
 
 
 def _hub(name: str, split: str, caption: str | None) -> Found:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.endswith(
-        (".parquet", ".json", ".jsonl", ".csv", ".txt")
-    ):
-        raise RewardError(f"there is no file or folder {name}, and it is not a hub id of the form owner/name")
-    from datasets import load_dataset
-
-    logger.info("%s is no file or folder here; asking the hub for it", name)
-    try:
-        found = load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # not found, no network, no such split, needs code to run
-        raise RewardError(f"{name} is no file or folder here, nor a hub data set of split {split}: {error}") from error
-    columns = _columns(name, found.column_names, caption)
-    return _table(f"hub data set, split {split}", Arrow(found, (columns.first, columns.second)), columns)
+    if not is_hub_id(name):
+        raise DataError(f"there is no file or folder {name}, and it is not a hub id of the form owner/name")
+    table = hub_table(name, split)
+    return _table(f"hub data set, split {split}", table, _columns(name, table.names, caption), caption)
 
 
-def _table(what: str, table: Table, columns: Columns) -> Found:
+def _table(what: str, table: Table, columns: Columns, caption: str | None) -> Found:
     labelled = columns.first == "jpg_0"
+    if caption is None:
+        mention_columns(table, columns.text)
+    table.select([columns.first, columns.second], others=False)
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[PairRow]:
         captions = table.column(columns.text)
         labels = table.column("label_0") if labelled else [1] * len(captions)
         votes = table.column(columns.votes) if columns.votes else [None] * len(captions)
         for row, (caption, label, counts) in enumerate(zip(captions, labels, votes, strict=True)):
             file = table.home(row)
-            sides = (Picture(file, row, columns.first, table), Picture(file, row, columns.second, table))
+            sides = (LazyImage(file, row, columns.first, table), LazyImage(file, row, columns.second, table))
             yield _labelled(f"{file} row {row}", caption, label, sides, _counts(counts))
 
     if labelled:
@@ -199,16 +179,16 @@ def _table(what: str, table: Table, columns: Columns) -> Found:
 
 
 def _labelled(
-    source: str, caption: object, label: object, sides: tuple[Picture, Picture], votes: tuple[float, float] | None
-) -> Row:
+    source: str, caption: object, label: object, sides: tuple[LazyImage, LazyImage], votes: tuple[float, float] | None
+) -> PairRow:
     """Pick-a-Pic's rule: ``label_0`` is 1 when the first picture won, 0 when the second did, 0.5 for a tie."""
     if label == 0.5:
-        return Row(source, caption)
+        return PairRow(source, caption)
     if label == 1:
-        return Row(source, caption, sides, votes)
+        return PairRow(source, caption, sides, votes)
     if label == 0:
-        return Row(source, caption, sides[::-1], votes and votes[::-1])
-    return Row(source, problem=f"label_0 is {label!r}, expected 1, 0 or 0.5")
+        return PairRow(source, caption, sides[::-1], votes and votes[::-1])
+    return PairRow(source, problem=f"label_0 is {label!r}, expected 1, 0 or 0.5")
 
 
 def _counts(found: object) -> tuple[float, float] | None:
@@ -225,44 +205,47 @@ def _numbers(found: object, count: int) -> list[float] | None:
 
 # Files of records and folders of files.
 def _records(file: Path, caption: str | None, root: Path | None) -> Found:
-    records = parse(file)
+    records = read_records(file)
     root = root or file.parent
     names = sorted({str(key) for _, record in records[:100] if isinstance(record, dict) for key in record})
     images, scores = (next((name for name in group if name in names), None) for group in RANKED)
     if images and scores:
-        text = caption or next((name for name in CAPTIONS if name in names), "prompt")
+        text = caption_column(names, caption) or caption or "prompt"
         rows = (row for where, record in records for row in _ranked(where, record, text, images, scores, root))
         return f"HPDv2 ({text}, {images}, {scores}), {file.name}", [file], rows
     columns = _columns(file, names, caption)
+    for _, record in records[:100]:
+        if isinstance(record, dict) and not caption:
+            caption_of(record, None, file)  # says where captions differ
     kind = "imagefolder" if file.stem == "metadata" else "pairs"
     rows = (_paired(where, record, columns, root) for where, record in records)
     return f"{kind} {columns}, {file.name}", [file], rows
 
 
-def _paired(where: str, record: object, columns: Columns, root: Path) -> Row:
+def _paired(where: str, record: object, columns: Columns, root: Path) -> PairRow:
     if not isinstance(record, dict):
-        return Row(where, problem="not a JSON object")
+        return PairRow(where, problem="not a JSON object")
     paths = [record.get(columns.first), record.get(columns.second)]
     if not all(isinstance(path, str) and path for path in paths):
-        return Row(where, problem=f"{columns.first} and {columns.second} must be paths, found {paths}")
-    sides = (Picture(root / str(paths[0])), Picture(root / str(paths[1])))
+        return PairRow(where, problem=f"{columns.first} and {columns.second} must be paths, found {paths}")
+    sides = (LazyImage(root / str(paths[0])), LazyImage(root / str(paths[1])))
     label = record.get("label_0") if columns.first == "jpg_0" else 1
     return _labelled(where, record.get(columns.text), label, sides, _counts(record.get(columns.votes)))
 
 
-def _ranked(where: str, record: object, text: str, images: str, scores: str, root: Path) -> Iterator[Row]:
+def _ranked(where: str, record: object, text: str, images: str, scores: str, root: Path) -> Iterator[PairRow]:
     """Every two pictures of a record are a pair; a higher ``human_preference`` wins, and so does a lower ``rank``."""
     paths, marks = (record.get(images), record.get(scores)) if isinstance(record, dict) else (None, None)
     if not (isinstance(record, dict) and isinstance(paths, list) and isinstance(marks, list)):
-        yield Row(where, problem=f"expected lists {images} and {scores}")
+        yield PairRow(where, problem=f"expected lists {images} and {scores}")
     elif len(paths) != len(marks) or len(paths) < 2 or not all(isinstance(mark, int | float) for mark in marks):
-        yield Row(where, problem=f"{len(paths)} pictures with {scores} {marks}")
+        yield PairRow(where, problem=f"{len(paths)} pictures with {scores} {marks}")
     else:
         gains = [-mark for mark in marks] if scores == "rank" else marks
         ranks = _rankings(record.get("raw_annotations"), len(paths))
         for i, j in itertools.combinations(range(len(paths)), 2):
             label = 0.5 if gains[i] == gains[j] else float(gains[i] > gains[j])
-            sides = (Picture(root / str(paths[i])), Picture(root / str(paths[j])))
+            sides = (LazyImage(root / str(paths[i])), LazyImage(root / str(paths[j])))
             votes = (sum(rank[i] < rank[j] for rank in ranks), sum(rank[i] > rank[j] for rank in ranks))
             yield _labelled(where, record.get(text), label, sides, votes if ranks else None)
 
@@ -274,7 +257,7 @@ def _rankings(found: object, count: int) -> list[list[float]]:
 
 
 def _siblings(folder: Path, winners: str, losers: str) -> Found:
-    def stems(side: str, suffixes: frozenset[str]) -> dict[str, list[Path]]:
+    def stems(side: str, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
         for file in sorted((folder / side).rglob("*")):
             if file.suffix.lower() in suffixes:
@@ -282,20 +265,22 @@ def _siblings(folder: Path, winners: str, losers: str) -> Found:
         return found
 
     won, lost, texts = (
-        stems(winners, PICTURES),
-        stems(losers, PICTURES),
-        stems(winners, frozenset({".txt", ".caption"})),
+        stems(winners, IMAGE_SUFFIXES),
+        stems(losers, IMAGE_SUFFIXES),
+        stems(winners, (".txt", ".caption")),
     )
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[PairRow]:
         for stem in sorted(won.keys() | lost.keys()):
             counts = {winners: won.get(stem, []), losers: lost.get(stem, []), "captions": texts.get(stem, [])}
             wrong = [f"{len(files)} in {name}" for name, files in counts.items() if len(files) != 1]
             if wrong:
-                yield Row(f"{folder}: {stem}", problem=f"expected one file of this stem each, found {', '.join(wrong)}")
+                yield PairRow(
+                    f"{folder}: {stem}", problem=f"expected one file of this stem each, found {', '.join(wrong)}"
+                )
             else:
                 caption = texts[stem][0].read_text(encoding="utf-8-sig", errors="replace")
-                yield Row(f"{folder}: {stem}", caption, (Picture(won[stem][0]), Picture(lost[stem][0])))
+                yield PairRow(f"{folder}: {stem}", caption, (LazyImage(won[stem][0]), LazyImage(lost[stem][0])))
 
     files = [file for group in texts.values() for file in group]
     return f"sibling folders {winners}/ {losers}/ with captions as text files", files, rows()

@@ -1,142 +1,241 @@
-"""What preference pairs lie in: tables with pictures inside them (parquet shards, data sets of the `datasets` library),
-which are read when somebody asks for one, and files of records."""
+"""Tables with images inside them, which are read when somebody asks for one: parquet files, and data sets of the
+``datasets`` library on disk or on the hub.
+
+``datasets`` is not asked to read the other layouts: its JSON and CSV builders refuse a whole file for one damaged line
+and copy everything into a cache, where these name the line and read in place.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import logging
+import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rewards import RewardError
+from PIL import Image
+
+from rewards.common.errors import DataError
+from rewards.data.images import UnreadableError, decode
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
 
 
 class Table(Protocol):
-    """Rows with pictures inside them."""
+    """Rows with images inside them. ``names`` are the columns that all files have."""
 
     files: list[Path]
+    names: list[str]
 
-    def column(self, name: str) -> list[Any]: ...
-    def cell(self, row: int, name: str) -> Any: ...
-    def home(self, row: int) -> Path: ...
+    def __len__(self) -> int: ...
+    def select(self, images: Sequence[str], others: bool) -> None:
+        """Read these columns of images from now on, and with ``others`` every column without bytes in it."""
+
+    def column(self, name: str, limit: int | None = None) -> list[Any]:
+        """The values of a column, of the first ``limit`` rows."""
+
+    def record(self, row: int) -> dict[str, Any]:
+        """The selected columns of a row; rows in order cost one pass."""
+
+    def home(self, row: int) -> Path:
+        """The file that holds the row."""
+
+
+class Cells(Protocol):
+    """What a :class:`LazyImage` reads from."""
+
+    def record(self, row: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """Where a picture lies: a file of its own, or a cell of a table that is (in) a file."""
+class LazyImage:
+    """Where an image lies: a file of its own, or a cell of a table that is (in) a file."""
 
     file: Path
     row: int = 0
     column: str = ""
-    table: Table | None = None
+    table: Cells | None = None
 
     def __str__(self) -> str:
         return f"{self.file} row {self.row} {self.column}" if self.table else str(self.file)
 
-    def data(self) -> Path | bytes:
-        """A file, or encoded bytes. ``OSError`` where the cell holds neither."""
+    def source(self) -> Path | bytes:
+        """A file, or encoded bytes. ``UnreadableError`` where the cell holds neither."""
         if self.table is None:
             return self.file
-        cell = self.table.cell(self.row, self.column)
-        if isinstance(cell, Mapping):  # the Image type of `datasets`: {"bytes", "path"}
-            cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
-        if isinstance(cell, bytes):
-            return cell
-        if not isinstance(cell, str):
-            raise OSError(f"expected picture bytes or a path, found {type(cell).__name__}")
-        return self.file.parent / cell
+        found = content(self.table.record(self.row)[self.column], self.file.parent)
+        if found is None or isinstance(found, str):
+            raise UnreadableError(f"expected image bytes or a path, found {found or 'nothing'}")
+        return found
+
+    def data(self) -> bytes:
+        """The encoded bytes. Raises ``UnreadableError``."""
+        found = self.source()
+        try:
+            return found if isinstance(found, bytes) else found.read_bytes()
+        except OSError as error:
+            raise UnreadableError(f"cannot be opened: {error}") from error
+
+    def read(self) -> Image.Image:
+        """The image, upright RGB. Raises ``UnreadableError``."""
+        return decode(self.data())
 
 
-class Shards:
-    """Parquet files as one table. Pictures are read 32 rows at a time and only the last batch is kept, so going
-    through the rows in order costs one pass, and memory for one page of each column, not for a row group."""
+def content(cell: object, home: Path) -> Path | bytes | str | None:
+    """What a cell holds: bytes, a path from ``home``, nothing, or the name of a type that is no image."""
+    if isinstance(cell, Mapping):  # the Image type of `datasets`: {"bytes", "path"}
+        cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
+    if cell is None or isinstance(cell, bytes | Path):
+        return cell
+    return home / cell if isinstance(cell, str) else type(cell).__name__
 
-    def __init__(self, files: list[Path], pictures: tuple[str, str]) -> None:
+
+def _columns(schema: pa.Schema, names: Sequence[str], images: Sequence[str], others: bool) -> list[str]:
+    """The images and every column without bytes in it: another image would be read for nothing."""
+    small = [column.name for column in schema if others and "binary" not in str(column.type)]
+    return [name for name in names if name in images or name in small]
+
+
+class ParquetTable:
+    """Parquet files as one table. Rows are read 32 at a time and only the last batch is kept, so going through the rows
+    in order costs one pass, and memory for one page of each column, not for a row group; row groups of which nothing
+    is asked are not read."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
         import pyarrow.parquet as pq
 
-        self.files, self.pictures = files, pictures
+        self.files = list(files)
         self.groups: list[tuple[Path, int]] = []
         self.starts: list[int] = []  # the first row of each row group, counted over all files
+        self.counts: list[int] = []
         start = 0
-        for file in files:
-            metadata = pq.read_metadata(file)
-            for group in range(metadata.num_row_groups):
-                self.groups.append((file, group))
-                self.starts.append(start)
-                start += metadata.row_group(group).num_rows
+        try:
+            schemas = [pq.read_schema(file) for file in files]
+            for file in files:
+                metadata = pq.read_metadata(file)
+                self.counts.append(metadata.num_rows)
+                for group in range(metadata.num_row_groups):
+                    self.groups.append((file, group))
+                    self.starts.append(start)
+                    start += metadata.row_group(group).num_rows
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise DataError(f"{self.files[0].parent} has a file that is not parquet: {error}") from error
+        self.schema = schemas[0]
+        self.names = [name for name in self.schema.names if all(name in schema.names for schema in schemas)]
+        self.columns = self.names
         self._group, self._first = -1, 0
         self._batch: Any = ()
         self._batches: Iterator[Any] = iter(())
+        self._last: tuple[int, dict[str, Any]] = (-1, {})
 
-    def column(self, name: str) -> list[Any]:
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def select(self, images: Sequence[str], others: bool) -> None:
+        self.columns = _columns(self.schema, self.names, images, others)
+        self._group, self._last = -1, (-1, {})
+
+    def column(self, name: str, limit: int | None = None) -> list[Any]:
         import pyarrow.parquet as pq
 
+        if limit is not None:
+            batch = next(pq.ParquetFile(self.files[0]).iter_batches(limit, columns=[name]), None)
+            return [] if batch is None else batch.column(0).to_pylist()
         return [value for file in self.files for value in pq.read_table(file, columns=[name])[name].to_pylist()]
 
     def home(self, row: int) -> Path:
         return self.groups[bisect_right(self.starts, row) - 1][0]
 
-    def cell(self, row: int, name: str) -> Any:
+    def record(self, row: int) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
         group = bisect_right(self.starts, row) - 1
         file, index = self.groups[group]
         try:
             if group != self._group or row < self._first:
-                self._batches = pq.ParquetFile(file, memory_map=True).iter_batches(32, [index], list(self.pictures))
+                self._batches = pq.ParquetFile(file, memory_map=True).iter_batches(32, [index], self.columns)
                 self._group, self._first, self._batch = group, self.starts[group], ()
             while row >= self._first + len(self._batch):
                 self._first, self._batch = self._first + len(self._batch), next(self._batches)
-        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise RewardError(f"{file} is damaged near row {row}: {error}") from error
-        return self._batch.column(name)[row - self._first].as_py()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} is damaged near row {row}: {error}") from error
+        if self._last[0] != row:  # a pair asks twice
+            self._last = (row, self._batch.slice(row - self._first, 1).to_pylist()[0])
+        return self._last[1]
 
 
-class Arrow:
-    """A split of a `datasets` data set, memory-mapped by that library; pictures stay undecoded."""
+class ArrowTable:
+    """A split of a `datasets` data set, memory-mapped by that library; images stay undecoded."""
 
-    def __init__(self, dataset: Any, pictures: tuple[str, str]) -> None:
+    def __init__(self, dataset: Any, split: str) -> None:
+        self.dataset, self.split = dataset, split
+        self.names: list[str] = list(dataset.column_names)
+        self.files = [Path(part["filename"]) for part in dataset.cache_files]
+        self._selected = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.dataset._fingerprint)
+
+    def select(self, images: Sequence[str], others: bool) -> None:
         from datasets import Image as Encoded
 
-        self.dataset = dataset
-        self.files = [Path(part["filename"]) for part in dataset.cache_files]
-        self.pictures = dataset.select_columns(list(pictures))
-        for name in pictures:
-            if isinstance(dataset.features[name], Encoded):
-                self.pictures = self.pictures.cast_column(name, Encoded(decode=False))
+        columns = _columns(self.dataset.features.arrow_schema, self.names, images, others)
+        self._selected = self.dataset.select_columns(columns)
+        for name in images:
+            if isinstance(self.dataset.features[name], Encoded):
+                self._selected = self._selected.cast_column(name, Encoded(decode=False))
 
-    def column(self, name: str) -> list[Any]:
-        return list(self.dataset.select_columns([name])[name])
+    def column(self, name: str, limit: int | None = None) -> list[Any]:
+        return list(self.dataset.select_columns([name])[:limit][name])
 
     def home(self, row: int) -> Path:
-        return self.files[0]
+        return self.files[0] if self.files else Path()
 
-    def cell(self, row: int, name: str) -> Any:
-        return self.pictures[row][name]
+    def record(self, row: int) -> dict[str, Any]:
+        return dict(self._selected[row])
 
 
-def parse(file: Path) -> list[tuple[str, object]]:
-    """(where, value) of each entry of a JSON list, of JSON lines (a broken line is None), of CSV, or of text lines."""
-    text = file.read_text(encoding="utf-8-sig", errors="replace")
-    if file.suffix == ".csv":
-        return [(f"{file}:{line}", row) for line, row in enumerate(csv.DictReader(io.StringIO(text)), 2)]
-    lines = [(f"{file}:{line}", words.strip()) for line, words in enumerate(text.split("\n"), 1) if words.strip()]
-    if file.suffix not in (".json", ".jsonl"):
-        return list[tuple[str, object]](lines)
-    if not text.lstrip().startswith("["):
-        return [(where, _json(words)) for where, words in lines]
+def is_saved(folder: Path) -> bool:
+    """Whether ``datasets`` wrote ``folder`` with ``save_to_disk``."""
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+
+
+def saved_table(folder: Path, split: str | None) -> ArrowTable:
+    """What ``datasets`` wrote with ``save_to_disk``. ``DataError`` where it has several splits and none is named."""
+    from datasets import DatasetDict, load_from_disk
+
+    found = load_from_disk(str(folder))
+    splits = dict(found) if isinstance(found, DatasetDict) else {str(found.split or "train"): found}
+    if split is None and len(splits) == 1:
+        split = next(iter(splits))
+    if split not in splits:
+        raise DataError(f"{folder} holds the splits {sorted(map(str, splits))}; say which with split, not {split!r}")
+    return ArrowTable(splits[split], str(split))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` can be the id of a data set on the hub, and no mistyped file."""
+    files = (".parquet", ".json", ".jsonl", ".csv", ".txt")
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not name.endswith(files)
+
+
+def hub_table(name: str, split: str | None) -> ArrowTable:
+    """A data set of the hub, by default its split train."""
+    from datasets import load_dataset
+
+    split = split or "train"
+    logger.info("%s is no file or folder here; asking the hub for it", name)
     try:
-        return [(f"{file}[{index}]", value) for index, value in enumerate(json.loads(text))]
-    except json.JSONDecodeError as error:
-        raise RewardError(f"{file} is not a JSON list: {error}") from error
-
-
-def _json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
+        return ArrowTable(load_dataset(name, split=split), split)
+    except (OSError, ValueError, RuntimeError) as error:  # not found, no network, no such split, needs code to run
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name} is no file or folder here, nor a hub data set of split {split}: {reason}") from error

@@ -6,24 +6,28 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
 import torch
 
-from rewards import Reward, RewardError, checked, needs_prompt
-from rewards.data.images import Input, Row
-from rewards.data.inputs import Named, load_rewards, pick_device
-from rewards.scoring.loader import Batch, Decoder, Unreadable, Work, ahead
-from rewards.scoring.output import Bad, Shards, write_bad
+from rewards.base import Reward, RewardConfig, checked, load_rewards, needs_prompt
+from rewards.common.device import pick_device
+from rewards.common.errors import RewardError
+from rewards.data.images import ImageRow, ImageSource
+from rewards.scoring.loader import BadImage, Batch, Decoder, Work, ahead
+from rewards.scoring.output import BadRows, ScoreShards, write_bad
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
-class Scorer:
+class ScoringEngine:
     """Rewards on a device, the input that they score, and the shards that they write."""
 
     decoder: Decoder
     rewards: Mapping[str, Reward]
-    shards: Shards
+    shards: ScoreShards
     bad_file: Path
     max_bad: int
     device: str
@@ -31,7 +35,7 @@ class Scorer:
     def run(
         self,
         wanted: Callable[[int], bool],
-        bad: Bad,
+        bad: BadRows,
         progress: Callable[[int], object] = lambda images: None,
         end: int | None = None,
     ) -> int:
@@ -41,9 +45,9 @@ class Scorer:
         ``RewardError`` where a reward fails, and where ``bad`` passes ``max_bad``: then ``bad_file`` lists it.
         """
         self.shards.folder.mkdir(parents=True, exist_ok=True)
-        rows: dict[int, Row] = {}
+        rows: dict[int, ImageRow] = {}
         scores: dict[str, dict[int, float]] = {name: {} for name in self.rewards}
-        mine: Bad = {}
+        mine: BadRows = {}
         # one thread decodes and batches, another brings the next batch to the device, both while the rewards compute
         for item in ahead(map(self._ready, ahead(self.decoder.work(wanted, end), 4)), 1):
             if isinstance(item, Batch):
@@ -51,7 +55,7 @@ class Scorer:
                     scores[name].update(zip(item.rows, values, strict=True))
                 rows |= item.rows
                 progress(len(item.rows))
-            elif isinstance(item, Unreadable):
+            elif isinstance(item, BadImage):
                 mine[item.row] = {"row": item.row, "file": item.file, "error": item.error}
                 progress(1)
                 refuse_too_many(bad | mine, self.max_bad, self.bad_file)
@@ -70,14 +74,19 @@ class Scorer:
 
 
 def open_scorer(
-    arguments: argparse.Namespace, source: Input, named: Sequence[Named], shards: Shards, bad_file: Path, local: int = 0
-) -> Scorer:
+    arguments: argparse.Namespace,
+    source: ImageSource,
+    named: Sequence[RewardConfig],
+    shards: ScoreShards,
+    bad_file: Path,
+    local: int = 0,
+) -> ScoringEngine:
     """As the command's ``arguments`` say, on GPU number ``local`` unless they name a device."""
     device = pick_device(arguments.device, local)
     rewards = load_rewards(named, device)
     _check_prompts(source.listed[: arguments.limit], rewards)
     decoder = Decoder(source, arguments.limit, arguments.shard_size, arguments.batch_size, arguments.threads)
-    return Scorer(decoder, rewards, shards, bad_file, arguments.max_bad, device)
+    return ScoringEngine(decoder, rewards, shards, bad_file, arguments.max_bad, device)
 
 
 def score_batch(rewards: Mapping[str, Reward], batch: Batch) -> dict[str, list[float]]:
@@ -85,7 +94,7 @@ def score_batch(rewards: Mapping[str, Reward], batch: Batch) -> dict[str, list[f
     rows = list(batch.rows.values())
     bare = next((row.file for row in rows if not row.prompt), None)
     if bare is not None and (reading := [name for name, reward in rewards.items() if needs_prompt(reward)]):
-        raise RewardError(f"{', '.join(reading)} needs prompts, but {bare} has none; see --prompt_column")
+        raise RewardError(f"{', '.join(reading)} needs prompts, but {bare} has none; see --caption_column")
     prompts = [row.prompt or "" for row in rows]
     metadata = [row.metadata for row in rows] if any(row.metadata for row in rows) else None
     found = {}
@@ -99,7 +108,7 @@ def score_batch(rewards: Mapping[str, Reward], batch: Batch) -> dict[str, list[f
     return found
 
 
-def refuse_too_many(bad: Bad, allowed: int, bad_file: Path) -> None:
+def refuse_too_many(bad: BadRows, allowed: int, bad_file: Path) -> None:
     """``RewardError`` where more than ``allowed`` images cannot be read; then ``bad_file`` lists them."""
     if len(bad) > allowed:
         write_bad(bad_file, bad)
@@ -110,7 +119,9 @@ def refuse_too_many(bad: Bad, allowed: int, bad_file: Path) -> None:
         )
 
 
-def _table(rows: Mapping[int, Row], scores: Mapping[str, Mapping[int, float]]) -> pa.Table:
+def _table(rows: Mapping[int, ImageRow], scores: Mapping[str, Mapping[int, float]]) -> pa.Table:
+    import pyarrow as pa
+
     order = sorted(rows)
     columns: dict[str, pa.Array] = {
         "file": pa.array([rows[n].file for n in order], pa.string()),
@@ -119,7 +130,7 @@ def _table(rows: Mapping[int, Row], scores: Mapping[str, Mapping[int, float]]) -
     return pa.table(columns | {k: pa.array([v[n] for n in order], pa.float32()) for k, v in scores.items()})
 
 
-def _check_prompts(rows: Sequence[Row], rewards: Mapping[str, Reward]) -> None:
+def _check_prompts(rows: Sequence[ImageRow], rewards: Mapping[str, Reward]) -> None:
     bare = [row.file for row in rows if not row.prompt]
     if bare and (reading := [name for name, reward in rewards.items() if needs_prompt(reward)]):
         raise RewardError(

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rewards.data.images import Input, Row
+from rewards.data.images import ImageRow, ImageSource, UnreadableError
 
 T = TypeVar("T")
 WAITING = 2**29  # bytes of decoded pictures that may wait for others of their size
@@ -23,12 +23,12 @@ WAITING = 2**29  # bytes of decoded pictures that may wait for others of their s
 class Batch:
     """Readable pictures of one size, (B, 3, H, W), by row number; uint8 as they are decoded."""
 
-    rows: dict[int, Row]
+    rows: dict[int, ImageRow]
     images: Tensor
 
 
 @dataclass(frozen=True)
-class Unreadable:
+class BadImage:
     row: int
     file: str
     error: str
@@ -42,14 +42,14 @@ class Finished:
     shard: int | None = None
 
 
-Work = Batch | Unreadable | Finished
+Work = Batch | BadImage | Finished
 
 
 @dataclass
 class Decoder:
     """Reads and decodes ``threads`` pictures at a time and batches them; no batch reaches over the end of a shard."""
 
-    source: Input
+    source: ImageSource
     limit: int | None
     shard_size: int
     batch_size: int
@@ -60,7 +60,7 @@ class Decoder:
         seen = 0
         stop = min((bound for bound in (self.limit, end) if bound is not None), default=None)
 
-        def chosen() -> Iterator[tuple[int, Row]]:
+        def chosen() -> Iterator[tuple[int, ImageRow]]:
             nonlocal seen
             rows = self.source.rows(lambda row: (stop is None or row < stop) and wanted(row // self.shard_size))
             for number, row in enumerate(itertools.islice(rows, stop)):
@@ -76,23 +76,23 @@ class Decoder:
         yield Finished(seen)
 
     def _decoded(
-        self, rows: Iterator[tuple[int, Row]], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[int, Row, Future[Tensor]]]:
-        waiting: deque[tuple[int, Row, Future[Tensor]]] = deque()
+        self, rows: Iterator[tuple[int, ImageRow]], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[int, ImageRow, Future[Tensor]]]:
+        waiting: deque[tuple[int, ImageRow, Future[Tensor]]] = deque()
         for number, row in rows:
             # only the future keeps the encoded bytes, and only until they are decoded
-            waiting.append((number, replace(row, picture=None), pool.submit(row.read)))
+            waiting.append((number, replace(row, image=None), pool.submit(row.read)))
             if len(waiting) >= self.batch_size + self.threads:
                 yield waiting.popleft()
         yield from waiting
 
-    def _batches(self, pictures: Iterator[tuple[int, Row, Future[Tensor]]]) -> Iterator[Work]:
-        waiting: dict[tuple[int, ...], dict[int, tuple[Row, Tensor]]] = {}
+    def _batches(self, pictures: Iterator[tuple[int, ImageRow, Future[Tensor]]]) -> Iterator[Work]:
+        waiting: dict[tuple[int, ...], dict[int, tuple[ImageRow, Tensor]]] = {}
         for number, row, future in pictures:
             try:
                 image = future.result()
-            except OSError as error:
-                yield Unreadable(number, row.file, str(error))
+            except UnreadableError as error:
+                yield BadImage(number, row.file, str(error))
                 continue
             waiting.setdefault(tuple(image.shape), {})[number] = (row, image)
             # Where every image has a size of its own no batch fills up: then the fullest leaves, to bound the memory.
@@ -109,7 +109,7 @@ def shard_sizes(total: int, limit: int | None, shard_size: int) -> list[int]:
     return [min(shard_size, total - start) for start in range(0, total, shard_size)]
 
 
-def _batch(waiting: Mapping[int, tuple[Row, Tensor]]) -> Batch:
+def _batch(waiting: Mapping[int, tuple[ImageRow, Tensor]]) -> Batch:
     return Batch({n: row for n, (row, _) in waiting.items()}, torch.stack([image for _, image in waiting.values()]))
 
 

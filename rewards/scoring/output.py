@@ -7,19 +7,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from rewards import RewardError
 from rewards.common.files import atomic, write_text
 
-Bad = dict[int, dict[str, Any]]  # row number -> {"row", "file", "error"}
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BadRows = dict[int, dict[str, Any]]  # row number -> {"row", "file", "error"}
 
 
 @dataclass(frozen=True)
-class Shards:
+class ScoreShards:
     """The whole shards in ``folder``. Each carries ``settings`` and its bad files within, so it is there with both or
     not at all."""
 
@@ -33,8 +33,10 @@ class Shards:
         stems = (path.stem.removeprefix("scores-") for path in self.folder.glob("scores-*.parquet"))
         return {int(stem) for stem in stems if stem.isdigit()}
 
-    def bad(self, number: int) -> Bad:
+    def bad(self, number: int) -> BadRows:
         """Its unreadable files. ``RewardError`` names the settings that a shard was not written with."""
+        import pyarrow.parquet as pq
+
         path = self.path(number)
         try:
             metadata = pq.read_schema(path).metadata
@@ -50,6 +52,8 @@ class Shards:
         return {entry["row"]: entry for entry in bad}
 
     def read(self, number: int) -> pa.Table:
+        import pyarrow.parquet as pq
+
         return pq.read_table(self.path(number)).replace_schema_metadata()
 
     def done(self, retry_bad: bool) -> set[int]:
@@ -61,7 +65,9 @@ class Shards:
         for path in self.folder.glob(".scores-*.tmp"):
             path.unlink(missing_ok=True)
 
-    def write(self, number: int, table: pa.Table, bad: Bad) -> None:
+    def write(self, number: int, table: pa.Table, bad: BadRows) -> None:
+        import pyarrow.parquet as pq
+
         entries = [bad[row] for row in sorted(bad)]
         texts = {"t2i-align.settings": json.dumps(self.settings), "t2i-align.bad": json.dumps(entries)}
         with atomic(self.path(number)) as draft:
@@ -75,7 +81,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def write_bad(path: Path, bad: Bad) -> None:
+def write_bad(path: Path, bad: BadRows) -> None:
     """One JSON object a line; nothing bad, no file, so that none is left from an earlier run."""
     if bad:
         write_text(path, "".join(json.dumps(bad[row]) + "\n" for row in sorted(bad)))
@@ -83,7 +89,7 @@ def write_bad(path: Path, bad: Bad) -> None:
         path.unlink(missing_ok=True)
 
 
-def wait_for(shards: Shards, count: int, patience: float) -> None:
+def wait_for(shards: ScoreShards, count: int, patience: float) -> None:
     """Until shards 0 .. count - 1 are there. ``RewardError`` where none has been added for ``patience`` seconds."""
     missing, since = set(range(count)) - shards.whole(), time.monotonic()
     while missing:

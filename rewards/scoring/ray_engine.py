@@ -27,22 +27,27 @@ import ray.data
 from tqdm import tqdm
 
 from rewards import RewardError
+from rewards.base import RewardConfig
 from rewards.common.errors import UserError
-from rewards.data.images import Input
-from rewards.data.inputs import Named, open_input
-from rewards.scoring.engine import Scorer, open_scorer, refuse_too_many
+from rewards.data.formats import open_input
+from rewards.data.images import ImageSource
+from rewards.scoring.engine import ScoringEngine, open_scorer, refuse_too_many
 from rewards.scoring.loader import shard_sizes
-from rewards.scoring.output import Bad, Shards
+from rewards.scoring.output import BadRows, ScoreShards
 
 STORE = 100 * 2**20  # bytes of Ray's object store; only numbers of shards pass through it
 
 
 def score_there(
-    arguments: argparse.Namespace, source: Input, named: Sequence[Named], shards: Shards, bad_file: Path
+    arguments: argparse.Namespace,
+    source: ImageSource,
+    named: Sequence[RewardConfig],
+    shards: ScoreShards,
+    bad_file: Path,
 ) -> int:
     """Score and write the shards that are not there yet; returns the number of rows of the whole input.
 
-    ``RewardError`` as from :meth:`Scorer.run`, and where an actor finds another input than ``source``.
+    ``RewardError`` as from :meth:`ScoringEngine.run`, and where an actor finds another input than ``source``.
     """
     total = source.total
     if total is None:  # an actor has to be told which shards there are
@@ -71,10 +76,10 @@ class _Share:
 
     arguments: argparse.Namespace
     identity: Mapping[str, Any]
-    named: Sequence[Named]
-    shards: Shards
+    named: Sequence[RewardConfig]
+    shards: ScoreShards
     bad_file: Path
-    bad: Bad
+    bad: BadRows
     home: Path = field(default_factory=Path.cwd)
 
 
@@ -85,14 +90,14 @@ class _Actor:
         self.share = share
 
     @cached_property
-    def scorer(self) -> Scorer:
+    def scorer(self) -> ScoringEngine:
         """Made by the first call: what goes wrong is then an answer, where Ray would start a broken actor anew."""
         share, given = self.share, self.share.arguments
         try:
             os.chdir(share.home)  # paths, also those among a reward's arguments, are given from there
         except OSError as error:
             raise RewardError(f"{platform.node()} has no {share.home}; all machines have to share it") from error
-        source = open_input(given.source, given.prompts, given.prompt_column, given.image_column, given.split)
+        source = open_input(given.source, given.prompts, given.caption_column, given.image_column, given.split)
         if source.identity != share.identity:
             raise RewardError(
                 f"{platform.node()} finds other images in {given.source}; every machine has to share them"

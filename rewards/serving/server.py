@@ -27,7 +27,7 @@ from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rewards import Reward, RewardError, needs_prompt
-from rewards.data.inputs import decode
+from rewards.data.images import decode_tensor
 from rewards.models.remote import TENSORS, TOKEN
 from rewards.serving.batching import Batcher, Busy, Call, Limits
 
@@ -108,7 +108,9 @@ def understand(text: str | bytes, find: Callable[[str, int], Tensor], limits: Li
 
 def from_json(body: bytes, limits: Limits) -> tuple[str, Call]:
     """:func:`understand` a body whose images are files in base64."""
-    return understand(body, lambda text, most: decode(base64.b64decode(text, validate=True), FILES, most), limits)
+    return understand(
+        body, lambda text, most: decode_tensor(base64.b64decode(text, validate=True), FILES, most), limits
+    )
 
 
 def from_tensors(body: bytes, limits: Limits) -> tuple[str, Call]:

@@ -45,12 +45,12 @@ from open_clip.tokenizer import SimpleTokenizer
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from align.shapes.world import render
-from rewards.data.inputs import open_input
+from rewards.data.formats import open_input
 from rewards.models.clip_score import CLIPScore
 from rewards.models.shapes import PALETTE, SHAPES, Shapes
-from rewards.scoring.engine import Scorer
+from rewards.scoring.engine import ScoringEngine
 from rewards.scoring.loader import Decoder
-from rewards.scoring.output import Shards
+from rewards.scoring.output import ScoreShards
 from tests.benchmarks import record
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +178,9 @@ def throughput(name: str, reward: rewards.Reward, table: Path, threads: int) -> 
         clocked(CLIPModel, "get_image_features", "get_text_features") as network,
     ):
         decoder = Decoder(source, None, 1024, BATCH, threads)
-        scorer = Scorer(decoder, {name: reward}, Shards(Path(folder), {}), Path(folder) / "bad.jsonl", 0, "cpu")
+        scorer = ScoringEngine(
+            decoder, {name: reward}, ScoreShards(Path(folder), {}), Path(folder) / "bad.jsonl", 0, "cpu"
+        )
         start = time.perf_counter()
         rows = scorer.run(lambda shard: True, {})
         end = time.perf_counter()

@@ -4,32 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from align.common.errors import UserError
-from rewards import Reward, RewardError, check_statistics, checked, load
+from rewards import Reward, RewardConfig, RewardError, check_statistics, checked, load
 
-
-@dataclass
-class RewardSetting:
-    """One reward of a run.
-
-    Args:
-        name: a built-in reward's name, or an import path.
-        weight: in the total that is trained on; 0 only watches it, so that hacking of the others shows.
-        normalise: [mean, std] of its scores, measured beforehand: (score - mean) / std is what ``weight`` is of.
-        args: the reward's own arguments.
-        label: its name in logs; default ``name``.
-    """
-
-    name: str
-    weight: float = 1.0
-    args: dict[str, Any] = field(default_factory=dict)
-    label: str | None = None
-    normalise: list[float] | None = None
+RewardSetting = RewardConfig
 
 
 class Scorer:
@@ -53,11 +35,11 @@ class Scorer:
     def of(cls, settings: Sequence[RewardSetting]) -> Scorer:
         """Load the rewards. Raises :class:`rewards.RewardError` on an unknown name, :class:`UserError` on
         a name that comes twice."""
-        labels = [setting.label or setting.name for setting in settings]
+        labels = [setting.title for setting in settings]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise UserError(f"two rewards are called {twice[0]!r}; give one of them a label of its own")
         named = dict(zip(labels, settings, strict=True))
-        statistics = {label: setting.normalise for label, setting in named.items() if setting.normalise is not None}
+        statistics = {label: setting.normalize for label, setting in named.items() if setting.normalize is not None}
         for label, found in statistics.items():
             check_statistics(label, found)
         loaded = {label: load(setting.name, setting.args) for label, setting in named.items()}
@@ -89,7 +71,7 @@ class Scorer:
         future: Future[dict[str, Tensor]] = self._worker.submit(self.score, images, prompts, metadata)
         return future.result
 
-    def graded(
+    def differentiable_total(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> Tensor:
         """(B,) the weighted sum with the gradient to ``images``, for rewards that have one."""

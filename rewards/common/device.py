@@ -1,0 +1,21 @@
+"""Which device a command computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from rewards.common.errors import RewardError
+
+
+def pick_device(wanted: str | None, local: int = 0) -> str:
+    """``wanted``, or GPU number ``local``, or the CPU. A GPU comes with its number, and becomes the one that "cuda"
+    means. ``RewardError`` where there is no such device."""
+    try:
+        device = torch.device(wanted or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            torch.cuda.set_device(local if device.index is None else device)
+            device = torch.device("cuda", torch.cuda.current_device())  # for other threads "cuda" may be another one
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise RewardError(f"--device is {wanted}; expected cpu, cuda, cuda:0, ... ({reason})") from error
+    return str(device)
