@@ -7,8 +7,8 @@ writes into ``output_dir``
 - ``images/00000.png``: picture i of prompt j has the number k * j + i, with k ``images_per_prompt``;
 - ``contact-sheet-00000.png``: the pictures of a shard with their numbers, a prompt a row;
 - ``trajectories-00000.safetensors``: ``latents`` (n, T+1, C, h, w), every state once, and ``log_probs`` (n, T);
-- ``manifest.jsonl``: a line a picture, see :class:`align.data.trajectories.Drawn`; ``rollout.json``: what all of that
-  depends on.
+- ``manifest.jsonl``: a line a picture, see :class:`align.data.trajectories.ManifestLine`; ``rollout.json``: what all
+  of that depends on.
 
 Killed and called again it goes on at the first shard that is missing. What people say of the pictures goes into a file
 that :class:`align.data.annotations.LabelledRollout` reads; ``align.train`` trains on both.
@@ -26,18 +26,17 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from align import families
 from align.common.command import command, parse
 from align.common.errors import NonFinite, require_at_least
 from align.data.prompts import PromptBatch, Prompts, PromptSet
-from align.data.trajectories import Drawn, Record, RolloutFolder, describe
+from align.data.trajectories import ManifestLine, RolloutFolder, RolloutRecord, describe
 from align.evaluation import gallery
 from align.families import Family
 from align.objectives import Context
-from align.objectives.online.collect import draw
+from align.objectives.online.collect import collect
 from align.objectives.online.rewards import RewardSetting, Scorer
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler
@@ -116,20 +115,22 @@ def rollout(config: RolloutSettings) -> Path:
 
 
 @torch.no_grad()
-def _draw(config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: RolloutFolder, shard: int) -> list[Drawn]:
+def _draw(
+    config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: RolloutFolder, shard: int
+) -> list[ManifestLine]:
     """A shard's trajectories, pictures and contact sheet, each file whole or absent; returns its manifest lines."""
     family, k, numbers = ctx.policy.family, config.images_per_prompt, ctx.sample_indices
     with family.autocast():
         keep = range(config.sampler.num_inference_steps)
-        made = draw(ctx, config.sampler, batch, k, keep, shared_noise=config.shared_noise, pictures=True)
-    latents, log_probs, images = made.columns["latents"], made.columns["log_probs"], made.pictures
-    assert isinstance(latents, Tensor) and isinstance(log_probs, Tensor) and images is not None
+        made = collect(ctx, config.sampler, batch, k, keep, shared_noise=config.shared_noise, images=True)
+    latents, log_probs, images = made.trajectories.latents, made.trajectories.log_probs, made.images
+    assert log_probs is not None and images is not None, "collect was asked for both"
     bad = (~latents.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
         raise NonFinite(f"the states of picture {numbers[bad[0]]} are not finite; try mixed_precision: no")
     scores = [{name: float(values[row]) for name, values in made.scores.items()} for row in range(len(numbers))]
     lines = [
-        Drawn(f"images/{number:05d}.png", f"{number:05d}", prompt, number // k, shard, row, scores[row])
+        ManifestLine(f"images/{number:05d}.png", f"{number:05d}", prompt, number // k, shard, row, scores[row])
         for row, (number, prompt) in enumerate(zip(numbers, made.prompts, strict=True))
     ]
     (folder.path / "images").mkdir(exist_ok=True)
@@ -145,12 +146,12 @@ def _draw(config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: Rol
     return lines
 
 
-def _record(config: RolloutSettings, rows: Sequence[Mapping[str, Any]], family: Family) -> Record:
+def _record(config: RolloutSettings, rows: Sequence[Mapping[str, Any]], family: Family) -> RolloutRecord:
     weights = hashlib.blake2b(digest_size=8)  # by their bytes: others may come to lie at the same path
     for parameter in family.denoiser.parameters():
         weights.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
     text = json.dumps(rows, sort_keys=True)
-    return Record(
+    return RolloutRecord(
         model=config.pretrained_model_name_or_path,
         weights=str(config.weights) if config.weights else None,
         digest=weights.hexdigest(),

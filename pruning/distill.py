@@ -27,23 +27,37 @@ from align.data.captioned import ImageBatch
 from align.data.prompts import PromptBatch
 from align.diffusion.process import add_noise
 from align.families import Conditioning, Family
-from align.objectives import Context, Metrics, Objective, Plan
-from align.objectives.online.collect import draw
+from align.objectives import Context, Cost, Metrics, Needs, Objective
+from align.objectives.objective import Prepares, ScalesLearningRates
+from align.objectives.online.collect import collect
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import Rows
+from align.objectives.rows import SHARED, Rows
 from align.objectives.teachers import PipelineTeacher
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
 from pruning import importance
 from pruning.graph import BlockGraph, Streams, follow
-from pruning.plan import Plan as PruningPlan
+from pruning.plan import Plan
 
 Sensitivity = Literal["graded", "binary", "none"]
 _INTO = ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "time_embedding", "add_embedding", "conv_in")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HealRows(Rows):
+    """R states that both networks are asked at: ``x_t`` (R, C, h, w) at ``t`` (R,), with the empty prompt where
+    ``empty`` (R,); on data also their noise ``eps`` (R, C, h, w), and the images ``x0`` (N, C, h, w)."""
+
+    x_t: Tensor
+    t: Tensor
+    empty: Tensor
+    eps: Tensor | None = None
+    cond: Conditioning = field(metadata=SHARED)  # of N captions
+    x0: Tensor | None = field(default=None, metadata=SHARED)
+
+
 @dataclass
-class Heal(Objective):
+class Heal(Objective, Prepares, ScalesLearningRates):
     """Teach a pruned student what the unpruned teacher says and feels.
 
     Args:
@@ -80,9 +94,6 @@ class Heal(Objective):
     measure: importance.Measure = "mse"
     proportion_empty_prompts: float = 0.2
 
-    batch_types: ClassVar[tuple[type, ...]] = (PromptBatch, ImageBatch)
-    online: ClassVar[bool] = True
-    scored: ClassVar[bool] = False
     around_packed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -99,8 +110,8 @@ class Heal(Objective):
             raise ValueError("sensitivity grades by measured importance: set profile, or sensitivity: none")
 
     @property
-    def needs_reference(self) -> bool:
-        return False
+    def needs(self) -> Needs:
+        return Needs((PromptBatch, ImageBatch), False, online=True)
 
     @property
     def count(self) -> int:
@@ -109,7 +120,7 @@ class Heal(Objective):
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
         self.teacher.open(policy)
-        self._plan = PruningPlan.load(self.plan_path)
+        self._plan = Plan.load(self.plan_path)
         whole = BlockGraph.of(self.teacher.family.denoiser)
         self._plan.fits(whole)
         self._moved, renamed = whole.moved(self._plan.dropped), whole.renamed(self._plan.dropped)
@@ -144,66 +155,59 @@ class Heal(Objective):
                 return rate
         return 1.0
 
-    def plan(self, family: Family, resolution: int | None) -> Plan:
-        drawing = self.sampler.num_inference_steps * self.sampler.evaluations(family)
-        return Plan(self.count, self.count + drawing, self.count, drawing=drawing)
+    def cost(self, family: Family, resolution: int | None) -> Cost:
+        sampling = self.sampler.num_inference_steps * self.sampler.evaluations(family)
+        return Cost(self.count, self.count + sampling, self.count, sampling=sampling)
 
-    def rollout(self, ctx: Context, batch: PromptBatch | ImageBatch) -> Rows:
-        family, generators = ctx.policy.family, ctx.generators("heal")
+    def rollout(self, ctx: Context, batch: PromptBatch | ImageBatch) -> HealRows:
+        family, generators, steps = ctx.policy.family, ctx.generators("heal"), self.sampler.num_inference_steps
         cond = batch.cond.to(family.device)
-        empty = torch.stack([rng.uniform(generators) for _ in range(self.count)], 1).flatten()
-        rows: dict[str, Tensor | Conditioning] = {"empty": empty < self.proportion_empty_prompts}
+        uniform = torch.stack([rng.uniform(generators) for _ in range(self.count)], 1).flatten()
+        empty = uniform < self.proportion_empty_prompts
         image = torch.arange(len(ctx.sample_indices)).repeat_interleave(self.count)
         if isinstance(batch, ImageBatch):
             x0 = batch.latents.float()
             t = family.sample_timesteps(rng.strata(generators, self.count).flatten())
             eps = rng.normal((self.count, *x0.shape[1:]), generators).flatten(0, 1)
-            rows |= {"t": t, "eps": eps, "x_t": add_noise(x0[image], eps, *family.path(t))}
-            return Rows(rows, {"x0": x0, "cond": cond}, image)
+            x_t = add_noise(x0[image], eps, *family.path(t))
+            return HealRows(image=image, x_t=x_t, t=t, empty=empty, eps=eps, cond=cond, x0=x0)
         if self.task_weight:
             raise UserError("task_weight needs data with pictures (Images); the student's own are no target")
         stochastic = None if self.sampler.kernel else ()
-        drawn = draw(ctx, self.sampler, batch, 1, range(self.sampler.num_inference_steps), stochastic, likelihood=False)
-        latents = drawn.columns["latents"]
-        assert isinstance(latents, Tensor)
-        order = (
-            rng.normal((self.sampler.num_inference_steps,), generators)
-            .argsort(1)[:, : self.count]
-            .sort(1)
-            .values.flatten()
-        )
-        rows["t"] = grid_of(family, self.sampler.num_inference_steps).t[order].float()
-        rows["x_t"] = latents.cpu()[image, order].float()
-        return Rows(rows, {"cond": cond}, image, drawn.metrics)
+        rollout = collect(ctx, self.sampler, batch, 1, range(steps), stochastic, likelihood=False)
+        order = rng.normal((steps,), generators).argsort(1)[:, : self.count].sort(1).values.flatten()
+        t = grid_of(family, steps).t[order].float()
+        x_t = rollout.trajectories.latents.cpu()[image, order].float()
+        return HealRows(image=image, x_t=x_t, t=t, empty=empty, cond=cond, metrics=rollout.metrics)
 
-    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: HealRows) -> tuple[Tensor, Metrics]:
         family, (whole, student) = ctx.policy.family, self._graphs
-        x_t, t = rows.tensor("x_t").to(family.device), rows.tensor("t").to(family.device)
-        own = family.drop_prompts(rows.cond(), rows.tensor("empty"))
+        x_t, t = rows.x_t.to(family.device), rows.t.to(family.device)
+        cond = family.drop_prompts(rows.cond.take(rows.image), rows.empty)
         tapped = self.feature_weight > 0
-        with torch.no_grad(), whole.tap(list(self._pairs.values()) if tapped else []) as theirs:
-            target = self.teacher.predict(ctx.policy, x_t, t, own, 1.0)  # one pipeline's text encoders serve both
-        with student.tap(list(self._pairs) if tapped else []) as mine:
-            answer = ctx.policy.predict(x_t, t, own)
+        with torch.no_grad(), whole.tap(list(self._pairs.values()) if tapped else []) as teacher_features:
+            target = self.teacher.predict(ctx.policy, x_t, t, cond, 1.0)  # one pipeline's text encoders serve both
+        with student.tap(list(self._pairs) if tapped else []) as student_features:
+            answer = ctx.policy.predict(x_t, t, cond)
         output = F.mse_loss(answer.raw.float(), target.raw.float())
         loss, metrics = self.output_weight * output, {"output": output.detach()}
         if tapped:
-            apart = [self._feature(mine[new], theirs[old]) for new, old in self._pairs.items()]
+            apart = [self._feature(student_features[new], teacher_features[old]) for new, old in self._pairs.items()]
             feature = torch.stack(apart).sum() if apart else output.new_zeros(())
             loss = loss + self.feature_weight * feature
             metrics["feature"] = feature.detach()
-        if self.task_weight:
-            x0, eps = rows.tensor("x0").to(family.device), rows.tensor("eps").to(family.device)
+        if self.task_weight and rows.x0 is not None and rows.eps is not None:
+            x0, eps = rows.x0[rows.image].to(family.device), rows.eps.to(family.device)
             task = F.mse_loss(answer.raw.float(), answer.target(x0, eps))
             loss = loss + self.task_weight * task
             metrics["task"] = task.detach()
         return loss, metrics
 
-    def _feature(self, mine: Streams, theirs: Streams) -> Tensor:
+    def _feature(self, student: Streams, teacher: Streams) -> Tensor:
         """How far one block's streams are apart, a mean over elements, summed over streams."""
-        total = torch.zeros((), device=next(iter(mine.values())).device)
-        for name, wanted in theirs.items():
-            apart = F.mse_loss(mine[name].float(), wanted.float())
+        total = torch.zeros((), device=next(iter(student.values())).device)
+        for name, wanted in teacher.items():
+            apart = F.mse_loss(student[name].float(), wanted.float())
             total = total + (
                 apart / wanted.float().square().mean().clamp(min=1e-8) if self.relative_features else apart
             )

@@ -29,6 +29,7 @@ from align.objectives import Context, Objective
 from align.objectives.online.rewards import Scorer
 from align.objectives.rows import Rows
 from align.policy.policy import LoRA, Policy
+from align.sampling.trajectory import Trajectories
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
@@ -204,7 +205,7 @@ def rolled(
     objective: Objective, policy: Policy, prompts: int = 2, step: int = 0, scorer: Scorer | None = None
 ) -> tuple[Context, Rows]:
     """A rollout as the loop asks for it: context and table."""
-    ctx = Context(policy, 0, step, range(prompts * objective.group), scorer or bright())
+    ctx = Context(policy, 0, step, range(prompts * objective.needs.group_size), scorer or bright())
     with torch.no_grad():
         return ctx, objective.rollout(ctx, prompted(policy, prompts))
 
@@ -276,16 +277,11 @@ class Toy:
     def context(self, count: int) -> Context:
         return Context(self, 0, 0, range(count))
 
-    def columns(self, y: Tensor) -> dict[str, Any]:
-        """The columns of a rollout of one step that drew ``y`` (N, D)."""
+    def trajectories(self, y: Tensor) -> Trajectories:
+        """Those of a rollout of one step that drew ``y`` (N, D)."""
         latents = torch.stack([torch.zeros_like(y), y], 1)[..., None, None]
         cond = Conditioning({"c": torch.zeros(1, 1)})
-        return {
-            "latents": latents,
-            "cond": cond,
-            "prompt": torch.zeros(len(y), dtype=torch.long),
-            "steps": torch.zeros(1, dtype=torch.long),
-        }
+        return Trajectories(latents, torch.zeros(1, dtype=torch.long), torch.zeros(len(y), dtype=torch.long), cond)
 
 
 # whole runs

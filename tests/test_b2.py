@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from align.objectives.b2_diffurl import B2DiffuRL
 from align.objectives.d3po import D3PO
 from align.objectives.online.advantages import PromptHistory, staged_advantages
+from align.objectives.online.pairs import best_over_worst
 from align.objectives.online.rewards import Scorer
 from align.objectives.policy_gradient import PolicyGradient
 from align.sampling.sampler import Sampler, SDEWindow
@@ -47,9 +49,9 @@ def test_i2_branches_share_the_prefix_and_nothing_after_it(tiny: Build, kind: st
     """What is kept begins where they fork: bitwise one state. The last stage forks at the noise."""
     objective, policy = B2DiffuRL(gradient(), **FEW), moved(tiny, kind)
     _, table = rolled(objective, policy, prompts=3, step=stage)
-    latents, k = table.images["latents"], len(objective.interval(stage))
+    latents, k = table.trajectories.latents, len(objective.interval(stage))
     assert latents.shape[:2] == (9, k + 1)
-    assert table.images["steps"].tolist() == list(range(4 - k, 4))
+    assert table.trajectories.kept_steps.tolist() == list(range(4 - k, 4))
     for group in latents.split(3):
         assert torch.equal(group[0, 0], group[1, 0]) and torch.equal(group[0, 0], group[2, 0])
         for later in range(1, k + 1):
@@ -63,9 +65,9 @@ def test_the_prefix_is_the_sampler_of_the_update(tiny: Build, kind: str) -> None
     policy, found = moved(tiny, kind), []
     for size in (1, 8):
         objective = B2DiffuRL(PolicyGradient(Sampler(4, 2.0, batch_size=size), 2), first=2)
-        found.append(rolled(objective, policy, prompts=3)[1].images["latents"][:, 0])
+        found.append(rolled(objective, policy, prompts=3)[1].trajectories.latents[:, 0])
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
-    later = rolled(objective, policy, prompts=3, step=1)[1].images["latents"][:, 0]
+    later = rolled(objective, policy, prompts=3, step=1)[1].trajectories.latents[:, 0]
     assert not torch.allclose(found[1], later)
 
 
@@ -79,14 +81,14 @@ def test_i3_without_either_part_it_is_the_update_alone(tiny: Build, kind: str) -
     both = B2DiffuRL(gradient(branches=4), progressive=False, branches=False)
     ctx, plain = rolled(alone, policy, prompts=1)
     _, table = rolled(both, policy, prompts=1)
-    for name in ("latents", "log_probs", "steps", "prompt"):
-        assert torch.equal(table.images[name], plain.images[name])
-    assert torch.equal(table.tensor("step"), plain.tensor("step")) and torch.equal(table.image, plain.image)
-    found, expected = table.images["advantage"], plain.images["advantage"]
+    for name in ("latents", "log_probs", "kept_steps", "prompt_index"):
+        assert torch.equal(getattr(table.trajectories, name), getattr(plain.trajectories, name))
+    assert torch.equal(table.step, plain.step) and torch.equal(table.image, plain.image)
+    found, expected = table.advantage, plain.advantage
     torch.testing.assert_close(found * (4 / 3) ** 0.5, expected, atol=1e-3, rtol=1e-3)
     disturb(policy, 0.01)
     loss, _ = both.loss(ctx, table)
-    weighted, _ = alone.loss(ctx, type(plain)(plain.rows, dict(plain.images) | {"advantage": found}, plain.image))
+    weighted, _ = alone.loss(ctx, replace(plain, advantage=found))
     assert loss == weighted
 
 
@@ -132,7 +134,7 @@ def test_i5_a_rollout_keeps_at_most_two_of_a_group(tiny: Build, kind: str) -> No
     thresholds = {"threshold_best": 0.6, "threshold_worst": 0.9}
     objective = B2DiffuRL(gradient(branches=5), first=2, **thresholds)
     ctx, table = rolled(objective, moved(tiny, kind), prompts=4)
-    advantage, kept = table.images["advantage"], table.image.unique()
+    advantage, kept = table.advantage, table.image.unique()
     assert 0 < len(kept) <= 8 and max(Counter((kept // 5).tolist()).values()) <= 2
     for picture in kept.tolist():
         group = advantage[picture // 5 * 5 : picture // 5 * 5 + 5]
@@ -148,7 +150,7 @@ def test_advantages_are_weighted_by_their_sign_and_cut(tiny: Build) -> None:
     policy, found = moved(tiny, "epsilon"), []
     for more in ({}, {"weight_best": 0.5, "weight_worst": 3.0}):
         objective = B2DiffuRL(gradient(branches=5, adv_clip_max=2.0), first=2, **more)
-        found.append(rolled(objective, policy)[1].images["advantage"])
+        found.append(rolled(objective, policy)[1].advantage)
     plain, weighted = found
     assert torch.equal(weighted, (plain * torch.where(plain > 0, 0.5, 3.0)).clamp(-2, 2))
     assert (plain > 0).any() and (plain < 0).any()
@@ -158,7 +160,7 @@ def test_pairs_are_best_over_worst_of_a_group_that_has_both() -> None:
     objective = B2DiffuRL(D3PO(Sampler(4), 3), first=2)
     scores = torch.tensor([0.1, 0.9, -0.8, 1.0, 0.9, 0.8, -1.0, -0.6, 0.5])
     groups = torch.arange(9) // 3
-    pairs = objective.pairs(scores, groups, objective.select(scores, groups))
+    pairs = best_over_worst(scores, groups, objective.select(scores, groups))
     assert pairs.tolist() == [[1, 2], [8, 6]]  # of the second group only the best is kept
 
 
@@ -168,13 +170,13 @@ def test_d3po_trains_the_pairs_on_the_trained_steps(tiny: Build, kind: str) -> N
     objective = B2DiffuRL(D3PO(Sampler(4, 1.0), 4), **FEW)
     ctx, table = rolled(objective, moved(tiny, kind), prompts=3)
     assert len(table) > 0 and len(table) % 2 == 0
-    latents, winner, loser = table.images["latents"], table.tensor("winner"), table.tensor("loser")
+    latents, winner, loser = table.trajectories.latents, table.winner, table.loser
     assert torch.equal(latents[winner, 0], latents[loser, 0])
-    assert sorted(set(table.tensor("step").tolist())) == [0, 1] and table.images["steps"].tolist() == [2, 3]
+    assert sorted(set(table.step.tolist())) == [0, 1] and table.trajectories.kept_steps.tolist() == [2, 3]
     loss, metrics = objective.loss(ctx, table)
     loss.backward()
     assert abs(metrics["ratio_mean"] - 1) > 0  # the policy has moved from its reference
-    assert objective.needs_reference and objective.reference == "base"
+    assert objective.needs.reference and objective.reference == "base"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -284,7 +286,7 @@ def test_best_and_worst_differ_in_the_trained_steps_alone(tiny: Build) -> None:
 
 
 def rows_of(table: Any) -> Tensor:
-    return torch.stack([table.image, table.tensor("step")], 1)
+    return torch.stack([table.image, table.step], 1)
 
 
 def test_every_chosen_picture_gives_each_trained_step_once(tiny: Build) -> None:

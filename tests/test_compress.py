@@ -107,9 +107,9 @@ def test_the_feature_term_pairs_blocks_by_their_old_places(tiny_folders: dict[st
     ctx = Context(policy, 0, 0, range(4))
     with torch.no_grad():
         table = objective.rollout(ctx, batch(policy))
-        rows = table.tensor("x_t"), table.tensor("t")
-        cond = table.cond()
-        empty = table.tensor("empty")
+        rows = table.x_t, table.t
+        cond = table.cond.take(table.image)
+        empty = table.empty
         null = policy.family.uncond
         cond = type(cond)(
             {k: torch.where(empty.view(-1, *[1] * (v.ndim - 1)), null[k], v) for k, v in cond.tensors.items()}
@@ -135,7 +135,7 @@ def test_real_pictures_have_a_task_term(tiny_folders: dict[str, Path], tmp_path:
     latents = torch.randn(4, *policy.family.latent_shape(), generator=torch.Generator().manual_seed(1))
     ctx = Context(policy, 0, 0, range(4))
     table = objective.rollout(ctx, ImageBatch(latents, prompts.cond, PROMPTS, [0, 1, 2, 3]))
-    assert torch.equal(table.images["x0"], latents)  # type: ignore[arg-type]
+    assert torch.equal(table.x0, latents)
     loss, metrics = objective.loss(ctx, table)
     assert loss.item() == pytest.approx(metrics["task"].item())
     with pytest.raises(UserError, match="needs data with pictures"):

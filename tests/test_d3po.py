@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from align.objectives import Context
-from align.objectives.d3po import D3PO, preferences
+from align.objectives.d3po import D3PO, D3PORows
+from align.objectives.online.pairs import preferences
 from align.objectives.online.replay import log_probs
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import Rows
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler, SDEWindow
 from tests.helpers import Bright, Fixed, Flat, Heard, Toy, bright, gradients, moved, rolled
@@ -63,8 +64,8 @@ def test_i2_the_bounds_are_reached() -> None:
     assert (best, worst) == (pytest.approx(0.68316, abs=1e-5), pytest.approx(0.70323, abs=1e-5))
 
 
-def pairs_of(toy: Toy, objective: D3PO, y: Tensor, pairs: Tensor) -> Rows:
-    return objective.table(toy.context(len(y)), toy.columns(y), pairs)
+def pairs_of(toy: Toy, objective: D3PO, y: Tensor, pairs: Tensor) -> D3PORows:
+    return objective.rows_of(toy.context(len(y)), toy.trajectories(y), pairs, {})
 
 
 def test_i3_ties_make_no_rows_and_order_does_not_matter(tiny: Build) -> None:
@@ -74,10 +75,9 @@ def test_i3_ties_make_no_rows_and_order_does_not_matter(tiny: Build) -> None:
     ctx, table = rolled(objective, policy)
     assert table.metrics["tie_share"] == 0
     loss, _ = objective.loss(ctx, table)
-    turned = dict(table.rows) | {"winner": table.rows["loser"], "loser": table.rows["winner"]}
-    other, _ = objective.loss(ctx, Rows(turned, table.images, table.image))
+    other, _ = objective.loss(ctx, replace(table, winner=table.loser, loser=table.winner))
     assert abs(loss - other) > 1e-5
-    same = Rows(dict(table.rows) | {"loser": table.rows["winner"]}, table.images, table.image)
+    same = replace(table, loser=table.winner)
     equal, _ = objective.loss(ctx, same)
     assert equal.item() == pytest.approx(math.log(2), abs=1e-6)
     assert gradients(policy, equal).abs().max() < 1e-6
@@ -99,10 +99,10 @@ def test_i4_outside_the_band_a_member_has_no_gradient_at_all(outside: float, sid
     toy, objective = Toy(0.3), D3PO(Sampler(1, 1.0, Fixed(0.5)))
     y = torch.tensor([[0.9], [-0.4]], dtype=torch.float64)
     rows = pairs_of(toy, objective, y, torch.tensor([[0, 1]]))
-    now = log_probs(toy.context(2), objective.sampler, toy.columns(y), 2)
+    now = log_probs(toy.context(2), objective.sampler, toy.trajectories(y), 2)
     ratios = (outside, inside) if side == "winner" else (inside, outside)
     reference = now - torch.tensor(ratios, dtype=torch.float64).log()[:, None]
-    table = Rows(rows.rows, dict(rows.images) | {"reference": reference}, rows.image)
+    table = replace(rows, reference=reference)
     loss, metrics = objective.loss(toy.context(2), table)
     (found,) = torch.autograd.grad(loss, toy.theta)
     sign, kept = (1, 1) if side == "winner" else (-1, 0)  # the member that still has a gradient
@@ -111,7 +111,7 @@ def test_i4_outside_the_band_a_member_has_no_gradient_at_all(outside: float, sid
     slope = -1 / (1 + math.exp(logit)) * 0.1 * (-sign)
     assert float(found) == pytest.approx(slope * (float(y[kept]) - 0.3) / 0.5**2)
     assert metrics["clip_fraction"] == 0.5
-    both = Rows(rows.rows, dict(rows.images) | {"reference": now - math.log(outside)}, rows.image)
+    both = replace(rows, reference=now - math.log(outside))
     (nothing,) = torch.autograd.grad(objective.loss(toy.context(2), both)[0], toy.theta)
     assert nothing == 0
 
@@ -142,15 +142,15 @@ def test_i6_the_optimum_of_a_toy() -> None:
 def test_i7_members_share_noise_and_step(tiny: Build, kind: str) -> None:
     policy, objective = moved(tiny, kind), D3PO(Sampler(3, 1.0), images_per_prompt=3)
     _, table = rolled(objective, policy)
-    latents = table.images["latents"]
-    winner, loser = table.tensor("winner"), table.tensor("loser")
+    latents = table.trajectories.latents
+    winner, loser = table.winner, table.loser
     assert torch.equal(latents[winner, 0], latents[loser, 0])
     assert not any(torch.equal(latents[w, 1], latents[s, 1]) for w, s in zip(winner, loser, strict=True))
     assert len({tuple(row.flatten().tolist()) for row in latents[:, 0]}) == 2  # one for each prompt
     # all 3 pairs of each of 2 prompts, at each of 3 steps, the step being the same for both by construction
-    assert len(table) == 2 * 3 * 3 and sorted(table.tensor("step").tolist()) == sorted([0, 1, 2] * 6)
+    assert len(table) == 2 * 3 * 3 and sorted(table.step.tolist()) == sorted([0, 1, 2] * 6)
     own = rolled(D3PO(Sampler(3, 1.0), shared_noise=False), policy)[1]
-    first = own.images["latents"][:, 0]
+    first = own.trajectories.latents[:, 0]
     assert not torch.equal(first[0], first[1])
 
 
@@ -166,10 +166,10 @@ def test_i8_the_reference_is_a_deep_copy_of_the_start(tiny: Build, kind: str, lo
     call = family.call
     family.call = lambda denoiser, x, t, cond: call(frozen, x, t, cond)
     base = Context(policy, 0, 0, ctx.sample_indices, ctx.scorer)
-    expected = log_probs(base, objective.sampler, table.images, 32)
-    assert torch.equal(table.images["reference"], expected)
+    expected = log_probs(base, objective.sampler, table.trajectories, 32)
+    assert torch.equal(table.reference, expected)
     family.call = call
-    assert not torch.allclose(log_probs(ctx, objective.sampler, table.images, 32), expected)
+    assert not torch.allclose(log_probs(ctx, objective.sampler, table.trajectories, 32), expected)
 
 
 # what is asked of the network
@@ -204,7 +204,7 @@ def test_the_reference_is_asked_once_about_each_picture_that_is_in_a_pair(tiny: 
 def test_the_plan_is_the_cost_without_ties(tiny: Build) -> None:
     policy, objective = moved(tiny, "flow"), D3PO(Sampler(3, 2.0), images_per_prompt=3)
     assert policy.family.uncond is not None
-    heard, plan = Heard(policy), objective.plan(policy.family, None)
+    heard, plan = Heard(policy), objective.cost(policy.family, None)
     ctx, table = rolled(objective, policy)
     objective.loss(ctx, table)[0].backward()
     assert (plan.trained * 6, plan.frozen * 6) == (heard.rows(True), heard.rows(False))
@@ -215,9 +215,9 @@ def test_the_plan_is_the_cost_without_ties(tiny: Build) -> None:
 def test_a_share_of_the_steps(tiny: Build) -> None:
     """The first ones: kept, asked of the reference, and trained; all of them are drawn."""
     policy, objective = moved(tiny, "epsilon"), D3PO(Sampler(4, 1.0), timestep_fraction=0.5)
-    heard, plan = Heard(policy), objective.plan(policy.family, None)
+    heard, plan = Heard(policy), objective.cost(policy.family, None)
     ctx, table = rolled(objective, policy)
-    assert sorted(table.tensor("step").tolist()) == [0, 0, 1, 1]
+    assert sorted(table.step.tolist()) == [0, 0, 1, 1]
     objective.loss(ctx, table)[0].backward()
     assert heard.times(trained=True) == set(policy.family.grid(4).t[:2].tolist())
     assert (plan.trained * 4, plan.frozen * 4) == (heard.rows(True), heard.rows(False))
@@ -226,12 +226,12 @@ def test_a_share_of_the_steps(tiny: Build) -> None:
 
 def test_a_window_is_drawn_with_noise_and_trained_and_nothing_else_is(tiny: Build) -> None:
     policy, objective = moved(tiny, "flow"), D3PO(Sampler(4, 1.0), window=SDEWindow(2, until=3, every=1))
-    heard, plan = Heard(policy), objective.plan(policy.family, None)
+    heard, plan = Heard(policy), objective.cost(policy.family, None)
     ctx, table = rolled(objective, policy, step=1)
-    states = table.images["latents"]
-    assert isinstance(states, Tensor) and states.shape[:2] == (4, 3)
-    assert table.images["steps"].tolist() == [1, 2]  # type: ignore[union-attr]
-    pair = (table.tensor("winner")[0], table.tensor("loser")[0])
+    states = table.trajectories.latents
+    assert states.shape[:2] == (4, 3)
+    assert table.trajectories.kept_steps.tolist() == [1, 2]  # type: ignore[union-attr]
+    pair = (table.winner[0], table.loser[0])
     assert torch.equal(*(states[k, 0] for k in pair))  # one noise, and none drawn on the way to the window
     assert (states[pair[0], 1] - states[pair[1], 1]).abs().mean() > 0.05
     objective.loss(ctx, table)[0].backward()
@@ -309,9 +309,9 @@ def test_several_rewards_of_a_rollout(tiny: Build) -> None:
     assert shares == {1.0: 1.0, 0.0: 0.0, -1.0: 0.0}
     _, up = rolled(objective, policy)
     _, down = rolled(objective, policy, scorer=Scorer({"b": Bright()}, {"b": -1.0}))
-    assert torch.equal(up.tensor("winner"), down.tensor("loser"))
-    brighter = bright().total({"bright": policy.family.to_image(up.images["latents"][:, -1]).mean((1, 2, 3))})
-    assert (brighter[up.tensor("winner")] > brighter[up.tensor("loser")]).all()
+    assert torch.equal(up.winner, down.loser)
+    brighter = bright().total({"bright": policy.family.to_image(up.trajectories.latents[:, -1]).mean((1, 2, 3))})
+    assert (brighter[up.winner] > brighter[up.loser]).all()
 
 
 @pytest.mark.parametrize(

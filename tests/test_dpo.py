@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from align.data.preferences import PairBatch
 from align.diffusion.process import Prediction
 from align.objectives import Context
-from align.objectives.dpo import DPO
-from align.objectives.rows import Rows
+from align.objectives.dpo import DPO, DPORows
+from align.objectives.losses import denoising_error, preference_loss
 from align.policy.policy import LoRA, Policy
 from tests.pipelines import Build
 from tests.test_policy import disturb
@@ -50,12 +50,12 @@ def run(objective: DPO, policy: Policy, pairs: PairBatch | None = None) -> tuple
     return objective.loss(ctx, table)
 
 
-def in_float64(objective: DPO, policy: Policy, table: Rows) -> Tensor:
+def in_float64(objective: DPO, policy: Policy, table: DPORows) -> Tensor:
     """The paper's formula, written out pair by pair from the raw network outputs."""
     losses = []
     for k in range(len(table)):
         row = table.take(torch.tensor([k]))
-        x0, eps, t, cond = row.tensor("latents")[0].double(), row.tensor("eps").double(), row.tensor("t"), row.cond()
+        x0, eps, t, cond = row.latents[0].double(), row.eps.double(), row.t, row.cond
         alpha, sigma = (float(v) for v in policy.family.path(t))
         gaps = []
         for side in (0, 1):
@@ -105,7 +105,7 @@ def test_i1_starts_at_ln_2(tiny: Build, kind: str, lora: LoRA | None) -> None:
 def test_i2_slope_in_delta() -> None:
     objective = DPO(beta=5000.0)
     delta = torch.tensor([0.0, 1e-4, -2e-4], dtype=torch.float64, requires_grad=True)
-    objective.preference(-0.5 * objective.beta * delta).sum().backward()
+    preference_loss(-0.5 * objective.beta * delta, objective.loss_type, objective.beta).sum().backward()
     s = objective.beta / 2
     torch.testing.assert_close(delta.grad, s * torch.sigmoid(s * delta.detach()))
     assert delta.grad is not None
@@ -170,8 +170,8 @@ def test_i6_epsilon_space_is_alpha_squared_native_space(tiny: Build, kind: str) 
     alpha, sigma = family.path(t)
     x0, eps, raw = torch.randn(3, 3, 4, 8, 8).unbind()
     prediction = Prediction(raw, x0, alpha, sigma, family.prediction_type)
-    native = DPO(target_space="native").error(prediction, x0, eps)
-    torch.testing.assert_close(DPO(target_space="epsilon").error(prediction, x0, eps), alpha.square() * native)
+    native = denoising_error(prediction, x0, eps, "native")
+    torch.testing.assert_close(denoising_error(prediction, x0, eps, "epsilon"), alpha.square() * native)
 
 
 def test_i7_the_pair_shares_noise_time_and_dropped_caption(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_i8_sum_with_beta_over_d(tiny: Build) -> None:
     mean, _ = run(DPO(beta=512.0), policy)
     total, _ = run(DPO(beta=512.0 / 256, reduction="sum"), policy)
     assert mean.item() == pytest.approx(total.item(), rel=1e-5)
-    assert DPO(beta=512.0).plan(policy.family, None).notes["beta"] == "512 (mean over D=256) = 2 as a sum"
+    assert DPO(beta=512.0).cost(policy.family, None).notes["beta"] == "512 (mean over D=256) = 2 as a sum"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,10 +224,10 @@ def test_draws_belong_to_the_position(tiny: Build) -> None:
     whole = objective.rollout(context(policy), pairs)
     tail = PairBatch(pairs.latents[2:], pairs.cond.take(slice(2, 4)), CAPTIONS[2:], [2, 3])
     half = objective.rollout(context(policy, [2, 3]), tail)
-    assert torch.equal(whole.tensor("eps")[2:], half.tensor("eps"))
-    assert torch.equal(whole.tensor("t")[2:], half.tensor("t"))
+    assert torch.equal(whole.eps[2:], half.eps)
+    assert torch.equal(whole.t[2:], half.t)
     later = objective.rollout(context(policy, step=1), pairs)
-    assert not torch.equal(whole.tensor("eps"), later.tensor("eps"))
+    assert not torch.equal(whole.eps, later.eps)
 
 
 @pytest.mark.parametrize("lora", [LoRA(2), None])
@@ -243,16 +243,16 @@ def test_a_step_costs_one_forward_and_one_reference_forward(tiny: Build, lora: L
         part.register_forward_pre_hook(lambda m, args: pytest.fail(f"{type(m).__name__} was called"))
     run(DPO(), policy, pairs)
     assert sorted(rows) == [(8, False), (8, True)]
-    plan = DPO().plan(policy.family, None)
+    plan = DPO().cost(policy.family, None)
     assert (plan.trained, plan.frozen) == (2, 2)
 
 
 def test_other_losses() -> None:
     logit = torch.tensor([-2.0, 0.0, 0.5, 3.0], dtype=torch.float64)
-    ipo = DPO(beta=0.1, loss_type="ipo").preference(logit)
+    ipo = preference_loss(logit, "ipo", 0.1)
     torch.testing.assert_close(ipo, (logit / 0.1 - 5).square())
-    torch.testing.assert_close(DPO(loss_type="hinge").preference(logit), torch.tensor([3, 1, 0.5, 0]).double())
-    smooth = DPO(label_smoothing=0.1).preference(logit)
+    torch.testing.assert_close(preference_loss(logit, "hinge", 1.0), torch.tensor([3, 1, 0.5, 0]).double())
+    smooth = preference_loss(logit, "sigmoid", 1.0, 0.1)
     expected = 0.9 * F.softplus(-logit) + 0.1 * F.softplus(logit)
     torch.testing.assert_close(smooth, expected)
 

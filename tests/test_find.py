@@ -25,8 +25,9 @@ from align.data.prompts import Prompts
 from align.diffusion.process import Reduction
 from align.families import LORA_FILE
 from align.objectives import Context
-from align.objectives.find import FIND
-from align.objectives.rows import Rows
+from align.objectives.find import FIND, FINDRows
+from align.objectives.noise_memory import NoiseSamples
+from align.objectives.online.advantages import calibrated_advantages
 from align.objectives.value_network import ValueNet
 from align.policy.initial_noise import NOISE_FILE, InitialNoise, Tying, kl, log_prob
 from align.policy.policy import Policy
@@ -93,16 +94,17 @@ def alone(noise: InitialNoise, step: int = 0) -> Context:
     return Context(policy, 0, step, range(1))
 
 
-def rows(z: Tensor, old: Tensor, advantage: Tensor, index: Tensor | None = None) -> Rows:
+def rows(z: Tensor, old: Tensor, advantage: Tensor, index: Tensor | None = None) -> FINDRows:
     """Noises ``z`` drawn at log-density ``old``, of one rollout, whose calibrated rewards are ``advantage``."""
-    columns = {
-        "index": torch.zeros(len(z), dtype=torch.long) if index is None else index,
-        "noise": z,
-        "log_prob": old,
-        "advantage": advantage,
-        "rollout": torch.zeros(len(z), dtype=torch.long),
-    }
-    return Rows(columns, {}, torch.arange(len(z)))
+    return FINDRows(
+        image=torch.arange(len(z)),
+        index=torch.zeros(len(z), dtype=torch.long) if index is None else index,
+        noise=z,
+        log_prob=old,
+        advantage=advantage,
+        reward=torch.zeros(len(z)),
+        rollout=torch.zeros(len(z), dtype=torch.long),
+    )
 
 
 # closed forms
@@ -143,7 +145,7 @@ def test_i1_pictures_of_a_fresh_distribution_start_from_plain_randn(tiny: Build,
     objective = FIND(Sampler(2, 1.0), 3, antithetic=False)
     ctx, table = rolled(objective, learner(tiny, kind, objective), step=4)
     plain = [torch.randn(SHAPE, generator=rng.generator(0, "initial", 4, position)) for position in range(6)]
-    assert torch.equal(table.tensor("noise"), torch.stack(plain))
+    assert torch.equal(table.noise, torch.stack(plain))
     _, metrics = objective.loss(ctx, table)
     assert metrics["ratio_max"] == 1 and metrics["approx_kl"] == 0 and table.metrics["kl"] == 0
 
@@ -325,13 +327,13 @@ def test_pairs_are_mean_plus_and_minus(tiny: Build) -> None:
     policy = learner(tiny, "flow", objective)
     noise = shifted(policy.trained)  # type: ignore[arg-type]
     _, table = rolled(objective, policy, step=3)
-    z, (mean, log_std) = table.tensor("noise"), noise(table.tensor("index"))
+    z, (mean, log_std) = table.noise, noise(table.index)
     for k in range(0, 8, 2):
         eps = torch.randn(SHAPE, generator=rng.generator(0, "initial", 3, k))
         torch.testing.assert_close(z[k], mean[k] + log_std[k].exp() * eps)
         torch.testing.assert_close(z[k + 1], mean[k] - log_std[k].exp() * eps)
     own = FIND(Sampler(2, 1.0), 4, antithetic=False)
-    free = rolled(own, policy, step=3)[1].tensor("noise")
+    free = rolled(own, policy, step=3)[1].noise
     assert not torch.allclose(free[0] + free[1], 2 * mean[0])
 
 
@@ -367,17 +369,19 @@ def test_rewards_stay_with_their_noise(tiny: Build, kind: str) -> None:
         ctx = Context(policy, 0, step, range(8), bright())
         with torch.no_grad():
             table = objective.rollout(ctx, prompted(policy, 2, first))
-    index, made, z = table.tensor("index"), table.tensor("rollout"), table.tensor("noise")
+    index, made, z = table.index, table.rollout, table.noise
     # rollouts were of prompts 0 and 1, 1 and 2, 0 and 1; the last one takes in the rows of prompts 0 and 1 before it
     kept = sorted(zip(index.tolist(), made.tolist(), strict=True))
     assert kept == sorted([(0, 0)] * 4 + [(0, 2)] * 4 + [(1, 0)] * 2 + [(1, 1)] * 4 + [(1, 2)] * 4)
     torch.testing.assert_close(
-        table.tensor("reward"), seen(policy, sampler, [TEXTS[k] for k in index.tolist()], z), atol=1e-5, rtol=1e-4
+        table.reward, seen(policy, sampler, [TEXTS[k] for k in index.tolist()], z), atol=1e-5, rtol=1e-4
     )
     for row in range(len(table)):
         mean, log_std = (part[index[row]][None] for part in then)
-        assert table.tensor("log_prob")[row].item() == pytest.approx(log_prob(z[row][None], mean, log_std).item())
-    held = zip(objective.memory["index"].tolist(), objective.memory["rollout"].tolist(), strict=True)
+        assert table.log_prob[row].item() == pytest.approx(log_prob(z[row][None], mean, log_std).item())
+    memory = objective.memory.samples
+    assert memory is not None
+    held = zip(memory.index.tolist(), memory.rollout.tolist(), strict=True)
     assert sorted(held) == sorted([(0, 0)] * 2 + [(0, 2)] * 4 + [(1, 1)] * 2 + [(1, 2)] * 4 + [(2, 1)] * 4)
     assert objective.loss(ctx, table)[1]["approx_kl"] < 1e-9
 
@@ -389,18 +393,17 @@ def test_replay_of_the_best() -> None:
     index = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     for step in range(3):
         number = 8 * step + torch.arange(8)
-        rows = objective._recall({"index": index, "reward": reward + (step == 1) * 0.5, "number": number})
-    assert sorted(objective.memory["number"].tolist()) == [1, 4, 9, 12]  # and not 17 and 20, as good as 1 and 4
-    assert sorted(rows["number"].tolist()) == [1, 4, 9, 12, *range(16, 24)]
+        rows = objective.memory.recall(NoiseSamples(index, torch.zeros(8, 1), reward + (step == 1) * 0.5, number))
+    assert objective.memory.samples is not None
+    assert sorted(objective.memory.samples.rollout.tolist()) == [1, 4, 9, 12]  # and not 17 and 20, as good as 1 and 4
+    assert sorted(rows.rollout.tolist()) == [1, 4, 9, 12, *range(16, 24)]
 
 
 def test_leave_one_out_advantages(tiny: Build) -> None:
     """Against a plain loop; they sum to 0 in every prompt, and a prompt of equal rewards has none."""
-    objective = FIND(Sampler(1, 1.0), 4)
     reward = torch.tensor([1.0, 2.0, 4.0, 0.5, 3.0, -1.0, 7.0, 7.0])
     index = torch.tensor([2, 2, 2, 0, 0, 0, 1, 1])
-    ctx: Any = None
-    found = objective.advantages(ctx, {"reward": reward, "index": index}, ctx)
+    found = calibrated_advantages(reward, index)
     for k in range(8):
         mine = [float(reward[j]) for j in range(8) if index[j] == index[k]]
         others = [float(reward[j]) for j in range(8) if index[j] == index[k] and j != k]
@@ -437,7 +440,7 @@ def test_every_prompt_moves_its_own_distribution_only(tiny: Build, calibration: 
 def test_a_rollout_costs_what_the_plan_says_and_training_nothing(tiny: Build, kind: str, guidance_scale: float) -> None:
     objective = FIND(Sampler(3, guidance_scale, batch_size=5), 4)
     policy = learner(tiny, kind, objective)
-    plan, heard = objective.plan(policy.family, None), Heard(policy)
+    plan, heard = objective.cost(policy.family, None), Heard(policy)
     assert policy.family.uncond is not None
     ctx, table = rolled(objective, policy)
     objective.loss(ctx, table)[0].backward()
@@ -458,7 +461,7 @@ def test_best_so_far_never_forgets(tiny: Build) -> None:
         ctx = Context(policy, 0, step, range(8), bright())
         with torch.no_grad():
             table = objective.rollout(ctx, prompted(policy, 2, first))
-        for number, reward in zip(table.tensor("index").tolist(), table.tensor("reward").tolist(), strict=True):
+        for number, reward in zip(table.index.tolist(), table.reward.tolist(), strict=True):
             best[number] = max(reward, best.get(number, -math.inf))
         assert table.metrics["best_so_far"] == pytest.approx(sum(best.values()) / len(best))
         assert table.metrics["noise_norm"] == pytest.approx(1, abs=0.1)
@@ -488,9 +491,9 @@ def test_value_calibration_is_against_what_was_expected(tiny: Build) -> None:
         ctx = Context(policy, 0, step, range(8), bright())
         with torch.no_grad():
             table = objective.rollout(ctx, prompted(policy))
-        reward, index = table.tensor("reward"), table.tensor("index")
+        reward, index = table.reward, table.index
         scale = torch.tensor([reward[index == k].std(correction=0) for k in (0, 1)])[index]
-        expected = reward - table.tensor("advantage") * (scale + 1e-4)
+        expected = reward - table.advantage * (scale + 1e-4)
         assert all(len(expected[index == k].round(decimals=5).unique()) == 1 for k in (0, 1))
         gaps.append((expected - reward).abs().mean().item())
     assert expected[index == 0][0] != pytest.approx(expected[index == 1][0].item(), abs=1e-6)
@@ -719,4 +722,4 @@ def test_mistakes_are_one_clear_line(
 def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FIND(**arguments)
-    assert FIND(images_per_prompt=3, antithetic=False).group == 3
+    assert FIND(images_per_prompt=3, antithetic=False).needs.group_size == 3

@@ -25,9 +25,7 @@ from torch import Tensor
 from align import families, rollout, train
 from align.common.errors import DataError, UserError
 from align.data.annotations import LabelledRollout
-from align.data.trajectories import TrajectoryBatch
 from align.diffusion.kernels import DDIM
-from align.families import Conditioning
 from align.objectives import Context
 from align.objectives.online.replay import log_probs
 from align.policy.policy import LoRA, Policy
@@ -233,10 +231,10 @@ def test_log_probs_replay(tiny_folders: dict[str, Path], tmp_path: Path, kind: s
     ctx = Context(Policy(family, LoRA(2)), 0, 0, range(2 * K))
     sampler = Sampler(**SAMPLER)
     batch.require(sampler, family)
-    stored = batch.columns["log_probs"]
+    stored = batch.trajectories.log_probs
     assert isinstance(stored, Tensor)
-    assert torch.equal(log_probs(ctx, sampler, batch.columns, 1), stored)
-    again = log_probs(ctx, sampler, batch.columns, 2 * K * T)
+    assert torch.equal(log_probs(ctx, sampler, batch.trajectories, 1), stored)
+    again = log_probs(ctx, sampler, batch.trajectories, 2 * K * T)
     torch.testing.assert_close((again - stored).exp(), torch.ones_like(stored), atol=1e-5, rtol=0)
 
 
@@ -471,8 +469,7 @@ def test_a_batch_holds_each_trajectory_once(
         assert numbers == sorted({number for index in indices for number in EXPECTED[index]})
         assert [tuple(numbers[row] for row in pair) for pair in batch.pairs.tolist()] == [EXPECTED[k] for k in indices]
         assert batch.ids == list(indices)
-        latents, prompt, cond = (batch.columns[name] for name in ("latents", "prompt", "cond"))
-        assert isinstance(latents, Tensor) and isinstance(prompt, Tensor) and isinstance(cond, Conditioning)
+        latents, prompt, cond = (getattr(batch.trajectories, name) for name in ("latents", "prompt_index", "cond"))
         assert latents.shape == (len(numbers), T + 1, 4, 8, 8)
         for row, number in enumerate(numbers):
             stored = load_file(round1 / f"trajectories-{number // (2 * K):05d}.safetensors")["latents"]
@@ -687,10 +684,10 @@ def test_the_stored_log_probs_are_those_of_the_tuned_weights(
     assert rollout.main(settings(pipeline, tmp_path / "tuned", weights=str(tmp_path / "run"))) == 0
     family = families.load(str(pipeline))
     batch = LabelledRollout(str(tmp_path / "tuned"), labels).prepare(family).batch(range(9))
-    stored = batch.columns["log_probs"]
-    assert isinstance(stored, Tensor) and isinstance(batch, TrajectoryBatch)
+    stored = batch.trajectories.log_probs
+    assert stored is not None
     ctx = Context(Policy(family, LoRA(2), initial=tmp_path / "run"), 0, 0, range(9))
-    again = log_probs(ctx, Sampler(**SAMPLER), batch.columns, 8)
+    again = log_probs(ctx, Sampler(**SAMPLER), batch.trajectories, 8)
     torch.testing.assert_close((again - stored).exp(), torch.ones_like(stored), atol=1e-5, rtol=0)
-    base = log_probs(ctx, Sampler(**SAMPLER), batch.columns, 8, reference=True)
+    base = log_probs(ctx, Sampler(**SAMPLER), batch.trajectories, 8, reference=True)
     assert not torch.allclose(base, stored, atol=1e-4)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from align.objectives.nft import NFT
-from align.objectives.rows import Rows
 from align.policy.policy import LoRA, Policy
 from align.sampling.loop import sample
 from align.sampling.sampler import Sampler
@@ -28,9 +26,9 @@ def test_loss_is_the_papers(tiny: Build, kind: str, beta: float) -> None:
     disturb(policy, 0.2)  # the weights have gone on since the rollout
     loss, metrics = objective.loss(ctx, table)
     with torch.no_grad():
-        new, clean = objective._answer(ctx, table)
-    v = new.target(**clean).double()
-    old, theta, r = table.tensor("old").double(), new.raw.double(), table.tensor("good").double()
+        new, x0, eps = objective._predict(ctx, table)
+    v = new.target(x0, eps).double()
+    old, theta, r = table.old.double(), new.raw.double(), table.good[table.image].double()
     plus, minus = (1 - beta) * old + beta * theta, (1 + beta) * old - beta * theta
     wanted = r * (plus - v).square().mean((1, 2, 3)) + (1 - r) * (minus - v).square().mean((1, 2, 3))
     assert loss.item() == pytest.approx(wanted.mean().item(), rel=1e-5)
@@ -42,9 +40,9 @@ def test_gradient_before_the_first_update_is_weighted_denoising(tiny: Build) -> 
     policy, objective = moved(tiny, "flow"), made(beta=0.5)
     ctx, table = rolled(objective, policy)
     found = gradients(policy, objective.loss(ctx, table)[0])
-    new, clean = objective._answer(ctx, table)
-    error = (new.raw - new.target(**clean)).square().mean((1, 2, 3))
-    wanted = gradients(policy, (0.5 * (2 * table.tensor("good") - 1) * error).mean())
+    new, x0, eps = objective._predict(ctx, table)
+    error = (new.raw - new.target(x0, eps)).square().mean((1, 2, 3))
+    wanted = gradients(policy, (0.5 * (2 * table.good[table.image] - 1) * error).mean())
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
     assert wanted.norm() > 1e-4
 
@@ -53,8 +51,7 @@ def test_rewards_become_shares_of_good(tiny: Build) -> None:
     policy = moved(tiny, "flow")
     for cut in (1.0, 3.0):
         _, table = rolled(made(adv_clip_max=cut), policy)
-        good, x0 = table.images["good"], table.images["x0"]
-        assert isinstance(good, Tensor) and isinstance(x0, Tensor)
+        good, x0 = table.good, table.x0
         with torch.no_grad():
             scores = bright().score(policy.family.to_image(x0), ["x"] * 8)["bright"].view(2, 4).double()
         centred = scores - scores.mean(1, keepdim=True)
@@ -67,7 +64,7 @@ def test_evaluations_are_the_plans(tiny: Build, kind: str) -> None:
     policy, objective = moved(tiny, kind), NFT(Sampler(3, guidance_scale=2.0), images_per_prompt=4, draws_per_image=2)
     heard = Heard(policy)
     ctx, table = rolled(objective, policy)
-    plan = objective.plan(policy.family, None)
+    plan = objective.cost(policy.family, None)
     assert heard.rows(trained=False) == plan.frozen * 8 == (3 * 2 + 2) * 8
     objective.loss(ctx, table)
     assert heard.rows(trained=True) == plan.trained * 8 == len(table)
@@ -80,7 +77,7 @@ def test_average_draws_and_answers_by_the_moving_average(tiny: Build) -> None:
     _, table = rolled(objective, policy)
     plain = Policy(tiny("flow"), LoRA(2))
     _, fresh = rolled(made(), plain)
-    torch.testing.assert_close(table.tensor("old"), fresh.tensor("old"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(table.old, fresh.old, rtol=1e-4, atol=1e-5)
 
 
 def test_a_brighter_policy_after_some_updates(tiny: Build) -> None:
@@ -99,7 +96,7 @@ def test_a_brighter_policy_after_some_updates(tiny: Build) -> None:
     for step in range(16):
         ctx, table = rolled(objective, policy, step=step)
         adam.zero_grad()
-        objective.loss(ctx, Rows(table.rows, table.images, table.image))[0].backward()
+        objective.loss(ctx, table)[0].backward()
         adam.step()
     assert brightness() > before + 0.01
 

@@ -19,7 +19,7 @@ from align.families import LORA_FILE
 from align.objectives import Context
 from align.objectives.b2_diffurl import B2DiffuRL
 from align.objectives.d3po import D3PO
-from align.objectives.online.collect import draw
+from align.objectives.online.collect import collect
 from align.objectives.online.rewards import RewardSetting, Scorer
 from align.objectives.policy_gradient import PolicyGradient
 from align.policy.policy import LoRA, Policy
@@ -378,7 +378,7 @@ def test_scoring_goes_on_beside_the_sampler_and_keeps_its_order(tiny: Build) -> 
     policy.denoiser.register_forward_pre_hook(lambda module, args: reward.asked.set())
     ctx = Context(policy, 0, 0, range(6), Scorer({"waits": reward}, {"waits": 1.0}))
     with torch.no_grad():
-        rollout = draw(ctx, Sampler(3, 1.0, batch_size=1), prompted(policy), 3, range(3))
+        rollout = collect(ctx, Sampler(3, 1.0, batch_size=1), prompted(policy), 3, range(3))
     assert reward.overlapped == [True]
     assert len(reward.threads) == 1 and threading.current_thread().name not in reward.threads
     assert rollout.scores["waits"].tolist() == [0, 1, 2, 3, 4, 5]
@@ -433,6 +433,6 @@ def test_only_the_first_update_of_a_rollout_is_checked(config: dict[str, Any], m
 
 
 def test_full_finetuning_keeps_no_copy_where_nothing_asks_for_it(tiny: Build) -> None:
-    assert Policy(tiny("epsilon"), None, PolicyGradient().needs_reference).weights.frozen is None
-    assert Policy(tiny("epsilon"), LoRA(2), D3PO().needs_reference).weights.frozen is None
-    assert Policy(tiny("epsilon"), None, D3PO().needs_reference).weights.frozen is not None
+    assert Policy(tiny("epsilon"), None, PolicyGradient().needs.reference).weights.frozen is None
+    assert Policy(tiny("epsilon"), LoRA(2), D3PO().needs.reference).weights.frozen is None
+    assert Policy(tiny("epsilon"), None, D3PO().needs.reference).weights.frozen is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from align.diffusion.kernels import DDIM, FlowSDE, Kernel
 from align.diffusion.process import Grid, Prediction
 from align.families import LORA_FILE, Conditioning, Family
 from align.objectives import Context
-from align.objectives.opd import OPD, Form, Normalize, divergence
-from align.objectives.rows import Rows
+from align.objectives.losses import Form, Normalize, divergence
+from align.objectives.opd import OPD, OPDRows
 from align.objectives.teachers import LoRATeacher, PipelineTeacher, Teacher, average
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler
@@ -93,7 +93,7 @@ def experts(school: Path, guidance_scale: float | None = None) -> list[Teacher]:
 
 def student(tiny: Build, kind: str, objective: OPD, lora: LoRA | None = LoRA(2), moved: int = 0, **more: Any) -> Policy:
     torch.manual_seed(0)
-    policy = Policy(tiny(kind), lora, objective.needs_reference, **more)
+    policy = Policy(tiny(kind), lora, objective.needs.reference, **more)
     if moved:
         move(policy, moved, 0.05)
     objective.prepare(policy, None)
@@ -105,15 +105,15 @@ def tasked(family: Family, count: int = 2) -> PromptBatch:
     return TaskSet(family, rows).batch([k // 2 for k in range(count)])
 
 
-def taught(objective: OPD, policy: Policy, prompts: int = 2) -> tuple[Context, Rows]:
+def taught(objective: OPD, policy: Policy, prompts: int = 2) -> tuple[Context, OPDRows]:
     """A rollout as the loop asks for it."""
-    ctx = Context(policy, 0, 0, range(prompts * objective.group))
+    ctx = Context(policy, 0, 0, range(prompts * objective.needs.group_size))
     with torch.no_grad():
         return ctx, objective.rollout(ctx, tasked(policy.family, prompts))
 
 
-def column(table: Rows, name: str) -> Tensor:
-    found = table.images[name]
+def column(table: OPDRows, name: str) -> Tensor:
+    found = getattr(table.trajectories if name == "latents" else table, name)
     assert isinstance(found, Tensor)
     return found
 
@@ -190,13 +190,13 @@ def test_i1_a_student_that_is_its_teacher_has_nothing_to_learn(
     objective = OPD([LoRATeacher(path=path)], Sampler(3, 2.0), form=form, skip_last=False)
     policy = student(tiny, kind, objective, initial=path)
     ctx, table = taught(objective, policy)
-    far = dict(table.images) | {"target": column(table, "target") + 0.1}
-    assert sorted(table.tensor("step").tolist()) == [0, 0, 1, 1, 2, 2]
+    far = column(table, "target") + 0.1
+    assert sorted(table.step.tolist()) == [0, 0, 1, 1, 2, 2]
     for normalize in NORMALISE:
         objective.normalize = normalize  # type: ignore[assignment]
         for row in list(table.chunks(1))[:3]:
             loss, metrics = objective.loss(ctx, row)
-            away, _ = objective.loss(ctx, Rows(row.rows, far, row.image))
+            away, _ = objective.loss(ctx, replace(row, target=far))
             assert loss.item() == metrics["divergence"].item() < 1e-7 * away.item()
             if normalize == "paper":
                 continue  # "code" but for a factor
@@ -244,10 +244,10 @@ def test_i4_the_policy_gradient_of_a_policy_averages_to_the_closed_form(tiny: Bu
     objective.normalize = "paper"
     policy = student(tiny, "flow", objective, moved=2)
     ctx, table = taught(objective, policy)
-    (row,) = (chunk for chunk in table.chunks(1) if (chunk.image == 1).all() and (chunk.tensor("step") == 1).all())
+    (row,) = (chunk for chunk in table.chunks(1) if (chunk.image == 1).all() and (chunk.step == 1).all())
     closed = gradients(policy, objective.loss(ctx, row)[0])
     grid, cond = policy.family.grid(3), column(table, "latents")[1:2, 1]
-    bound = table.cond().take(row.tensor("prompt") * 2)  # row 2 of the four is the first of picture 1
+    bound = row.trajectories.cond_of(row.image)
     mine = policy.predict(cond, grid.t[1:2], bound, 1.0)
     kernel = objective.sampler.kernel_of(policy.family)
     theirs = kernel(
@@ -337,7 +337,7 @@ def test_i5_states_are_given(tiny: Build, form: Form, schools: dict[str, Path]) 
     for name in ("latents", "target"):
         assert not column(table, name).requires_grad and column(table, name).dtype == torch.float32
     heard = Heard(policy)
-    last = next(row for row in table.chunks(1) if row.tensor("step").item() == 1)
+    last = next(row for row in table.chunks(1) if row.step.item() == 1)
     objective.loss(ctx, last)[0].backward()
     assert heard.rows(True) == 1 and heard.rows(False) == 0
     assert heard.times(True) == {policy.family.grid(3).t[1].item()}
@@ -419,7 +419,7 @@ def test_guided_to_conditional(tiny: Build, schools: dict[str, Path]) -> None:
         guided, plain = teacher.predict(x, t, cond, 4.0).raw, policy.predict(x, t, cond, 1.0).raw
     torch.testing.assert_close(column(table, "target")[:1, 0], guided, atol=1e-4, rtol=1e-4)
     objective.normalize = "velocity"
-    first = Rows({"step": torch.tensor([0])}, table.images, torch.tensor([0]))
+    first = table.take(torch.tensor([0]))
     expected = (plain - guided).square().mean().item()
     assert objective.loss(ctx, first)[0].item() == pytest.approx(expected, rel=1e-3)
 
@@ -441,7 +441,7 @@ def test_a_rollout_costs_what_the_plan_says(
     objective = OPD(experts(schools["flow"], theirs), Sampler(3, guidance_scale), images_per_prompt=2, **arguments)
     policy = student(tiny, "flow", objective)
     assert policy.family.uncond is not None
-    heard, plan = Heard(policy), objective.plan(policy.family, None)
+    heard, plan = Heard(policy), objective.cost(policy.family, None)
     ctx, table = taught(objective, policy)
     assert len(table) == plan.rows * 4  # type: ignore[operator]
     objective.loss(ctx, table)[0].backward()
@@ -473,7 +473,7 @@ def test_anchor_step_weights_and_the_last_step(tiny: Build, schools: dict[str, P
     assert metrics["from_base"].item() == pytest.approx(away, rel=1e-3) and away > 0
     whole = OPD(objective.teachers, skip_last=False, **arguments)
     assert (whole.trained_steps, objective.trained_steps) == (3, 2)
-    assert sorted(set(taught(whole, policy)[1].tensor("step").tolist())) == [0, 1, 2]
+    assert sorted(set(taught(whole, policy)[1].step.tolist())) == [0, 1, 2]
     anchored = student(tiny, "flow", OPD(experts(schools["flow"]), anchor=0.25, **arguments))
     ctx, table = taught(objective, anchored)
     assert objective.loss(ctx, table)[1]["from_base"] < 1e-10  # at the base
@@ -591,7 +591,7 @@ def test_a_pipeline_teaches(
     policy = student(tiny, "epsilon", objective, lora, moved=3)
     frozen = everything(teacher.family)
     ctx, table = taught(objective, policy)
-    assert policy.evaluations["frozen"] == 2 * objective.plan(policy.family, None).frozen
+    assert policy.evaluations["frozen"] == 2 * objective.cost(policy.family, None).frozen
     x, t = column(table, "latents")[:, 1], policy.family.grid(3).t[1].expand(2)
     tuned = families.tuned(tiny("epsilon"), str(run))
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +19,10 @@ from align.objectives.online import advantages
 from align.objectives.online.advantages import PromptHistory
 from align.objectives.online.replay import log_probs, replay_step
 from align.objectives.online.rewards import RewardSetting, Scorer
-from align.objectives.policy_gradient import PolicyGradient
-from align.objectives.rows import Rows
+from align.objectives.policy_gradient import PolicyGradient, PolicyGradientRows
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler, SDEWindow
+from align.sampling.trajectory import Trajectories
 from tests.helpers import Bright, Fixed, Flat, Toy, gradients, moved, prompted, rolled
 from tests.pipelines import Build
 from tests.test_policy import disturb
@@ -157,7 +158,7 @@ def test_a_rollout_uses_the_advantage_it_is_told_to(tiny: Build, arguments: dict
     _, table = rolled(objective, policy, scorer=both)
     groups = torch.arange(6) // 3
     with torch.no_grad():
-        pictures = table.images["latents"][:, -1]
+        pictures = table.trajectories.latents[:, -1]
         seen = Bright().score(images=policy.family.to_image(pictures), prompts=[""] * 6).double()
     total = 2 * seen + 0.5
     expected = {
@@ -168,8 +169,7 @@ def test_a_rollout_uses_the_advantage_it_is_told_to(tiny: Build, arguments: dict
     if objective.rewards == "each":
         one = 2 * advantages.group_advantages(seen, groups, "group")
         expected = (one - one.mean()) / (one.std(correction=0) + 1e-4)
-    found = table.images["advantage"]
-    assert isinstance(found, Tensor)
+    found = table.advantage
     torch.testing.assert_close(found.double(), expected, atol=2e-3, rtol=2e-3)  # pixels are float32
     assert table.metrics["reward/total"] == pytest.approx(float(total.mean()), abs=1e-5)
     assert table.metrics["zero_std_share"] == 0
@@ -179,9 +179,8 @@ def test_advantages_are_cut(tiny: Build) -> None:
     found = []
     for limit in (5.0, 0.5):
         objective = PolicyGradient(Sampler(2, 1.0), 6, scale_rewards="group", adv_clip_max=limit)
-        found.append(rolled(objective, moved(tiny, "epsilon"), 1)[1].images["advantage"])
+        found.append(rolled(objective, moved(tiny, "epsilon"), 1)[1].advantage)
     whole, cut = found
-    assert isinstance(whole, Tensor) and isinstance(cut, Tensor)
     assert torch.equal(cut, whole.clamp(-0.5, 0.5))
     assert not torch.equal(cut, whole)
 
@@ -207,11 +206,11 @@ def test_what_is_only_watched_teaches_nothing(tiny: Build) -> None:
     policy, objective = moved(tiny, "epsilon"), PolicyGradient(Sampler(2, 1.0), 3)
     watched = Scorer({"bright": Bright(), "flat": Flat()}, {"bright": 0.0, "flat": 1.0})
     _, table = rolled(objective, policy, scorer=watched)
-    assert not table.images["advantage"].any()
+    assert not table.advantage.any()
     assert table.metrics["reward/bright"] > 0
     assert table.metrics["reward/total"] == 0.5
     each = PolicyGradient(Sampler(2, 1.0), 3, rewards="each")
-    assert not rolled(each, policy, scorer=watched)[1].images["advantage"].any()
+    assert not rolled(each, policy, scorer=watched)[1].advantage.any()
 
 
 # the loss
@@ -226,8 +225,8 @@ def test_r1_ratio_is_1_and_the_gradient_reinforces(tiny: Build, kind: str, guida
     assert abs(metrics["ratio_max"] - 1) < 1e-4
     assert metrics["clip_fraction"] == 0
     assert metrics["approx_kl"] < 1e-9
-    step, y = replay_step(ctx, objective.sampler, table.images, table.image, table.tensor("step"))
-    reinforce = -(table.tensor("advantage") * step.log_prob(y)).mean()
+    step, y = replay_step(ctx, objective.sampler, table.trajectories, table.image, table.step)
+    reinforce = -(table.advantage[table.image] * step.log_prob(y)).mean()
     torch.testing.assert_close(gradients(policy, loss), gradients(policy, reinforce), atol=1e-6, rtol=1e-3)
 
 
@@ -238,11 +237,10 @@ def test_the_gradient_at_ratio_1_by_finite_difference(tiny: Build, kind: str) ->
     ctx, table = rolled(objective, policy)
     policy.denoiser.double()
     policy.family._null = policy.family.uncond.to("cpu", torch.float64)
-    images: dict[str, Any] = {name: table.images[name] for name in ("prompt", "steps", "advantage")}
-    images |= {name: table.images[name].to(dtype=torch.float64) for name in ("latents", "advantage")}
-    images["cond"] = table.images["cond"].to("cpu", torch.float64)
-    images["log_probs"] = log_probs(ctx, objective.sampler, images, 32)
-    table = Rows(table.rows, images, table.image)
+    cond = table.trajectories.cond.to("cpu", torch.float64)
+    images = replace(table.trajectories, latents=table.trajectories.latents.double(), cond=cond)
+    images = replace(images, log_probs=log_probs(ctx, objective.sampler, images, 32))
+    table = replace(table, trajectories=images, advantage=table.advantage.double())
     parameters = policy.parameters()
     generator = torch.Generator().manual_seed(4)
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
@@ -256,19 +254,28 @@ def test_the_gradient_at_ratio_1_by_finite_difference(tiny: Build, kind: str) ->
         found = log_probs(ctx, objective.sampler, images, 32)
         for parameter, d in zip(parameters, direction, strict=True):
             parameter.data -= amount * d
-        return -float((images["advantage"][:, None] * found).mean())
+        return -float((table.advantage[:, None] * found).mean())
 
     numeric = (surrogate(1e-4) - surrogate(-1e-4)) / 2e-4  # the flow network's norms round to float32
     assert analytic == pytest.approx(numeric, rel=1e-3)
     assert abs(numeric) > 1e-5
 
 
-def toy_rows(toy: Toy, y: Tensor, advantage: Tensor, old: Tensor | None = None, **more: Any) -> Rows:
+def toy_rows(toy: Toy, y: Tensor, advantage: Tensor, old: Tensor | None = None) -> PolicyGradientRows:
     """One step that drew ``y`` (N, D) for advantages (N,)."""
-    columns = toy.columns(y) | {"advantage": advantage} | more
-    sampler = Sampler(1, 1.0, STEP)
-    found = log_probs(toy.context(len(y)), sampler, columns, len(y)) if old is None else old
-    return Rows({"step": torch.zeros(len(y), dtype=torch.long)}, columns | {"log_probs": found}, torch.arange(len(y)))
+    images, sampler = toy.trajectories(y), Sampler(1, 1.0, STEP)
+    found = log_probs(toy.context(len(y)), sampler, images, len(y)) if old is None else old
+    return one_step(replace(images, log_probs=found), advantage)
+
+
+def one_step(trajectories: Trajectories, advantage: Tensor) -> PolicyGradientRows:
+    count = len(advantage)
+    return PolicyGradientRows(
+        image=torch.arange(count),
+        step=torch.zeros(count, dtype=torch.long),
+        trajectories=trajectories,
+        advantage=advantage,
+    )
 
 
 STEP = Fixed(0.5)
@@ -293,8 +300,8 @@ def test_linear_gaussian_toy_climbs_the_reward() -> None:
 def test_clipping_acts_only_where_the_ratio_has_gone_far_enough(ratio: float, advantage: float) -> None:
     toy, objective = Toy(0.3), PolicyGradient(Sampler(1, 1.0, STEP), 2, clip_range=0.1)
     y = torch.tensor([[0.9, 0.1]], dtype=torch.float64)
-    now = toy_rows(toy, y, torch.zeros(1)).images["log_probs"]
-    assert isinstance(now, Tensor)
+    now = toy_rows(toy, y, torch.zeros(1)).trajectories.log_probs
+    assert now is not None
     rows = toy_rows(toy, y, torch.tensor([advantage], dtype=torch.float64), now - math.log(ratio))
     loss, metrics = objective.loss(toy.context(1), rows)
     (found,) = torch.autograd.grad(loss, toy.theta)
@@ -338,12 +345,9 @@ def test_guard_log_ratio_is_the_mean_of_delta_times_z() -> None:
     found = []
     for std in (0.05, 0.5):
         y = std * z  # the old mean is 0, the new one theta
-        columns = toy.columns(y) | {
-            "advantage": advantage,
-            "means": torch.zeros(count, 1, size, 1, 1, dtype=torch.float64),
-            "log_probs": torch.zeros(count, 1, dtype=torch.float64),
-        }
-        rows = Rows({"step": torch.zeros(count, dtype=torch.long)}, columns, torch.arange(count))
+        means = torch.zeros(count, 1, size, 1, 1, dtype=torch.float64)
+        kept = replace(toy.trajectories(y), means=means, log_probs=torch.zeros(count, 1, dtype=torch.float64))
+        rows = one_step(kept, advantage)
         sampler = Sampler(4, 1.0, Fixed(std))  # the toy's grid: |dt| is 1/4
         guarded = PolicyGradient(sampler, 2, step_normalisation="guard", clip_range=10.0)
         loss, metrics = guarded.loss(toy.context(count), rows)
@@ -371,7 +375,7 @@ def test_r5_exact_kl_and_flow_grpos(tiny: Build, kind: str) -> None:
     policy = moved(tiny, kind)
     ctx, table = rolled(PolicyGradient(Sampler(3, 1.0), 2), policy, 1)
     table = table.take(torch.tensor([1]))
-    where = ctx, Sampler(3, 1.0), table.images, table.image, table.tensor("step")
+    where = ctx, Sampler(3, 1.0), table.trajectories, table.image, table.step
     with torch.no_grad():
         now, _ = replay_step(*where)
         with policy.reference():
@@ -382,7 +386,7 @@ def test_r5_exact_kl_and_flow_grpos(tiny: Build, kind: str) -> None:
         losses = {}
         for beta in (1e-9, 0.7):
             objective = PolicyGradient(Sampler(3, 1.0), 2, beta=beta, kl=kl)
-            assert objective.needs_reference
+            assert objective.needs.reference
             losses[beta], metrics = objective.loss(ctx, table)
         measured[kl] = float(metrics["kl_reference"])
         assert (losses[0.7] - losses[1e-9]).item() == pytest.approx(0.7 * measured[kl], rel=1e-3, abs=1e-6)
@@ -404,8 +408,8 @@ def test_kl_pulls_back_to_the_reference() -> None:
 
 def test_full_finetuning_without_a_kl_needs_no_frozen_copy(tiny: Build) -> None:
     objective = PolicyGradient(Sampler(2, 1.0), 2)
-    assert not objective.needs_reference
-    policy = Policy(tiny("epsilon"), None, reference=objective.needs_reference)
+    assert not objective.needs.reference
+    policy = Policy(tiny("epsilon"), None, reference=objective.needs.reference)
     ctx, table = rolled(objective, policy, 1)
     objective.loss(ctx, table)[0].backward()
     assert policy.weights.frozen is None
@@ -423,9 +427,9 @@ def test_timestep_fraction(tiny: Build, steps: int, fraction: float, count: int)
             timestep_choice=choice,
         )
         _, table = rolled(objective, policy)
-        chosen = [table.rows["step"][table.image == k].tolist() for k in range(8)]
+        chosen = [table.step[table.image == k].tolist() for k in range(8)]
         assert all(len(set(mine)) == count and mine == sorted(mine) for mine in chosen)
-        assert objective.trained_steps == count == objective.plan(policy.family, None).rows
+        assert objective.trained_steps == count == objective.cost(policy.family, None).rows
         if choice == "first":
             assert chosen == [list(range(count))] * 8
         elif count < steps:
@@ -441,7 +445,7 @@ def test_random_steps_belong_to_the_picture(tiny: Build) -> None:
     second = type(ctx)(policy, 0, 0, range(2, 4), ctx.scorer, gather=lambda x: torch.cat([x, x]))
     with torch.no_grad():
         tail = objective.rollout(second, prompted(policy, 1, 1))
-    assert torch.equal(tail.tensor("step"), table.tensor("step")[4:])
+    assert torch.equal(tail.step, table.step[4:])
 
 
 # the self-check
@@ -491,6 +495,6 @@ def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any], message: st
 def test_the_plan_says_what_a_picture_costs(tiny: Build) -> None:
     family = tiny("epsilon")
     objective = PolicyGradient(Sampler(10, 5.0, DDIM(1.0)), 8, beta=0.1, timestep_fraction=0.5)
-    plan = objective.plan(family, None)
+    plan = objective.cost(family, None)
     assert (plan.rows, plan.trained, plan.frozen) == (5, 10, 30)
     assert "D=256" in plan.notes["clip range"] and "0.0256 nats" in plan.notes["clip range"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from align.families import LORA_FILE
 from align.objectives import Context
 from align.objectives.online.rewards import Scorer
 from align.objectives.reno import BestNoise, ReNO
-from align.objectives.rows import Rows
 from align.policy.initial_noise import NOISE_FILE, InitialNoise
 from align.policy.policy import Policy
 from align.sampling.generate import sample_images
@@ -93,7 +93,7 @@ def test_the_gradient_reaches_the_noise(
     for part in (family.denoiser, family.pipe.vae, noise):
         part.double()
     family._uncond = uncond
-    table = Rows(table.rows, {"cond": cond}, table.image)
+    table = replace(table, cond=cond)
     loss, _ = objective.loss(ctx, table)
     loss.backward()
     grad = noise.left["mean"].grad
@@ -199,7 +199,7 @@ def test_steps_raise_the_reward_and_the_first_is_what_it_started_from(tiny: Buil
 @pytest.mark.parametrize(("kind", "guidance_scale"), [("epsilon", 2.0), ("flow", 1.0)])
 def test_an_update_costs_what_the_plan_says(tiny: Build, kind: str, guidance_scale: float) -> None:
     policy, objective = learner(tiny, kind), ReNO(3, guidance_scale)
-    plan, heard = objective.plan(policy.family, None), Heard(policy)
+    plan, heard = objective.cost(policy.family, None), Heard(policy)
     assert policy.family.uncond is not None
     ctx, table = rolled(objective, policy)
     objective.loss(ctx, table)[0].backward()

@@ -13,7 +13,7 @@ from align.common.errors import UserError
 from align.diffusion.kernels import DDIM, FlowSDE, Kernel
 from align.diffusion.process import Grid
 from align.objectives import Context
-from align.objectives.online.collect import Rollout, draw, initial, noise_of
+from align.objectives.online.collect import Rollout, collect, initial_noise, noise_of
 from align.objectives.online.replay import log_probs, replay_step
 from align.objectives.online.rewards import Scorer
 from align.objectives.policy_gradient import PolicyGradient
@@ -32,11 +32,11 @@ def drawn(policy: Policy, sampler: Sampler, count: int = 6, group: int = 3, firs
     ctx = Context(policy, 0, 0, range(first, first + count), more.pop("scorer", bright()))
     batch = prompted(policy, (first + count - 1) // group - first // group + 1, first // group)
     with torch.no_grad():
-        return draw(ctx, sampler, batch, group, more.pop("keep", range(sampler.num_inference_steps)), **more)
+        return collect(ctx, sampler, batch, group, more.pop("keep", range(sampler.num_inference_steps)), **more)
 
 
 def latents(rollout: Rollout) -> Tensor:
-    found = rollout.columns["latents"]
+    found = rollout.trajectories.latents
     assert isinstance(found, Tensor)
     return found
 
@@ -52,10 +52,10 @@ def test_r1_replay_gives_the_stored_log_probs(tiny: Build, kind: str, kernel: Ke
     policy, sampler = moved(tiny, kind), Sampler(4, guidance_scale, kernel, batch_size=4)
     rollout = drawn(policy, sampler, means=True, keep=range(3))
     ctx = Context(policy, 0, 0, range(6))
-    stored = rollout.columns["log_probs"]
-    torch.testing.assert_close(log_probs(ctx, sampler, rollout.columns, 5), stored, atol=1e-5, rtol=1e-5)
-    again, y = replay_step(ctx, sampler, rollout.columns, torch.tensor([5, 0, 3]), torch.tensor([2, 0, 1]))
-    kept = rollout.columns["means"]
+    stored = rollout.trajectories.log_probs
+    torch.testing.assert_close(log_probs(ctx, sampler, rollout.trajectories, 5), stored, atol=1e-5, rtol=1e-5)
+    again, y = replay_step(ctx, sampler, rollout.trajectories, torch.tensor([5, 0, 3]), torch.tensor([2, 0, 1]))
+    kept = rollout.trajectories.means
     assert isinstance(kept, Tensor)
     torch.testing.assert_close(again.mean, kept[[5, 0, 3], [2, 0, 1]], atol=1e-5, rtol=1e-5)
     assert torch.equal(y, latents(rollout)[[5, 0, 3], [3, 1, 2]])
@@ -64,11 +64,11 @@ def test_r1_replay_gives_the_stored_log_probs(tiny: Build, kind: str, kernel: Ke
 def test_r1_fails_for_other_weights_guidance_or_reference(tiny: Build) -> None:
     policy, sampler = moved(tiny, "epsilon"), Sampler(3, 3.0)
     rollout, ctx = drawn(policy, sampler), Context(policy, 0, 0, range(6))
-    stored = rollout.columns["log_probs"]
+    stored = rollout.trajectories.log_probs
     assert isinstance(stored, Tensor)
     for other in (
-        log_probs(ctx, Sampler(3, 1.0), rollout.columns, 8),
-        log_probs(ctx, sampler, rollout.columns, 8, reference=True),
+        log_probs(ctx, Sampler(3, 1.0), rollout.trajectories, 8),
+        log_probs(ctx, sampler, rollout.trajectories, 8, reference=True),
     ):
         assert (other - stored).abs().max() > 1e-3
 
@@ -77,7 +77,7 @@ def test_r1_fails_for_other_weights_guidance_or_reference(tiny: Build) -> None:
 def test_r10_log_probs_do_not_depend_on_the_chunk(tiny: Build, kind: str) -> None:
     policy, sampler = moved(tiny, kind), Sampler(3, 3.0)
     rollout, ctx = drawn(policy, sampler), Context(policy, 0, 0, range(6))
-    one, eight = (log_probs(ctx, sampler, rollout.columns, chunk) for chunk in (1, 8))
+    one, eight = (log_probs(ctx, sampler, rollout.trajectories, chunk) for chunk in (1, 8))
     torch.testing.assert_close(one, eight, atol=1e-5, rtol=0)
 
 
@@ -107,14 +107,16 @@ def test_noise_belongs_to_picture_step_and_rollout(tiny: Build) -> None:
     """Bitwise, and no two of them alike."""
     policy = moved(tiny, "epsilon")
     ctx, half = Context(policy, 0, 5, range(4)), Context(policy, 0, 5, range(2, 4))
-    assert torch.equal(initial(ctx, ctx.sample_indices, SHAPE)[2:], initial(half, half.sample_indices, SHAPE))
+    assert torch.equal(
+        initial_noise(ctx, ctx.sample_indices, SHAPE)[2:], initial_noise(half, half.sample_indices, SHAPE)
+    )
     noise = noise_of(ctx, range(4), "step", SHAPE)
     assert torch.equal(noise(1)[2:], noise_of(half, range(2, 4), "step", SHAPE)(1))
     later = Context(policy, 0, 6, range(4))
     other = Context(policy, 1, 5, range(4))
     everything = torch.cat(
         [
-            initial(ctx, range(4), SHAPE),
+            initial_noise(ctx, range(4), SHAPE),
             noise(0),
             noise(1),
             noise_of(ctx, range(4), "prefix", SHAPE)(0),
@@ -147,7 +149,7 @@ def test_pictures_have_the_resolution_asked_for(tiny: Build) -> None:
 
     ctx = Context(policy, 0, 0, range(2), Scorer({"w": Watch()}, {"w": 1.0}), resolution=12)
     with torch.no_grad():
-        rollout = draw(ctx, Sampler(2, 1.0), prompted(policy, 1), 2, range(2))
+        rollout = collect(ctx, Sampler(2, 1.0), prompted(policy, 1), 2, range(2))
     assert sizes == [(2, 3, 12, 12)]
     assert latents(rollout).shape == (2, 3, 4, 6, 6)
 
@@ -221,9 +223,9 @@ def test_r9_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build,
         return grid.alpha[i + 1] * said.x0 + grid.sigma[i + 1] * said.eps
 
     kept = latents(rollout)
-    assert kept.shape[1] == 3 and rollout.columns["steps"].tolist() == [1, 2]
+    assert kept.shape[1] == 3 and rollout.trajectories.kept_steps.tolist() == [1, 2]
     with torch.no_grad():
-        before = deterministic(initial(ctx, range(6), SHAPE), 0)
+        before = deterministic(initial_noise(ctx, range(6), SHAPE), 0)
         torch.testing.assert_close(kept[:, 0], before, atol=1e-4, rtol=1e-4)
         after = family.to_image(deterministic(kept[:, 2], 3))
         inside = deterministic(kept[:, 0], 1)
@@ -265,7 +267,7 @@ def test_no_evaluation_more_than_the_method_needs(
     reference = trained_steps if beta else 0
     assert heard.rows(True) == pictures * trained_steps * each
     assert heard.rows(False) == pictures * (4 + reference) * each
-    plan = objective.plan(policy.family, None)
+    plan = objective.cost(policy.family, None)
     assert (plan.trained * pictures, plan.frozen * pictures) == (heard.rows(True), heard.rows(False))
     assert len(table) == pictures * plan.rows
 
@@ -311,9 +313,9 @@ def test_a_rollout_measures_its_diversity(tiny: Build) -> None:
     policy = Policy(tiny("epsilon"), LoRA(2))
     ctx = Context(policy, 0, 0, range(6), bright(), features=Alike())  # type: ignore[arg-type]
     with torch.no_grad():
-        rollout = draw(ctx, Sampler(2, 1.0), prompted(policy), 3, ())
+        rollout = collect(ctx, Sampler(2, 1.0), prompted(policy), 3, ())
     assert rollout.metrics["diversity/pixels"] > 0
     assert rollout.metrics["diversity/latents"] > 0
     assert rollout.metrics["diversity/features"] == 0
-    assert "latents" not in rollout.columns
+    assert not rollout.trajectories.latents.numel()
     assert "diversity/pixels" not in drawn(policy, Sampler(2, 1.0), 2, 1).metrics

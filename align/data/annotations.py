@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 from align.common.errors import DataError
 from align.data.dataset import Data
-from align.data.trajectories import Drawn, Record, RolloutFolder, TrajectoryBatch, TrajectoryPairs
+from align.data.trajectories import ManifestLine, RolloutFolder, RolloutRecord, TrajectoryBatch, TrajectoryPairs
 from align.families import Family
 from rewards.data.records import read_records
 
@@ -60,7 +60,7 @@ class Labels:
 class Reader:
     """Reads label files on the pictures of one rollout; whatever it refuses is a :class:`DataError`."""
 
-    def __init__(self, folder: RolloutFolder, record: Record, drawn: Sequence[Drawn]) -> None:
+    def __init__(self, folder: RolloutFolder, record: RolloutRecord, drawn: Sequence[ManifestLine]) -> None:
         self.folder, self.record, self.drawn = folder, record, drawn
         self.numbers = {
             name: number
@@ -197,7 +197,7 @@ class LabelledRollout(Data):
     def check(self) -> None:
         self.read()
 
-    def read(self) -> tuple[Record, list[Drawn], Labels]:
+    def read(self) -> tuple[RolloutRecord, list[ManifestLine], Labels]:
         """The rollout's record and manifest, and what the label files say; no trajectory is read yet.
 
         Raises :class:`DataError` where anything is missing, unknown, or does not fit the manifest.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from align.common.provenance import provenance
 from align.common.renames import upgrade
 from align.data.prompts import PromptSet
 from align.families import Family
-from align.families.family import Column
 from align.sampling.sampler import Sampler
+from align.sampling.trajectory import Trajectories
 from rewards.common.files import claim, sweep, write_text
 
 
 @dataclass(frozen=True)
-class Record:
-    """``rollout.json``: what the pictures depend on and how they are stored. ``digest`` is of the weights that drew."""
+class RolloutRecord:
+    """``rollout.json``: what the images depend on and how they are stored. ``digest`` is of the weights that drew."""
 
     model: str
     weights: str | None
@@ -52,8 +52,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A line of the manifest: the picture's file, its trajectory's name, and the shard and row where that lies."""
+class ManifestLine:
+    """A line of the manifest: the image's file, its trajectory's name, and the shard and row where that lies."""
 
     image: str
     trajectory: str
@@ -73,8 +73,8 @@ def describe(sampler: Sampler, family: Family) -> dict[str, Any]:
         "guidance_scale": sampler.guidance_scale_of(family),
         "kernel": named,
     }
-    found: dict[str, Any] = json.loads(json.dumps(plain, default=repr))
-    return found
+    description: dict[str, Any] = json.loads(json.dumps(plain, default=repr))
+    return description
 
 
 class RolloutFolder:
@@ -84,17 +84,17 @@ class RolloutFolder:
         self.path = path
         self.record_file, self.manifest = path / "rollout.json", path / "manifest.jsonl"
 
-    def record(self) -> Record:
+    def record(self) -> RolloutRecord:
         """Raises :class:`DataError` where there is none, or one that cannot be read."""
         if not self.record_file.is_file():
             raise DataError(f"no {self.record_file}; expected a folder that python -m align.rollout made")
         try:
             found = json.loads(self.record_file.read_text(encoding="utf-8"))
-            return Record(**upgrade({name: value for name, value in found.items() if name != "made_with"}))
+            return RolloutRecord(**upgrade({name: value for name, value in found.items() if name != "made_with"}))
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{self.record_file} is not as align.rollout wrote it ({error}); draw anew") from error
 
-    def start(self, record: Record) -> None:
+    def start(self, record: RolloutRecord) -> None:
         """Open the folder for writing; :class:`UserError` where it holds the rollout of other settings."""
         if self.record_file.is_file():
             there, here = asdict(self.record()), asdict(record)
@@ -110,14 +110,14 @@ class RolloutFolder:
         whole = asdict(record) | {"made_with": provenance()}
         write_text(self.record_file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
-    def drawn(self) -> list[Drawn]:
+    def manifest_lines(self) -> list[ManifestLine]:
         """The manifest's lines; none yet where a rollout has only begun. Raises :class:`DataError`."""
         if not self.manifest.is_file():
             return []
         found = []
         for line, text in enumerate(self.manifest.read_text(encoding="utf-8").strip().split("\n"), 1):
             try:
-                found.append(Drawn(**json.loads(text)))
+                found.append(ManifestLine(**json.loads(text)))
             except (ValueError, TypeError) as error:
                 raise DataError(f"{self.manifest}:{line} is not as align.rollout wrote it ({error})") from error
         return found
@@ -125,7 +125,7 @@ class RolloutFolder:
     def shard(self, number: int) -> Path:
         return self.path / f"trajectories-{number:05d}.safetensors"
 
-    def fault(self, record: Record, number: int) -> str | None:
+    def fault(self, record: RolloutRecord, number: int) -> str | None:
         """What is wrong with a shard, by its header; None where nothing is."""
         file, steps = self.shard(number), record.sampler["num_inference_steps"]
         if not file.is_file():
@@ -139,10 +139,10 @@ class RolloutFolder:
         expected = {"latents": (rows, steps + 1, *record.latent_shape), "log_probs": (rows, steps)}
         return f"{file} holds {found}, but {self.record_file.name} says {expected}" if found != expected else None
 
-    def finished(self, record: Record) -> dict[int, list[Drawn]]:
+    def finished(self, record: RolloutRecord) -> dict[int, list[ManifestLine]]:
         """The manifest lines of the shards of which every file is there."""
-        known: dict[int, list[Drawn]] = {}
-        for line in self.drawn():
+        known: dict[int, list[ManifestLine]] = {}
+        for line in self.manifest_lines():
             known.setdefault(line.shard, []).append(line)
         return {
             shard: lines
@@ -150,16 +150,16 @@ class RolloutFolder:
             if not self.fault(record, shard) and all((self.path / line.image).is_file() for line in lines)
         }
 
-    def read(self) -> tuple[Record, list[Drawn]]:
+    def read(self) -> tuple[RolloutRecord, list[ManifestLine]]:
         """A finished rollout, its files' headers checked; raises :class:`DataError` where it is not whole."""
-        record, drawn = self.record(), self.drawn()
+        record, lines = self.record(), self.manifest_lines()
         again = "run align.rollout with its settings again to draw what is missing"
-        if len(drawn) != record.images:
+        if len(lines) != record.images:
             raise DataError(
-                f"{self.manifest} lists {len(drawn)} pictures, but {record.prompts} prompts x "
+                f"{self.manifest} lists {len(lines)} pictures, but {record.prompts} prompts x "
                 f"{record.images_per_prompt} make {record.images}; {again}"
             )
-        for number, line in enumerate(drawn):
+        for number, line in enumerate(lines):
             prompt = number // record.images_per_prompt
             shard = prompt // record.prompts_per_shard
             place = (prompt, shard, number - shard * record.prompts_per_shard * record.images_per_prompt)
@@ -171,21 +171,28 @@ class RolloutFolder:
         for fault in (self.fault(record, number) for number in range(record.shards)):
             if fault:
                 raise DataError(f"{fault}; {again}")
-        return record, drawn
+        return record, lines
 
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """P pairs of stored trajectories: ``columns`` as :class:`Rollout` has them, each trajectory once;
-    ``pairs`` (P, 2) their rows there, winner first; ``names`` of the rows, unlike any other folder's; ``ids`` of the
-    pairs; and the ``record`` of the rollout in ``folder``."""
+    """P pairs of stored trajectories.
 
-    columns: Mapping[str, Column]
+    Attributes:
+        trajectories: M of them, each once, with all of their steps.
+        pairs: (P, 2) their rows there, winner first.
+        names: of the M trajectories, unlike any other folder's.
+        ids: of the pairs.
+        folder: where they were read from.
+        record: of the rollout in ``folder``.
+    """
+
+    trajectories: Trajectories
     pairs: Tensor
     names: list[str]
     ids: list[int]
     folder: Path
-    record: Record
+    record: RolloutRecord
 
     def require(self, sampler: Sampler, family: Family) -> None:
         """Raise :class:`UserError` unless ``sampler`` on ``family`` is what drew these trajectories: the same steps,
@@ -213,13 +220,13 @@ class TrajectoryPairs:
     def __init__(
         self,
         folder: RolloutFolder,
-        record: Record,
-        drawn: Sequence[Drawn],
+        record: RolloutRecord,
+        lines: Sequence[ManifestLine],
         pairs: Sequence[tuple[int, int]],
         family: Family,
     ) -> None:
-        self.folder, self.record, self.drawn, self.pairs, self.family = folder, record, drawn, pairs, family
-        texts = list(dict.fromkeys(line.prompt for line in drawn))
+        self.folder, self.record, self.lines, self.pairs, self.family = folder, record, lines, pairs, family
+        texts = list(dict.fromkeys(line.prompt for line in lines))
         self._place = {text: place for place, text in enumerate(texts)}
         self._prompts = PromptSet(family, [{"prompt": text} for text in texts], remember=len(texts))
         self._open: dict[int, dict[str, Tensor]] = {}
@@ -232,19 +239,21 @@ class TrajectoryPairs:
         family's device. Half-precision states come back as the numbers that were rounded to."""
         chosen = torch.tensor([self.pairs[index] for index in indices])
         needed, pairs = torch.unique(chosen, return_inverse=True)
-        lines = [self.drawn[number] for number in needed.tolist()]
+        lines = [self.lines[number] for number in needed.tolist()]
         texts = list(dict.fromkeys(line.prompt for line in lines))
-        columns: dict[str, Column] = {
-            name: torch.stack([self._shard(line.shard)[name][line.row] for line in lines]).float()
-            for name in ("latents", "log_probs")
-        }
-        columns |= {
-            "steps": torch.arange(self.record.sampler["num_inference_steps"]),
-            "prompt": torch.tensor([texts.index(line.prompt) for line in lines]),
-            "cond": self._prompts.batch([self._place[text] for text in texts]).cond.to(self.family.device),
-        }
+        trajectories = Trajectories(
+            latents=self._stored("latents", lines),
+            kept_steps=torch.arange(self.record.sampler["num_inference_steps"]),
+            prompt_index=torch.tensor([texts.index(line.prompt) for line in lines]),
+            cond=self._prompts.batch([self._place[text] for text in texts]).cond.to(self.family.device),
+            log_probs=self._stored("log_probs", lines),
+        )
         names = [f"{self.folder.path}/{line.trajectory}" for line in lines]
-        return TrajectoryBatch(columns, pairs, names, list(indices), self.folder.path, self.record)
+        return TrajectoryBatch(trajectories, pairs, names, list(indices), self.folder.path, self.record)
+
+    def _stored(self, name: str, lines: Sequence[ManifestLine]) -> Tensor:
+        """The tensor ``name`` of the trajectories of ``lines``, in float32."""
+        return torch.stack([self._shard(line.shard)[name][line.row] for line in lines]).float()
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._open:

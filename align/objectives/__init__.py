@@ -5,7 +5,7 @@ from align.objectives.d3po import D3PO
 from align.objectives.dpo import DPO
 from align.objectives.find import FIND
 from align.objectives.nft import NFT
-from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.objective import Context, Cost, Metrics, Needs, Objective
 from align.objectives.opd import OPD
 from align.objectives.policy_gradient import PolicyGradient
 from align.objectives.reno import ReNO
@@ -18,9 +18,10 @@ __all__ = [
     "OPD",
     "B2DiffuRL",
     "Context",
+    "Cost",
     "Metrics",
+    "Needs",
     "Objective",
-    "Plan",
     "PolicyGradient",
     "ReNO",
 ]

@@ -12,18 +12,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from align.common import rng
 from align.data.preferences import PairBatch
-from align.diffusion.process import Prediction, Reduction, add_noise, append_dims, reduce_dims, upcast
+from align.diffusion.process import Reduction, add_noise
 from align.families import Conditioning, Family
-from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.objectives.losses import PreferenceLoss, TargetSpace, denoising_error, preference_loss
+from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Reference
 from align.objectives.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPORows(Rows):
+    """R pairs: their latents (R, 2, C, h, w), winner first, their captions, and the noise and time of both members."""
+
+    latents: Tensor
+    cond: Conditioning
+    eps: Tensor  # (R, C, h, w)
+    t: Tensor  # (R,)
 
 
 @dataclass
@@ -39,17 +48,17 @@ class DPO(Objective):
         label_smoothing: the share of labels taken to be wrong (cDPO); ``sigmoid`` only.
         sft_weight: weight of the winner's own denoising loss, against both errors rising together.
         proportion_empty_prompts: the share of pairs trained on the empty prompt (official: 0.2).
+        reference: ``base``, or ``start``, the ``initial_weights`` of this run.
     """
 
     beta: float = 2000.0
     reduction: Reduction = "mean"
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    target_space: Literal["native", "epsilon"] = "native"
+    loss_type: PreferenceLoss = "sigmoid"
+    target_space: TargetSpace = "native"
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
     proportion_empty_prompts: float = 0.2
-
-    batch_types: ClassVar[tuple[type, ...]] = (PairBatch,)
+    reference: Reference = "base"
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -61,27 +70,27 @@ class DPO(Objective):
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(f"proportion_empty_prompts must be a share, got {self.proportion_empty_prompts}")
 
-    def plan(self, family: Family, resolution: int | None) -> Plan:
+    @property
+    def needs(self) -> Needs:
+        return Needs((PairBatch,))
+
+    def cost(self, family: Family, resolution: int | None) -> Cost:
         size = math.prod(family.latent_shape(resolution))
         other, value = ("sum", self.beta / size) if self.reduction == "mean" else ("mean", self.beta * size)
-        return Plan(2, 2, notes={"beta": f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"})
+        return Cost(2, 2, notes={"beta": f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"})
 
-    def rollout(self, ctx: Context, batch: PairBatch) -> Rows:
-        """One row a pair: its two latents, its caption, and the noise and time that both members share."""
-        family = ctx.policy.family
-        generators = ctx.generators("dpo")
-        empty = rng.uniform(generators) < self.proportion_empty_prompts
-        cond = family.drop_prompts(batch.cond, empty)
-        t = family.sample_timesteps(rng.uniform(generators))
-        eps = rng.normal(tuple(batch.latents.shape[2:]), generators)
+    def rollout(self, ctx: Context, batch: PairBatch) -> DPORows:
+        family, generators = ctx.policy.family, ctx.generators("dpo")
+        cond = family.drop_prompts(batch.cond, rng.uniform(generators) < self.proportion_empty_prompts)
+        t = family.sample_timesteps(rng.uniform(generators)).to(family.device)
         latents = batch.latents.to(family.device).float()
-        rows = {"t": t.to(family.device), "eps": eps.to(family.device)}
-        return Rows(rows, {"latents": latents, "cond": cond}, torch.arange(len(t)))
+        eps = rng.normal(tuple(latents.shape[2:]), generators).to(family.device)
+        return DPORows(image=torch.arange(len(t)), latents=latents, cond=cond, eps=eps, t=t)
 
-    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: DPORows) -> tuple[Tensor, Metrics]:
         winner, loser, error = self.deltas(ctx, rows)
         logit = -0.5 * self.beta * (winner - loser)
-        loss = self.preference(logit).mean()
+        loss = preference_loss(logit, self.loss_type, self.beta, self.label_smoothing).mean()
         if self.sft_weight:
             loss = loss + self.sft_weight * error.mean()
         return loss, {
@@ -91,31 +100,11 @@ class DPO(Objective):
             "error_winner": error.mean().detach(),
         }
 
-    def deltas(self, ctx: Context, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """By how much the policy's error exceeds the reference's, on winners and on losers, and the policy's error
-        on winners; each (R,). The implicit reward is minus beta/2 times the excess. One forward of 2R rows each."""
-        x0 = torch.cat(rows.tensor("latents").unbind(1))
-        eps, t, cond = rows.tensor("eps").repeat(2, 1, 1, 1), rows.tensor("t").repeat(2), rows.cond()
-        x_t = add_noise(x0, eps, *ctx.policy.family.path(t))
-        both = Conditioning.cat([cond, cond])
+    def deltas(self, ctx: Context, rows: DPORows) -> tuple[Tensor, Tensor, Tensor]:
+        """(R,) each: l - l_ref of winners, of losers, and l of winners; the implicit reward is -beta/2 (l - l_ref)."""
+        x0, eps, t = torch.cat(rows.latents.unbind(1)), rows.eps.repeat(2, 1, 1, 1), rows.t.repeat(2)
+        x_t, cond = add_noise(x0, eps, *ctx.policy.family.path(t)), Conditioning.cat([rows.cond, rows.cond])
         with torch.no_grad(), ctx.policy.reference():
-            reference = self.error(ctx.policy.predict(x_t, t, both), x0, eps)
-        trained = self.error(ctx.policy.predict(x_t, t, both), x0, eps)
-        winner, loser = (trained - reference).chunk(2)
-        return winner, loser, trained[: len(winner)]
-
-    def error(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
-        """(R,) squared error of each row in the chosen space and reduction."""
-        gap = upcast(prediction.raw) - prediction.target(x0, eps)
-        if self.target_space == "epsilon" and prediction.prediction_type != "epsilon":
-            gap = append_dims(prediction.alpha, gap) * gap  # eps - eps_hat = alpha (v - v_hat), for v and flow alike
-        return reduce_dims(gap.square(), self.reduction)
-
-    def preference(self, logit: Tensor) -> Tensor:
-        """(R,) loss from (R,) ``-beta/2 * delta``, the implicit reward margin of winner over loser."""
-        if self.loss_type == "ipo":
-            return (logit / self.beta - 1 / (2 * self.beta)).square()
-        if self.loss_type == "hinge":
-            return F.relu(1 - logit)
-        smooth = self.label_smoothing
-        return -(1 - smooth) * F.logsigmoid(logit) - smooth * F.logsigmoid(-logit)
+            then = denoising_error(ctx.policy.predict(x_t, t, cond), x0, eps, self.target_space, self.reduction)
+        now = denoising_error(ctx.policy.predict(x_t, t, cond), x0, eps, self.target_space, self.reduction)
+        return (now - then)[: len(rows)], (now - then)[len(rows) :], now[: len(rows)]

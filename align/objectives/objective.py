@@ -1,8 +1,10 @@
 """What an objective is, and what it is given.
 
-An objective is a dataclass whose fields are its hyper-parameters, with ``rollout`` (make a table of rows, no gradient)
-and ``loss`` (one forward's worth of rows). Objectives do not inherit from one another and never ask which model they
-train. A third party's objective is one file of theirs, named by its import path in the config.
+An objective is a dataclass whose fields are its hyper-parameters. It says what it ``needs`` and what a sample costs
+(``cost``), makes rows without a gradient (``rollout``), and gives the ``loss`` of some of them. What only some
+objectives can do is a base class that they add: :class:`KeepsState`, :class:`TrainsModule`,
+:class:`ScalesLearningRates`, :class:`Prepares`. Objectives do not inherit from one another and never ask which model
+they train. A third party's objective is one file of theirs, named by its import path in the config.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from align.sampling.diversity import Features
 
 Metrics = dict[str, Tensor]
+Reference = Literal["base", "start"]  # the pipeline as it came, or with the weights that the run starts from
 
 
 @dataclass(frozen=True)
@@ -47,81 +50,119 @@ class Context:
     gather_text: Callable[[list[str]], list[str]] = lambda texts: texts
     on_policy: bool = False
     tolerance: float = 1e-3
-    features: Features | None = None  # of pictures, to measure their diversity by
+    features: Features | None = None  # of images, to measure their diversity by
     progress: Callable[[int], object] | None = None
-    resolution: int | None = None  # pixels a side of the pictures; None is the model's own
+    resolution: int | None = None  # pixels a side of the images; None is the model's own
+
+    @property
+    def rewards(self) -> Scorer:
+        """The scorer of a run that has rewards. Raises RuntimeError where there is none."""
+        if self.scorer is None:
+            raise RuntimeError("this objective learns from rewards, and the context has none")
+        return self.scorer
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One generator for each sample of the local batch, keyed by (seed, purpose, step, position)."""
         return [rng.generator(self.seed, purpose, self.step, position) for position in self.sample_indices]
 
+    def local(self, values: Tensor) -> Tensor:
+        """This process's part of ``values`` (N, ...), one for each sample of all processes."""
+        return values[self.sample_indices[0] : self.sample_indices[-1] + 1]
+
 
 @dataclass(frozen=True)
-class Plan:
-    """What one sample (a pair, a picture) costs and what a user should know; printed by ``--dry_run`` and at the
+class Needs:
+    """What an objective has to be given.
+
+    Attributes:
+        batch_types: the kinds of batch that ``rollout`` takes.
+        reference: whether :meth:`align.policy.policy.Policy.reference` will be used.
+        rewards: whether it learns, where it samples images, from their scores.
+        group_size: samples that are made of one item of the data: images of a prompt.
+        whole_groups: all images of a prompt have to be sampled by one process.
+        online: samples images of its own where the data is prompts.
+    """
+
+    batch_types: tuple[type, ...]
+    reference: bool = True
+    rewards: bool = False
+    group_size: int = 1
+    whole_groups: bool = False
+    online: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample (a pair, an image) costs and what a user should know; printed by ``--dry_run`` and at the
     start. ``rows`` is None where the rollout decides it."""
 
     trained: int  # network evaluations with a backward pass, per sample
     frozen: int  # network evaluations without one, per sample
-    rows: int | None = 1  # rows of the table, per sample
+    rows: int | None = 1  # rows to train on, per sample
     notes: Mapping[str, str] = field(default_factory=dict)
-    drawing: int = 0  # how many of ``frozen`` fall away where the data has pictures already
+    sampling: int = 0  # how many of ``frozen`` fall away where the data has images already
 
 
 class Objective(ABC):
-    """The interface of every file in this package. It carries no code but what an objective without a group and
-    without a memory would say."""
+    """The interface of every paper's file in this package."""
 
-    batch_types: ClassVar[tuple[type, ...]]
-    online: ClassVar[bool] = False  # draws pictures of its own
-    scored: ClassVar[bool] = True  # learns, if it draws pictures, from their scores
-    whole_groups: ClassVar[bool] = False  # all pictures of a prompt have to be drawn by one process
     around_packed: ClassVar[bool] = False  # without a LoRA, of a pipeline in 4 bit, trains what is not packed
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether :meth:`align.policy.policy.Policy.reference` will be used."""
-        return True
-
-    @property
-    def reference(self) -> str:
-        """What the reference is: ``base``, or ``start``, the weights that the run starts from."""
+    def reference(self) -> Reference:
+        """What the reference is; objectives that have one make it a setting."""
         return "base"
 
     @property
-    def group(self) -> int:
-        """Samples that are made of one item of the data: pictures of a prompt."""
-        return 1
-
-    def trains(self, family: Family, data: Data) -> Trained | None:
-        """What is trained in the denoiser's stead; None trains the denoiser."""
-        return None
-
-    def prepare(self, policy: Policy, scorer: Scorer | None) -> None:  # noqa: B027  most have nothing to do
-        """Called once, before a checkpoint is restored: to load what else the objective needs, or to refuse."""
-
-    def lr_scale(self, name: str) -> float:
-        """The factor of the learning rate for the denoiser's parameter ``name``; 0 freezes it."""
-        return 1.0
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What it has to be given, at its present settings."""
 
     @abstractmethod
-    def plan(self, family: Family, resolution: int | None) -> Plan:
+    def cost(self, family: Family, resolution: int | None) -> Cost:
         """What a sample costs, and notes about hyper-parameters at this latent size."""
 
     @abstractmethod
     def rollout(self, ctx: Context, batch: Any) -> Rows:
-        """Rows to train on from one batch of one of ``batch_types``; called under ``no_grad``."""
+        """Rows to train on from one batch of one of ``needs.batch_types``; called under ``no_grad``."""
 
     @abstractmethod
-    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: Any) -> tuple[Tensor, Metrics]:
         """The mean loss over ``rows`` and detached scalar metrics, each a mean over ``rows`` as well, but for those
         whose name ends in ``_max``."""
 
+
+class KeepsState(ABC):
+    """An objective that remembers something from rollout to rollout."""
+
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """What a resumed run has to be given back: tensors by name, and what JSON can hold."""
-        return {}
 
+    @abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint has {sorted(state)}")
+
+
+class TrainsModule(ABC):
+    """An objective that trains a module of its own, and no weight of the denoiser."""
+
+    @abstractmethod
+    def trains(self, family: Family, data: Data) -> Trained:
+        """What is trained in the denoiser's stead."""
+
+
+class ScalesLearningRates(ABC):
+    """An objective that trains some weights faster than others."""
+
+    @abstractmethod
+    def lr_scale(self, name: str) -> float:
+        """The factor of the learning rate for the denoiser's parameter ``name``; 0 freezes it."""
+
+
+class Prepares(ABC):
+    """An objective that loads more than the policy, or refuses what it cannot train."""
+
+    @abstractmethod
+    def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
+        """Called once, before a checkpoint is restored."""

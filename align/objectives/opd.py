@@ -14,69 +14,58 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch
-from align.diffusion.kernels import DDIM, Kernel, Step
-from align.diffusion.process import Grid, Prediction, reduce_dims
+from align.diffusion.kernels import DDIM
+from align.diffusion.process import Prediction
 from align.families import Family
-from align.objectives.objective import Context, Metrics, Objective, Plan
-from align.objectives.online.collect import draw
+from align.objectives.losses import Form, Normalize, divergence
+from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, Reference
+from align.objectives.online.collect import collect
 from align.objectives.online.replay import predict_at
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import Rows
-from align.objectives.teachers import LoRATeacher, Teacher, average
+from align.objectives.rows import SHARED, Rows
+from align.objectives.teachers import LoRATeacher, Teacher, ask, average
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
-
-Form = Literal["ode", "sde"]
-Normalize = Literal["paper", "code", "velocity"]
+from align.sampling.trajectory import Trajectories
 
 
-def divergence(
-    student: Prediction, teacher: Prediction, kernel: Kernel, grid: Grid, i: Step, form: Form, normalize: Normalize
-) -> Tensor:
-    """(B,) how far two answers at one state are apart at step ``i``, in float32.
+@dataclass(frozen=True, kw_only=True)
+class OPDRows(Rows):
+    """R steps of N images: ``step`` (R,) counts the K kept steps of ``trajectories``."""
 
-    ``paper`` sums over the latent. ``code`` is what DiffusionOPD's, Flow-OPD's and Flow-GRPO's code computes: the mean
-    over the latent and, with ``sde``, a variance without the step's length, so ``code`` · d / |dt| = ``paper`` there.
-    ``velocity`` is the mean square of what the networks differ by, without any weight (DanceOPD).
-    """
-    if normalize == "velocity":
-        return reduce_dims((student.raw.float() - teacher.raw.float()).square(), "mean")
-    reduction: Literal["mean", "sum"] = "sum" if normalize == "paper" else "mean"
-    if form == "ode":
-        gap = DDIM()(student, grid, i).mean - DDIM()(teacher, grid, i).mean
-        return 0.5 * reduce_dims(gap.square(), reduction)
-    found = kernel(student, grid, i).kl(kernel(teacher, grid, i), reduction)
-    if normalize == "paper":
-        return found
-    step = torch.as_tensor(i, device=grid.sigma.device)
-    return found * (grid.sigma[step] - grid.sigma[step + 1]).abs().to(found.device)
+    step: Tensor
+    trajectories: Trajectories = field(metadata=SHARED)
+    target: Tensor = field(metadata=SHARED)  # (N, K, C, h, w) what the student's network should predict
+    base: Tensor | None = field(default=None, metadata=SHARED)  # (N, K, C, h, w) the reference's, with an anchor
 
 
 @dataclass
-class OPD(Objective):
+class OPD(Objective, Prepares):
     """Distil one or several teachers into the student, on the student's own trajectories.
 
     Args:
         teachers: who teaches which task.
         sampler: how the student draws; its kernel is used by ``form: sde``.
-        images_per_prompt: pictures of each prompt in a rollout.
+        images_per_prompt: images of each prompt in a rollout.
         form: ``ode`` draws deterministically and matches means; ``sde`` draws with noise and takes the KL.
-        normalize: see :func:`divergence`; the learning rate and ``anchor`` go with it.
+        normalize: see :func:`align.objectives.losses.divergence`; the learning rate and ``anchor`` go with it.
         step_weights: a factor for each trained step; null is 1.
-        skip_last: leave out the step to the clean picture, as the official code does (N - 1 of N steps train).
+        skip_last: leave out the step to the clean image, as the official code does (N - 1 of N steps train).
         target: ``same`` compares both at their own guidance; ``guided_to_conditional`` has the student without guidance
             learn the guided teacher (GFD-OPD, for small students: sample them with guidance 1 to 2 afterwards);
             ``extrapolated`` goes beyond the teacher, away from the base model, by ``extrapolation``.
         extrapolation: lambda of v* = lambda v_T + (1 - lambda) v_ref (GFD-OPD: 1.25; 1 is plain OPD).
         cold_start: begin at the average of the teachers' LoRAs.
-        anchor: weight of the same divergence to the base model.
+        anchor: weight of the same divergence to the reference.
+        reference: ``base``, or ``start``, the ``initial_weights`` of this run: what ``anchor`` and ``extrapolated`` are
+            about.
     """
 
     teachers: list[Teacher]
@@ -90,10 +79,7 @@ class OPD(Objective):
     extrapolation: float = 1.25
     cold_start: bool = False
     anchor: float = 0.0
-
-    batch_types: ClassVar[tuple[type, ...]] = (PromptBatch,)
-    online: ClassVar[bool] = True
-    scored: ClassVar[bool] = False
+    reference: Reference = "base"
 
     def __post_init__(self) -> None:
         tasks = [teacher.task for teacher in self.teachers]
@@ -107,18 +93,17 @@ class OPD(Objective):
             )
         if self.cold_start and not all(isinstance(teacher, LoRATeacher) for teacher in self.teachers):
             raise ValueError("cold_start averages LoRAs: every teacher has to be a LoRATeacher")
+        if self.cold_start and self.reference == "start":
+            raise ValueError("cold_start begins at the teachers' average, which is kept as no reference: set base")
 
     @property
     def trained_steps(self) -> int:
         return self.sampler.num_inference_steps - self.skip_last
 
     @property
-    def needs_reference(self) -> bool:
-        return self.anchor > 0 or self.target == "extrapolated"
-
-    @property
-    def group(self) -> int:
-        return self.images_per_prompt
+    def needs(self) -> Needs:
+        reference = self.anchor > 0 or self.target == "extrapolated"
+        return Needs((PromptBatch,), reference, group_size=self.images_per_prompt, online=True)
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
         if self.form == "sde" and self.normalize != "velocity":
@@ -140,109 +125,63 @@ class OPD(Objective):
                     "has no KL; set eta or noise above 0, skip_last: true, or form: ode"
                 )
 
-    def plan(self, family: Family, resolution: int | None) -> Plan:
-        scale = self._guidance(family)
-        own = 1 if scale == 1.0 else 2
-        asked = [self._asked(family, teacher) for teacher in self.teachers]
-        theirs = math.ceil(sum(1 if g == 1.0 else 2 for g in asked) / len(asked))
-        steps = self.trained_steps
-        frozen = self.sampler.num_inference_steps * own + steps * (theirs + (own if self.needs_reference else 0))
+    def cost(self, family: Family, resolution: int | None) -> Cost:
+        scale, steps = self._guidance(family), self.trained_steps
+        each = 1 if scale == 1.0 else 2
+        scales = [teacher.scale(self.sampler, family) for teacher in self.teachers]
+        asked = math.ceil(sum(1 if g == 1.0 else 2 for g in scales) / len(scales))
+        frozen = self.sampler.num_inference_steps * each + steps * (asked + (each if self.needs.reference else 0))
         kernel = self.sampler.kernel_of(family) if self.form == "sde" else DDIM()
         notes = {
             "sampler": f"{self.sampler.num_inference_steps} steps of {kernel}, {steps} trained, guidance {scale:g}",
-            "teachers": ", ".join(f"{t.task} (guidance {g:g})" for t, g in zip(self.teachers, asked, strict=True)),
+            "teachers": ", ".join(f"{t.task} (guidance {g:g})" for t, g in zip(self.teachers, scales, strict=True)),
         }
-        return Plan(steps * own, frozen, steps, notes)
+        return Cost(steps * each, frozen, steps, notes)
 
-    def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
-        count = self.trained_steps
-        drawn = draw(
-            ctx,
-            self._own(ctx.policy.family),
-            batch,
-            self.group,
-            range(count),
-            None if self.form == "sde" else (),
-            likelihood=False,
+    def rollout(self, ctx: Context, batch: PromptBatch) -> OPDRows:
+        family, count = ctx.policy.family, self.trained_steps
+        stochastic = None if self.form == "sde" else ()
+        sampler, group_size = self._student(family), self.images_per_prompt
+        rollout = collect(ctx, sampler, batch, group_size, range(count), stochastic, likelihood=False)
+        trajectories = rollout.trajectories
+        change = self._extrapolated if self.target == "extrapolated" else None
+        scale = self._guidance(family)
+        target, base = ask(self.teachers, ctx.policy, self.sampler, trajectories, batch, change, self.anchor > 0, scale)
+        return OPDRows(
+            image=torch.arange(len(trajectories)).repeat_interleave(count),
+            step=torch.arange(count).repeat(len(trajectories)),
+            trajectories=trajectories,
+            target=target,
+            base=base,
+            metrics=rollout.metrics,
         )
-        columns, prompt = drawn.columns, drawn.columns["prompt"]
-        assert isinstance(prompt, Tensor)
-        for name, parts in self._targets(ctx, columns, batch).items():
-            columns[name] = parts
-        image = torch.arange(len(prompt)).repeat_interleave(count)
-        step = torch.arange(count).repeat(len(prompt))
-        return Rows({"step": step}, columns, image, drawn.metrics)
 
-    def _targets(self, ctx: Context, columns: dict[str, Any], batch: PromptBatch) -> dict[str, Tensor]:
-        """What is to be matched at every kept state, (N, K, C, h, w): each picture's one teacher is asked once."""
-        policy, family = ctx.policy, ctx.policy.family
-        states = columns["latents"][:, : self.trained_steps]
-        targets = torch.empty_like(states, device="cpu", dtype=torch.float32)
-        found = {"target": targets}
-        if self.anchor:
-            found["base"] = torch.empty_like(targets)
-        tasks = [self._teacher_of(row) for row in batch.metadata]
-        for number, teacher in enumerate(self.teachers):
-            rows = torch.tensor([k for k, p in enumerate(columns["prompt"].tolist()) if tasks[p] == number])
-            if not len(rows):
-                continue
-            cond = teacher.conditions(policy, batch).to(family.device)
-            scale = self._asked(family, teacher)
-            for part in rows.split(self.sampler.batch_size):
-                for j in range(self.trained_steps):
-                    x = states[part.to(states.device), j].to(family.device)
-                    t = grid_of(family, self.sampler.num_inference_steps).t[j].to(family.device).expand(len(x))
-                    which = columns["prompt"][part].to(family.device)
-                    answer = teacher.predict(policy, x, t, cond.take(which), scale).raw.float()
-                    if self.needs_reference:
-                        with policy.reference():
-                            bound = columns["cond"].take(which)
-                            base = policy.predict(x, t, bound, self._guidance(family)).raw.float()
-                        if self.target == "extrapolated":
-                            answer = self.extrapolation * answer + (1 - self.extrapolation) * base
-                        if self.anchor:
-                            found["base"][part, j] = base.cpu()
-                    targets[part, j] = answer.cpu()
-        return found
+    def _extrapolated(self, answer: Tensor, base: Tensor) -> Tensor:
+        return self.extrapolation * answer + (1 - self.extrapolation) * base
 
-    def _teacher_of(self, row: Any) -> int:
-        tasks = [teacher.task for teacher in self.teachers]
-        if tasks == ["*"]:
-            return 0
-        if row.get("task") not in tasks:
-            raise UserError(
-                f"prompt {row['prompt']!r} has task {row.get('task')!r}, and there are teachers of {', '.join(tasks)}; "
-                "give every prompt the task of a teacher (data: TaskPrompts does)"
-            )
-        return tasks.index(row["task"])
-
-    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
-        family, step, picture = ctx.policy.family, rows.tensor("step"), rows.image
-        grid, device = grid_of(family, self.sampler.num_inference_steps), family.device
-        student = predict_at(ctx, self._own(family), rows.images, picture, step)
-        apart = self._apart(student, rows.images["target"][picture, step].to(device), grid, step, family)  # type: ignore[index]
-        weight = torch.tensor(self.step_weights)[step].to(device) if self.step_weights else torch.ones_like(apart)
+    def loss(self, ctx: Context, rows: OPDRows) -> tuple[Tensor, Metrics]:
+        family, step, image = ctx.policy.family, rows.step, rows.image
+        student = predict_at(ctx, self._student(family), rows.trajectories, image, step)
+        apart = self._apart(student, rows.target[image, step], step, family)
+        weight = torch.tensor(self.step_weights)[step].to(apart.device) if self.step_weights else torch.ones_like(apart)
         loss = (weight * apart).mean()
         metrics: Metrics = {"divergence": apart.mean().detach()}
-        if self.anchor:
-            base = rows.images["base"][picture, step].to(device)  # type: ignore[index]
-            away = (weight * self._apart(student, base, grid, step, family)).mean()
+        if rows.base is not None:
+            away = (weight * self._apart(student, rows.base[image, step], step, family)).mean()
             loss = loss + self.anchor * away
             metrics["from_base"] = away.detach()
         return loss, metrics
 
-    def _apart(self, student: Prediction, target: Tensor, grid: Grid, step: Step, family: Family) -> Tensor:
-        teacher = replace(student, raw=target)
-        return divergence(student, teacher, self.sampler.kernel_of(family), grid, step, self.form, self.normalize)
+    def _apart(self, student: Prediction, target: Tensor, step: Tensor, family: Family) -> Tensor:
+        """(R,) the divergence of the student from a network that predicts ``target`` (R, C, h, w)."""
+        teacher, kernel = replace(student, raw=target.to(family.device)), self.sampler.kernel_of(family)
+        grid = grid_of(family, self.sampler.num_inference_steps)
+        return divergence(student, teacher, kernel, grid, step, self.form, self.normalize)
 
     def _guidance(self, family: Family) -> float:
         """The student's guidance scale, in rollout and training."""
         return 1.0 if self.target == "guided_to_conditional" else self.sampler.guidance_scale_of(family)
 
-    def _own(self, family: Family) -> Sampler:
+    def _student(self, family: Family) -> Sampler:
         """The sampler at the student's guidance."""
         return replace(self.sampler, guidance_scale=self._guidance(family))
-
-    def _asked(self, family: Family, teacher: Teacher) -> float:
-        """The guidance scale at which ``teacher`` is asked."""
-        return self.sampler.guidance_scale_of(family) if teacher.guidance_scale is None else teacher.guidance_scale

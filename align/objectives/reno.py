@@ -2,17 +2,21 @@
 
 The gradient of a differentiable reward goes through decoder and sampler to the noise, which makes sense for samplers of
 one or few steps; the chi prior of the norm, ``(d - 1) ln ||z|| - ||z||^2 / 2``, keeps the noise where the model has
-seen it. The best iterate is kept, not the last. The paper: 50 steps of SGD with Nesterov momentum 0.9, learning rate 5,
+seen it:
+
+    loss = -(reward(decode(sample(z))) + prior_weight ((d - 1) ln ||z|| - ||z||^2 / 2))
+
+The best iterate is kept, not the last. The paper: 50 steps of SGD with Nesterov momentum 0.9, learning rate 5,
 gradients clipped to 0.1 (``sgd_momentum``, ``learning_rate``, ``max_grad_norm`` of a run).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +25,10 @@ from align.common import rng
 from align.common.errors import UserError
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch, Prompts
-from align.families import Family
-from align.objectives.objective import Context, Metrics, Objective, Plan
+from align.families import Conditioning, Family
+from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, TrainsModule
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import Rows
+from align.objectives.rows import SHARED, Rows
 from align.policy.initial_noise import FLOOR, NOISE_FILE, InitialNoise, write
 from align.policy.policy import Policy
 from align.sampling.loop import sample
@@ -65,8 +69,19 @@ class BestNoise(InitialNoise):
         return write(folder / NOISE_FILE, self, self.best.cpu(), torch.zeros_like(self.best).cpu())
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReNORows(Rows):
+    """R prompts: their numbers ``index`` (R,) and conditions; ``image`` is the place of each in the batch, and
+    ``prompts`` and ``metadata`` what rewards want to know of it."""
+
+    index: Tensor
+    cond: Conditioning
+    prompts: Sequence[str] = field(metadata=SHARED)
+    metadata: Sequence[Mapping[str, Any]] = field(metadata=SHARED)
+
+
 @dataclass
-class ReNO(Objective):
+class ReNO(Objective, TrainsModule, Prepares):
     """Reward gradients to the initial noise, through the whole deterministic sampler.
 
     Args:
@@ -81,16 +96,13 @@ class ReNO(Objective):
     prior_weight: float = 0.01
     noise_seed: int = 0
 
-    batch_types: ClassVar[tuple[type, ...]] = (PromptBatch,)
-    online: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1 or self.prior_weight < 0:
             raise ValueError("num_inference_steps must be at least 1 and prior_weight at least 0")
 
     @property
-    def needs_reference(self) -> bool:
-        return False
+    def needs(self) -> Needs:
+        return Needs((PromptBatch,), False, rewards=True, online=True)
 
     def trains(self, family: Family, data: Data) -> BestNoise:
         if not isinstance(data, Prompts):
@@ -102,35 +114,38 @@ class ReNO(Objective):
         return BestNoise(prompts, shape, family.source, family.scheduler_name, self.noise_seed)
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
-        assert scorer is not None
-        if blind := [name for name in scorer.weights if not scorer.rewards[name].differentiable]:
+        differentiable = {name: reward.differentiable for name, reward in scorer.rewards.items()} if scorer else {}
+        if scorer and (blind := [name for name in scorer.weights if not differentiable[name]]):
             raise UserError(f"ReNO needs differentiable rewards, {', '.join(blind)} has no gradient; use FIND for it")
 
-    def plan(self, family: Family, resolution: int | None) -> Plan:
+    def cost(self, family: Family, resolution: int | None) -> Cost:
         each = 1 if self._guidance(family) == 1.0 else 2
-        return Plan(self.num_inference_steps * each, 0)
+        return Cost(self.num_inference_steps * each, 0)
 
-    def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
-        index = torch.arange(len(batch.ids))
-        self._batch = batch  # texts and metadata, which rewards want and tables do not hold
-        return Rows({"index": torch.tensor(batch.ids), "place": index}, {"cond": batch.cond}, index)
+    def rollout(self, ctx: Context, batch: PromptBatch) -> ReNORows:
+        return ReNORows(
+            image=torch.arange(len(batch.ids)),
+            index=torch.tensor(batch.ids),
+            cond=batch.cond,
+            prompts=batch.prompts,
+            metadata=batch.metadata,
+        )
 
-    def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: ReNORows) -> tuple[Tensor, Metrics]:
         family, noise = ctx.policy.family, ctx.policy.trained
-        assert isinstance(noise, BestNoise) and ctx.scorer is not None
-        index = rows.tensor("index").to(family.device)
+        if not isinstance(noise, BestNoise):
+            raise TypeError(f"ReNO trains a BestNoise, the policy has {type(noise).__name__}")
+        index, places = rows.index.to(family.device), rows.image.tolist()
         z, _ = ctx.policy.model(index)
-        cond, guidance_scale = rows.cond().to(family.device), self._guidance(family)
+        cond, guidance_scale = rows.cond.to(family.device), self._guidance(family)
         images = family.to_image(
             sample(ctx.policy.predict, family.grid(self.num_inference_steps), cond, z, guidance_scale)
         )
-        places = rows.tensor("place").tolist()
-        metadata = [self._batch.metadata[k] for k in places]
-        reward = ctx.scorer.differentiable_total(images, [self._batch.prompts[k] for k in places], metadata)
+        metadata = [rows.metadata[k] for k in places]
+        reward = ctx.rewards.differentiable_total(images, [rows.prompts[k] for k in places], metadata)
         norm = z.flatten(1).norm(dim=1)
         prior = (z[0].numel() - 1) * norm.log() - norm.square() / 2
-        everyone = (ctx.gather(part.detach()).to(index.device) for part in (index, z, reward))
-        noise.note(*everyone)
+        noise.note(*(ctx.gather(part.detach()).to(index.device) for part in (index, z, reward)))
         return -(reward + self.prior_weight * prior).mean(), {
             "reward": reward.mean().detach(),
             "best_so_far": noise.best_score[index].mean(),

@@ -1,65 +1,61 @@
-"""The table a rollout hands to the loss: rows to train on, plus columns shared by all rows of one image.
+"""The rows a rollout hands to the loss, and what rows of one image share.
 
 One row is what one call of the loss needs for one term: a pair's noise level (DPO), a step of a trajectory (RL).
-What belongs to the image (latents, conditions, advantage) is stored once and looked up by the row's image number.
+Each objective declares a dataclass of its own with the fields that its loss reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from align.families import Conditioning
-from align.families.family import Column
+
+SHARED = {"shared": True}  # metadata of a field that rows point into and that is neither indexed nor copied
 
 
-def _take(column: Column, index: Tensor) -> Column:
-    return column.take(index) if isinstance(column, Conditioning) else column[index]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rows:
-    """``rows``: columns of length R. ``images``: columns of length N, or whatever else the rows point into.
-    ``image``: (R,) the image of each row. ``metrics``: what the rollout measured, over all processes."""
+    """R rows to train on; subclasses add what their loss reads.
 
-    rows: Mapping[str, Column]
-    images: Mapping[str, Column]
+    A field is a column with one entry a row (a tensor (R, ...), or :class:`Conditioning` of R prompts; None where an
+    objective's settings do without it), unless it is declared as ``field(metadata=SHARED)``: such a field belongs to
+    the rollout as a whole, and rows find their part of it by ``image`` or by a column of numbers.
+
+    Attributes:
+        image: (R,) the image (or pair) that each row belongs to.
+        metrics: what the rollout measured, over all processes.
+    """
+
     image: Tensor = field(repr=False)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict, metadata=SHARED)
 
     def __post_init__(self) -> None:
-        wrong = {name: len(column) for name, column in self.rows.items() if len(column) != len(self)}
+        wrong = {name: len(column) for name, column in self._columns().items() if len(column) != len(self)}
         if wrong:
             raise ValueError(f"every row column needs {len(self)} rows, got {wrong}")
-        if both := self.rows.keys() & self.images.keys():
-            raise ValueError(f"columns named both per row and per image: {sorted(both)}")
 
     def __len__(self) -> int:
         return len(self.image)
 
-    def __getitem__(self, name: str) -> Column:
-        """A column at row length; an image column is looked up row by row."""
-        return self.rows[name] if name in self.rows else _take(self.images[name], self.image)
+    def _columns(self) -> dict[str, Tensor | Conditioning]:
+        """The columns with one entry a row, by name."""
+        columns = {each.name: getattr(self, each.name) for each in fields(self) if not each.metadata.get("shared")}
+        return {name: column for name, column in columns.items() if column is not None}
 
-    def tensor(self, name: str) -> Tensor:
-        column = self[name]
-        assert isinstance(column, Tensor), f"{name} is no tensor column"
-        return column
+    def take(self, index: Tensor) -> Self:
+        """The rows that ``index`` selects, of the same shared fields."""
+        changes: dict[str, Any] = {
+            name: column.take(index) if isinstance(column, Conditioning) else column[index]
+            for name, column in self._columns().items()
+        }
+        return replace(self, **changes)
 
-    def cond(self, name: str = "cond") -> Conditioning:
-        column = self[name]
-        assert isinstance(column, Conditioning), f"{name} is no condition column"
-        return column
-
-    def take(self, index: Tensor) -> Rows:
-        """The rows ``index`` selects; image columns are shared, not copied."""
-        rows = {name: _take(column, index) for name, column in self.rows.items()}
-        return Rows(rows, self.images, self.image[index], self.metrics)
-
-    def shuffled(self, generator: torch.Generator) -> Rows:
+    def shuffled(self, generator: torch.Generator) -> Self:
         """Rows in a new order of images; the rows of one image keep together, so a chunk spans few images."""
         if not len(self):
             return self
@@ -68,7 +64,7 @@ class Rows:
         rank[order] = torch.arange(len(order))
         return self.take(torch.argsort(rank[self.image], stable=True))
 
-    def chunks(self, size: int) -> Iterator[Rows]:
+    def chunks(self, size: int) -> Iterator[Self]:
         """Consecutive pieces of ``size`` rows, the last one perhaps smaller."""
         for index in torch.arange(len(self)).split(size):
             yield self.take(index)

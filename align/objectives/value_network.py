@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from align.families import Conditioning
+
 
 class ValueNet:
     """g(mean, std, text) -> expected reward: ReLU layers of 256, 256, 256, trained by squared error with AdamW (Chen et
@@ -22,25 +24,25 @@ class ValueNet:
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate)
 
     @torch.no_grad()
-    def __call__(self, seen: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Tensor:
         """(B,) expected rewards for inputs (B, D)."""
-        return self.net(seen).squeeze(1)
+        return self.net(inputs).squeeze(1)
 
     @torch.enable_grad()
-    def learn(self, seen: Tensor, reward: Tensor, steps: int) -> None:
+    def learn(self, inputs: Tensor, reward: Tensor, steps: int) -> None:
         """``steps`` steps towards ``reward`` (B,)."""
         for _ in range(steps):
-            loss = (self.net(seen).squeeze(1) - reward).square().mean()
+            loss = (self.net(inputs).squeeze(1) - reward).square().mean()
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, flat."""
-        found = {f"value.net.{name}": tensor for name, tensor in self.net.state_dict().items()}
+        flat = {f"value.net.{name}": tensor for name, tensor in self.net.state_dict().items()}
         for k, moments in self.optimizer.state_dict()["state"].items():
-            found |= {f"value.adam.{k}.{name}": torch.as_tensor(tensor) for name, tensor in moments.items()}
-        return found
+            flat |= {f"value.adam.{k}.{name}": torch.as_tensor(tensor) for name, tensor in moments.items()}
+        return flat
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`state` gave."""
@@ -52,3 +54,36 @@ class ValueNet:
                 k, name = key.removeprefix("value.adam.").split(".")
                 moments.setdefault(int(k), {})[name] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+
+
+class RewardForecast:
+    """What reward a prompt's distribution of noise is expected to give: a :class:`ValueNet` that is built when first
+    asked, since the size of its input is that of the model's latents and conditions."""
+
+    def __init__(self, learning_rate: float, steps: int) -> None:
+        self.learning_rate, self.steps = learning_rate, steps
+        self.network: ValueNet | None = None
+        self._restored: Mapping[str, Tensor] | None = None
+
+    def __call__(self, inputs: Tensor, row: Tensor, reward: Tensor, fresh: Tensor, seed: int) -> Tensor:
+        """(R,) the expected reward of ``inputs[row]``, one input for each of P prompts (P, D), before the network
+        learns from the rewards (R,) of the ``fresh`` rows (R,)."""
+        if self.network is None:
+            self.network = ValueNet(inputs.shape[1], self.learning_rate, seed)
+            if self._restored is not None:
+                self.network.load_state(self._restored)
+        expected = self.network(inputs)[row]
+        self.network.learn(inputs[row[fresh]], reward[fresh], self.steps)
+        return expected
+
+    def state(self) -> dict[str, Tensor]:
+        return self.network.state() if self.network is not None else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._restored = {k: v for k, v in state.items() if k.startswith("value.")} or None
+
+
+def pooled(cond: Conditioning) -> Tensor:
+    """(B, D) one vector a prompt, whatever the family's conditions are: means over tokens, joined."""
+    parts = [v.float().cpu() for v in cond.tensors.values()]
+    return torch.cat([v.flatten(1, -2).mean(1) if v.ndim > 2 else v for v in parts], 1)

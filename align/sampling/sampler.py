@@ -1,4 +1,4 @@
-"""How pictures are drawn: steps, guidance, the stochastic kernel, and the window of steps that trains."""
+"""How images are drawn: steps, guidance, the stochastic kernel, and the window of steps that trains."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SDEWindow:
 
 
 def count_trained(sampler: Sampler, window: SDEWindow | None, timestep_fraction: float) -> int:
-    """Steps of each picture that train: those of the window, or this fraction of all.
+    """Steps of each image that train: those of the window, or this fraction of all.
 
     Raises ValueError for a fraction outside (0, 1], for both at once, and for a window that does not fit."""
     if not 0 < timestep_fraction <= 1:
@@ -64,13 +64,13 @@ def count_trained(sampler: Sampler, window: SDEWindow | None, timestep_fraction:
 
 @dataclass
 class Sampler:
-    """How an online objective draws its pictures.
+    """How an online objective draws its images.
 
     Args:
         num_inference_steps: sampler steps; fewer than for evaluation will do (Flow-GRPO: 10 against 40).
         guidance_scale: guidance scale, the same in rollout and training; null is the pipeline's own.
         kernel: the stochastic step; null is the family's: DDIM with eta 1, or FlowSDE with noise 0.7 on a flow.
-        batch_size: pictures drawn at once.
+        batch_size: images drawn at once.
         keep_on: where latents wait for training: the ``device``, or the ``cpu``.
     """
 
@@ -95,6 +95,13 @@ class Sampler:
 
     def guidance_scale_of(self, family: Family) -> float:
         return family.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
+
+    def describe(self, family: Family, trained: int) -> str:
+        """Steps, kernel and guidance in words, of which ``trained`` steps train."""
+        return (
+            f"{self.num_inference_steps} steps of {self.kernel_of(family)}, {trained} trained, guidance "
+            f"{self.guidance_scale_of(family):g}"
+        )
 
     def evaluations(self, family: Family) -> int:
         """Network evaluations of one guided prediction: 2, or 1 without guidance."""

@@ -30,7 +30,7 @@ class BatchPlan:
     @property
     def group(self) -> int:
         """Samples made of one item of the data: pictures of a prompt; a pair is a sample itself."""
-        return self.config.objective.group if self.config.data.batch_type is PromptBatch else 1
+        return self.config.objective.needs.group_size if self.config.data.batch_type is PromptBatch else 1
 
     @property
     def update(self) -> int:
@@ -45,12 +45,12 @@ class BatchPlan:
     def check(self) -> None:
         """Refuse a rollout that processes and updates cannot share evenly, and say in one sentence why."""
         objective, world, group = self.config.objective, self.world, self.group
-        rows = objective.plan(self.family, self.config.data.resolution).rows
+        rows = objective.cost(self.family, self.config.data.resolution).rows
         drawn = f"{self.samples // group} items x {group} samples = {self.samples}"
-        if self.samples % world or (objective.whole_groups and self.samples // group % world):
+        if self.samples % world or (objective.needs.whole_groups and self.samples // group % world):
             raise UserError(
                 f"rollout_batch_size: {drawn} do not divide among {world} processes"
-                + (f" in whole groups of {group}" if objective.whole_groups else "")
+                + (f" in whole groups of {group}" if objective.needs.whole_groups else "")
             )
         if self.samples // world % (group * self.config.data.multiple) and self.config.data.multiple > 1:
             raise UserError(
@@ -66,15 +66,15 @@ class BatchPlan:
     def describe(self, policy: Policy) -> str:
         """What a rollout and its updates are made of, a line each."""
         config, world, samples, update = self.config, self.world, self.samples, self.update * self.world
-        plan = config.objective.plan(self.family, config.data.resolution)
+        cost = config.objective.cost(self.family, config.data.resolution)
         kind = "initial noise" if policy.trained is not None else "LoRA" if policy.lora else "full"
         trained = sum(p.numel() for p in policy.parameters())
         total = sum(p.numel() for p in self.family.denoiser.parameters())
         weights = sum(p.numel() * p.element_size() for p in self.family.denoiser.parameters())
-        copies = 1 if policy.lora or policy.trained or not config.objective.needs_reference else 2
+        copies = 1 if policy.lora or policy.trained or not config.objective.needs.reference else 2
         state = trained * 4 * (2 + 1 + bool(config.ema_decay))  # two AdamW moments, the gradient, the average
-        rows = plan.rows * samples * config.inner_epochs if plan.rows is not None else None
-        frozen = plan.frozen if config.draws else plan.frozen - plan.drawing
+        rows = cost.rows * samples * config.inner_epochs if cost.rows is not None else None
+        frozen = cost.frozen if config.draws else cost.frozen - cost.sampling
         lines = {
             "model": f"{config.pretrained_model_name_or_path} ({type(self.family).__name__}, "
             f"{self.family.prediction_type})",
@@ -83,12 +83,12 @@ class BatchPlan:
             "rows per update": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated "
             f"x {world} processes = {update}",
             "updates per rollout": f"{rows / update:g}" if rows is not None else "as many as the selected rows make",
-            "evaluations per rollout": f"{plan.trained * samples * config.inner_epochs} trained + "
+            "evaluations per rollout": f"{cost.trained * samples * config.inner_epochs} trained + "
             f"{frozen * samples} frozen",
             "trainable parameters": f"{trained:,} of {total:,} ({kind})",
             "estimated memory": f"{(weights * copies + state) / 2**20:,.0f} MiB for denoiser, gradients and optimiser, "
             "activations not counted",
-            **plan.notes,
+            **cost.notes,
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

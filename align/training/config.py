@@ -152,13 +152,13 @@ class TrainConfig:
             raise UserError(f"sgd_momentum must lie between 0 and 1, got {self.sgd_momentum}")
         if self.use_8bit_adam and not torch.cuda.is_available():
             raise UserError("use_8bit_adam needs a CUDA GPU here; set use_8bit_adam: false")
-        objective, wanted = type(self.objective).__name__, self.objective.batch_types
+        objective, wanted = type(self.objective).__name__, self.objective.needs.batch_types
         if self.data.batch_type not in wanted:
             raise UserError(
                 f"{objective} trains on {' or '.join(kind.__name__ for kind in wanted)}, but data: "
                 f"{type(self.data).__name__} gives {self.data.batch_type.__name__}"
             )
-        if self.draws and self.objective.scored and not any(reward.weight for reward in self.rewards):
+        if self.draws and self.objective.needs.rewards and not any(reward.weight for reward in self.rewards):
             raise UserError(f"{objective} learns from rewards: set rewards to at least one of positive weight")
         if self.draws and self.rollout_batch_size is None:
             raise UserError(f"{objective} draws pictures: set rollout_batch_size, the prompts of a rollout")
@@ -177,7 +177,7 @@ class TrainConfig:
     @property
     def draws(self) -> bool:
         """Whether pictures are drawn: an online objective on prompts."""
-        return self.objective.online and self.data.batch_type is PromptBatch
+        return self.objective.needs.online and self.data.batch_type is PromptBatch
 
     def scorer(self) -> Scorer | None:
         """The rewards, loaded; None where there are none."""

@@ -30,6 +30,7 @@ from align.common.errors import NonFinite, UserError
 from align.data.dataset import shuffled
 from align.data.prompts import PromptSet
 from align.objectives import Context
+from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
 from align.objectives.rows import Rows
 from align.policy.policy import Policy
 from align.sampling.diversity import Features
@@ -56,20 +57,23 @@ class Trainer:
         )
         if config.attention_backend:
             self.family.denoiser.set_attention_backend(config.attention_backend)
+        objective = config.objective
         self.policy = Policy(
             self.family,
             config.lora,
-            config.objective.needs_reference,
+            objective.needs.reference,
             config.ema_decay,
             config.gradient_checkpointing,
             config.initial_weights,
-            config.objective.reference == "start",
-            config.objective.trains(self.family, config.data),
-            config.objective.around_packed,
+            objective.reference == "start",
+            objective.trains(self.family, config.data) if isinstance(objective, TrainsModule) else None,
+            objective.around_packed,
         )
         self.scorer = config.scorer()
-        config.objective.prepare(self.policy, self.scorer)
-        self.policy.set_lr_scales(config.objective.lr_scale)
+        if isinstance(objective, Prepares):
+            objective.prepare(self.policy, self.scorer)
+        # also where nothing is scaled: an average of weights begins at what prepare() has put in
+        self.policy.set_lr_scales(objective.lr_scale if isinstance(objective, ScalesLearningRates) else lambda _: 1.0)
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
         self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes)
         self.step = self.rollouts = 0
@@ -99,7 +103,11 @@ class Trainer:
             state = self.folder.restore(accelerator, source)
             self.step, self.rollouts = state["step"], state["rollouts"]
             self.policy.evaluations = state["evaluations"]
-            config.objective.load_state(state["objective"])
+            if isinstance(config.objective, KeepsState):
+                config.objective.load_state(state["objective"])
+            elif state["objective"]:
+                name = type(config.objective).__name__
+                raise ValueError(f"{name} keeps no state, but the checkpoint has {sorted(state['objective'])}")
             if accelerator.is_main_process:
                 self.folder.forget_after(self.step)
             accelerator.print(f"resumed from {source} at step {self.step}")
@@ -285,7 +293,7 @@ class Trainer:
             "step": self.step,
             "rollouts": self.rollouts,
             "evaluations": dict(self.policy.evaluations),
-            "objective": self.config.objective.state(),
+            "objective": self.config.objective.state() if isinstance(self.config.objective, KeepsState) else {},
         }
 
 

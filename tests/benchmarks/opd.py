@@ -181,17 +181,15 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
     found = []
     rows = table
     for k in range(24):
-        student, _ = replay_step(ctx, objective.sampler, rows.images, rows.image, rows.tensor("step"))
+        student, _ = replay_step(ctx, objective.sampler, rows.trajectories, rows.image, rows.step)
         noise = torch.randn(student.mean.shape, generator=torch.Generator().manual_seed(k))
         y = student.sample(noise).detach()
         with torch.no_grad():
-            latents = rows.images["latents"]
-            assert isinstance(latents, Tensor)
-            i = rows.tensor("step")
+            latents = rows.trajectories.latents
+            i = rows.step
             x = latents[rows.image, i]
             alpha, sigma = policy.family.path(grid.t[i])
-            target = rows.images["target"]
-            assert isinstance(target, Tensor)
+            target = rows.target
             theirs = kernel(Prediction(target[rows.image, i], x, alpha, sigma, policy.family.prediction_type), grid, i)
             cost = student.log_prob(y, "sum") - theirs.log_prob(y, "sum")
         found.append(flat((cost * student.log_prob(y, "sum")).mean()))

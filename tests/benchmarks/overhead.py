@@ -24,19 +24,18 @@ from align.data.preferences import PreferencePairs
 from align.diffusion.process import add_noise
 from align.families import Conditioning
 from align.objectives import Context
-from align.objectives.dpo import DPO
-from align.objectives.rows import Rows
+from align.objectives.dpo import DPO, DPORows
 from align.training.config import TrainConfig
 from align.training.trainer import Trainer
 from tests.benchmarks import record
 
 
-def bare(loop: Trainer, rows: Rows) -> float:
+def bare(loop: Trainer, rows: DPORows) -> float:
     """Seconds of the reference forward, the trained forward and its backward: what nothing can do without."""
     policy = loop.policy
-    x0 = torch.cat(rows.tensor("latents").unbind(1))
-    eps, t = rows.tensor("eps").repeat(2, 1, 1, 1), rows.tensor("t").repeat(2)
-    cond = Conditioning.cat([rows.cond(), rows.cond()])
+    x0 = torch.cat(rows.latents.unbind(1))
+    eps, t = rows.eps.repeat(2, 1, 1, 1), rows.t.repeat(2)
+    cond = Conditioning.cat([rows.cond, rows.cond])
     x_t = add_noise(x0, eps, *policy.family.path(t))
     with torch.no_grad(), policy.reference():
         start = time.perf_counter()

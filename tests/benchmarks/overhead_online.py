@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from align.data.prompts import Prompts
 from align.objectives import Context
 from align.objectives.online.rewards import RewardSetting
-from align.objectives.policy_gradient import PolicyGradient
-from align.objectives.rows import Rows
+from align.objectives.policy_gradient import PolicyGradient, PolicyGradientRows
 from align.sampling.sampler import Sampler
 from align.training.config import TrainConfig
 from align.training.trainer import Trainer
@@ -35,12 +34,11 @@ from tests.benchmarks import record
 ROWS = 32
 
 
-def bare(loop: Trainer, rows: Rows, t: torch.Tensor) -> float:
+def bare(loop: Trainer, rows: PolicyGradientRows, t: torch.Tensor) -> float:
     """Seconds of the guided forward and its backward."""
     policy = loop.policy
-    latents, prompt = rows.images["latents"], rows.images["prompt"]
-    assert isinstance(latents, torch.Tensor) and isinstance(prompt, torch.Tensor)
-    x, cond = latents[rows.image, rows.tensor("step")], rows.images["cond"].take(prompt[rows.image])  # type: ignore[union-attr]
+    latents = rows.trajectories.latents
+    x, cond = latents[rows.image, rows.step], rows.trajectories.cond_of(rows.image)
     start = time.perf_counter()
     policy.family.forward(x, t, cond, 3.0, policy.model).square().mean().backward()
     seconds = time.perf_counter() - start
@@ -79,7 +77,7 @@ def main() -> None:
             start = time.perf_counter()
             loop.log(loop.update(dataclasses.replace(ctx, fresh=k == 0), [rows], range(4)))
             whole.append(time.perf_counter() - start)
-            replay.append(bare(loop, rows, grid.t[rows.tensor("step")]))
+            replay.append(bare(loop, rows, grid.t[rows.step]))
     skip = updates // 4  # warm-up
     figures = {
         "ratio": round(statistics.median(whole[skip:]) / statistics.median(replay[skip:]), 4),

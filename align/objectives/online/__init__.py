@@ -1,1 +1,1 @@
-"""What objectives that draw their own pictures share."""
+"""What objectives that sample their own images share."""

@@ -1,17 +1,23 @@
-"""From rewards to advantages: pure functions, and the running statistics per prompt that two papers keep.
+"""From rewards to advantages: pure functions, the running statistics per prompt that two papers keep, and which of
+these a rollout uses.
 
-Rewards and groups are those of the whole rollout, over all processes: (N,) each, in the order of the pictures.
+Rewards and groups are those of the whole rollout, over all processes: (N,) each, in the order of the images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from align.objectives.objective import Context
+from align.objectives.online.collect import Rollout
+
 ScaleRewards = Literal["group", "batch", "none"]
+Advantage = Literal["group", "history", "batch"]
 
 
 def group_means(values: Tensor, groups: Tensor) -> Tensor:
@@ -94,9 +100,9 @@ def tracked_advantages(
     history.add(prompts, rewards.tolist())
     advantages = batch_advantages(rewards, eps)
     for k, prompt in enumerate(prompts):
-        seen = torch.tensor(history.of(prompt), dtype=rewards.dtype)
-        if len(seen) >= min_count:
-            advantages[k] = (rewards[k] - seen.mean()) / (seen.std(correction=0) + eps)
+        past = torch.tensor(history.of(prompt), dtype=rewards.dtype)
+        if len(past) >= min_count:
+            advantages[k] = (rewards[k] - past.mean()) / (past.std(correction=0) + eps)
     return advantages
 
 
@@ -105,10 +111,10 @@ def staged_advantages(rewards: Tensor, prompts: Sequence[str], history: PromptHi
     are remembered afterwards. 0 where a prompt has had a single score or all were alike."""
     advantages = torch.zeros_like(rewards)
     for prompt in dict.fromkeys(prompts):
-        mine = torch.tensor([k for k, other in enumerate(prompts) if other == prompt])
-        pool = torch.cat([torch.tensor(history.of(prompt), dtype=rewards.dtype), rewards[mine]])
+        members = torch.tensor([k for k, other in enumerate(prompts) if other == prompt])
+        pool = torch.cat([torch.tensor(history.of(prompt), dtype=rewards.dtype), rewards[members]])
         if len(pool) > 1 and bool((pool != pool[0]).any()):
-            advantages[mine] = (rewards[mine] - pool.mean()) / (pool.std() + eps)
+            advantages[members] = (rewards[members] - pool.mean()) / (pool.std() + eps)
     history.add(prompts, rewards.tolist())
     return advantages
 
@@ -127,3 +133,46 @@ def combine(
         torch.zeros(()),
     )
     return (total - total.mean()) / (total.std(correction=0) + eps)
+
+
+def calibrated_advantages(rewards: Tensor, groups: Tensor, expected: Tensor | None = None, eps: float = 1e-4) -> Tensor:
+    """(N,) ``(r - expected) / (std of its group + eps)``, and 0 where a group's rewards are all alike. ``expected`` is
+    (N,), or None for the leave-one-out mean: that of the group's other rewards."""
+    centred = rewards - group_means(rewards, groups)
+    scale = group_means(centred.square(), groups).sqrt()
+    if expected is not None:
+        centred = rewards - expected
+    else:
+        count = groups.bincount()[groups]
+        centred = centred * count / (count - 1)  # the mean of the others, not of all
+    return torch.where(scale > 0, centred / (scale + eps), 0.0)
+
+
+@dataclass(frozen=True)
+class AdvantageRule:
+    """What an image's rewards are compared with: those of its ``group``, its prompt's ``history`` (which has to have
+    ``history_min_count`` scores) or the whole ``batch``; ``each`` reward by itself (GDPO), or their sum."""
+
+    advantage: Advantage
+    scale_rewards: ScaleRewards
+    each: bool
+    history_min_count: int
+
+    def __call__(self, ctx: Context, rollout: Rollout, history: PromptHistory) -> tuple[Tensor, dict[str, float]]:
+        """(N,) advantages of this process's images, from the scores of all, and what they tell of the rollout."""
+        scores = {name: ctx.gather(values).double() for name, values in rollout.scores.items()}
+        groups, total = ctx.gather(rollout.groups), ctx.rewards.total(scores)
+        if self.each:
+            global_advantages = combine(scores, ctx.rewards.weights, groups, self.scale_rewards)
+        elif self.advantage == "group":
+            global_advantages = group_advantages(total, groups, self.scale_rewards)
+        elif self.advantage == "history":
+            texts = ctx.gather_text(rollout.prompts)
+            global_advantages = tracked_advantages(total, texts, history, self.history_min_count)
+        else:
+            global_advantages = batch_advantages(total)
+        return ctx.local(global_advantages), {
+            "reward/total": total.mean().item(),
+            "zero_std_share": zero_std_mask(total, groups).double().mean().item(),
+            "advantage_std": global_advantages.std(correction=0).item(),
+        }

@@ -1,13 +1,13 @@
-"""Pictures drawn by the policy under training, and what training on them needs to know.
+"""Images sampled by the policy under training, and what training on them needs to know.
 
-:func:`draw` is the one way in which online objectives sample: it runs the reverse loop, has the rewards
-scored meanwhile, and keeps the states around the steps to be trained, each state once. :func:`replay_step` is the one
-way in which they ask the policy about those steps again.
+:func:`collect` is the one way in which online objectives sample: it runs the reverse loop, has the rewards
+scored meanwhile, and keeps the states around the steps to be trained, each state once.
+:func:`align.objectives.online.replay.replay_step` is the one way in which they ask the policy about those steps again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,34 +17,32 @@ from align.common import rng
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import Gaussian, WindowedKernel
-from align.families.family import Column
 from align.objectives.objective import Context
 from align.sampling.diversity import pairwise, thumbnails
 from align.sampling.loop import sample
 from align.sampling.sampler import Sampler
+from align.sampling.trajectory import Trajectories
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """N pictures of this process.
+    """N images of this process.
 
-    ``columns`` go into a :class:`Rows` as image columns: ``latents`` (N, K+1, C, h, w), the states before the K kept
-    steps and after the last; ``log_probs`` (N, K), if asked for; ``steps`` (K,), the grid's numbers of the kept steps;
-    ``prompt`` (N,), the row of ``cond`` that belongs to each picture.
+    Attributes:
+        trajectories: the states around the kept steps.
+        scores: (N,) of every reward, by its name.
+        prompts: N texts.
+        groups: (N,) the number of each image's prompt, over all processes.
+        metrics: what was measured, over all processes.
+        images: (N, 3, H, W) on the CPU, where they were asked for.
     """
 
-    columns: dict[str, Column]
+    trajectories: Trajectories
     scores: dict[str, Tensor]
     prompts: list[str]
     groups: Tensor
     metrics: dict[str, float]
-    pictures: Tensor | None = None
-
-    @property
-    def kept(self) -> Tensor:
-        steps = self.columns["steps"]
-        assert isinstance(steps, Tensor)
-        return steps
+    images: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Start:
 
 
 def noise_of(ctx: Context, numbers: Sequence[int], purpose: str, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
-    """The draws of the reverse process: step i of picture ``numbers[k]``, whatever batch it is drawn in."""
+    """The draws of the reverse process: step i of image ``numbers[k]``, whatever batch it is sampled in."""
 
     def noise(i: int) -> Tensor:
         return rng.normal(shape, [rng.generator(ctx.seed, purpose, ctx.step, number, i) for number in numbers])
@@ -64,37 +62,37 @@ def noise_of(ctx: Context, numbers: Sequence[int], purpose: str, shape: tuple[in
     return noise
 
 
-def initial(ctx: Context, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """(N, *shape) starting noise; equal numbers give equal noise, which is how pictures come to share it."""
+def initial_noise(ctx: Context, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """(N, *shape) starting noise; equal numbers give equal noise, which is how images come to share it."""
     return rng.normal(shape, [rng.generator(ctx.seed, "initial", ctx.step, number) for number in numbers])
 
 
-def draw(
+def collect(
     ctx: Context,
     sampler: Sampler,
     batch: PromptBatch,
-    group: int,
+    group_size: int,
     keep: Sequence[int],
     stochastic: Sequence[int] | None = None,
     shared_noise: bool = False,
     start: Start | None = None,
     means: bool = False,
-    pictures: bool = False,
+    images: bool = False,
     likelihood: bool = True,
 ) -> Rollout:
-    """Draw, decode and score the pictures at ``ctx.sample_indices``, ``group`` of them for every prompt.
+    """Sample, decode and score the images at ``ctx.sample_indices``, ``group_size`` of them for every prompt.
 
     Args:
-        ctx: where and for which pictures.
+        ctx: where and for which images.
         sampler: how.
-        batch: the prompts of these pictures, in order.
-        group: pictures a prompt over all processes; picture p is of prompt ``p // group``.
+        batch: the prompts of these images, in order.
+        group_size: images a prompt over all processes; image p is of prompt ``p // group_size``.
         keep: consecutive steps whose states and log-probabilities are kept for training; may be empty.
         stochastic: the steps that are drawn from the kernel; default all.
-        shared_noise: the pictures of a prompt start from one noise (D3PO, DanceGRPO).
+        shared_noise: the images of a prompt start from one noise (D3PO, DanceGRPO).
         start: begin at these states instead of at noise.
-        means: keep the means of the kept steps too, as ``means`` (N, K, C, h, w).
-        pictures: keep the pictures (N, 3, H, W), on the CPU.
+        means: keep the means of the kept steps too.
+        images: keep the images, on the CPU.
         likelihood: keep log-probabilities; without, a kept step may be deterministic.
 
     Raises :class:`UserError` where a kept step has no noise, and so no likelihood to train on.
@@ -105,21 +103,27 @@ def draw(
     kernel = sampler.kernel_of(family)
     if stochastic is not None:
         kernel = WindowedKernel(kernel, list(stochastic))
-    groups = torch.tensor([position // group for position in ctx.sample_indices])
-    prompt = groups - groups[0]
+    groups = torch.tensor([position // group_size for position in ctx.sample_indices])
+    prompt_index = groups - groups[0]
     cond = batch.cond.to(family.device)
     keep_on = family.device if sampler.keep_on == "device" else "cpu"
-    origins = groups.tolist() if shared_noise else list(ctx.sample_indices)
-    latents, log_probs, centres, waiting = [], [], [], []
-    seen: dict[str, list[Tensor]] = {}
-    whole: list[Tensor] = []
+    noise_numbers = groups.tolist() if shared_noise else list(ctx.sample_indices)
+    latents, log_probs, step_means, pending_scores, kept_images = [], [], [], [], []
+    compared: dict[str, list[Tensor]] = {}  # by what the diversity of the rollout is measured
     for part in torch.arange(len(groups)).split(sampler.batch_size):
         numbers = [ctx.sample_indices[k] for k in part.tolist()]
-        x = start.x[part] if start else initial(ctx, [origins[k] for k in part.tolist()], shape)
+        x = start.x[part] if start else initial_noise(ctx, [noise_numbers[k] for k in part.tolist()], shape)
         states: list[Tensor] = []
         steps: list[tuple[Gaussian, Tensor]] = []
 
-        def remember(i: int, x: Tensor, step: Gaussian, y: Tensor, states=states, steps=steps) -> None:  # type: ignore[no-untyped-def]
+        def remember(
+            i: int,
+            x: Tensor,
+            step: Gaussian,
+            y: Tensor,
+            states: list[Tensor] = states,
+            steps: list[tuple[Gaussian, Tensor]] = steps,
+        ) -> None:
             if i in keep:
                 if likelihood and not bool((step.std > 0).all()):
                     raise UserError(
@@ -132,7 +136,7 @@ def draw(
         x0 = sample(
             ctx.policy.predict,
             grid,
-            cond.take(prompt[part].to(family.device)),
+            cond.take(prompt_index[part].to(family.device)),
             x.to(family.device),
             guidance_scale,
             kernel,
@@ -140,47 +144,73 @@ def draw(
             remember,
             range(start.step if start else 0, len(grid)),
         )
-        images = family.to_image(x0)
-        rows = prompt[part].tolist()
+        decoded = family.to_image(x0)
+        rows = prompt_index[part].tolist()
         if ctx.scorer is not None:
             texts, metadata = [batch.prompts[k] for k in rows], batch.metadata
-            waiting.append(ctx.scorer.submit(images, texts, [metadata[k] for k in rows] if metadata else None))
-        for name, values in {"latents": x0.cpu(), "pixels": thumbnails(images)}.items():
-            seen.setdefault(name, []).append(values)
-        if pictures:
-            whole.append(images.cpu())
+            pending_scores.append(ctx.scorer.submit(decoded, texts, [metadata[k] for k in rows] if metadata else None))
+        for name, values in {"latents": x0.cpu(), "pixels": thumbnails(decoded)}.items():
+            compared.setdefault(name, []).append(values)
+        if images:
+            kept_images.append(decoded.cpu())
         if ctx.features is not None:
-            seen.setdefault("features", []).append(ctx.features(images))
+            compared.setdefault("features", []).append(ctx.features(decoded))
         if states:
             latents.append(torch.stack(states, 1).to(keep_on))
             if likelihood:
                 log_probs.append(torch.stack([step.log_prob(y) for step, y in steps], 1))
             if means:
-                centres.append(torch.stack([step.mean for step, _ in steps], 1).to(keep_on))
+                step_means.append(torch.stack([step.mean for step, _ in steps], 1).to(keep_on))
         if ctx.progress:
             ctx.progress(len(part))
-    found = [wait() for wait in waiting]
-    scores = {name: torch.cat([part[name] for part in found]) for name in (found[0] if found else {})}
-    columns: dict[str, Column] = {"cond": cond, "prompt": prompt, "steps": torch.tensor(list(keep))}
-    if latents:
-        columns["latents"] = torch.cat(latents)
-    if log_probs:
-        columns["log_probs"] = torch.cat(log_probs)
-    if centres:
-        columns["means"] = torch.cat(centres)
-    metrics = _metrics(ctx, scores, groups, {name: torch.cat(values) for name, values in seen.items()})
-    texts = [batch.prompts[k] for k in prompt.tolist()]
-    return Rollout(columns, scores, texts, groups, metrics, torch.cat(whole) if whole else None)
+    parts = [scores_of() for scores_of in pending_scores]
+    scores = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
+    trajectories = Trajectories(
+        latents=torch.cat(latents) if latents else torch.empty(len(groups), 0, *shape),
+        kept_steps=torch.tensor(list(keep)),
+        prompt_index=prompt_index,
+        cond=cond,
+        log_probs=torch.cat(log_probs) if log_probs else None,
+        means=torch.cat(step_means) if step_means else None,
+    )
+    metrics = _metrics(ctx, scores, groups, {name: torch.cat(values) for name, values in compared.items()})
+    texts = [batch.prompts[k] for k in prompt_index.tolist()]
+    return Rollout(trajectories, scores, texts, groups, metrics, torch.cat(kept_images) if kept_images else None)
 
 
-def _metrics(ctx: Context, scores: dict[str, Tensor], groups: Tensor, spread: dict[str, Tensor]) -> dict[str, float]:
-    """Mean of every reward and the diversity of the rollout, over all processes."""
-    everyone = ctx.gather(groups)
-    found = {"pictures": float(len(everyone))}
-    found |= {f"reward/{name}": ctx.gather(values).mean().item() for name, values in scores.items()}
-    for name, values in spread.items():
+def collect_prefix(ctx: Context, sampler: Sampler, batch: PromptBatch, group_size: int, end: int) -> Start:
+    """Every prompt's trajectory up to step ``end``, sampled once, as the start of each of its images."""
+    family = ctx.policy.family
+    prompts = sorted({position // group_size for position in ctx.sample_indices})
+    shape, grid = family.latent_shape(ctx.resolution), family.grid(sampler.num_inference_steps)
+    states = []
+    for part in torch.arange(len(prompts)).split(sampler.batch_size):
+        numbers = [prompts[k] for k in part.tolist()]
+        x = sample(
+            ctx.policy.predict,
+            grid,
+            batch.cond.take(part).to(family.device),
+            initial_noise(ctx, numbers, shape).to(family.device),
+            sampler.guidance_scale_of(family),
+            sampler.kernel_of(family),
+            noise_of(ctx, numbers, "prefix", shape),
+            steps=range(end),
+        )
+        states.append(x)
+    return Start(torch.cat(states).repeat_interleave(group_size, 0), end)
+
+
+def _metrics(
+    ctx: Context, scores: Mapping[str, Tensor], groups: Tensor, compared: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Mean of every reward and the diversity of the rollout in each space it is ``compared`` in, over all
+    processes."""
+    global_groups = ctx.gather(groups)
+    metrics = {"pictures": float(len(global_groups))}
+    metrics |= {f"reward/{name}": ctx.gather(values).mean().item() for name, values in scores.items()}
+    for name, values in compared.items():
         power = ctx.features.power if ctx.features is not None and name == "features" else 1
-        distances = pairwise(ctx.gather(values), everyone, power)
+        distances = pairwise(ctx.gather(values), global_groups, power)
         if len(distances):
-            found[f"diversity/{name}"] = distances.mean().item()
-    return found
+            metrics[f"diversity/{name}"] = distances.mean().item()
+    return metrics

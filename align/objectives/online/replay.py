@@ -1,50 +1,68 @@
-"""What the policy now says of the steps that a rollout has drawn."""
+"""What the policy now says of the steps that a rollout has sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from align.common.errors import UserError
 from align.diffusion.kernels import Gaussian
-from align.diffusion.process import Prediction
-from align.families import Conditioning
-from align.families.family import Column
+from align.diffusion.process import Prediction, Reduction
+from align.families import Family
 from align.objectives.objective import Context
 from align.sampling.sampler import Sampler, grid_of
+from align.sampling.trajectory import Trajectories
 
 
 def replay_step(
-    ctx: Context, sampler: Sampler, images: Mapping[str, Column], picture: Tensor, step: Tensor
+    ctx: Context, sampler: Sampler, trajectories: Trajectories, image: Tensor, step: Tensor
 ) -> tuple[Gaussian, Tensor]:
-    """What the policy now says of kept step ``step`` (R,) of ``picture`` (R,): the distribution of the next state, and
+    """What the policy now says of kept step ``step`` (R,) of ``image`` (R,): the distribution of the next state, and
     the state that was drawn there; both (R, C, h, w)."""
-    family = ctx.policy.family
-    latents, steps = images["latents"], images["steps"]
-    assert isinstance(latents, Tensor) and isinstance(steps, Tensor)
-    y = latents[picture.to(latents.device), step.to(latents.device) + 1].to(family.device)
-    prediction = predict_at(ctx, sampler, images, picture, step)
-    return sampler.kernel_of(family)(prediction, grid_of(family, sampler.num_inference_steps), steps[step]), y
+    family, latents = ctx.policy.family, trajectories.latents
+    y = latents[image.to(latents.device), step.to(latents.device) + 1].to(family.device)
+    prediction = predict_at(ctx, sampler, trajectories, image, step)
+    i = trajectories.kept_steps[step]
+    return sampler.kernel_of(family)(prediction, grid_of(family, sampler.num_inference_steps), i), y
 
 
-def predict_at(
-    ctx: Context, sampler: Sampler, images: Mapping[str, Column], picture: Tensor, step: Tensor
-) -> Prediction:
-    """What the policy now says at the state before kept step ``step`` (R,) of ``picture`` (R,)."""
-    family = ctx.policy.family
-    latents, prompt, steps, cond = (images[name] for name in ("latents", "prompt", "steps", "cond"))
-    assert isinstance(latents, Tensor) and isinstance(prompt, Tensor) and isinstance(steps, Tensor)
-    assert isinstance(cond, Conditioning)
-    x = latents[picture.to(latents.device), step.to(latents.device)].to(family.device)
-    t = grid_of(family, sampler.num_inference_steps).t[steps[step]].to(family.device)
-    bound = cond.take(prompt[picture].to(family.device))
-    return ctx.policy.predict(x, t, bound, sampler.guidance_scale_of(family))
+def predict_at(ctx: Context, sampler: Sampler, trajectories: Trajectories, image: Tensor, step: Tensor) -> Prediction:
+    """What the policy now says at the state before kept step ``step`` (R,) of ``image`` (R,)."""
+    family, latents = ctx.policy.family, trajectories.latents
+    x = latents[image.to(latents.device), step.to(latents.device)].to(family.device)
+    t = grid_of(family, sampler.num_inference_steps).t[trajectories.kept_steps[step]].to(family.device)
+    return ctx.policy.predict(x, t, trajectories.cond_of(image), sampler.guidance_scale_of(family))
+
+
+def step_lengths(family: Family, sampler: Sampler, trajectories: Trajectories, step: Tensor) -> Tensor:
+    """(R,) |dt| of the kept steps ``step`` (R,), in units of sigma."""
+    sigma = grid_of(family, sampler.num_inference_steps).sigma
+    i = trajectories.kept_steps[step]
+    return (sigma[i] - sigma[i + 1]).abs()
+
+
+def reference_kl(
+    ctx: Context,
+    sampler: Sampler,
+    trajectories: Trajectories,
+    image: Tensor,
+    step: Tensor,
+    new: Gaussian,
+    reduction: Reduction,
+    exact: bool,
+) -> Tensor:
+    """(R,) KL of the steps ``new`` from the reference's. Where not ``exact``, as Flow-GRPO's code has it: the step's
+    length left out of the variance."""
+    with torch.no_grad(), ctx.policy.reference():
+        reference, y = replay_step(ctx, sampler, trajectories, image, step)
+    kl = new.kl(reference, reduction)
+    return kl if exact else kl * step_lengths(ctx.policy.family, sampler, trajectories, step).to(y.device)
 
 
 def require_on_policy(ratio: Tensor, tolerance: float) -> None:
-    """Stop when the weights that drew the pictures do not give their densities again. Costs no evaluation."""
+    """Stop when the weights that sampled the images do not give their densities again. Costs no evaluation."""
     worst = (ratio.detach() - 1).abs().max().item()
     if not worst <= tolerance:
         raise UserError(
@@ -55,21 +73,40 @@ def require_on_policy(ratio: Tensor, tolerance: float) -> None:
 
 
 def log_probs(
-    ctx: Context, sampler: Sampler, images: Mapping[str, Column], chunk: int, reference: bool = False
+    ctx: Context, sampler: Sampler, trajectories: Trajectories, chunk: int, reference: bool = False
 ) -> Tensor:
     """(N, K) log-probabilities of what was drawn, under the current weights or the reference; without gradient."""
-    latents = images["latents"]
-    assert isinstance(latents, Tensor)
-    pictures, steps = latents.shape[0], latents.shape[1] - 1
-    picture = torch.arange(pictures).repeat_interleave(steps)
-    step = torch.arange(steps).repeat(pictures)
-    found = []
+    images, steps = trajectories.latents.shape[0], trajectories.latents.shape[1] - 1
+    image = torch.arange(images).repeat_interleave(steps)
+    step = torch.arange(steps).repeat(images)
+    chunks = []
     with torch.no_grad():
-        for part in torch.arange(len(picture)).split(chunk):
+        for part in torch.arange(len(image)).split(chunk):
             if reference:
                 with ctx.policy.reference():
-                    gaussian, y = replay_step(ctx, sampler, images, picture[part], step[part])
+                    gaussian, y = replay_step(ctx, sampler, trajectories, image[part], step[part])
             else:
-                gaussian, y = replay_step(ctx, sampler, images, picture[part], step[part])
-            found.append(gaussian.log_prob(y))
-    return torch.cat(found).reshape(pictures, steps)
+                gaussian, y = replay_step(ctx, sampler, trajectories, image[part], step[part])
+            chunks.append(gaussian.log_prob(y))
+    return torch.cat(chunks).reshape(images, steps)
+
+
+class ReferenceLogProbs:
+    """What the reference gives trajectories; it is asked once in a run about those that have a name."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Tensor] = {}
+
+    def __call__(
+        self, ctx: Context, sampler: Sampler, trajectories: Trajectories, chunk: int, names: Sequence[str] | None = None
+    ) -> Tensor:
+        """(N, K) log-probabilities, asked for ``chunk`` rows at once."""
+        if names is None:
+            if not len(trajectories):
+                return torch.empty(0, 0)
+            return log_probs(ctx, sampler, trajectories, chunk, reference=True)
+        new = [k for k, name in enumerate(names) if name not in self._by_name]
+        if new:
+            rows = log_probs(ctx, sampler, trajectories.take(torch.tensor(new)), chunk, reference=True)
+            self._by_name |= {names[k]: row.cpu() for k, row in zip(new, rows, strict=True)}
+        return torch.stack([self._by_name[name] for name in names]) if names else torch.empty(0, 0)
