@@ -9,7 +9,7 @@ Two whole blocks go here, chosen by hand, so stock diffusers loads both the prun
 import argparse
 from pathlib import Path
 
-from align import families  # before diffusers: it makes torchvision importable beside a CPU torch
+from align import families  # before diffusers, for a CUDA torchvision beside a CPU torch
 from align.common.assets import locate
 from align.objectives.teachers import PipelineTeacher
 from align.sampling.generate import sample_images
@@ -36,7 +36,6 @@ def main() -> None:
     pipe = DiffusionPipeline.from_pretrained(locate("shapes-sd3"))
     graph = BlockGraph.of(pipe.transformer)
     plan = by_hand(graph, "5-6", "shapes-sd3")
-    print(plan.text())
     graph.remove(plan.dropped)
     pipe.save_pretrained(arguments.output / "pruned")
     plan.save(arguments.output / "plan.json")
