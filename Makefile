@@ -22,7 +22,7 @@ demo: $(STAMP)
 demo-sd3: $(STAMP)
 	rm -rf $(DEMO)-sd3
 	$(BIN)/python -m align.train --config configs/dpo_shapes_sd3.yaml --output_dir $(DEMO)-sd3
-	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)-sd3 --guidance 1
+	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)-sd3 --guidance_scale 1
 
 demo-compress: $(STAMP)
 	rm -rf outputs/compress
@@ -39,7 +39,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-results: $(STAMP)
+results: $(STAMP)  # tests/benchmarks/results/*.json -> tests/benchmarks/README.md
 	$(BIN)/python -m tests.benchmarks.table
 
 clean:

@@ -112,7 +112,7 @@ def test_a_command_runs_as_a_process() -> None:
     assert "usage:" in done.stdout
 
 
-def test_the_readme_shows_the_recorded_results() -> None:
+def test_the_results_page_shows_what_was_recorded() -> None:
     text = table.README.read_text(encoding="utf-8")
     assert table.BEGIN in text
     assert table.filled(text) == text, "run `make results`"

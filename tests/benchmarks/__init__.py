@@ -1,4 +1,4 @@
-"""Scripts that measure; each writes ``results/NAME.json``, and ``make results`` puts those figures into the README."""
+"""Scripts that measure; each writes ``results/NAME.json``, and ``make results`` puts those into ``README.md``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Write the README's results from ``results/*.json``:  ``make results``. A test fails when the two are out of step."""
+"""Write the results in ``tests/benchmarks/README.md`` from ``results/*.json``:  ``make results``.
+
+A test fails when the two are out of step."""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 from rewards.common.files import write_text
 from tests.benchmarks import RESULTS, mean_curve, spread
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- results: made by `make results`, do not edit -->", "<!-- end of results -->"
 
 # the runs that draw as many pictures as each other, to set the methods side by side
@@ -83,7 +85,7 @@ def _online(name: str, title: str) -> str:
         base, tuned = (mean([run["tasks"][task][who] for run in runs]) for who in ("base", "tuned"))
         changes.append(f"{task.replace('_', ' ')} {base:.2f} → {tuned:.2f}")
     lines += ["", f"Strict by task, mean over seeds: {', '.join(changes)}.", ""]
-    lines += [f"![Learning curves of {title}](tests/benchmarks/results/{name}.png)"]
+    lines += [f"![Learning curves of {title}](results/{name}.png)"]
     return "\n".join(lines)
 
 
@@ -105,7 +107,7 @@ def _equal() -> str:
             f"| {mean([run['strict_tuned'] - run['strict_base'] for run in runs]):+.3f} "
             f"| {mean(change):+.1%} ({min(change):+.1%} to {max(change):+.1%}) |"
         )
-    return "\n".join([*lines, "", "![The three at equal pictures](tests/benchmarks/results/online_equal.png)"])
+    return "\n".join([*lines, "", "![The three at equal pictures](results/online_equal.png)"])
 
 
 def _b2() -> str:
@@ -133,7 +135,7 @@ def _b2() -> str:
                 f"| {runs[0]['strict_base']:.3f} → {spread([run['strict_tuned'] for run in runs])} "
                 f"| {spread([run['strict_at_least'] for run in runs])} | {mean(change):+.1%} |"
             )
-    pictures = " ".join(f"![B²-DiffuRL over {rule}](tests/benchmarks/results/b2_{rule.lower()}.png)" for rule in rules)
+    pictures = " ".join(f"![B²-DiffuRL over {rule}](results/b2_{rule.lower()}.png)" for rule in rules)
     return "\n".join([*lines, "", pictures])
 
 
@@ -157,7 +159,7 @@ def _find(name: str) -> str:
         else f"did not reach that success within {other['spent']:,} evaluations (best {best:.3f})"
     )
     lines += ["", f"LoRA policy gradient (`{other['config']}`) on the same prompts {reached}.", ""]
-    lines += [f"![The same noise draws without and with FIND](tests/benchmarks/results/{name}.png)"]
+    lines += [f"![The same noise draws without and with FIND](results/{name}.png)"]
     return "\n".join(lines)
 
 
@@ -227,8 +229,8 @@ def _opd() -> str:
         f"{gradient['ppo_variance_over_squared_gradient']:.2g} times the squared norm of the closed form's gradient, "
         "which has none.",
         "",
-        "![Students on the way](tests/benchmarks/results/opd.png)"
-        + (" ![Beside joint training](tests/benchmarks/results/opd_joint.png)" if joint else ""),
+        "![Students on the way](results/opd.png)"
+        + (" ![Beside joint training](results/opd_joint.png)" if joint else ""),
     ]
     return "\n".join(lines)
 
@@ -262,8 +264,8 @@ def _pruning() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "![The plan: what goes, what is frozen](tests/benchmarks/results/pruning_plan.png)",
-        "![Original and compressed, the same noise](tests/benchmarks/results/pruning.png)",
+        "![The plan: what goes, what is frozen](results/pruning_plan.png)",
+        "![Original and compressed, the same noise](results/pruning.png)",
     ]
     return "\n".join(lines)
 
@@ -354,7 +356,7 @@ def _jpeg() -> str:
             f"| {run['smaller']:.3f} ({low:.3f} to {high:.3f}) | {run['strict_base']:.3f} → {run['strict_tuned']:.3f} "
             f"| {run['diversity_first']:.3f} → {run['diversity_last']:.3f} |"
         )
-    lines += ["", "![File sizes of the pictures of each rollout](tests/benchmarks/results/jpeg.png)"]
+    lines += ["", "![File sizes of the pictures of each rollout](results/jpeg.png)"]
     return "\n".join(lines)
 
 
@@ -523,8 +525,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def results() -> str:
-    """The results section: one paragraph or table for every results file there is."""
-    return "\n\n".join(section() for name, section in SECTIONS.items() if (RESULTS / f"{name}.json").exists())
+    """A heading and a paragraph or table for every results file there is; other pages link to ``#NAME``."""
+    there = [name for name in SECTIONS if (RESULTS / f"{name}.json").exists()]
+    return "\n\n".join(f"### {name}\n\n{SECTIONS[name]()}" for name in there)
 
 
 def filled(text: str) -> str:
