@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class Heal(Objective, Prepares, ScalesLearningRates):
     measure: importance.Measure = "mse"
     proportion_empty_prompts: float = 0.2
 
-    around_packed: ClassVar[bool] = True
+    around_packed = True
 
     def __post_init__(self) -> None:
         if (

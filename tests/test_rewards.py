@@ -255,7 +255,7 @@ class Mean(Fixed):
         return images.mean((1, 2, 3))
 
 
-def test_reward_sum_normalises_what_is_summed_and_keeps_what_was_said() -> None:
+def test_reward_sum_normalizes_what_is_summed_and_keeps_what_was_said() -> None:
     images, prompts = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)), [""] * 5
     values, mean = [3.0, 1.0, 4.0, 1.0, 5.0], images.double().mean((1, 2, 3))
     parts_of: dict[str, Reward] = {"fixed": Fixed(values), "mean": Mean([]), "plain": Fixed(values)}
@@ -298,14 +298,14 @@ def test_batch_statistics_keep_the_gradient() -> None:
     "statistics", [(0.0, 0.0), (0.0, -1.0), (math.nan, 1.0), (1.0,), (0.0, math.inf), "rank", "ab"]
 )
 def test_statistics_that_cannot_be_are_named(statistics: Any) -> None:
-    with pytest.raises(RewardError, match=r"reward 'a' is to be normalised by .*; expected \(mean, std\)"):
+    with pytest.raises(RewardError, match=r"reward 'a' is to be normalized by .*; expected \(mean, std\)"):
         RewardSum({"a": Fixed([1.0])}, None, {"a": statistics})
     if not isinstance(statistics, str):
-        with pytest.raises(RewardError, match="reward 'light' is to be normalised by"):
+        with pytest.raises(RewardError, match="reward 'light' is to be normalized by"):
             Scorer.of([RewardSetting("tests.helpers.Bright", label="light", normalize=list(statistics))])
 
 
-def test_a_runs_rewards_are_normalised_alike() -> None:
+def test_a_runs_rewards_are_normalized_alike() -> None:
     scorer = Scorer.of(
         [
             RewardSetting("JPEGIncompressibility", 2.0, normalize=[3.0, 0.5]),
@@ -370,7 +370,7 @@ def test_as_many_metadata_rows_as_images() -> None:
 @pytest.mark.parametrize("config", ["ddpo_smoke", "flow_grpo_smoke", "dpo_shapes"])
 def test_policy_gradient_and_dpo_take_every_reward_by_name(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings parse and pass their check, and the run's scorer has the class behind each name."""
-    wanted = [{"name": name, "weight": 0.5, "normalise": [1.0, 2.0]} for name in available()]
+    wanted = [{"name": name, "weight": 0.5, "normalize": [1.0, 2.0]} for name in available()]
     arguments = ["--config", str(ROOT / f"configs/{config}.yaml"), "--rewards", json.dumps(wanted)]
     if config == "dpo_shapes":  # held-out prompts, whose pictures are scored while it trains
         arguments += ["--validation_data", "Prompts", "--validation_data.path", "shapes-prompts-heldout"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class Cost:
 class Objective(ABC):
     """The interface of every paper's file in this package."""
 
-    around_packed: ClassVar[bool] = False  # without a LoRA, of a pipeline in 4 bit, trains what is not packed
+    around_packed = False  # without a LoRA, of a pipeline in 4 bit, trains what is not packed
 
     @property
     def reference(self) -> Reference:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from align.families import Conditioning
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SHARED = {"shared": True}  # metadata of a field that rows point into and that is neither indexed nor copied
 
