@@ -25,22 +25,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 from align import families
 from align.common.command import command, parse
-from align.common.errors import NonFinite, require_at_least
-from align.data.prompts import PromptBatch, Prompts, PromptSet
-from align.data.trajectories import ManifestLine, RolloutFolder, RolloutRecord, describe
-from align.evaluation import gallery
+from align.common.errors import require_at_least
+from align.data.prompts import Prompts, PromptSet
+from align.data.trajectories import RolloutFolder, RolloutRecord, describe
+from align.evaluation.rollout_writer import RolloutWriter
 from align.families import Family
-from align.objectives import Context
-from align.objectives.online.collect import collect
 from align.objectives.online.rewards import RewardSetting, Scorer
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler
-from rewards.common.files import atomic, write_text
 
 
 @dataclass
@@ -94,56 +89,10 @@ def rollout(config: RolloutSettings) -> Path:
         family = families.tuned(family, str(config.weights))
     policy = Policy(family, None, reference=False)
     policy.denoiser.requires_grad_(False).to(family.dtype)  # nothing trains here, so nothing has to be float32
-
-    record = _record(config, rows, family)
-    folder = RolloutFolder(config.output_dir)
-    folder.start(record)
-    known = folder.finished(record)
-    prompts = PromptSet(family, rows)
-    with tqdm(total=record.images, initial=sum(map(len, known.values())), desc="draw") as bar:
-        for shard in sorted(set(range(record.shards)) - known.keys()):
-            chosen = record.prompts_of(shard)
-            numbers = range(chosen.start * record.images_per_prompt, chosen.stop * record.images_per_prompt)
-            # one rollout whatever the shards: the step stays 0, and pictures are numbered over the whole folder
-            ctx = Context(policy, config.seed, 0, numbers, scorer, progress=bar.update, resolution=config.resolution)
-            known[shard] = _draw(config, ctx, prompts.batch(chosen), folder, shard)
-            lines = [line for number in sorted(known) for line in known[number]]
-            # last of all: a shard that the manifest lists is whole
-            write_text(folder.manifest, "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in lines))
+    folder, record = RolloutFolder(config.output_dir), _record(config, rows, family)
+    RolloutWriter(folder, record, policy, PromptSet(family, rows), config.sampler, scorer).write()
     print(f"{record.images} pictures of {record.prompts} prompts in {folder.path}")
     return folder.path
-
-
-@torch.no_grad()
-def _draw(
-    config: RolloutSettings, ctx: Context, batch: PromptBatch, folder: RolloutFolder, shard: int
-) -> list[ManifestLine]:
-    """A shard's trajectories, pictures and contact sheet, each file whole or absent; returns its manifest lines."""
-    family, k, numbers = ctx.policy.family, config.images_per_prompt, ctx.sample_indices
-    with family.autocast():
-        keep = range(config.sampler.num_inference_steps)
-        made = collect(ctx, config.sampler, batch, k, keep, shared_noise=config.shared_noise, images=True)
-    latents, log_probs, images = made.trajectories.latents, made.trajectories.log_probs, made.images
-    assert log_probs is not None and images is not None, "collect was asked for both"
-    bad = (~latents.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if bad:
-        raise NonFinite(f"the states of picture {numbers[bad[0]]} are not finite; try mixed_precision: no")
-    scores = [{name: float(values[row]) for name, values in made.scores.items()} for row in range(len(numbers))]
-    lines = [
-        ManifestLine(f"images/{number:05d}.png", f"{number:05d}", prompt, number // k, shard, row, scores[row])
-        for row, (number, prompt) in enumerate(zip(numbers, made.prompts, strict=True))
-    ]
-    (folder.path / "images").mkdir(exist_ok=True)
-    for image, line in zip(images, lines, strict=True):
-        gallery.save_picture(image, folder.path / line.image)
-    captions = [f"{line.trajectory} {line.prompt}" for line in lines]
-    gallery.save_grid(images, captions, folder.path / f"contact-sheet-{shard:05d}.png", k)
-    kept = {"latents": latents.half() if config.half else latents, "log_probs": log_probs}
-    for leftover in folder.path.glob(f"*{folder.shard(shard).stem}*.tmp"):  # of this shard, from a killed process
-        leftover.unlink()
-    with atomic(folder.shard(shard)) as draft:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in kept.items()}, draft)
-    return lines
 
 
 def _record(config: RolloutSettings, rows: Sequence[Mapping[str, Any]], family: Family) -> RolloutRecord:

@@ -9,7 +9,6 @@ folders that ``python -m rewards.score`` reads, and ``grid.png`` to look at.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from align.data.prompts import read_prompts
 from align.evaluation import gallery
 from align.policy.initial_noise import InitialNoise
 from align.sampling import generate
-from rewards.common.files import claim, write_text
+from rewards.common.files import claim
 
 
 @dataclass
@@ -96,16 +95,8 @@ def sample(config: Sample) -> Path:
         "draw",
         noise.initial if noise else generate.as_drawn,
     )
-    names = [f"{k:05d}.png" for k in range(len(texts))]
-    for name, image in zip(names, images, strict=True):
-        gallery.save_picture(image, config.output_dir / name)
+    gallery.save_folder(images, texts, seeds, config.output_dir)
     gallery.save_grid(images[:64], texts[:64], config.output_dir / "grid.png", min(8, max(4, config.images_per_prompt)))
-    rows = [
-        {"file_name": name, "prompt": text, "seed": seed} for name, text, seed in zip(names, texts, seeds, strict=True)
-    ]
-    write_text(
-        config.output_dir / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
     print(f"{len(texts)} pictures in {config.output_dir}")
     return config.output_dir
 

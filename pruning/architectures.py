@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from align.common.errors import UserError
-from pruning.identity import Gone
+from pruning.identity import Identity
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -120,20 +120,20 @@ def describe(denoiser: ModelMixin) -> None:
     """Bring ``denoiser.config`` up to date with the modules that are there."""
     from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
-    found: dict[str, Any]
+    config: dict[str, Any]
     if isinstance(denoiser, UNet2DConditionModel):
-        found = _unet_config(denoiser)
+        config = _unet_config(denoiser)
     else:
-        found = {"num_layers": len(denoiser.transformer_blocks)}
+        config = {"num_layers": len(denoiser.transformer_blocks)}
         if isinstance(denoiser, FluxTransformer2DModel):
-            found["num_single_layers"] = len(denoiser.single_transformer_blocks)
+            config["num_single_layers"] = len(denoiser.single_transformer_blocks)
         else:
             dual = [i for i, block in enumerate(denoiser.transformer_blocks) if block.use_dual_attention]
-            found["dual_attention_layers"] = dual
-    removed = [part_name(p) for p, module in denoiser.named_modules() if isinstance(module, Gone) and module.part]
+            config["dual_attention_layers"] = dual
+    removed = [part_name(p) for p, module in denoiser.named_modules() if isinstance(module, Identity) and module.part]
     if removed or "pruning" in denoiser.config:
-        found["pruning"] = {"removed": removed}
-    changed = {key: value for key, value in found.items() if short(value) != short(denoiser.config.get(key))}
+        config["pruning"] = {"removed": removed}
+    changed = {key: value for key, value in config.items() if short(value) != short(denoiser.config.get(key))}
     # a key that stays listed here, diffusers' from_config would set back to its class's default
     defaults = [key for key in denoiser.config.get("_use_default_values", []) if key not in changed]
     denoiser.register_to_config(**changed, _use_default_values=defaults)

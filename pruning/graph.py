@@ -13,45 +13,19 @@ config then lists them under ``pruning``, which :func:`pruning.load` reads and s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import nn
 
 from align.common.errors import UserError
 from pruning.architectures import MID_LAYERS, PARTS, Kind, Row, describe, part_name, rows
-from pruning.identity import Gone, stand_in
+from pruning.blocks import Block, Streams, follow, put_out, taken_in, weights
+from pruning.identity import Identity, stand_in
 
-if TYPE_CHECKING:
-    from diffusers import ModelMixin
-
-Streams = dict[str, Tensor]  # "hidden", and "context" where a block has that stream too
 _NOT_STOCK = ("attn", "ff", "norm", "mlp")
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block, or a part of one.
-
-    ``position`` counts whole blocks in the order in which they run, from 0; a part has its block's. ``parameters`` is
-    exact. ``modules`` are the paths of what it is made of: a U-Net's pair is a resnet and, where there is one, an
-    attention. ``part_of`` names the block that a part belongs to.
-    """
-
-    name: str
-    kind: Kind
-    position: int
-    parameters: int
-    modules: tuple[str, ...]
-    part_of: str | None = None
-
-
-def weights(parameter: nn.Parameter) -> int:
-    """How many a parameter holds; of one in 4 bit, two to a byte, those that it stands for."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
 
 
 class BlockGraph:
@@ -78,7 +52,7 @@ class BlockGraph:
                 self._add(name, row.kind, tuple(f"{path}.{i}" for path in row.lists), row.part_of)
                 for part, (kind, attributes) in PARTS.get(row.kind, {}).items():
                     paths = tuple(f"{name}.{attribute}" for attribute in attributes)
-                    if all(path in self._modules and not isinstance(self._modules[path], Gone) for path in paths):
+                    if all(path in self._modules and not isinstance(self._modules[path], Identity) for path in paths):
                         self._add(f"{name}.{part}", kind, paths, name)
         self.blocks = tuple(block for block in self._named.values() if block.part_of is None)
 
@@ -112,7 +86,7 @@ class BlockGraph:
 
     def portable(self, drop: Iterable[str]) -> bool:
         """Whether what is left is a stock diffusers class with a stock config."""
-        whole = not any(isinstance(module, Gone) for module in self._modules.values())
+        whole = not any(isinstance(module, Identity) for module in self._modules.values())
         return whole and all(self[name].kind not in _NOT_STOCK for name in drop)
 
     # what may go
@@ -125,11 +99,11 @@ class BlockGraph:
             if (owner := self._named[name].part_of) in drop:
                 wrong.append(f"{name} is a part of {owner}, which goes as a whole; name one of the two")
         for stem, row in self._rows.items():
-            gone = self._gone(row, drop)
-            wrong += [f"{stem}.{i} has to stay: {row.stay[i]}" for i in gone if i in row.stay]
-            if self._lengths.get(stem, 0) - len(gone) < row.least:
+            dropped = self._dropped_in(row, drop)
+            wrong += [f"{stem}.{i} has to stay: {row.stay[i]}" for i in dropped if i in row.stay]
+            if self._lengths.get(stem, 0) - len(dropped) < row.least:
                 wrong.append(f"nothing of {stem} would be left; at least {row.least} has to stay")
-            if row.partner and len(gone) != len(self._gone(self._rows[row.partner], drop)):
+            if row.partner and len(dropped) != len(self._dropped_in(self._rows[row.partner], drop)):
                 wrong.append(self._torn(row, drop))
         if all(block.name in drop for block in self.blocks):
             wrong.append("no block would be left: the model would be empty")
@@ -154,12 +128,12 @@ class BlockGraph:
     def _unknown(self, name: str) -> str:
         return f"unknown block {name!r}; the blocks run from {self.blocks[0].name} to {self.blocks[-1].name}"
 
-    def _gone(self, row: Row, drop: set[str]) -> list[int]:
+    def _dropped_in(self, row: Row, drop: set[str]) -> list[int]:
         return [i for i in range(self._lengths.get(row.stem, 0)) if f"{row.stem}.{i}" in drop]
 
     def _torn(self, row: Row, drop: set[str]) -> str:
         assert row.partner
-        down, up = len(self._gone(row, drop)), len(self._gone(self._rows[row.partner], drop))
+        down, up = len(self._dropped_in(row, drop)), len(self._dropped_in(self._rows[row.partner], drop))
         short = self._rows[row.partner if down > up else row.stem]
         free = [f"{short.stem}.{i}" for i in range(self._lengths[short.stem]) if i not in short.stay]
         may = f"of {short.stem} there may go {', '.join(free)}" if free else f"none of {short.stem} may go"
@@ -181,7 +155,7 @@ class BlockGraph:
     def _uneven(self, drop: set[str]) -> list[str]:
         if not (twins := self._twins(drop)):
             return []
-        first, mid = (self._lengths[row.stem] - len(self._gone(row, drop)) for row in twins)
+        first, mid = (self._lengths[row.stem] - len(self._dropped_in(row, drop)) for row in twins)
         if first == mid:
             return []
         return [
@@ -201,10 +175,10 @@ class BlockGraph:
         """(parent, attribute, what takes its place) for everything that dropping changes."""
         new: dict[str, nn.Module | None] = {"mid_block": None} if "mid_block" in drop else {}
         for row in self._rows.values():
-            if gone := self._gone(row, drop):
+            if dropped := self._dropped_in(row, drop):
                 for path in row.lists:
-                    left = [m for i, m in enumerate(self._modules[path].children()) if i not in gone]
-                    new[path] = nn.ModuleList(left)
+                    kept = [m for i, m in enumerate(self._modules[path].children()) if i not in dropped]
+                    new[path] = nn.ModuleList(kept)
                     new[path].training = self._modules[path].training  # type: ignore[union-attr]
         for name in drop:
             if self[name].kind in _NOT_STOCK:
@@ -253,12 +227,12 @@ class BlockGraph:
             raise UserError("cannot prune: " + "; ".join(wrong))
         paths: dict[str, str | None] = dict.fromkeys(path for name in drop for path in self[name].modules)
         for row in self._rows.values():  # a pair before the layers within it
-            gone = self._gone(row, drop)
-            kept = [i for i in range(self._lengths.get(row.stem, 0)) if i not in gone]
+            dropped = self._dropped_in(row, drop)
+            kept = [i for i in range(self._lengths.get(row.stem, 0)) if i not in dropped]
             for path in row.lists:
                 home = follow(path, paths)
-                for i in [*kept, *gone]:
-                    here = home is not None and i not in gone
+                for i in [*kept, *dropped]:
+                    here = home is not None and i not in dropped
                     paths[f"{path}.{i}"] = f"{home}.{kept.index(i)}" if here else None
         return paths
 
@@ -286,10 +260,10 @@ class BlockGraph:
             module = self._modules[block.modules[0 if before else -1]]
 
             def enter(module: nn.Module, args: Any, kwargs: Any, block: Block = block) -> None:
-                features[block.name] = _before(block, module, args, kwargs)
+                features[block.name] = taken_in(block, module, args, kwargs)
 
             def leave(module: nn.Module, args: Any, output: Any, block: Block = block) -> None:
-                features[block.name] = _after(block, output)
+                features[block.name] = put_out(block, output)
 
             if before:
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -300,34 +274,3 @@ class BlockGraph:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def follow(path: str, moved: Mapping[str, str | None]) -> str | None:
-    """Where ``path`` goes by :meth:`BlockGraph.moved`, through the longest entry that it is or lies under."""
-    parts = path.split(".")
-    for end in range(len(parts), 0, -1):
-        if (head := ".".join(parts[:end])) in moved:
-            new = moved[head]
-            return None if new is None else ".".join([new, *parts[end:]])
-    return path
-
-
-def _two_streams(block: Block) -> bool:
-    return block.kind in PARTS
-
-
-def _before(block: Block, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
-    # by keyword, or under gradient checkpointing by position
-    given = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | dict(kwargs)
-    hidden = given["hidden_states"]
-    if block.kind == "up":  # the skip is concatenated behind what comes from below
-        first = block.name.endswith(".0")
-        hidden = hidden[:, : module.in_channels - module.out_channels if first else module.out_channels]
-    return {"hidden": hidden} | ({"context": given["encoder_hidden_states"]} if _two_streams(block) else {})
-
-
-def _after(block: Block, output: Any) -> Streams:
-    if not _two_streams(block):
-        return {"hidden": output if isinstance(output, Tensor) else output[0]}
-    context, hidden = output
-    return {"hidden": hidden} | ({} if context is None else {"context": context})

@@ -20,33 +20,33 @@ _RETURNS = {
 }
 
 
-class Gone(nn.Module):
+class Identity(nn.Module):
     """The place of a part that was removed. ``part`` is false for the second module of a part that had two."""
 
     part = True
 
 
-class GoneFeedForward(Gone):
+class IdentityFeedForward(Identity):
     """Gives back its input."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
 
 
-class GoneOut(GoneFeedForward):
+class IdentityOut(IdentityFeedForward):
     """A FLUX single block's output projection, gone with its MLP: what is left to project is attention's output."""
 
     part = False
 
 
-class GoneMLP(Gone):
+class IdentityMLP(Identity):
     """A FLUX single block's MLP: of width 0 beside the attention's output."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states[..., :0]
 
 
-class GoneAttention(Gone):
+class IdentityAttention(Identity):
     """Gives back its inputs. Takes a processor as attentions do, because callers set one on every block."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class GoneAttention(Gone):
         return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
 
 
-class GoneNorm(Gone):
+class IdentityNorm(Identity):
     """A LayerNorm without parameters, with the gates, shifts and scales that leave it alone."""
 
     def __init__(self, norm: nn.Module, returns: str) -> None:
@@ -80,15 +80,15 @@ class GoneNorm(Gone):
     def forward(self, hidden_states: Tensor, emb: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         normed, one = self.norm(hidden_states), hidden_states.new_ones(len(hidden_states), 1)
         what = {"x": normed, "1": one, "0": torch.zeros_like(one)}
-        found = tuple(what[letter] for letter in self.returns)
-        return found if len(found) > 1 else found[0]
+        returned = tuple(what[letter] for letter in self.returns)
+        return returned if len(returned) > 1 else returned[0]
 
 
-def stand_in(path: str, module: nn.Module) -> Gone:
+def stand_in(path: str, module: nn.Module) -> Identity:
     """What takes the place of ``module``, the part of a block that stands at ``path``."""
     attribute = path.rpartition(".")[2]
     if attribute.startswith("norm"):
-        return GoneNorm(module.norm, _RETURNS[type(module).__name__])  # type: ignore[arg-type]
+        return IdentityNorm(module.norm, _RETURNS[type(module).__name__])  # type: ignore[arg-type]
     if attribute.startswith("attn"):
-        return GoneAttention()
-    return {"proj_mlp": GoneMLP, "proj_out": GoneOut}.get(attribute, GoneFeedForward)()
+        return IdentityAttention()
+    return {"proj_mlp": IdentityMLP, "proj_out": IdentityOut}.get(attribute, IdentityFeedForward)()

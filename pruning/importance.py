@@ -38,7 +38,7 @@ Profile = dict[str, Any]
 
 @dataclass
 class _Trajectory:
-    """A batch of prompts, and what the full model saw and said at every step (on the CPU)."""
+    """A batch of prompts, and what the full model saw and prediction at every step (on the CPU)."""
 
     prompts: list[str]
     cond: Conditioning
@@ -91,29 +91,29 @@ def profile(
         "guidance": guidance_scale,
         "seed": seed,
     }
-    found: Profile = read(path) if path.is_file() else {"settings": settings, "full": {}, "blocks": {}, "units": {}}
-    if differ := [name for name, value in settings.items() if found["settings"].get(name) != value]:
+    measured: Profile = read(path) if path.is_file() else {"settings": settings, "full": {}, "blocks": {}, "units": {}}
+    if differ := [name for name, value in settings.items() if measured["settings"].get(name) != value]:
         wrong.append(f"{path} was measured with other {', '.join(differ)}; name another file or remove it")
     if wrong:
         raise UserError("profile: " + "; ".join(wrong))
-    left = [unit for unit in units if key(unit) not in found["units"]]
-    if not left and found["full"]:
-        return found
+    unmeasured = [unit for unit in units if key(unit) not in measured["units"]]
+    if not unmeasured and measured["full"]:
+        return measured
 
     calibration = _Calibration(family, graph, list(prompts), steps, seed, guidance_scale, batch_size, reward)
     full = calibration.draw()
-    if not found["full"]:  # a run that goes on keeps the times that it measured first
-        found |= full
-        write_text(path, json.dumps(found, indent=2) + "\n")
-    for unit in tqdm(left, desc="importance", initial=len(units) - len(left), total=len(units)):
+    if not measured["full"]:  # a run that goes on keeps the times that it measured first
+        measured |= full
+        write_text(path, json.dumps(measured, indent=2) + "\n")
+    for unit in tqdm(unmeasured, desc="importance", initial=len(units) - len(unmeasured), total=len(units)):
         with graph.skip(unit):
             mse, score = calibration.without()
         if not torch.tensor(mse).isfinite():
             raise NonFinite(f"without {key(unit)} the output is not finite; profile in bfloat16 or float32")
-        drop = None if score is None else found["full"]["reward"] - score
-        found["units"][key(unit)] = {"mse": mse, "reward": score, "drop": drop}
-        write_text(path, json.dumps(found, indent=2) + "\n")
-    return found
+        drop = None if score is None else measured["full"]["reward"] - score
+        measured["units"][key(unit)] = {"mse": mse, "reward": score, "drop": drop}
+        write_text(path, json.dumps(measured, indent=2) + "\n")
+    return measured
 
 
 @dataclass
@@ -189,10 +189,10 @@ class _Calibration:
             begun: Tensor | None = None
             for i, (state, output) in enumerate(zip(run.states, run.outputs, strict=True)):
                 x = state.to(family.device)
-                said = family.predict(x, grid.t[i].to(x.device).expand(len(x)), run.cond, self.guidance_scale)
-                errors.append((said.raw.float().cpu() - output).square().flatten(1).mean(1))
+                prediction = family.predict(x, grid.t[i].to(x.device).expand(len(x)), run.cond, self.guidance_scale)
+                errors.append((prediction.raw.float().cpu() - output).square().flatten(1).mean(1))
                 if i == 0:
-                    begun = DDIM()(said, grid, 0).mean
+                    begun = DDIM()(prediction, grid, 0).mean
             if self.reward is not None:
                 assert begun is not None
                 rest = range(1, len(grid))
@@ -256,12 +256,12 @@ def _stopwatch(denoiser: nn.Module, modules: Mapping[str, Sequence[str]]) -> Ite
 def read(path: Path) -> Profile:
     """A profile from its file; :class:`UserError` for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        profile = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the profile {path}: {error}") from error
-    if not isinstance(found, dict) or found.keys() != {"settings", "full", "blocks", "units"}:
+    if not isinstance(profile, dict) or profile.keys() != {"settings", "full", "blocks", "units"}:
         raise UserError(f"{path} is no profile: expected the keys settings, full, blocks and units")
-    return found
+    return profile
 
 
 def scores(profile: Profile, measure: Measure = "drop") -> dict[str, float]:
@@ -271,8 +271,8 @@ def scores(profile: Profile, measure: Measure = "drop") -> dict[str, float]:
     block. Raises :class:`UserError` where the profile does not have the measure for all units.
     """
     if measure == "cosine":
-        found = {name: [profile["blocks"][n]["cosine"] for n in name.split("+")] for name in profile["units"]}
-        values = {name: None if None in cosines else 1 - min(cosines) for name, cosines in found.items()}
+        similarities = {name: [profile["blocks"][n]["cosine"] for n in name.split("+")] for name in profile["units"]}
+        values = {name: None if None in cosines else 1 - min(cosines) for name, cosines in similarities.items()}
     else:
         values = {name: entry[measure] for name, entry in profile["units"].items()}
     if missing := [name for name, value in values.items() if value is None]:

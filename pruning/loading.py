@@ -22,18 +22,9 @@ from transformers import PreTrainedModel
 from align.common.errors import UserError
 from pruning.architectures import CLASSES
 from pruning.graph import BlockGraph
-from pruning.nf4 import COMPUTE, NF4
-from pruning.quantize import (
-    BLOCK,
-    STATE,
-    Linear4bit,
-    Model,
-    empty_layer,
-    mark,
-    piece_of,
-    skip_list,
-    split,
-)
+from pruning.nf4 import BLOCK, STATE, Linear4bit, empty_layer, piece_of
+from pruning.nf4_config import COMPUTE, NF4
+from pruning.quantize import Model, mark, skip_list, split
 
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipeline | Model:
@@ -56,9 +47,9 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipel
     if absent := [name for name in parts if not (folder / name).is_dir()]:
         raise UserError(f"{folder} lacks {', '.join(absent)}, which its model_index.json names")
     models = [folder / name for name in parts if (folder / name / "config.json").is_file()]
-    own = {part.name: build(part, dtype) for part in models if not stock_reads(_config(part))}
+    built = {part.name: build(part, dtype) for part in models if not stock_reads(_config(part))}
     dtypes = {part.name: dtype or _stored_dtype(part) for part in models} | {"default": torch.float32}
-    return cls.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **own)
+    return cls.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **built)
 
 
 def _component(folder: Path, dtype: torch.dtype | None) -> Model:
@@ -195,9 +186,9 @@ def _torn(layer: Linear4bit, name: str, pieces: Mapping[str, Tensor]) -> list[st
     if problems:
         return problems
     size, weights = [layer.out_features, layer.in_features], layer.out_features * layer.in_features
-    said = json.loads(bytes(pieces[STATE].tolist()))
-    if (said["shape"], said["blocksize"]) != (size, BLOCK):
-        return [f"{name} was {said['shape']} in blocks of {said['blocksize']}, expected {size} in blocks of {BLOCK}"]
+    state = json.loads(bytes(pieces[STATE].tolist()))
+    if (state["shape"], state["blocksize"]) != (size, BLOCK):
+        return [f"{name} was {state['shape']} in blocks of {state['blocksize']}, expected {size} in blocks of {BLOCK}"]
     counts = {"": -(-weights // 2), "absmax": -(-weights // BLOCK)}
     return [
         f"{full[piece]} holds {pieces[piece].numel()} values, expected {count}"

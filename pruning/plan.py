@@ -67,11 +67,11 @@ class Budget:
         drop = set(drop)
         if self.latency is not None:
             return self.latency * seconds["denoiser"] - sum(seconds[name] for name in drop)
-        total, left = graph.parameters(), graph.parameters(drop)
+        total, rest = graph.parameters(), graph.parameters(drop)
         if self.bytes is not None:
-            return left - self.bytes * 8 / self.bits
+            return rest - self.bytes * 8 / self.bits
         assert self.parameters is not None
-        return self.parameters * (total if self.parameters < 1 else 1) - (total - left)
+        return self.parameters * (total if self.parameters < 1 else 1) - (total - rest)
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ class Plan:
     def load(path: Path) -> Plan:
         """What :meth:`save` wrote; :class:`UserError` for anything else."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            saved = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the plan {path}: {error}") from error
         names = {f.name for f in fields(Plan)}
-        if not isinstance(found, dict) or found.keys() != names:
-            odd = sorted(found.keys() ^ names) if isinstance(found, dict) else type(found).__name__
+        if not isinstance(saved, dict) or saved.keys() != names:
+            odd = sorted(saved.keys() ^ names) if isinstance(saved, dict) else type(saved).__name__
             raise UserError(f"{path} is no plan: expected the keys {', '.join(sorted(names))}; they differ in {odd}")
-        return Plan(**found | {"dropped": tuple(found["dropped"]), "frozen": tuple(found["frozen"])})
+        return Plan(**saved | {"dropped": tuple(saved["dropped"]), "frozen": tuple(saved["frozen"])})
 
     def fits(self, graph: BlockGraph) -> None:
         """Raise :class:`UserError` where the plan was made for another denoiser than this graph's."""
@@ -145,9 +145,9 @@ class Plan:
         plots.stack(self, path)
 
 
-def by_hand(graph: BlockGraph, text: str, model: str = "") -> Plan:
+def from_ranges(graph: BlockGraph, text: str, model: str = "") -> Plan:
     """A plan from :func:`parse_ranges`. Raises :class:`UserError` where this cannot go."""
-    return _plan(graph, parse_ranges(text, graph), model)
+    return make_plan(graph, parse_ranges(text, graph), model)
 
 
 def parse_ranges(text: str, graph: BlockGraph) -> tuple[str, ...]:
@@ -192,13 +192,13 @@ def costs(graph: BlockGraph, importance: Mapping[str, float], position_weighting
     wrong += [f"the importance of {name} is {v}" for name, v in importance.items() if not math.isfinite(v)]
     if wrong:
         raise UserError("importance: " + "; ".join(wrong))
-    found, count = {}, len(graph.blocks)
+    cost, count = {}, len(graph.blocks)
     places = {name: min(graph[n].position for n in names) for name, names in units.items()}
     for name, names in units.items():
         weight = math.exp((count - places[name]) / count) if position_weighting else 1.0
-        found[name] = max(importance[name], 0.0) * weight / sum(graph[n].parameters for n in names)
+        cost[name] = max(importance[name], 0.0) * weight / sum(graph[n].parameters for n in names)
     order = {name: k for k, name in enumerate(units)}
-    return {n: found[n] for n in sorted(units, key=lambda n: (found[n], -places[n], -order[n]))}
+    return {n: cost[n] for n in sorted(units, key=lambda n: (cost[n], -places[n], -order[n]))}
 
 
 def to_budget(
@@ -224,7 +224,7 @@ def to_budget(
     prices, times = costs(graph, importance, position_weighting), seconds or {}
     chosen: set[str] = set()
     while (missing := budget.missing(graph, chosen, times)) > 0:
-        best, found = math.inf, None
+        best, cheapest = math.inf, None
         for unit, price in prices.items():
             if price >= best:
                 break  # cheapest first, and what is counted of a unit never makes it cheaper
@@ -236,33 +236,33 @@ def to_budget(
                 continue
             given = missing - budget.missing(graph, grown, times)
             if (counted := price * max(1.0, given / missing)) < best:
-                best, found = counted, grown
-        if found is None:
+                best, cheapest = counted, grown
+        if cheapest is None:
             break
-        chosen = found
+        chosen = cheapest
     if missing > 0:
         share = 1 - graph.parameters(chosen) / graph.parameters()
         slow = f" and {sum(times[n] for n in chosen) / times['denoiser']:.1%} of its time" if budget.latency else ""
-        asked = " at ".join(f"{name} {value:g}" for name, value in _said(budget).items())
-        left = f"{graph.parameters(chosen) * budget.bits / 8:,.0f} bytes at {budget.bits:g} bits"
+        asked = " at ".join(f"{name} {value:g}" for name, value in _asked_for(budget).items())
+        rest = f"{graph.parameters(chosen) * budget.bits / 8:,.0f} bytes at {budget.bits:g} bits"
         raise UserError(
             f"budget: {asked} is out of reach: all {len(chosen)} blocks and parts that may go together are "
-            f"{share:.1%} of the parameters{slow}, and what is left takes {left}"
+            f"{share:.1%} of the parameters{slow}, and what is left takes {rest}"
         )
     for unit in reversed(prices):  # what a later choice made dispensable stays after all
         fewer = chosen - set(unit.split("+"))
         if not graph.check(fewer) and budget.missing(graph, fewer, times) <= 0:
             chosen = fewer
-    return _plan(graph, chosen, model, _said(budget), position_weighting, prices)
+    return make_plan(graph, chosen, model, _asked_for(budget), position_weighting, prices)
 
 
-def _said(budget: Budget) -> dict[str, float]:
+def _asked_for(budget: Budget) -> dict[str, float]:
     if budget.bytes is not None:
         return {"bytes": budget.bytes, "bits": budget.bits}
     return {name: value for name, value in asdict(budget).items() if value is not None and name != "bits"}
 
 
-def _plan(
+def make_plan(
     graph: BlockGraph,
     drop: Iterable[str],
     model: str,

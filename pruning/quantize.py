@@ -1,8 +1,6 @@
 """INT4: NF4 weights through bitsandbytes, written as stock diffusers and transformers read them, and run anywhere.
 
-Four bits a weight (QLoRA, Dettmers et al. 2023, §3): the nearest of sixteen values, times the largest absolute weight
-of its block of 64. That is 4.5 bits a weight, or about 4.13 where the blocks' scales are quantised as well (double
-quantisation, ibid. §3.2). It saves bytes, not time.
+Which layers are packed, and the models that hold them; :mod:`pruning.nf4` is the layer itself.
 
     report = quantize(pipe.transformer)          # in place; says what was kept and why
     save_pipeline(pipe, "outputs/int4")          # stock `from_pretrained` reads it where a GPU is
@@ -12,9 +10,7 @@ quantisation, ibid. §3.2). It saves bytes, not time.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,23 +19,20 @@ import bitsandbytes as bnb
 import diffusers
 import torch
 import transformers
-from bitsandbytes.functional import QuantState, dequantize_4bit
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.quantizers.auto import DiffusersAutoQuantizer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from align.common.errors import UserError
 from align.families import LORA_FILE
-from pruning.nf4 import NF4
-from rewards.common.files import atomic
+from pruning.nf4 import Bytes, bytes_of, pack
+from pruning.nf4_config import NF4
 
+DEFAULT = NF4()
 Model = Any  # a ModelMixin or a PreTrainedModel
-BLOCK = 64  # weights that share one scale
-STATE = "quant_state.bitsandbytes__nf4"
 # What stays in full precision unless the settings say otherwise: the way in, the way out, and what makes the
 # conditioning vector. All together under 1 % of a large model. An entry means what the model's library takes it to
 # mean (see `_names`): in diffusers a bare `proj_out` would also name the `proj_out` of each of FLUX's single blocks,
@@ -59,21 +52,6 @@ class Layer:
     name: str
     weights: int
     kept: str | None
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """What a module takes on disk, headers apart: packed codes, scales (``absmax``), maps (codebooks and the JSON that
-    goes with each layer), and everything that is not quantised."""
-
-    codes: int
-    scales: int
-    maps: int
-    rest: int
-
-    @property
-    def total(self) -> int:
-        return self.codes + self.scales + self.maps + self.rest
 
 
 @dataclass(frozen=True)
@@ -104,90 +82,8 @@ class Report:
         return "\n".join(lines)
 
 
-# the layer
-def unpacked(weight: bnb.nn.Params4bit, dtype: torch.dtype) -> Tensor:
-    """The (out, in) matrix that a packed weight stands for, in ``dtype``.
-
-    As one row: where rows are no multiple of a block, bitsandbytes 0.50 scales them wrongly on a CPU with AVX-512
-    (it starts a new block at every row), and a length that is odd sends it through ``torch.compile``.
-    """
-    state = weight.quant_state
-    row = QuantState(
-        absmax=state.absmax,
-        shape=torch.Size([2 * weight.numel()]),
-        code=state.code,
-        blocksize=state.blocksize,
-        quant_type=state.quant_type,
-        dtype=dtype,
-        offset=state.offset,
-        state2=state.state2,
-    )
-    values = dequantize_4bit(weight.data, row).reshape(-1)
-    return values[: state.shape.numel()].view(state.shape)
-
-
-class _Product(torch.autograd.Function):
-    """``x @ W.T`` for a packed W, which the backward pass unpacks again rather than keep."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: bnb.nn.Params4bit) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, unpacked(weight, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ unpacked(ctx.weight, grads[0].dtype), None
-
-
-class Linear4bit(bnb.nn.Linear4bit):
-    """bitsandbytes' own layer, but for what it does on a CPU.
-
-    There, with AVX512-BF16, its forward repacks the weights for good, rounds their scales to bfloat16 and cannot undo
-    that when the module is saved, and it fails on sizes that are no multiple of 32. This one leaves its weights alone,
-    and gives the same output with and without gradients.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
-        y = _Product.apply(x.to(self.compute_dtype), self.weight)
-        if self.bias is not None:
-            y = y + self.bias.to(self.compute_dtype)
-        return y.to(x.dtype)
-
-
-def empty_layer(linear: nn.Linear, settings: NF4) -> Linear4bit:
-    """A layer of the same size without weights."""
-    layer = Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        compute_dtype=getattr(torch, settings.compute_dtype),
-        compress_statistics=settings.double_quant,
-        quant_type="nf4",
-        device="meta",
-    )
-    layer.requires_grad_(False).train(linear.training)
-    return layer
-
-
-def _packed(linear: nn.Linear, settings: NF4) -> Linear4bit:
-    """``linear`` as NF4, on its device."""
-    layer = empty_layer(linear, settings)
-    layer.weight = bnb.nn.Params4bit(
-        linear.weight.detach(),
-        requires_grad=False,
-        blocksize=BLOCK,
-        compress_statistics=settings.double_quant,
-        quant_type="nf4",
-        module=layer,
-    ).to(linear.weight.device)
-    layer.bias = linear.bias
-    return layer
-
-
 # which layers
-def choose(module: Model, settings: NF4 = NF4()) -> tuple[Layer, ...]:
+def choose(module: Model, settings: NF4 = DEFAULT) -> tuple[Layer, ...]:
     """Every ``nn.Linear`` of a diffusers or transformers model, quantised or kept with the reason; touches nothing.
 
     Works on the meta device. The choice is the one that the model's own library makes when it reads the saved folder,
@@ -197,10 +93,10 @@ def choose(module: Model, settings: NF4 = NF4()) -> tuple[Layer, ...]:
     problems = _against(module)
     if problems:
         raise UserError(f"cannot quantize {type(module).__name__}: " + "; ".join(problems))
-    own = [*(module._keep_in_fp32_modules or ())]
     reasons = {entry: f"{entry!r} is on the skip list" for entry in skip_list(module, settings)}
-    reasons |= {entry: f"its library keeps {entry!r} in full precision" for entry in own}
-    layers = tuple(Layer(*found) for found in split(module, reasons))
+    library = module._keep_in_fp32_modules or ()
+    reasons |= {entry: f"its library keeps {entry!r} in full precision" for entry in library}
+    layers = tuple(Layer(*linear) for linear in split(module, reasons))
     if idle := unnamed(settings, module):
         raise UserError(f"skip: {', '.join(map(repr, idle))} names no Linear of {type(module).__name__}")
     if not any(layer.kept is None for layer in layers):
@@ -271,39 +167,8 @@ def _names(module: Model, entry: str, name: str) -> bool:
     return bool(re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name)) or name.endswith(entry)
 
 
-# what it costs
-def packed_bytes(weights: int, double_quant: bool = False) -> int:
-    """Bytes of a Linear's packed weights: half a byte each, a 4-byte scale a block and the 64-byte codebook; with
-    double quantisation a byte a scale, four bytes a 256 scales and a second codebook of 1024. Without the JSON of some
-    hundred bytes that bitsandbytes writes beside each layer."""
-    blocks = -(-weights // BLOCK)
-    scales = blocks + 4 * -(-blocks // 256) + 1024 if double_quant else 4 * blocks
-    return -(-weights // 2) + scales + 64
-
-
-def bytes_of(module: nn.Module) -> Bytes:
-    """What the tensors of ``module`` take on disk, a shared one counted once; works on the meta device."""
-    packed = {name for name, m in module.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    parts: Counter[str] = Counter()
-    for key, tensor in {id(t): (key, t) for key, t in module.state_dict(keep_vars=True).items()}.values():
-        layer, piece = piece_of(key)
-        part = _PARTS.get(piece, "maps") if layer in packed else "rest"
-        parts[part] += tensor.numel() * tensor.element_size()
-    return Bytes(parts["codes"], parts["scales"], parts["maps"], parts["rest"])
-
-
-_PARTS = {"": "codes", "absmax": "scales", "nested_absmax": "scales"}
-
-
-def piece_of(key: str) -> tuple[str, str]:
-    """A state dict's ``block.0.proj.weight.absmax`` is a piece of ``block.0.proj``: ``("block.0.proj", "absmax")``. The
-    weight itself is the piece ``""``; what is no weight belongs to no layer."""
-    found = re.fullmatch(r"(.*)\.weight(?:\.(.+))?", key)
-    return (found[1], found[2] or "") if found else ("", "")
-
-
 # doing it
-def quantize(module: Model, settings: NF4 = NF4()) -> Report:
+def quantize(module: Model, settings: NF4 = DEFAULT) -> Report:
     """Replace, in place, the Linears of a diffusers or transformers model by NF4 ones; see :func:`choose` for which.
 
     The weights that stay keep their dtype. Raises :class:`UserError` before anything is changed.
@@ -311,7 +176,7 @@ def quantize(module: Model, settings: NF4 = NF4()) -> Report:
     layers, before = choose(module, settings), bytes_of(module)
     for layer in layers:
         if layer.kept is None:
-            module.set_submodule(layer.name, _packed(module.get_submodule(layer.name), settings))
+            module.set_submodule(layer.name, pack(module.get_submodule(layer.name), settings))
     mark(module, settings)
     return Report(type(module).__name__, layers, before, bytes_of(module))
 
@@ -367,31 +232,3 @@ def merge_lora(pipe: DiffusionPipeline, folder: Path | str) -> None:
         raise UserError(f"cannot merge: nothing in {Path(folder) / LORA_FILE} fits {type(pipe).__name__}")
     pipe.fuse_lora(safe_fusing=True)
     pipe.unload_lora_weights()
-
-
-# to disk
-_ONE_FILE = "1000GB"  # diffusers' own loader fails where a shard ends between a weight's codes and its scales
-
-
-def save_pipeline(pipe: DiffusionPipeline, folder: Path | str, beside: Mapping[str, str] | None = None) -> None:
-    """Write the whole pipeline as ``from_pretrained`` reads it: all of it, or nothing.
-
-    ``beside`` holds more files, name to text: a model card, ``sampling.json``. Raises
-    :class:`UserError` where ``folder`` exists.
-    """
-    with _new_folder(Path(folder)) as draft:
-        pipe.save_pretrained(draft, max_shard_size=_ONE_FILE)
-        for name, text in (beside or {}).items():
-            (draft / name).write_text(text, encoding="utf-8")
-
-
-def save(module: Model, folder: Path | str) -> None:
-    """Write one component, as :func:`save_pipeline` does."""
-    with _new_folder(Path(folder)) as draft:
-        module.save_pretrained(draft, max_shard_size=_ONE_FILE)
-
-
-def _new_folder(folder: Path) -> AbstractContextManager[Path]:
-    if folder.exists():
-        raise UserError(f"{folder} exists; name another folder or remove it")
-    return atomic(folder)

@@ -70,7 +70,7 @@ def latencies(denoisers: Mapping[str, Family], batch: int, repeats: int) -> dict
                 family.forward(x, t, cond)
             if k:
                 times[name].append(_now(family) - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(laps) for name, laps in times.items()}
 
 
 def _now(family: Family) -> float:
@@ -90,8 +90,8 @@ def peak(source: str, settings: Reporting) -> int:
         str(min(8, settings.batch_size)),
         str(settings.num_inference_steps or 4),
     ]
-    found = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    return int(json.loads(found.splitlines()[-1])["peak"])
+    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return int(json.loads(output.splitlines()[-1])["peak"])
 
 
 def _measure(source: str, batch: int, steps: int) -> int:
@@ -160,13 +160,13 @@ def quality(comparison: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"rewards": means | {STRICT: overall(entries[STRICT], name)}, "tasks": tasks}
 
 
-def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+def table(pipelines: Mapping[str, Mapping[str, Any]]) -> str:
     """The comparison as Markdown. Latency is relative to the original's, in one run."""
-    first = next(iter(found.values()))
+    first = next(iter(pipelines.values()))
     names = list(first["rewards"])
     lines = ["| | parameters | denoiser MB | pipeline MB | peak MB | latency | " + " | ".join(names) + " |"]
     lines.append("|---" * (6 + len(names)) + "|")
-    for name, entry in found.items():
+    for name, entry in pipelines.items():
         sizes = [entry[key] for key in ("denoiser_bytes", "pipeline_bytes", "peak_bytes")]
         scores = " | ".join(f"{entry['rewards'][reward]:.3f}" for reward in names)
         lines.append(

@@ -25,8 +25,8 @@ from align.sampling.sampler import Sampler
 from pruning import compress
 from pruning.distill import Heal, sensitivity
 from pruning.graph import BlockGraph
-from pruning.plan import _plan, by_hand
-from pruning.quantize import Linear4bit
+from pruning.nf4 import Linear4bit
+from pruning.plan import from_ranges, make_plan
 from tests.helpers import errors, lines
 
 PROMPTS = ["two red stars", "a star", "a red circle", "a blue circle left of a green square"]
@@ -40,7 +40,7 @@ def healing(folder: Path, tmp_path: Path, blocks: str, **arguments: Any) -> tupl
     """A student without ``blocks`` and the objective that heals it."""
     whole = families.load(str(folder))
     graph = BlockGraph.of(whole.denoiser)
-    plan = by_hand(graph, blocks, str(folder)) if blocks else _plan(graph, [], str(folder))
+    plan = from_ranges(graph, blocks, str(folder)) if blocks else make_plan(graph, [], str(folder))
     plan.save(tmp_path / "plan.json")
     student = families.load(str(folder))
     BlockGraph.of(student.denoiser).remove(plan.dropped)
@@ -144,15 +144,15 @@ def test_real_pictures_have_a_task_term(tiny_folders: dict[str, Path], tmp_path:
 
 def test_sensitive_blocks_move_less() -> None:
     cost, blocks = {"a": 4.0, "b": 1.0, "c+d": 2.0, "e": -1.0}, ("a", "b", "c", "e", "new")
-    graded = sensitivity(cost, blocks, "graded")
-    assert graded["a"] < graded["c"] < graded["b"] < graded["e"] == graded["new"] == 1.0
-    assert graded["a"] == pytest.approx(1.5 / 5.5)  # the median of 4, 1, 2, 0
+    soft = sensitivity(cost, blocks, "graded")
+    assert soft["a"] < soft["c"] < soft["b"] < soft["e"] == soft["new"] == 1.0
+    assert soft["a"] == pytest.approx(1.5 / 5.5)  # the median of 4, 1, 2, 0
     assert sensitivity(cost, blocks, "binary") == {"a": 0.0, "b": 1.0, "c": 0.0, "e": 1.0, "new": 1.0}
     assert set(sensitivity(cost, blocks, "none").values()) == {1.0}
     assert set(sensitivity({}, blocks, "graded").values()) == {1.0}
 
 
-def test_the_learning_rate_follows_the_grade(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_learning_rate_follows_the_sensitivity(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """Without block 0 the others heal. Of these block 1, block 0 of the student, costs 3, which is the median; what
     block 2 costs was not measured."""
     units = {f"transformer_blocks.{k}": {"mse": v, "reward": None, "drop": None} for k, v in enumerate((1.0, 3.0))}

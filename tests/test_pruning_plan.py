@@ -14,7 +14,7 @@ from PIL import Image
 
 from align.common.errors import UserError
 from pruning.graph import BlockGraph
-from pruning.plan import Budget, Plan, by_hand, costs, key, parse_ranges, to_budget
+from pruning.plan import Budget, Plan, costs, from_ranges, key, parse_ranges, to_budget
 from tests.benchmarks import sizes
 from tests.test_pruning_graph import flux, sd3, sd15, sdxl
 
@@ -83,7 +83,7 @@ def test_ranges_are_closed() -> None:
     assert parse_ranges("25-28,31-34", graph) == eight
     assert parse_ranges(" 25-28 , 31-34,26", graph) == eight
     assert parse_ranges("3", graph) == parse_ranges("3-3", graph) == names(3)
-    plan = by_hand(graph, "25-28,31-34", "large")
+    plan = from_ranges(graph, "25-28,31-34", "large")
     assert plan.dropped == eight and plan.frozen == names(*range(25)) and plan.healing == names(29, 30, 35, 36, 37)
     assert plan.before - plan.after == 8 * graph["transformer_blocks.0"].parameters
 
@@ -113,7 +113,7 @@ def test_all_that_is_wrong_with_ranges_is_told_at_once() -> None:
     ):
         assert words in str(error.value)
     with pytest.raises(UserError, match=r"transformer_blocks\.8 has to stay"):
-        by_hand(equal(), "7-8")
+        from_ranges(equal(), "7-8")
 
 
 # budgets
@@ -233,7 +233,7 @@ def test_a_plan_survives_json(tmp_path: Path) -> None:
 
 def test_the_picture_shows_what_goes_what_is_frozen_and_what_heals(tmp_path: Path) -> None:
     graph = equal()
-    plan = by_hand(graph, "2,5.ff,5.attn,7", "tiny")
+    plan = from_ranges(graph, "2,5.ff,5.attn,7", "tiny")
     plan.picture(tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as picture:
         rows = [picture.getpixel((255, 20 * (k + 3) + 6)) for k in range(9)]
@@ -247,7 +247,7 @@ def test_the_picture_shows_what_goes_what_is_frozen_and_what_heals(tmp_path: Pat
 def test_eight_blocks_of_sd35_large_and_the_gigabytes_of_the_paper() -> None:
     """Method sheet 6.1 and 3.5: 8.06 to 6.36 B parameters, 3.58 GB in NF4, within 1 %."""
     large, schnell = (cast(Any, sizes.meta(model)) for model in (sizes.SD35_LARGE, sizes.FLUX_SCHNELL))
-    plan = by_hand(BlockGraph.of(large), "25-28,31-34")
+    plan = from_ranges(BlockGraph.of(large), "25-28,31-34")
     assert plan.before == pytest.approx(8.06e9, rel=0.01) and plan.after == pytest.approx(6.36e9, rel=0.01)
     assert plan.after * 4.5 / 8 == pytest.approx(3.58e9, rel=0.01)
     graph = BlockGraph.of(large)

@@ -8,7 +8,10 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from pruning.quantize import NF4, bytes_of, quantize, save
+from pruning.nf4 import bytes_of
+from pruning.nf4_config import NF4
+from pruning.quantize import quantize
+from pruning.saving import save
 from tests.benchmarks import sizes
 from tests.benchmarks.sizes import Row
 

@@ -158,14 +158,12 @@ def bootstrap(values: np.ndarray, resamples: int = 4000, seed: int = 0) -> tuple
 def diversity(images: Images, samples: int, features: Features | None) -> dict[str, dict[str, float]]:
     """Mean distance of two images of a prompt, over prompts, for every model: in pixels, and in features."""
     distances: dict[str, dict[str, float]] = {"pixels": {}}
-    if features is not None:
-        distances["features"] = {}
     for model, drawn in images.items():
         groups = torch.arange(len(drawn)) // samples
         distances["pixels"][model] = pairwise(thumbnails(drawn), groups).mean().item()
         if features is not None:
             values = torch.cat([features(part) for part in drawn.split(64)])
-            distances["features"][model] = pairwise(values, groups, features.power).mean().item()
+            distances.setdefault("features", {})[model] = pairwise(values, groups, features.power).mean().item()
     return distances
 
 

@@ -1,31 +1,44 @@
-"""Pictures from prompts, and grids of them to look at."""
+"""Images as files: one, a folder with captions, a captioned grid, or within a page."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from rewards.common.files import atomic
+from rewards.common.files import atomic, write_text
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to an 8-bit picture."""
+    """(3, H, W) in [0, 1] to an 8-bit image."""
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def save_picture(image: Tensor, path: Path) -> None:
-    """Write one picture (3, H, W) as a PNG, whole or not at all."""
+def save_image(image: Tensor, path: Path) -> None:
+    """Write one image (3, H, W) as a PNG, whole or not at all."""
     with atomic(path) as draft:
         to_pil(image).save(draft, "PNG")
 
 
+def save_folder(images: Tensor, texts: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
+    """Write images (N, 3, H, W) as ``00000.png``, .. and their captions and seeds as ``metadata.jsonl``: the layout of
+    datasets' image folders."""
+    rows = [
+        {"file_name": f"{k:05d}.png", "prompt": text, "seed": seed}
+        for k, (text, seed) in enumerate(zip(texts, seeds, strict=True))
+    ]
+    for row, image in zip(rows, images, strict=True):
+        save_image(image, folder / str(row["file_name"]))
+    write_text(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def embedded(image: Tensor) -> str:
-    """One picture (3, H, W) as a PNG within a page: the ``src`` of an ``img``."""
+    """One image (3, H, W) as a PNG within a page: the ``src`` of an ``img``."""
     file = io.BytesIO()
     to_pil(image).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -34,9 +47,9 @@ def embedded(image: Tensor) -> str:
 def save_grid(
     images: Tensor, captions: Sequence[str], path: Path, columns: int = 4, rows_of: Sequence[str] | None = None
 ) -> None:
-    """Write pictures (N, 3, H, W) as a captioned grid PNG; small pictures are enlarged to be seen.
+    """Write images (N, 3, H, W) as a captioned grid PNG; small ones are enlarged to be seen.
 
-    With ``rows_of`` (names such as base and tuned) ``images`` holds that many pictures a caption, one under another.
+    With ``rows_of`` (names such as base and tuned) ``images`` holds that many a caption, one under another.
     """
     deep = len(rows_of) if rows_of else 1
     side = max(128, images.shape[-1])

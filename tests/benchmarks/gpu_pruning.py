@@ -50,12 +50,16 @@ from torch import Tensor, nn
 from rewards.common.files import write_text
 from align.common.provenance import provenance
 from align.common.assets import locate
+from pruning import nf4
 from pruning import quantize as q
 from tests.benchmarks import sizes
 from pruning.graph import BlockGraph
 from pruning.loading import build
-from pruning.plan import by_hand
-from pruning.quantize import NF4, bytes_of, quantize, save_pipeline
+from pruning.plan import from_ranges
+from pruning.nf4 import bytes_of
+from pruning.nf4_config import NF4
+from pruning.quantize import quantize
+from pruning.saving import save_pipeline
 from tests.benchmarks import record
 
 NAME = "pruning_gpu"
@@ -188,7 +192,7 @@ def inputs(case: Case, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
 def prune(denoiser: Any, gone: tuple[str, ...], name: str) -> Figures:
     """Plan by hand and remove. The graph is let go with this function: it holds every block that was there."""
     graph = BlockGraph.of(denoiser)
-    plan = by_hand(graph, ",".join(gone), name)
+    plan = from_ranges(graph, ",".join(gone), name)
     plan.fits(graph)
     graph.remove(plan.dropped)
     return {"blocks": len(graph.blocks), "dropped": len(plan.dropped), "parameters_planned": plan.after}
@@ -346,11 +350,11 @@ def layer(shape: tuple[int, int], double: bool, device: str) -> Figures:
     torch.manual_seed(0)
     settings = NF4(double)
     linear = nn.Linear(shape[1], shape[0]).bfloat16().requires_grad_(False)
-    here = q._packed(linear, settings).eval()
-    weight, codes = q.unpacked(here.weight, torch.float32), here.weight.data.clone()
+    here = nf4.pack(linear, settings).eval()
+    weight, codes = nf4.unpacked(here.weight, torch.float32), here.weight.data.clone()
     rows = [torch.randn(count, shape[1], dtype=torch.bfloat16) for count in (2, 600)]
     expected = [here(x) for x in rows]
-    there = q._packed(linear.to(device), settings).eval()
+    there = nf4.pack(linear.to(device), settings).eval()
     moved = here.to(device)
 
     def off(layer: Any) -> list[float | None]:
@@ -359,7 +363,7 @@ def layer(shape: tuple[int, int], double: bool, device: str) -> Figures:
     return {
         "codes_equal": float((there.weight.data.cpu() == codes).double().mean()),
         "moved_codes_equal": bool(torch.equal(moved.weight.data.cpu(), codes)),
-        "unpacked_off": difference(q.unpacked(moved.weight, torch.float32).cpu(), weight),
+        "unpacked_off": difference(nf4.unpacked(moved.weight, torch.float32).cpu(), weight),
         "moved_off": off(moved),
         "packed_there_off": off(there),
         "shape_of_codes": [list(there.weight.shape), list(codes.shape)],

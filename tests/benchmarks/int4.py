@@ -29,7 +29,10 @@ from align import families
 from align.evaluation.compare import STRICT, compare
 from align.families import Family
 from align.shapes.world import held_out_prompts
-from pruning.quantize import NF4, quantize, save, unpacked
+from pruning.nf4 import unpacked
+from pruning.nf4_config import NF4
+from pruning.quantize import quantize
+from pruning.saving import save
 from rewards.models.shapes import Shapes
 from rewards.models.shapes import parse as parse_caption
 from tests.benchmarks import record, sizes

@@ -19,7 +19,9 @@ import torch
 import transformers
 from torch import nn
 
-from pruning.quantize import BLOCK, NF4, bytes_of, choose, packed_bytes
+from pruning.nf4 import BLOCK, bytes_of, packed_bytes
+from pruning.nf4_config import NF4
+from pruning.quantize import choose
 
 NF4_BITS = 4 + 32 / BLOCK  # a code, and its share of a float32 scale
 DOUBLE_BITS = 4 + 8 / BLOCK + 32 / (256 * BLOCK)  # a code, its share of an 8-bit scale and of that scale's own

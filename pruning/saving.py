@@ -1,0 +1,71 @@
+"""Pipelines and components on disk: all of one or nothing, with the card that says what it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCardData
+
+from align.common.assets import locate
+from align.common.errors import UserError
+from align.families import SAMPLING_FILE
+from pruning.plan import Plan
+from pruning.quantize import Model
+
+_ONE_FILE = "1000GB"  # diffusers' own loader fails where a shard ends between a weight's codes and its scales
+
+
+def save_pipeline(pipe: DiffusionPipeline, folder: Path | str, beside: Mapping[str, str] | None = None) -> None:
+    """Write the whole pipeline as ``from_pretrained`` reads it: all of it, or nothing.
+
+    ``beside`` holds more files, name to text: a model card, ``sampling.json``. Raises
+    :class:`UserError` where ``folder`` exists.
+    """
+
+    def fill(draft: Path) -> None:
+        pipe.save_pretrained(draft, max_shard_size=_ONE_FILE)
+        for name, text in (beside or {}).items():
+            (draft / name).write_text(text, encoding="utf-8")
+
+    _whole(Path(folder), fill)
+
+
+def save(module: Model, folder: Path | str) -> None:
+    """Write one component, as :func:`save_pipeline` does."""
+    _whole(Path(folder), lambda draft: module.save_pretrained(draft, max_shard_size=_ONE_FILE))
+
+
+def _whole(folder: Path, fill: Callable[[Path], Any]) -> None:
+    if folder.exists():
+        raise UserError(f"{folder} exists; name another folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        fill(draft)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sampling_settings(source: str) -> dict[str, str]:
+    """The file of recommended sampling settings that ``source`` has, for a pipeline made of it."""
+    path = Path(locate(source)) / SAMPLING_FILE
+    return {SAMPLING_FILE: path.read_text()} if path.is_file() else {}
+
+
+def card(base: str, plan: Plan | None, what: str) -> str:
+    """The model card of a pipeline made from ``base``: ``what`` was done, what the plan removed, how to load it."""
+    data = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image")
+    lines = [f"# {base}, compressed by t2i-align\n", f"{what[0].upper()}{what[1:]}.\n"]
+    if plan is not None:
+        lines.append(f"Removed from the denoiser, by the original's names: {', '.join(plan.dropped)}.\n")
+        lines.append(f"{plan.after:,} of {plan.before:,} parameters are left.\n")
+    lines.append(
+        '```python\nimport pruning\n\npipe = pruning.load("this folder")  # on a GPU stock diffusers does\n```\n'
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
