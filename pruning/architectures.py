@@ -7,31 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from diffusers import (
-    FluxTransformer2DModel,
-    ModelMixin,
-    SD3Transformer2DModel,
-    Transformer2DModel,
-    UNet2DConditionModel,
-)
-from diffusers.models.unets.unet_2d_blocks import (
-    CrossAttnDownBlock2D,
-    CrossAttnUpBlock2D,
-    DownBlock2D,
-    UNetMidBlock2D,
-    UNetMidBlock2DCrossAttn,
-    UpBlock2D,
-)
+from typing import TYPE_CHECKING, Any, Literal
 
 from align.common.errors import UserError
 from pruning.identity import Identity
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 Kind = Literal["joint", "double", "single", "down", "mid", "up", "attn", "ff", "norm", "mlp", "layer"]
-CLASSES: dict[str, type[ModelMixin]] = {
-    cls.__name__: cls for cls in (SD3Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel)
-}
+CLASSES = ("SD3Transformer2DModel", "FluxTransformer2DModel", "UNet2DConditionModel")  # of diffusers
 MID_LAYERS = "mid_block.attentions.0.transformer_blocks"
 Parts = dict[str, tuple[Kind, tuple[str, ...]]]  # name of a part -> kind, attributes of the block that it is made of
 _MMDIT: Parts = {
@@ -69,6 +54,8 @@ class Row:
 
 def rows(denoiser: ModelMixin) -> list[Row]:
     """The rows of a denoiser in the order in which they run; :class:`UserError` for a class that is not known."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+
     if isinstance(denoiser, SD3Transformer2DModel):
         last = len(denoiser.transformer_blocks) - 1
         why = "SD3's last block is built without a context output, and only that one can end the stack"
@@ -84,6 +71,8 @@ def rows(denoiser: ModelMixin) -> list[Row]:
 
 
 def _unet_rows(unet: Any) -> Iterator[Row]:
+    from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UNetMidBlock2DCrossAttn
+
     last = len(unet.down_blocks) - 1
     for k, stage in enumerate(unet.down_blocks):
         yield from _stage(f"down_blocks.{k}", "down", stage, f"up_blocks.{last - k}.pairs")
@@ -96,6 +85,8 @@ def _unet_rows(unet: Any) -> Iterator[Row]:
 
 
 def _stage(path: str, side: Literal["down", "up"], stage: Any, partner: str | None) -> Iterator[Row]:
+    from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, UpBlock2D
+
     wide, plain = (CrossAttnDownBlock2D, DownBlock2D) if side == "down" else (CrossAttnUpBlock2D, UpBlock2D)
     layers = _attentions(path, stage, wide, plain)
     lists = (f"{path}.resnets", f"{path}.attentions") if layers else (f"{path}.resnets",)
@@ -106,6 +97,8 @@ def _stage(path: str, side: Literal["down", "up"], stage: Any, partner: str | No
 
 def _attentions(path: str, stage: Any, wide: Any, plain: Any) -> list[str]:
     """The paths of the lists of transformer layers in a stage; :class:`UserError` for a stage that is not known."""
+    from diffusers import Transformer2DModel
+
     if isinstance(stage, plain):
         return []
     if not isinstance(stage, wide) or not all(isinstance(m, Transformer2DModel) for m in stage.attentions):
@@ -125,6 +118,8 @@ def _edges(side: str, stage: Any) -> dict[int, str]:
 
 def describe(denoiser: ModelMixin) -> None:
     """Bring ``denoiser.config`` up to date with the modules that are there."""
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+
     config: dict[str, Any]
     if isinstance(denoiser, UNet2DConditionModel):
         config = _unet_config(denoiser)
@@ -150,6 +145,8 @@ def part_name(path: str) -> str:
 
 
 def _unet_config(unet: Any) -> dict[str, Any]:
+    from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D
+
     config, mid = unet.config, unet.mid_block
     told = config.transformer_layers_per_block
     told = [told] * len(unet.down_blocks) if isinstance(told, int) else list(told)
@@ -170,6 +167,8 @@ def _unet_config(unet: Any) -> dict[str, Any]:
 
 def _layers(stage: Any, old: Any) -> Any:
     """One number where all attentions of the stage have as many layers, else a list with a number for each."""
+    from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
+
     if isinstance(stage, DownBlock2D | UpBlock2D):
         return old
     return short([len(model.transformer_blocks) for model in stage.attentions])

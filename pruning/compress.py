@@ -17,9 +17,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from align import families
 from align.common.assets import locate
@@ -28,13 +28,10 @@ from align.common.errors import UserError
 from align.common.files import claim, write
 from align.data.prompts import read_prompts
 from align.families import LORA_FILE, Family
-from align.training.trainer import train
-from pruning import importance, plots, reads
+from pruning import importance, load, plots, reads
 from pruning.distill import Heal
 from pruning.graph import BlockGraph
-from pruning.loading import load, outline
 from pruning.plan import Plan, from_ranges, key, to_budget
-from pruning.quantize import Model, merge_lora, quantize, settings_for, unnamed
 from pruning.report import report
 from pruning.saving import card, sampling_settings, save_pipeline
 from pruning.settings import DTYPES, STAGES, Compress
@@ -84,8 +81,11 @@ def _family(config: Compress, original: str) -> Family:
     return families.load(original, device=_device(config))
 
 
-def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
     """The whole pipeline; a family may leave out parts that say nothing."""
+
+    from diffusers import DiffusionPipeline
+
     if reads(locate(source)):
         return load(locate(source), dtype)
     return DiffusionPipeline.from_pretrained(locate(source), dtype=dtype, use_safetensors=True)
@@ -93,6 +93,9 @@ def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionPipel
 
 def _original(config: Compress) -> str:
     """The original's name or folder, the LoRA merged into it."""
+
+    from pruning.quantize import merge_lora
+
     source = config.pretrained_model_name_or_path
     if config.weights is not None and not config.at("merged").exists():
         pipe = _pipeline(source)
@@ -157,6 +160,10 @@ def _remove(config: Compress, original: str) -> None:
 
 def _heal(config: Compress, *, before: str, run: str, after: str) -> None:
     """The pipeline ``after`` is ``before``, taught by the original in the run ``run``."""
+
+    from align.training.trainer import train
+    from pruning.quantize import merge_lora
+
     student, folder = config.at(before), config.at(run)
     settings, resolved = config.run(run, str(student))
     train(settings, resolved)
@@ -178,13 +185,18 @@ def _heal(config: Compress, *, before: str, run: str, after: str) -> None:
 
 def _check_skip(config: Compress) -> None:
     """Refuse a skip list that names nothing before a weight is loaded; of a model of the hub, when it is quantised."""
+
+    from pruning.loading import outline
+
     folder = Path(locate(config.pretrained_model_name_or_path))
     if folder.is_dir():
         parts = [file.parent.name for file in sorted(folder.glob("*/config.json"))]
         _all_named(config, [outline(folder / part) for part in _components_to_quantize(config, str(folder), parts)])
 
 
-def _all_named(config: Compress, models: Sequence[Model]) -> None:
+def _all_named(config: Compress, models: Sequence[Any]) -> None:
+    from pruning.quantize import unnamed
+
     if idle := unnamed(config.quantize, *models):
         kinds = ", ".join(dict.fromkeys(type(model).__name__ for model in models))
         raise UserError(f"quantize.skip: {', '.join(map(repr, idle))} names no Linear of {kinds}")
@@ -197,6 +209,8 @@ def _components_to_quantize(config: Compress, source: str, components: Sequence[
 
 
 def _quantize(config: Compress, source: str, name: str) -> None:
+    from pruning.quantize import quantize, settings_for
+
     pipe = _pipeline(source, DTYPES[config.dtype])
     parts = [part for part, component in pipe.components.items() if component is not None]
     models = [getattr(pipe, part) for part in _components_to_quantize(config, source, parts)]

@@ -9,20 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.normalization import (
-    AdaLayerNormContinuous,
-    AdaLayerNormZero,
-    AdaLayerNormZeroSingle,
-    SD35AdaLayerNormZeroX,
-)
 from torch import Tensor, nn
 
-# what an AdaLN returns: the normed input (x), gates (1), shifts and scales (0)
-_RETURNS: dict[type[nn.Module], str] = {
-    AdaLayerNormContinuous: "x",
-    AdaLayerNormZero: "x1001",
-    AdaLayerNormZeroSingle: "x1",
-    SD35AdaLayerNormZeroX: "x1001x1",
+# what diffusers' AdaLNs return: the normed input (x), gates (1), shifts and scales (0)
+_RETURNS = {
+    "AdaLayerNormContinuous": "x",
+    "AdaLayerNormZero": "x1001",
+    "AdaLayerNormZeroSingle": "x1",
+    "SD35AdaLayerNormZeroX": "x1001x1",
 }
 
 
@@ -94,7 +88,7 @@ def stand_in(path: str, module: nn.Module) -> Identity:
     """What takes the place of ``module``, the part of a block that stands at ``path``."""
     attribute = path.rpartition(".")[2]
     if attribute.startswith("norm"):
-        return IdentityNorm(module.norm, _RETURNS[type(module)])  # type: ignore[arg-type]
+        return IdentityNorm(module.norm, _RETURNS[type(module).__name__])  # type: ignore[arg-type]
     if attribute.startswith("attn"):
         return IdentityAttention()
     return {"proj_mlp": IdentityMLP, "proj_out": IdentityOut}.get(attribute, IdentityFeedForward)()

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from align.common.errors import UserError
 from pruning.architectures import CLASSES
 from pruning.graph import BlockGraph
-from pruning.nf4 import BLOCK, COMPUTE, NF4, STATE, Linear4bit, empty_layer, piece_of
+from pruning.linear4bit import BLOCK, STATE, Linear4bit, empty_layer, piece_of
+from pruning.nf4 import COMPUTE, NF4
 from pruning.quantize import Model, mark, skip_list, split
 
 
@@ -125,7 +126,9 @@ def skeleton(config: Mapping[str, Any]) -> ModelMixin:
         raise UserError(f"config.json is of a {name}; expected {', '.join(CLASSES)}")
     removed = (config.get("pruning") or {}).get("removed", [])
     with init_empty_weights(include_buffers=False):
-        denoiser = CLASSES[name].from_config({key: value for key, value in config.items() if key != "pruning"})
+        denoiser = getattr(diffusers, name).from_config(
+            {key: value for key, value in config.items() if key != "pruning"}
+        )
     return BlockGraph.of(denoiser).remove(removed)
 
 

@@ -6,16 +6,17 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCardData
 
 from align.common.assets import locate
 from align.common.errors import UserError
 from align.families import SAMPLING_FILE
 from pruning.plan import Plan
-from pruning.quantize import Model
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _ONE_FILE = "1000GB"  # diffusers' own loader fails where a shard ends between a weight's codes and its scales
 
@@ -35,7 +36,7 @@ def save_pipeline(pipe: DiffusionPipeline, folder: Path | str, beside: Mapping[s
     _whole(Path(folder), fill)
 
 
-def save(module: Model, folder: Path | str) -> None:
+def save(module: Any, folder: Path | str) -> None:
     """Write one component, as :func:`save_pipeline` does."""
     _whole(Path(folder), lambda draft: module.save_pretrained(draft, max_shard_size=_ONE_FILE))
 

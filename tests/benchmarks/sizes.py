@@ -19,7 +19,8 @@ import torch
 import transformers
 from torch import nn
 
-from pruning.nf4 import BLOCK, NF4, bytes_of, packed_bytes
+from pruning.linear4bit import BLOCK, bytes_of, packed_bytes
+from pruning.nf4 import NF4
 from pruning.quantize import choose
 
 NF4_BITS = 4 + 32 / BLOCK  # a code, and its share of a float32 scale
