@@ -27,13 +27,10 @@ from align.common.command import command, parse
 from align.common.errors import UserError
 from align.data.prompts import read_prompts
 from align.families import LORA_FILE, Family
-from align.training.trainer import train
-from pruning import importance, plots, reads
+from pruning import importance, load, plots, reads
 from pruning.distill import Heal
 from pruning.graph import BlockGraph
-from pruning.loading import load, outline
 from pruning.plan import Plan, from_ranges, key, to_budget
-from pruning.quantize import merge_lora, quantize, settings_for, unnamed
 from pruning.report import report
 from pruning.saving import card, sampling_settings, save_pipeline
 from pruning.settings import DTYPES, STAGES, Compress
@@ -86,6 +83,7 @@ def _family(config: Compress, original: str) -> Family:
 
 def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
     """The whole pipeline; a family may leave out parts that say nothing."""
+
     from diffusers import DiffusionPipeline
 
     if reads(locate(source)):
@@ -95,6 +93,8 @@ def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def _original(config: Compress) -> str:
     """The original's name or folder, the LoRA merged into it."""
+
+    from pruning.quantize import merge_lora
 
     source = config.pretrained_model_name_or_path
     if config.weights is not None and not config.at("merged").exists():
@@ -150,7 +150,6 @@ def _decide(config: Compress, family: Family) -> Plan:
 
 
 def _remove(config: Compress, original: str) -> None:
-
     plan, pipe, name = Plan.load(config.at("plan.json")), _pipeline(original), families.find(original).denoiser_name
     graph = BlockGraph.of(getattr(pipe, name))
     plan.fits(graph)
@@ -161,6 +160,9 @@ def _remove(config: Compress, original: str) -> None:
 
 def _heal(config: Compress, *, before: str, run: str, after: str) -> None:
     """The pipeline ``after`` is ``before``, taught by the original in the run ``run``."""
+
+    from align.training.trainer import train
+    from pruning.quantize import merge_lora
 
     student, folder = config.at(before), config.at(run)
     settings, resolved = config.run(run, str(student))
@@ -184,6 +186,8 @@ def _heal(config: Compress, *, before: str, run: str, after: str) -> None:
 def _check_skip(config: Compress) -> None:
     """Refuse a skip list that names nothing before a weight is loaded; of a model of the hub, when it is quantised."""
 
+    from pruning.loading import outline
+
     folder = Path(locate(config.pretrained_model_name_or_path))
     if folder.is_dir():
         parts = [file.parent.name for file in sorted(folder.glob("*/config.json"))]
@@ -191,6 +195,7 @@ def _check_skip(config: Compress) -> None:
 
 
 def _all_named(config: Compress, models: Sequence[Any]) -> None:
+    from pruning.quantize import unnamed
 
     if idle := unnamed(config.quantize, *models):
         kinds = ", ".join(dict.fromkeys(type(model).__name__ for model in models))
@@ -204,6 +209,8 @@ def _components_to_quantize(config: Compress, source: str, components: Sequence[
 
 
 def _quantize(config: Compress, source: str, name: str) -> None:
+    from pruning.quantize import quantize, settings_for
+
     pipe = _pipeline(source, DTYPES[config.dtype])
     parts = [part for part, component in pipe.components.items() if component is not None]
     models = [getattr(pipe, part) for part in _components_to_quantize(config, source, parts)]

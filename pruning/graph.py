@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import ModelMixin
 from torch import nn
 
 from align.common.errors import UserError
 from pruning.architectures import MID_LAYERS, PARTS, Kind, Row, describe, part_name, rows
 from pruning.blocks import Block, Streams, follow, put_out, taken_in, weights
 from pruning.identity import Identity, stand_in
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 _NOT_STOCK = ("attn", "ff", "norm", "mlp")
 

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from align.common.errors import UserError
 from pruning.architectures import CLASSES
 from pruning.graph import BlockGraph
-from pruning.nf4 import BLOCK, STATE, Linear4bit, empty_layer, piece_of
-from pruning.nf4_config import COMPUTE, NF4
+from pruning.linear4bit import BLOCK, STATE, Linear4bit, empty_layer, piece_of
+from pruning.nf4 import COMPUTE, NF4
 from pruning.quantize import Model, mark, skip_list, split
 
 

@@ -1,150 +1,30 @@
-"""NF4: the layer, its arithmetic and its bytes.
-
-Four bits a weight (QLoRA, Dettmers et al. 2023, §3): the nearest of sixteen values, times the largest absolute weight
-of its block of 64. That is 4.5 bits a weight, or about 4.13 where the blocks' scales are quantised as well (double
-quantisation, ibid. §3.2). It saves bytes, not time.
-"""
+"""The settings of quantization, in a file of their own: reading them does not import bitsandbytes."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-import bitsandbytes as bnb
-import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
-from torch import Tensor, nn
-from torch.nn import functional as F
+from align.common.errors import UserError
 
-from pruning.nf4_config import NF4
-
-BLOCK = 64  # weights that share one scale
-STATE = "quant_state.bitsandbytes__nf4"
-
-
-def unpacked(weight: bnb.nn.Params4bit, dtype: torch.dtype) -> Tensor:
-    """The (out, in) matrix that a packed weight stands for, in ``dtype``.
-
-    As one row: where rows are no multiple of a block, bitsandbytes 0.50 scales them wrongly on a CPU with AVX-512
-    (it starts a new block at every row), and a length that is odd sends it through ``torch.compile``.
-    """
-    state = weight.quant_state
-    row = QuantState(
-        absmax=state.absmax,
-        shape=torch.Size([2 * weight.numel()]),
-        code=state.code,
-        blocksize=state.blocksize,
-        quant_type=state.quant_type,
-        dtype=dtype,
-        offset=state.offset,
-        state2=state.state2,
-    )
-    values = dequantize_4bit(weight.data, row).reshape(-1)
-    return values[: state.shape.numel()].view(state.shape)
-
-
-class _Product(torch.autograd.Function):
-    """``x @ W.T`` for a packed W, which the backward pass unpacks again rather than keep."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: bnb.nn.Params4bit) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, unpacked(weight, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ unpacked(ctx.weight, grads[0].dtype), None
-
-
-class Linear4bit(bnb.nn.Linear4bit):
-    """bitsandbytes' own layer, but for what it does on a CPU.
-
-    There, with AVX512-BF16, its forward repacks the weights for good, rounds their scales to bfloat16 and cannot undo
-    that when the module is saved, and it fails on sizes that are no multiple of 32. This one leaves its weights alone,
-    and gives the same output with and without gradients.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
-        y = _Product.apply(x.to(self.compute_dtype), self.weight)
-        if self.bias is not None:
-            y = y + self.bias.to(self.compute_dtype)
-        return y.to(x.dtype)
-
-
-def empty_layer(linear: nn.Linear, settings: NF4) -> Linear4bit:
-    """A layer of the same size without weights."""
-    layer = Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        compute_dtype=getattr(torch, settings.compute_dtype),
-        compress_statistics=settings.double_quant,
-        quant_type="nf4",
-        device="meta",
-    )
-    layer.requires_grad_(False).train(linear.training)
-    return layer
-
-
-def pack(linear: nn.Linear, settings: NF4) -> Linear4bit:
-    """``linear`` as NF4, on its device."""
-    layer = empty_layer(linear, settings)
-    layer.weight = bnb.nn.Params4bit(
-        linear.weight.detach(),
-        requires_grad=False,
-        blocksize=BLOCK,
-        compress_statistics=settings.double_quant,
-        quant_type="nf4",
-        module=layer,
-    ).to(linear.weight.device)
-    layer.bias = linear.bias
-    return layer
+COMPUTE = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """What a module takes on disk, headers apart: packed codes, scales (``absmax``), maps (codebooks and the JSON that
-    goes with each layer), and everything that is not quantised."""
+class NF4:
+    """How to quantize.
 
-    codes: int
-    scales: int
-    maps: int
-    rest: int
+    Args:
+        double_quant: quantize the blocks' scales to 8 bits as well.
+        compute_dtype: what the packed weights are unpacked to, and multiplied in.
+        skip: modules to keep in full precision, by name, in place of the architecture's own list (``KEPT``).
+    """
 
-    @property
-    def total(self) -> int:
-        return self.codes + self.scales + self.maps + self.rest
+    double_quant: bool = False
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    skip: Sequence[str] | None = None
 
-
-def packed_bytes(weights: int, double_quant: bool = False) -> int:
-    """Bytes of a Linear's packed weights: half a byte each, a 4-byte scale a block and the 64-byte codebook; with
-    double quantisation a byte a scale, four bytes a 256 scales and a second codebook of 1024. Without the JSON of some
-    hundred bytes that bitsandbytes writes beside each layer."""
-    blocks = -(-weights // BLOCK)
-    scales = blocks + 4 * -(-blocks // 256) + 1024 if double_quant else 4 * blocks
-    return -(-weights // 2) + scales + 64
-
-
-def bytes_of(module: nn.Module) -> Bytes:
-    """What the tensors of ``module`` take on disk, a shared one counted once; works on the meta device."""
-    packed = {name for name, m in module.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    parts: Counter[str] = Counter()
-    for key, tensor in {id(t): (key, t) for key, t in module.state_dict(keep_vars=True).items()}.values():
-        layer, piece = piece_of(key)
-        part = _PARTS.get(piece, "maps") if layer in packed else "rest"
-        parts[part] += tensor.numel() * tensor.element_size()
-    return Bytes(parts["codes"], parts["scales"], parts["maps"], parts["rest"])
-
-
-_PARTS = {"": "codes", "absmax": "scales", "nested_absmax": "scales"}
-
-
-def piece_of(key: str) -> tuple[str, str]:
-    """A state dict's ``block.0.proj.weight.absmax`` is a piece of ``block.0.proj``: ``("block.0.proj", "absmax")``. The
-    weight itself is the piece ``""``; what is no weight belongs to no layer."""
-    match = re.fullmatch(r"(.*)\.weight(?:\.(.+))?", key)
-    return (match[1], match[2] or "") if match else ("", "")
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in COMPUTE:
+            raise UserError(f"compute_dtype is {self.compute_dtype!r}, expected {' or '.join(map(repr, COMPUTE))}")

@@ -1,6 +1,6 @@
 """INT4: NF4 weights through bitsandbytes, written as stock diffusers and transformers read them, and run anywhere.
 
-Which layers are packed, and the models that hold them; :mod:`pruning.nf4` is the layer itself.
+Which layers are packed, and the models that hold them; :mod:`pruning.linear4bit` is the layer itself.
 
     report = quantize(pipe.transformer)          # in place; says what was kept and why
     save_pipeline(pipe, "outputs/int4")          # stock `from_pretrained` reads it where a GPU is
@@ -28,8 +28,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from align.common.errors import UserError
 from align.families import LORA_FILE
-from pruning.nf4 import Bytes, bytes_of, pack
-from pruning.nf4_config import NF4
+from pruning.linear4bit import Bytes, bytes_of, pack
+from pruning.nf4 import NF4
 
 DEFAULT = NF4()
 Model = Any  # a ModelMixin or a PreTrainedModel

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCardData
 
 from align.common.assets import locate
 from align.common.errors import UserError
 from align.families import SAMPLING_FILE
 from pruning.plan import Plan
-from pruning.quantize import Model
+from rewards.common.files import atomic
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _ONE_FILE = "1000GB"  # diffusers' own loader fails where a shard ends between a weight's codes and its scales
 
@@ -26,30 +27,22 @@ def save_pipeline(pipe: DiffusionPipeline, folder: Path | str, beside: Mapping[s
     ``beside`` holds more files, name to text: a model card, ``sampling.json``. Raises
     :class:`UserError` where ``folder`` exists.
     """
-
-    def fill(draft: Path) -> None:
+    with _new_folder(Path(folder)) as draft:
         pipe.save_pretrained(draft, max_shard_size=_ONE_FILE)
         for name, text in (beside or {}).items():
             (draft / name).write_text(text, encoding="utf-8")
 
-    _whole(Path(folder), fill)
 
-
-def save(module: Model, folder: Path | str) -> None:
+def save(module: Any, folder: Path | str) -> None:
     """Write one component, as :func:`save_pipeline` does."""
-    _whole(Path(folder), lambda draft: module.save_pretrained(draft, max_shard_size=_ONE_FILE))
+    with _new_folder(Path(folder)) as draft:
+        module.save_pretrained(draft, max_shard_size=_ONE_FILE)
 
 
-def _whole(folder: Path, fill: Callable[[Path], Any]) -> None:
+def _new_folder(folder: Path) -> AbstractContextManager[Path]:
     if folder.exists():
         raise UserError(f"{folder} exists; name another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        fill(draft)
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    return atomic(folder)
 
 
 def sampling_settings(source: str) -> dict[str, str]:

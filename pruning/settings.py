@@ -14,7 +14,7 @@ from align.common.errors import UserError
 from align.families import LORA_FILE
 from align.training.config import TrainConfig
 from pruning import importance
-from pruning.nf4_config import NF4
+from pruning.nf4 import NF4
 from pruning.plan import Budget
 from pruning.report import Reporting
 

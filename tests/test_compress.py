@@ -25,7 +25,7 @@ from align.sampling.sampler import Sampler
 from pruning import compress
 from pruning.distill import Heal, sensitivity
 from pruning.graph import BlockGraph
-from pruning.nf4 import Linear4bit
+from pruning.linear4bit import Linear4bit
 from pruning.plan import from_ranges, make_plan
 from tests.helpers import errors, lines
 

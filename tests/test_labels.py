@@ -161,7 +161,7 @@ def test_an_interrupt_leaves_whole_shards(
 ) -> None:
     """Ctrl-C while the second shard is drawn: status 130, the first shard is there and listed, no other."""
     arguments = [*settings(tiny_folders["epsilon"], round1), "--output_dir", str(tmp_path / "cut")]
-    real, calls = rollout_writer.draw, []
+    real, calls = rollout_writer.collect, []
 
     def interrupted(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -170,7 +170,7 @@ def test_an_interrupt_leaves_whole_shards(
         return real(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(rollout_writer, "draw", interrupted)
+        patched.setattr(rollout_writer, "collect", interrupted)
         assert rollout.main(arguments) == 130
     assert [p.name for p in sorted((tmp_path / "cut").glob("traj*"))] == ["trajectories-00000.safetensors"]
     assert len(manifest(tmp_path / "cut")) == 2 * K

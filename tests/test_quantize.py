@@ -28,12 +28,12 @@ from align.common.assets import locate
 from align.common.errors import UserError
 from align.families.sd3 import SD3
 from align.policy.policy import LoRA, Policy
-from pruning import loading, nf4
+from pruning import linear4bit, loading
 from pruning import quantize as q
 from pruning.graph import BlockGraph
+from pruning.linear4bit import bytes_of
 from pruning.loading import load
-from pruning.nf4 import bytes_of
-from pruning.nf4_config import NF4
+from pruning.nf4 import NF4
 from pruning.quantize import choose, quantize
 from pruning.saving import save, save_pipeline
 from tests.pipelines import Build, _randomise
@@ -219,7 +219,7 @@ SHAPES = [(128, 128), (48, 24), (24, 48), (16, 16), (64, 96), (10, 6), (7, 9), (
 def test_codes_and_scales_are_those_of_bitsandbytes_and_of_the_paper(shape: tuple[int, int], double: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(shape[1], shape[0])
-    layer = nf4.pack(linear, NF4(double, "float32"))
+    layer = linear4bit.pack(linear, NF4(double, "float32"))
     codes, state = quantize_4bit(linear.weight.data, blocksize=64, quant_type="nf4", compress_statistics=double)
     assert torch.equal(layer.weight.data, codes)
     assert torch.equal(layer.weight.quant_state.absmax, state.absmax)
@@ -230,7 +230,9 @@ def test_codes_and_scales_are_those_of_bitsandbytes_and_of_the_paper(shape: tupl
     if not double:
         assert torch.equal(state.absmax, absmax)
     expected = unpack(ours, scales(layer.weight), linear.weight.shape)
-    torch.testing.assert_close(nf4.unpacked(layer.weight, torch.float32).double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        linear4bit.unpacked(layer.weight, torch.float32).double(), expected, rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -239,7 +241,7 @@ def test_the_layer_multiplies_by_what_the_codes_stand_for(shape: tuple[int, int]
     """Forward and gradient, at sizes where bitsandbytes' own CPU path is wrong or fails."""
     torch.manual_seed(0)
     linear = nn.Linear(shape[1], shape[0])
-    layer = nf4.pack(linear, NF4(double, "float32")).eval()
+    layer = linear4bit.pack(linear, NF4(double, "float32")).eval()
     matrix = unpack(layer.weight.data, scales(layer.weight), linear.weight.shape).float()
     x = torch.randn(4, 2, shape[1], requires_grad=True)
     y = layer(x)
@@ -255,8 +257,8 @@ def test_the_error_is_that_of_nf4() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(512, 512, bias=False)
     nn.init.normal_(linear.weight)
-    layer = nf4.pack(linear, FLOAT)
-    error = (nf4.unpacked(layer.weight, torch.float32) - linear.weight).detach()
+    layer = linear4bit.pack(linear, FLOAT)
+    error = (linear4bit.unpacked(layer.weight, torch.float32) - linear.weight).detach()
     bound = 0.1520 * layer.weight.quant_state.absmax.repeat_interleave(64).view_as(error)
     assert bool((error.abs() <= bound).all())
     assert 0.090 < float(error.norm() / linear.weight.detach().norm()) < 0.094
@@ -266,10 +268,10 @@ def test_quantising_again_changes_nothing_and_zeros_stay_zeros() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(100, 13, bias=False)
     linear.weight.data.view(-1)[64:128] = 0
-    first = nf4.pack(linear, FLOAT)
+    first = linear4bit.pack(linear, FLOAT)
     again = nn.Linear(100, 13, bias=False)
-    again.weight.data = nf4.unpacked(first.weight, torch.float32)
-    second = nf4.pack(again, FLOAT)
+    again.weight.data = linear4bit.unpacked(first.weight, torch.float32)
+    second = linear4bit.pack(again, FLOAT)
     assert torch.equal(first.weight.data, second.weight.data)
     assert torch.equal(first.weight.quant_state.absmax, second.weight.quant_state.absmax)
     assert torch.equal(again.weight.data.view(-1)[64:128], torch.zeros(64))
@@ -278,8 +280,8 @@ def test_quantising_again_changes_nothing_and_zeros_stay_zeros() -> None:
 def test_compute_dtype_is_what_it_multiplies_in() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(96, 32), torch.randn(3, 96)
-    half = nf4.pack(linear, NF4())
-    matrix = nf4.unpacked(half.weight, torch.bfloat16)
+    half = linear4bit.pack(linear, NF4())
+    matrix = linear4bit.unpacked(half.weight, torch.bfloat16)
     expected = nn.functional.linear(x.bfloat16(), matrix) + linear.bias.bfloat16()
     assert half(x).dtype == torch.float32
     assert torch.equal(half(x), expected.float())
@@ -367,8 +369,8 @@ def test_bytes_are_counted_exactly(double: bool, tmp_path: Path) -> None:
     assert report.after.rest == whole.total - 4 * sum(sizes)
     blocks = [-(-n // 64) for n in sizes]
     assert report.after.scales == sum(n + 4 * -(-n // 256) if double else 4 * n for n in blocks)
-    notes = sum(len(m.weight.quant_state.as_dict(packed=True)[nf4.STATE]) for m in packed(model).values())
-    arithmetic = sum(nf4.packed_bytes(n, double) for n in sizes)
+    notes = sum(len(m.weight.quant_state.as_dict(packed=True)[linear4bit.STATE]) for m in packed(model).values())
+    arithmetic = sum(linear4bit.packed_bytes(n, double) for n in sizes)
     assert arithmetic + notes == report.after.codes + report.after.scales + report.after.maps
     save(model, tmp_path / "model")
     tensors = load_file(tmp_path / "model/diffusion_pytorch_model.safetensors").values()
@@ -637,7 +639,7 @@ def test_codes_of_another_size_are_refused(saved: Path) -> None:
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:-1]
 
     def swap(tensors: dict[str, Tensor]) -> None:
-        for piece in ("", ".absmax", ".quant_map", f".{nf4.STATE}"):
+        for piece in ("", ".absmax", ".quant_map", f".{linear4bit.STATE}"):
             tensors[f"{name}.weight{piece}"] = tensors[f"transformer_blocks.0.ff.net.2.weight{piece}"].clone()
 
     change(saved, cut)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from pruning.nf4 import bytes_of
-from pruning.nf4_config import NF4
+from pruning.linear4bit import bytes_of
+from pruning.nf4 import NF4
 from pruning.quantize import quantize
 from pruning.saving import save
 from tests.benchmarks import sizes

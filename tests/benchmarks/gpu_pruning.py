@@ -47,17 +47,17 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rewards.common.files import write_text
 from align.common.provenance import provenance
 from align.common.assets import locate
-from pruning import nf4
+from rewards.common.files import write_text
+from pruning import linear4bit
 from pruning import quantize as q
 from tests.benchmarks import sizes
 from pruning.graph import BlockGraph
 from pruning.loading import build
 from pruning.plan import from_ranges
-from pruning.nf4 import bytes_of
-from pruning.nf4_config import NF4
+from pruning.linear4bit import bytes_of
+from pruning.nf4 import NF4
 from pruning.quantize import quantize
 from pruning.saving import save_pipeline
 from tests.benchmarks import record
@@ -350,11 +350,11 @@ def layer(shape: tuple[int, int], double: bool, device: str) -> Figures:
     torch.manual_seed(0)
     settings = NF4(double)
     linear = nn.Linear(shape[1], shape[0]).bfloat16().requires_grad_(False)
-    here = nf4.pack(linear, settings).eval()
-    weight, codes = nf4.unpacked(here.weight, torch.float32), here.weight.data.clone()
+    here = linear4bit.pack(linear, settings).eval()
+    weight, codes = linear4bit.unpacked(here.weight, torch.float32), here.weight.data.clone()
     rows = [torch.randn(count, shape[1], dtype=torch.bfloat16) for count in (2, 600)]
     expected = [here(x) for x in rows]
-    there = nf4.pack(linear.to(device), settings).eval()
+    there = linear4bit.pack(linear.to(device), settings).eval()
     moved = here.to(device)
 
     def off(layer: Any) -> list[float | None]:
@@ -363,7 +363,7 @@ def layer(shape: tuple[int, int], double: bool, device: str) -> Figures:
     return {
         "codes_equal": float((there.weight.data.cpu() == codes).double().mean()),
         "moved_codes_equal": bool(torch.equal(moved.weight.data.cpu(), codes)),
-        "unpacked_off": difference(nf4.unpacked(moved.weight, torch.float32).cpu(), weight),
+        "unpacked_off": difference(linear4bit.unpacked(moved.weight, torch.float32).cpu(), weight),
         "moved_off": off(moved),
         "packed_there_off": off(there),
         "shape_of_codes": [list(there.weight.shape), list(codes.shape)],

@@ -29,8 +29,8 @@ from align import families
 from align.evaluation.compare import STRICT, compare
 from align.families import Family
 from align.shapes.world import held_out_prompts
-from pruning.nf4 import unpacked
-from pruning.nf4_config import NF4
+from pruning.linear4bit import unpacked
+from pruning.nf4 import NF4
 from pruning.quantize import quantize
 from pruning.saving import save
 from rewards.models.shapes import Shapes

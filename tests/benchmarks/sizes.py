@@ -19,8 +19,8 @@ import torch
 import transformers
 from torch import nn
 
-from pruning.nf4 import BLOCK, bytes_of, packed_bytes
-from pruning.nf4_config import NF4
+from pruning.linear4bit import BLOCK, bytes_of, packed_bytes
+from pruning.nf4 import NF4
 from pruning.quantize import choose
 
 NF4_BITS = 4 + 32 / BLOCK  # a code, and its share of a float32 scale
