@@ -136,7 +136,9 @@ def skeleton(config: Mapping[str, Any]) -> ModelMixin:
         raise UserError(f"config.json is of a {name}; expected {', '.join(CLASSES)}")
     removed = (config.get("pruning") or {}).get("removed", [])
     with init_empty_weights(include_buffers=False):
-        denoiser = getattr(diffusers, name).from_config({key: value for key, value in config.items() if key != "pruning"})
+        denoiser = getattr(diffusers, name).from_config(
+            {key: value for key, value in config.items() if key != "pruning"}
+        )
     return BlockGraph.of(denoiser).remove(removed)
 
 

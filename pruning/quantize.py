@@ -15,10 +15,10 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import bitsandbytes as bnb
 import diffusers
@@ -35,7 +35,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from align.common.errors import UserError
 from align.families import LORA_FILE
-from pruning.nf4 import COMPUTE, NF4
+from pruning.nf4 import NF4
 
 Model = Any  # a ModelMixin or a PreTrainedModel
 BLOCK = 64  # weights that share one scale

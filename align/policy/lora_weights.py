@@ -18,6 +18,7 @@ from align.families import LORA_FILE, Family
 from align.policy.lora import LoRA
 from align.policy.weights import Weights
 
+
 class LoRAWeights(Weights):
     """Adapters on the frozen denoiser: the reference is the same network with the adapters off, or with those that it
     began with (``anchored``, :attr:`ref_params`); no second model either way."""
