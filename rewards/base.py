@@ -252,7 +252,7 @@ def check_statistics(name: str, statistics: Sequence[float]) -> None:
     numbers = [value for value in statistics if isinstance(value, int | float) and math.isfinite(value)]
     if len(statistics) != 2 or len(numbers) != 2 or numbers[1] <= 0:
         raise RewardError(
-            f"reward {name!r} is to be normalised by {statistics}; expected (mean, std), finite, std above 0"
+            f"reward {name!r} is to be normalized by {statistics}; expected (mean, std), finite, std above 0"
         )
 
 

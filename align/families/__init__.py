@@ -14,20 +14,5 @@ from align.families.loading import (
     what_is_tuned,
 )
 
-__all__ = [
-    "DTYPES",
-    "FAMILIES",
-    "LORA_FILE",
-    "READERS",
-    "SAMPLING_FILE",
-    "Conditioning",
-    "Family",
-    "Unsupported",
-    "find",
-    "load",
-    "of",
-    "pipeline_class",
-    "reader",
-    "tuned",
-    "what_is_tuned",
-]
+__all__ = ["DTYPES", "FAMILIES", "LORA_FILE", "READERS", "SAMPLING_FILE", "Conditioning", "Family", "Unsupported"]
+__all__ += ["find", "load", "of", "pipeline_class", "reader", "tuned", "what_is_tuned"]
