@@ -512,3 +512,14 @@ def test_each_epoch_is_a_permutation_and_steps_have_no_history(count: int, size:
         assert shuffled(count, size, 5, 0) != backwards[0]
     with pytest.raises(ValueError, match="cannot draw"):
         shuffled(0, 4, 0, 0)
+
+
+def test_check_and_prepare_read_the_data_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = PreferencePairs("shapes-preferences", split="train")
+    reads, read = [], PreferencePairs.read
+    monkeypatch.setattr(PreferencePairs, "read", lambda self: reads.append(self.path) or read(self))
+    data.check()
+    assert data.items() is data.items() and len(reads) == 1
+    data.path = "shapes-preferences-sd3"
+    data.check()
+    assert reads == ["shapes-preferences", "shapes-preferences-sd3"]

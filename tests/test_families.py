@@ -145,3 +145,20 @@ def test_pickled_weights_are_refused(tiny_folders: dict[str, Path], tmp_path: Pa
     torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         families.load(str(folder))
+
+
+def test_an_installed_package_adds_a_family(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by its entry point, without an edit of ours."""
+    (tmp_path / "strangers.py").write_text(
+        "from align.families.sd import SD\nclass Kandinsky(SD):\n    'A stranger.'\n", encoding="utf-8"
+    )
+    about = tmp_path / "strangers-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[t2i_align.families]\nKandinskyPipeline = strangers:Kandinsky\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    assert families.find(str(tmp_path / "model")).__name__ == "Kandinsky"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import align
 from align.__main__ import COMMANDS, main
 from tests.benchmarks import table
 
@@ -206,7 +207,6 @@ STILL_TOO_LONG = {
     "align/objectives/find.py": 254,
     "align/objectives/opd.py": 248,
     "align/objectives/policy_gradient.py": 213,
-    "align/training/trainer.py": 355,
     "pruning/compress.py": 368,
     "pruning/graph.py": 333,
     "pruning/quantize.py": 405,
@@ -440,3 +440,11 @@ def test_a_wheel_in_an_empty_environment_finds_everything(tmp_path: Path) -> Non
     done = subprocess.run([python, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "['epsilon', 'flow']" in done.stdout
+
+
+def test_public_names_are_there_when_asked_for() -> None:
+    assert set(align.__all__) == set(align._HOME)
+    for name in align.__all__:
+        assert getattr(align, name).__module__.startswith("align.")
+    with pytest.raises(AttributeError, match="nothing_of_ours"):
+        align.nothing_of_ours  # noqa: B018

@@ -114,6 +114,7 @@ class Encoded(Data):
     opened: ClassVar[type[Encodings]]  # gives batches of ``batch_type``
 
     def __post_init__(self) -> None:
+        self._items: tuple[str, ItemSet] | None = None
         if self.variants < 1 or self.vae_batch < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError(f"variants, vae_batch and limit must be positive, found {self}")
         if self.variants > 1 and self.center_crop and not self.random_flip:
@@ -123,8 +124,15 @@ class Encoded(Data):
     def read(self) -> ItemSet:
         """The items, before ``limit``. Raises :class:`DataError`."""
 
+    def items(self) -> ItemSet:
+        """:meth:`read`, once for each value of the settings: :meth:`check` and :meth:`prepare` share it."""
+        settings = repr(self)
+        if self._items is None or self._items[0] != settings:
+            self._items = settings, self.read()
+        return self._items[1]
+
     def check(self) -> None:
-        self.read()
+        self.items()
 
     @property
     def cache(self) -> Path:
@@ -158,7 +166,7 @@ class Encoded(Data):
         Raises:
             DataError: the data set is unusable, or its latents are not finite.
         """
-        found = self.read()
+        found = self.items()
         items = found.items[: self.limit]
         resolution = self.resolution or family.resolution
         views = Views(resolution, self.center_crop, self.random_flip, self.variants, seed)

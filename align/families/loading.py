@@ -20,9 +20,10 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  #
 
 
 READERS = "t2i_align.readers"
+GROUP = "t2i_align.families"  # entry points by which installed packages add families
 
 
-# pipeline class in model_index.json -> family; a new family is one file and one line here
+# pipeline class in model_index.json -> family; a new family of ours is one file and one line here
 FAMILIES = {
     "StableDiffusionPipeline": "align.families.sd:SD",
     "StableDiffusion3Pipeline": "align.families.sd3:SD3",
@@ -56,11 +57,22 @@ def find(source: str, revision: str | None = None) -> type[Family]:
 
 def _family(pipeline: str, source: str) -> type[Family]:
     """The family of the pipeline class called ``pipeline``."""
-    if pipeline not in FAMILIES:
-        raise Unsupported(f"{source!r} is a {pipeline}; supported pipelines: {', '.join(FAMILIES)}")
-    module, _, name = FAMILIES[pipeline].partition(":")
+    known = supported()
+    if pipeline not in known:
+        raise Unsupported(f"{source!r} is a {pipeline}; supported pipelines: {', '.join(known)}")
+    module, _, name = known[pipeline].partition(":")
     found: type[Family] = getattr(import_module(module), name)
     return found
+
+
+def supported() -> dict[str, str]:
+    """Pipeline class -> ``module:Class`` of its family: ours, and those of installed packages, which say in their
+    ``pyproject.toml``::
+
+        [project.entry-points."t2i_align.families"]
+        FluxPipeline = "their_package.flux:Flux"
+    """
+    return {entry.name: entry.value for entry in entry_points(group=GROUP)} | FAMILIES
 
 
 def load(

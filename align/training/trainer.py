@@ -13,20 +13,20 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
 from align import families
 from align.common import rng
-from align.common.errors import NonFinite, UserError
+from align.common.errors import UserError
 from align.data.dataset import shuffled
 from align.data.prompts import PromptSet
 from align.objectives import Context
@@ -37,6 +37,10 @@ from align.sampling.diversity import Features
 from align.training import checkpoint, run_folder
 from align.training.batch_plan import BatchPlan, shares
 from align.training.config import TrainConfig
+from align.training.finite import require_finite
+from align.training.gather import gather_of, gather_text_of
+from align.training.optimizer import build_optimizer
+from align.training.progress import drawing
 from align.training.validation import sample_grid, validation_metrics, validation_scores
 
 TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
@@ -157,12 +161,12 @@ class Trainer:
             self.rollouts,
             range(first, first + mine),
             self.scorer,
-            _gather(accelerator),
-            _gather_text(accelerator),
+            gather_of(accelerator),
+            gather_text_of(accelerator),
             tolerance=TOLERANCES[config.mixed_precision],
             features=self.features,
             resolution=config.data.resolution,
-            progress=_drawn(bar, mine) if bar is not None and self.scorer is not None else None,
+            progress=drawing(bar, mine) if bar is not None and self.scorer is not None else None,
         )
         items = range(first // self.sizes.group, (first + mine - 1) // self.sizes.group + 1)
         chosen = shuffled(len(self.data), self.sizes.samples // self.sizes.group, config.seed, self.rollouts)
@@ -211,33 +215,15 @@ class Trainer:
         names = [*totals, "grad_norm"]
         summed = accelerator.reduce(torch.stack([*totals.values(), norm.detach().to(losses[0].device)]), "mean")
         values = dict(zip(names, summed.tolist(), strict=True))
-        self._require_finite(values, losses, chunks, ids)
+        require_finite(
+            values, losses, chunks, ids, self.sizes.group, self.step + 1, self.folder.latest(), accelerator.scaler
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.policy.after_step()
         self.step += 1
         return values | {"lr": self.scheduler.get_last_lr()[0]}
-
-    def _require_finite(
-        self, values: dict[str, float], losses: list[Tensor], chunks: Sequence[Rows], ids: Sequence[int]
-    ) -> None:
-        scaled = self.accelerator.scaler is not None  # fp16: an infinite gradient only skips the step
-        wrong = [name for name in ("loss", "grad_norm") if not _finite(values[name])]
-        if not wrong or (wrong == ["grad_norm"] and scaled):
-            return
-        bad = [chunk for chunk, loss in zip(chunks, losses, strict=True) if not bool(torch.isfinite(loss))] or chunks
-        images = sorted({int(image) for chunk in bad for image in chunk.image})
-        rows = [
-            str(ids[image // self.sizes.group]) if image // self.sizes.group < len(ids) else f"#{image}"
-            for image in images
-        ]
-        good = self.folder.latest()
-        raise NonFinite(
-            f"{wrong[0]} is {values[wrong[0]]} at step {self.step + 1}, rows {', '.join(rows[:8])}"
-            f"{' …' if len(rows) > 8 else ''}; last good checkpoint: {good or 'none'}. "
-            "Try a lower learning rate, or look at those rows"
-        )
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -251,7 +237,7 @@ class Trainer:
                     raise UserError("validation_data holds prompts: set rewards, to score their pictures")
                 rank, world = accelerator.process_index, accelerator.num_processes
                 own = validation_scores(config, self.policy, self.scorer, self.held_out, rank, world)
-                gather = _gather_text(accelerator)
+                gather = gather_text_of(accelerator)
                 values = {name: statistics.fmean(gather(scores)) for name, scores in own.items()}
             elif self.held_out is not None:
                 values = validation_metrics(config.objective, self.policy, self.held_out, config.train_batch_size)
@@ -276,7 +262,7 @@ class Trainer:
         rate = config.learning_rate
         if config.scale_lr:
             rate *= self.sizes.update * accelerator.num_processes
-        optimizer = _optimizer(config, self.policy, rate)
+        optimizer = build_optimizer(config, self.policy, rate)
         self.policy.model, self.optimizer = accelerator.prepare(self.policy.model, optimizer)
         # not prepared: accelerate would step it once per process
         self.scheduler = get_scheduler(
@@ -297,55 +283,8 @@ class Trainer:
         }
 
 
-def _optimizer(config: TrainConfig, policy: Policy, rate: float) -> torch.optim.Optimizer:
-    groups = [{"params": some, "lr": rate * factor} for factor, some in policy.groups().items()]
-    if config.sgd_momentum is not None:
-        return torch.optim.SGD(groups, lr=rate, momentum=config.sgd_momentum, nesterov=True)
-    adam: Any = torch.optim.AdamW
-    if config.use_8bit_adam:
-        from bitsandbytes import optim
-
-        adam = optim.AdamW8bit
-    return adam(
-        groups,
-        lr=rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-
-
 def _crossed(before: int, after: int, every: int) -> bool:
     return every > 0 and before // every != after // every
-
-
-def _gather(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    def gather(tensor: Tensor) -> Tensor:
-        if accelerator.num_processes == 1:
-            return tensor.cpu()
-        return accelerator.gather(tensor.to(accelerator.device)).cpu()
-
-    return gather
-
-
-def _gather_text(accelerator: Accelerator) -> Callable[[list[Any]], list[Any]]:
-    return lambda values: gather_object(values) if accelerator.num_processes > 1 else values
-
-
-def _drawn(bar: Any, total: int) -> Callable[[int], object]:
-    """Show in the training bar how many of a rollout's pictures are drawn."""
-    count = 0
-
-    def progress(more: int) -> None:
-        nonlocal count
-        count += more
-        bar.set_postfix_str(f"drawing {count}/{total}")
-
-    return progress
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0
 
 
 def _trackers(accelerator: Accelerator, report_to: str) -> list[Any]:

@@ -1,0 +1,18 @@
+"""What the bar of a run shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def drawing(bar: Any, total: int) -> Callable[[int], object]:
+    """Show in the training bar how many of a rollout's pictures are drawn."""
+    count = 0
+
+    def progress(more: int) -> None:
+        nonlocal count
+        count += more
+        bar.set_postfix_str(f"drawing {count}/{total}")
+
+    return progress
