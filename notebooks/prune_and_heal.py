@@ -18,7 +18,7 @@ from align.training.config import TrainConfig
 from align.training.trainer import train
 from pruning.distill import Heal
 from pruning.graph import BlockGraph
-from pruning.plan import by_hand
+from pruning.plan import from_ranges
 from rewards import load
 
 from diffusers import DiffusionPipeline  # isort: skip
@@ -35,7 +35,7 @@ def main() -> None:
 
     pipe = DiffusionPipeline.from_pretrained(locate("shapes-sd3"))
     graph = BlockGraph.of(pipe.transformer)
-    plan = by_hand(graph, "5-6", "shapes-sd3")
+    plan = from_ranges(graph, "5-6", "shapes-sd3")
     graph.remove(plan.dropped)
     pipe.save_pretrained(arguments.output / "pruned")
     plan.save(arguments.output / "plan.json")
