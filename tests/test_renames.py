@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.common.command import parse
+from align.common.command import dumped, parse
 from align.common.renames import CLASSES, upgrade
 from align.data.preferences import PreferencePairs
+from align.data.prompts import Prompts
+from align.diffusion.kernels import DDIM
 from align.objectives import D3PO, PolicyGradient
+from align.policy.lora import LoRA
+from align.sampling.sampler import Sampler, SDEWindow
 from align.training.config import TrainConfig
 
 OLD = {
@@ -65,3 +69,11 @@ def test_both_names_are_an_error_not_a_guess(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(both))
     with pytest.raises(SystemExit):
         parse(TrainConfig, "align.train", None, ["--config", str(tmp_path / "both.yaml")])
+
+
+def test_settings_made_in_python_come_back_from_their_file(tmp_path: Path) -> None:
+    objective = PolicyGradient(Sampler(3, 2.0, DDIM(eta=0.5)), window=SDEWindow(1), scale_rewards="batch")
+    config = TrainConfig(Prompts("shapes-prompts"), objective, rollout_batch_size=2, output_dir=tmp_path, lora=LoRA(4))
+    (tmp_path / "made.yaml").write_text(dumped(config))
+    again, _ = parse(TrainConfig, "align.train", None, ["--config", str(tmp_path / "made.yaml")])
+    assert again == config

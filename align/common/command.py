@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -65,6 +66,24 @@ def parse(
     except ValueError as error:  # how settings, objectives and data refuse a value
         parser.error(str(error))
     return values, parser.dump(namespace, skip_none=False)
+
+
+def dumped(settings: object) -> str:
+    """The YAML of settings that were made in Python: the file from which :func:`parse` makes them again."""
+    return yaml.safe_dump(_plain(settings), sort_keys=False)
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        arguments = {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value) if each.init}
+        if any(inspect.isabstract(base) for base in type(value).__mro__):  # one of several classes: an objective, say
+            return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": arguments}
+        return arguments
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _bare_flags(arguments: list[str], settings: type[DataclassInstance]) -> list[str]:

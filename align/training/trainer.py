@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from align import families
 from align.common import rng
+from align.common.command import dumped
 from align.common.errors import UserError
 from align.data.dataset import shuffled
 from align.data.prompts import PromptSet
@@ -294,9 +295,9 @@ def _trackers(accelerator: Accelerator, report_to: str) -> list[Any]:
 
 
 def train(config: TrainConfig, resolved: str = "") -> Path:
-    """Run ``config`` and return its run folder. ``resolved`` is the YAML kept there."""
+    """Run ``config`` and return its run folder. ``resolved`` is the YAML kept there, which reruns it."""
     config.check()
-    loop = Trainer(config, resolved)
+    loop = Trainer(config, resolved or dumped(config))
     loop.sizes.check()
     loop.accelerator.print(loop.sizes.describe(loop.policy))
     return loop.folder.path if config.dry_run else loop.run()
