@@ -33,7 +33,7 @@ from align.data.prompts import Prompts, PromptSet
 from align.data.trajectories import RolloutFolder, RolloutRecord, describe
 from align.evaluation.rollout_writer import RolloutWriter
 from align.families import Family
-from align.objectives.online.rewards import RewardSetting, Scorer
+from align.objectives.online.rewards import RewardConfig, Scorer
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler
 
@@ -69,7 +69,7 @@ class RolloutSettings:
     images_per_prompt: int = 7
     shared_noise: bool = True
     seed: int = 0
-    rewards: list[RewardSetting] = field(default_factory=list)
+    rewards: list[RewardConfig] = field(default_factory=list)
     prompts_per_shard: int = 16
     half: bool = False
     resolution: int | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from align.data import Prompts
 from align.objectives import PolicyGradient
-from align.objectives.online.rewards import RewardSetting
+from align.objectives.online.rewards import RewardConfig
 from align.policy.policy import LoRA
 from align.sampling.sampler import Sampler, SDEWindow
 from align.training.config import Samples, TrainConfig
@@ -38,7 +38,7 @@ def main() -> None:
     config = TrainConfig(
         data=Prompts("shapes-prompts"),
         objective=PolicyGradient(sampler, arguments.images, clip_range=5e-3, window=SDEWindow(size=2, until=4)),
-        rewards=[RewardSetting(f"{__name__}.Redness")],  # an import path: my_package.Redness
+        rewards=[RewardConfig(f"{__name__}.Redness")],  # an import path: my_package.Redness
         pretrained_model_name_or_path="shapes-sd3",
         lora=LoRA(rank=8),
         rollout_batch_size=8,  # prompts

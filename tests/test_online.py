@@ -20,7 +20,7 @@ from align.objectives import Context
 from align.objectives.b2_diffurl import B2DiffuRL
 from align.objectives.d3po import D3PO
 from align.objectives.online.collect import collect
-from align.objectives.online.rewards import RewardSetting, Scorer
+from align.objectives.online.rewards import RewardConfig, Scorer
 from align.objectives.policy_gradient import PolicyGradient
 from align.policy.policy import LoRA, Policy
 from align.sampling.generate import sample_images
@@ -396,7 +396,7 @@ def test_a_reward_that_shares_the_device_is_scored_at_once() -> None:
 
 
 def test_labels_name_the_rewards() -> None:
-    scorer = Scorer.of([RewardSetting("Shapes"), RewardSetting("Shapes", 0.0, {"mode": "strict"}, "strict")])
+    scorer = Scorer.of([RewardConfig("Shapes"), RewardConfig("Shapes", 0.0, {"mode": "strict"}, "strict")])
     assert list(scorer.rewards) == ["Shapes", "strict"]
     assert scorer.rewards["strict"].mode == "strict"
 

@@ -18,7 +18,7 @@ from align.diffusion.kernels import DDIM
 from align.objectives.online import advantages
 from align.objectives.online.advantages import PromptHistory
 from align.objectives.online.replay import log_probs, replay_step
-from align.objectives.online.rewards import RewardSetting, Scorer
+from align.objectives.online.rewards import RewardConfig, Scorer
 from align.objectives.policy_gradient import PolicyGradient, PolicyGradientRows
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler, SDEWindow
@@ -188,9 +188,9 @@ def test_advantages_are_cut(tiny: Build) -> None:
 # rewards
 def test_weighted_rewards_and_those_only_watched() -> None:
     settings = [
-        RewardSetting("tests.helpers.Bright", 2.0, label="light"),
-        RewardSetting("tests.helpers.Flat", -1.0),
-        RewardSetting("tests.helpers.Bright", 0.0, label="watched"),
+        RewardConfig("tests.helpers.Bright", 2.0, label="light"),
+        RewardConfig("tests.helpers.Flat", -1.0),
+        RewardConfig("tests.helpers.Bright", 0.0, label="watched"),
     ]
     scorer = Scorer.of(settings)
     images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -199,7 +199,7 @@ def test_weighted_rewards_and_those_only_watched() -> None:
     assert scorer.weights.keys() == {"light", "tests.helpers.Flat"}
     torch.testing.assert_close(scorer.total(found), 2 * images.mean((1, 2, 3)) - 0.5)
     with pytest.raises(ValueError, match="two rewards are called 'tests.helpers.Bright'"):
-        Scorer.of([RewardSetting("tests.helpers.Bright")] * 2)
+        Scorer.of([RewardConfig("tests.helpers.Bright")] * 2)
 
 
 def test_what_is_only_watched_teaches_nothing(tiny: Build) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from align.common.command import parse as parse_settings
-from align.objectives.online.rewards import RewardSetting, Scorer
+from align.objectives.online.rewards import RewardConfig, Scorer
 from align.shapes.world import COMBINATIONS, SIZE, Body, caption, draw, outline
 from align.training.config import TrainConfig
 from rewards import Reward, RewardError, RewardSum, available, base, checked, load
@@ -302,15 +302,15 @@ def test_statistics_that_cannot_be_are_named(statistics: Any) -> None:
         RewardSum({"a": Fixed([1.0])}, None, {"a": statistics})
     if not isinstance(statistics, str):
         with pytest.raises(RewardError, match="reward 'light' is to be normalized by"):
-            Scorer.of([RewardSetting("tests.helpers.Bright", label="light", normalize=list(statistics))])
+            Scorer.of([RewardConfig("tests.helpers.Bright", label="light", normalize=list(statistics))])
 
 
 def test_a_runs_rewards_are_normalized_alike() -> None:
     scorer = Scorer.of(
         [
-            RewardSetting("JPEGIncompressibility", 2.0, normalize=[3.0, 0.5]),
-            RewardSetting("JPEGCompressibility", -1.0, label="small"),
-            RewardSetting("Shapes", 0.0, label="watched", normalize=[9.0, 9.0]),
+            RewardConfig("JPEGIncompressibility", 2.0, normalize=[3.0, 0.5]),
+            RewardConfig("JPEGCompressibility", -1.0, label="small"),
+            RewardConfig("Shapes", 0.0, label="watched", normalize=[9.0, 9.0]),
         ]
     )
     images, texts = scenes(3)

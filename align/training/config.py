@@ -16,7 +16,7 @@ from align.common.errors import UserError, require_at_least
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch
 from align.objectives import Objective
-from align.objectives.online.rewards import RewardSetting, Scorer
+from align.objectives.online.rewards import RewardConfig, Scorer
 from align.policy.policy import LoRA
 
 
@@ -88,7 +88,7 @@ class TrainConfig:
 
     data: Data
     objective: Objective
-    rewards: list[RewardSetting] = field(default_factory=list)
+    rewards: list[RewardConfig] = field(default_factory=list)
     diversity_features: str | None = None
     validation_data: Data | None = None
     pretrained_model_name_or_path: str = "shapes-sd"

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.data.prompts import Prompts
 from align.objectives import Context
-from align.objectives.online.rewards import RewardSetting
+from align.objectives.online.rewards import RewardConfig
 from align.objectives.policy_gradient import PolicyGradient, PolicyGradientRows
 from align.sampling.sampler import Sampler
 from align.training.config import TrainConfig
@@ -57,7 +57,7 @@ def main() -> None:
         config = TrainConfig(
             Prompts("shapes-prompts"),
             PolicyGradient(Sampler(num_inference_steps=10, guidance_scale=3.0), images_per_prompt=8),
-            [RewardSetting("Shapes")],
+            [RewardConfig("Shapes")],
             output_dir=Path(folder) / "run",
             train_batch_size=ROWS,
             rollout_batch_size=4,

@@ -11,8 +11,6 @@ from torch import Tensor
 from align.common.errors import UserError
 from rewards import Reward, RewardConfig, RewardError, check_statistics, checked, load
 
-RewardSetting = RewardConfig
-
 
 class Scorer:
     """Scores pictures by every reward of a run. One worker thread: rewards keep their order and never race.
@@ -32,7 +30,7 @@ class Scorer:
         self._worker: ThreadPoolExecutor | None = None
 
     @classmethod
-    def of(cls, settings: Sequence[RewardSetting]) -> Scorer:
+    def of(cls, settings: Sequence[RewardConfig]) -> Scorer:
         """Load the rewards. Raises :class:`rewards.RewardError` on an unknown name, :class:`UserError` on
         a name that comes twice."""
         labels = [setting.title for setting in settings]
