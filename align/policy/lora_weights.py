@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,6 +110,36 @@ class LoRAWeights(Weights):
                 layer.set_adapter("default")
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+    @torch.no_grad()
+    def average_adapters(self, names: Sequence[str]) -> None:
+        """Start the LoRA that trains at the mean of the adapters ``names``: of their products scale · B · A, not of
+        their factors, cut to its rank by the largest singular values. Flow-OPD's cold start (arXiv 2605.08063), whose
+        code averages the factors, which is the mean of the products only where the teachers share one factor.
+
+        Exact where the rank is at least the sum of theirs.
+        """
+        for layer in self.layers:
+            present = [name for name in names if name in layer.lora_A]
+            if not present:
+                continue
+            if "default" not in layer.lora_A:
+                raise UserError(
+                    "cold_start: a teacher has LoRA on layers that the student lacks; give both one lora.targets"
+                )
+            if any(layer.lora_A[n].weight.ndim != 2 for n in present):
+                raise UserError("cold_start knows linear layers only; leave convolutions out of lora.targets")
+            factors = [
+                (layer.scaling[n], layer.lora_A[n].weight.float(), layer.lora_B[n].weight.float()) for n in present
+            ]
+            mean = torch.stack([scale * b @ a for scale, a, b in factors]).sum(0) / len(names)
+            u, s, vh = torch.linalg.svd(mean, full_matrices=False)
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            rank = min(len(a), len(s))
+            root = (s[:rank] / layer.scaling["default"]).sqrt()
+            a.zero_()
+            b.zero_()
+            a[:rank], b[:, :rank] = root[:, None] * vh[:rank], u[:, :rank] * root
 
     def write(self, folder: Path) -> str:
         """``pytorch_lora_weights.safetensors`` with rank and alpha in its metadata, for ``load_lora_weights``."""

@@ -21,7 +21,6 @@ from align.policy.lora import LoRA
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     from align.policy.weights import Weights
 
@@ -126,10 +125,9 @@ class Policy:
         """Within, :meth:`predict` answers with the adapter ``name`` alone."""
         return self._answering(self.weights.adapter(name))
 
-    @property
-    def adapters(self) -> Sequence[BaseTunerLayer]:
-        """The layers that have adapters."""
-        return self.weights.layers
+    def average_adapters(self, names: Sequence[str]) -> None:
+        """Start the LoRA that trains at the mean of the adapters ``names``."""
+        self.weights.average_adapters(names)
 
     def ema_scope(self) -> AbstractContextManager[None]:
         """Within, the trained weights are their moving average, where one is kept."""

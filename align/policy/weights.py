@@ -104,6 +104,9 @@ class Weights(ABC):
         if self.ema is not None:
             self.ema.step(self.parameters())
 
+    def average_adapters(self, names: Sequence[str]) -> None:
+        raise UserError(f"the average of the adapters {', '.join(names)} needs a LoRA that trains; set lora")
+
     # checkpoints
     def named(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by name."""
