@@ -108,9 +108,9 @@ class OPD(Objective, Prepares):
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
         scale, steps = self._guidance(family), self.trained_steps
-        each = 1 if scale == 1.0 else 2
+        each = family.evaluations(scale)
         scales = [teacher.scale(self.sampler, family) for teacher in self.teachers]
-        asked = math.ceil(sum(1 if g == 1.0 else 2 for g in scales) / len(scales))
+        asked = math.ceil(sum(family.evaluations(scale) for scale in scales) / len(scales))
         frozen = self.sampler.num_inference_steps * each + steps * (asked + (each if self.needs.reference else 0))
         kernel = self.sampler.kernel_of(family) if self.form == "sde" else DDIM()
         notes = {

@@ -20,7 +20,7 @@ from align import families
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch, PromptSet
 from align.diffusion.process import Prediction
-from align.families import LORA_FILE, Conditioning, Family
+from align.families import LORA_FILE, Conditioning, Family, lora_path
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
 from align.sampling.trajectory import Trajectories
@@ -60,13 +60,13 @@ class LoRATeacher(Teacher):
     """A LoRA of the student's own base model, as a second adapter on the student's backbone.
 
     Args:
-        path: a run or LoRA folder.
+        path: a run folder, or a LoRA file.
     """
 
     path: Path = Path()
 
     def open(self, policy: Policy) -> None:
-        if not (self.path / LORA_FILE).is_file():
+        if lora_path(self.path) is None:
             raise UserError(f"teacher of {self.task!r}: no {LORA_FILE} in {self.path}; expected a LoRA run's folder")
         if not policy.lora:
             raise UserError(
@@ -118,7 +118,7 @@ class PipelineTeacher(Teacher):
         return self._prompts.encode(batch.prompts)
 
     def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
-        policy.evaluations["frozen"] += len(x_t) * (1 if guidance_scale == 1.0 else 2)
+        policy.evaluations["frozen"] += len(x_t) * self.family.evaluations(guidance_scale)
         return self.family.predict(x_t, t, cond, guidance_scale)
 
 

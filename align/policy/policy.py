@@ -98,7 +98,7 @@ class Policy:
         model = self.model if self.trained is None else self.denoiser
         if self.answering is not None:  # past any wrapper: its hooks expect a backward pass that never comes
             model = self.answering
-        rows = len(x_t) * (1 if guidance_scale == 1.0 else 2)
+        rows = len(x_t) * self.family.evaluations(guidance_scale)
         self.evaluations["trained" if torch.is_grad_enabled() else "frozen"] += rows
         return self.family.predict(x_t, t, cond, guidance_scale, model)
 

@@ -118,8 +118,8 @@ class Sampler:
         )
 
     def evaluations(self, family: Family) -> int:
-        """Network evaluations of one guided prediction: 2, or 1 without guidance."""
-        return 1 if self.guidance_scale_of(family) == 1.0 else 2
+        """Network evaluations of one prediction: 2, or 1 without guidance."""
+        return family.evaluations(self.guidance_scale_of(family))
 
 
 def grid_of(family: Family, steps: int) -> Grid:
