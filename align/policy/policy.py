@@ -102,6 +102,13 @@ class Policy:
         self.evaluations["trained" if torch.is_grad_enabled() else "frozen"] += rows
         return self.family.predict(x_t, t, cond, guidance_scale, model)
 
+    def zero(self) -> Tensor:
+        """0 with a gradient of 0 for every trained parameter, through the whole network at no image in particular."""
+        family = self.family
+        x = torch.zeros(1, *family.latent_shape(), device=family.device)
+        t = family.sample_timesteps(torch.tensor([0.5])).to(family.device)
+        return 0.0 * family.predict(x, t, family.uncond.to(family.device), 1.0, self.model).raw.float().sum()
+
     # other weights in force
     @contextmanager
     def _answering(self, scope: AbstractContextManager[nn.Module]) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch
@@ -11,12 +13,18 @@ from align.policy.policy import Policy
 from align.training.config import TrainConfig
 
 
-def shares(count: int, size: int) -> list[slice]:
-    """``count`` things in about ``count / size`` shares as equal as they can be; of ``size`` each where that divides.
+def shares(counts: Sequence[int], batch_size: int, accumulation: int) -> list[list[slice]]:
+    """For every update, which of its ``counts[p]`` rows each process p trains on: every row of every process, once.
 
-    A short last share would be a noisy update, and Adam would step as far for it as for a whole one."""
-    parts = max(1, round(count / size))
-    return [slice(count * k // parts, count * (k + 1) // parts) for k in range(parts)]
+    The process with the most rows has about ``batch_size * accumulation`` of them in an update, in whole batches: the
+    updates are as equal as they can be, since a short last one would be noisy and Adam would step as far for it as for
+    a whole one. The others spread theirs alike, and may have none in some.
+    """
+    most = max(counts)
+    batches = -(-most // batch_size)
+    parts = max(1, round(batches / accumulation))
+    edges = [min(most, batches * k // parts * batch_size) for k in range(parts + 1)]
+    return [[slice(n * a // most, n * b // most) for n in counts] for a, b in pairwise(edges)]
 
 
 @dataclass(frozen=True)
