@@ -427,10 +427,10 @@ def test_a_wheel_in_an_empty_environment_finds_everything(tmp_path: Path) -> Non
             (site / entry.name).symlink_to(entry)
     script = (
         "import align, rewards, pruning, pathlib; from align import families; "
-        "from align.data.preferences import read_pairs; "
+        "from align.data import PreferencePairs; "
         "assert 'empty' in align.__file__; "
         "print([families.load(name).prediction_type for name in ('shapes-sd', 'shapes-sd3')]); "
-        "print(len(read_pairs('shapes-preferences', 'train')))"
+        "print(len(PreferencePairs('shapes-preferences', 'train').read()))"
     )
     done = subprocess.run([python, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
