@@ -2,7 +2,7 @@
 
 HierarchicalPrune (arXiv 2508.04663) trains on task + output + feature terms, freezes the blocks before the first that
 was removed (positional weight preservation), and changes blocks the less, the more it costs to lose them
-(sensitivity-guided distillation). Their states are noised real pictures; the student's own trajectories, where it will
+(sensitivity-guided distillation). Their states are noised real images; the student's own trajectories, where it will
 be used, are on-policy distillation (:mod:`align.objectives.opd`) with the unpruned model as the teacher.
 
 A student in 4 bit heals too: without a LoRA, what is not packed (biases, the layers that were skipped) learns to make
@@ -67,8 +67,8 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         sampler: how the student draws the states that it learns at, from prompts; deterministic without a kernel.
             Training itself is without guidance, on the caption or the empty prompt, which are the two that guidance
             mixes.
-        draws_per_image: states of each picture that are trained on; null is every step of the sampler.
-        task_weight: of the error to the true target, which only data has, not the student's own pictures.
+        draws_per_image: states of each image that are trained on; null is every step of the sampler.
+        task_weight: of the error to the true target, which only data has, not the student's own images.
         output_weight: of the squared difference of the outputs.
         feature_weight: of the squared difference of the features behind every block that stays and heals, summed over
             blocks (official: 1e-4).
@@ -115,7 +115,7 @@ class Heal(Objective, Prepares, ScalesLearningRates):
 
     @property
     def count(self) -> int:
-        """Rows of a picture."""
+        """Rows of an image."""
         return self.draws_per_image or self.sampler.num_inference_steps
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
@@ -172,7 +172,7 @@ class Heal(Objective, Prepares, ScalesLearningRates):
             x_t = add_noise(x0[image], eps, *family.path(t))
             return HealRows(image=image, x_t=x_t, t=t, empty=empty, eps=eps, cond=cond, x0=x0)
         if self.task_weight:
-            raise UserError("task_weight needs data with pictures (Images); the student's own are no target")
+            raise UserError("task_weight needs data with images (Images); the student's own are no target")
         stochastic = None if self.sampler.kernel else ()
         rollout = collect(ctx, self.sampler, batch, 1, range(steps), stochastic, likelihood=False)
         order = rng.normal((steps,), generators).argsort(1)[:, : self.count].sort(1).values.flatten()

@@ -1,7 +1,7 @@
 """How much a denoiser suffers from the loss of each block: leave-one-out on calibration trajectories.
 
 For every unit that could go (:meth:`pruning.graph.BlockGraph.units`): the error of the denoiser's output without it on
-the states that the full model went through, and the drop of a reward on pictures drawn without it (HierarchicalPrune's
+the states that the full model went through, and the drop of a reward on images drawn without it (HierarchicalPrune's
 contribution analysis, arXiv 2508.04663). For every block: how similar its output is to its input (SANA-1.5,
 arXiv 2501.18427) and how long it takes. The full model draws every calibration trajectory once.
 """
@@ -181,7 +181,7 @@ class _Calibration:
         return {"full": {"reward": reward, "seconds": total}, "blocks": blocks}
 
     def without(self) -> tuple[float, float | None]:
-        """Output error of the denoiser as it now stands on the full model's states, and the reward of its pictures."""
+        """Output error of the denoiser as it now stands on the full model's states, and the reward of its images."""
         family, grid = self.family, self.grid
         errors: list[Tensor] = []
         scores: list[Tensor] = []

@@ -138,7 +138,7 @@ def test_real_pictures_have_a_task_term(tiny_folders: dict[str, Path], tmp_path:
     assert torch.equal(table.x0, latents)
     loss, metrics = objective.loss(ctx, table)
     assert loss.item() == pytest.approx(metrics["task"].item())
-    with pytest.raises(UserError, match="needs data with pictures"):
+    with pytest.raises(UserError, match="needs data with images"):
         objective.rollout(ctx, prompts)
 
 

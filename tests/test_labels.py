@@ -175,7 +175,7 @@ def test_an_interrupt_leaves_whole_shards(
         assert rollout.main(arguments) == 130
     assert [p.name for p in sorted((tmp_path / "cut").glob("traj*"))] == ["trajectories-00000.safetensors"]
     assert len(manifest(tmp_path / "cut")) == 2 * K
-    with pytest.raises(DataError, match=r"lists 6 pictures, but 5 prompts x 3 make 15; run align.rollout"):
+    with pytest.raises(DataError, match=r"lists 6 images, but 5 prompts x 3 make 15; run align.rollout"):
         LabelledRollout(str(tmp_path / "cut"), ["x.json"]).check()
     assert rollout.main(arguments) == 0
     files = contents(tmp_path / "cut")
@@ -357,7 +357,7 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
         "elsewhere": (choice(0, 1, "a", image_b="/pictures/00001.png"), "unknown to"),
         "two prompts": (choice(2, 3, "a"), "of two prompts, 'two red stars' and 'a blue circle'"),
         "same text": (choice(0, 12, "a"), "of two prompts"),
-        "itself": (choice(2, 2, "a"), "twice; expected two pictures of one prompt"),
+        "itself": (choice(2, 2, "a"), "twice; expected two images of one prompt"),
         "other rollout": (choice(0, 1, "a", prompt="a dog"), "says the prompt 'a dog', but .* 'two red stars'; give"),
         "label": (choice(0, 1, "left"), "label is 'left'; expected a, b or tie"),
         "number label": (choice(0, 1, 0), "label is 0; expected a, b or tie"),
@@ -381,7 +381,7 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
         "nan": ([*full[:4], [0, math.nan, 1]], "a score is nan, which is not a number"),
         "object": ({"a": 1}, "begins with {'a': 1}; expected .jsonl or .csv"),
         "empty": ([], "begins with None; expected"),
-        "ties": ([[1, 1, 1]] * 5, "15 votes of 1 annotators prefer no picture, 15 ties; label more"),
+        "ties": ([[1, 1, 1]] * 5, "15 votes of 1 annotators prefer no image, 15 ties; label more"),
     }
     for name, (value, message) in matrices.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
@@ -443,9 +443,9 @@ def test_every_mistake_in_a_rollout_folder_is_one_sentence(copy: Path, tmp_path:
 
     texts = listed.splitlines(keepends=True)
     (copy / "manifest.jsonl").write_text("".join(texts[:-1]))
-    refused("lists 14 pictures, but 5 prompts x 3 make 15; run")
+    refused("lists 14 images, but 5 prompts x 3 make 15; run")
     (copy / "manifest.jsonl").write_text("".join([texts[1], texts[0], *texts[2:]]))
-    refused("manifest.jsonl:1 is of prompt 0, shard 0, row 1, but picture 0")
+    refused("manifest.jsonl:1 is of prompt 0, shard 0, row 1, but image 0")
     (copy / "manifest.jsonl").write_text("".join([*texts[:-1], '{"image": ']))
     refused("manifest.jsonl:15 is not as align.rollout wrote it")
     (copy / "manifest.jsonl").write_text(listed)

@@ -86,7 +86,7 @@ class Reader:
     def _matrix(self, file: Path, entries: Sequence[tuple[str, Any]]) -> list[Vote]:
         record = self.rollout.record
         count, each = record.prompts, record.images_per_prompt
-        asked = f"one for each of the {count} prompts, each of {each} numbers, one a picture, as drawn into"
+        asked = f"one for each of the {count} prompts, each of {each} numbers, one an image, as drawn into"
         asked = f"{asked} {self.rollout.folder.path}"
         if len(entries) != count:
             raise DataError(f"{file} holds {len(entries)} lists; expected {count}, {asked}")
@@ -106,7 +106,7 @@ class Reader:
         if a == b or line.prompt_index != other.prompt_index:
             both = f"and {entry['image_b']!r} of two prompts, {line.prompt!r} and {other.prompt!r}"
             both = "twice" if a == b else both
-            raise DataError(f"{where} compares {entry['image_a']!r} {both}; expected two pictures of one prompt")
+            raise DataError(f"{where} compares {entry['image_a']!r} {both}; expected two images of one prompt")
         if entry.get("prompt") and entry["prompt"] != line.prompt:
             raise DataError(
                 f"{where} says the prompt {entry['prompt']!r}, but {entry['image_a']!r} was drawn for {line.prompt!r}; "
@@ -133,7 +133,7 @@ class Reader:
         if text not in self.numbers:
             raise DataError(
                 f"{where}: the image {name!r} is unknown to {folder.manifest}, so it has no trajectory to train on; "
-                "label what align.rollout drew, or train pictures of other origin by the objective DPO on "
+                "label what align.rollout drew, or train images of other origin by the objective DPO on "
                 "PreferencePairs"
             )
         return self.numbers[text]
@@ -205,7 +205,7 @@ class LabelledRollout(Data):
         Raises :class:`DataError` where anything is missing, unknown, or does not fit the manifest.
         """
         if not self.labels:
-            raise DataError(f"labels is empty: name the files that say which pictures of {self.path} are preferred")
+            raise DataError(f"labels is empty: name the files that say which images of {self.path} are preferred")
         rollout = RolloutFolder(Path(self.path).expanduser().resolve()).read()
         reader = Reader(rollout)
         votes = [vote for file in self.labels for vote in reader.read(Path(file).expanduser())]
@@ -214,7 +214,7 @@ class LabelledRollout(Data):
         logger.info("%s: %d pairs, %d ties, by %s", self.path, len(labels.pairs), labels.ties, counts)
         if not labels.pairs:
             raise DataError(
-                f"{', '.join(self.labels)}: {counts} prefer no picture, {labels.ties} ties; label more of them"
+                f"{', '.join(self.labels)}: {counts} prefer no image, {labels.ties} ties; label more of them"
             )
         return rollout, labels
 

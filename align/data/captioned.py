@@ -104,16 +104,18 @@ class EncodedData(Data):
     def prepare(self, setup: Setup) -> EncodedDataset:
         """Encode what the cache lacks, check every row, and open the cache. Raises :class:`DataError` for a data set
         that is unusable, or latents that are not finite."""
-        found = self.items()
-        items = found.items[: self.limit]
+        examples = self.items()
+        items = examples.items[: self.limit]
         resolution = self.resolution or setup.family.resolution
         views = Views(resolution, self.center_crop, self.random_flip, self.variants, setup.seed)
-        cache = LatentCache(self.cache, self.what, found, items, views, setup)
+        cache = LatentCache(self.cache, self.what, examples, items, views, setup)
         cache.encode(self.vae_batch)
         dataset, unreadable = cache.open(self.batch_type)
         # every process sees the same rows here, so that all of them stop or none
-        total = found.total if len(items) == len(found) else items[-1].id + 1  # rows beyond the limit do not count
-        bad = sorted((row for row in [*found.bad, *unreadable] if row.row < total), key=lambda row: row.row)
+        total = (
+            examples.total if len(items) == len(examples) else items[-1].id + 1
+        )  # rows beyond the limit do not count
+        bad = sorted((row for row in [*examples.bad, *unreadable] if row.row < total), key=lambda row: row.row)
         check_bad(bad, total, self.max_bad_share, self.report if setup.process_index == 0 else None)
         if not len(dataset):
             raise DataError(f"{self.path}: none of {len(items)} {self.what} is readable")
@@ -164,7 +166,7 @@ def _examples(place: Path, source: ImageSource) -> Iterator[Example | Bad]:
 def _fault(row: ImageRow) -> str:
     """Why the row cannot be used; empty where it can."""
     if row.problem or row.image is None:
-        return row.problem or "no picture"
+        return row.problem or "no image"
     if not row.prompt or not row.prompt.strip():
         return f"no caption: {row.prompt!r}"
     return f"no such file: {row.image}" if isinstance(row.image, Path) and not row.image.is_file() else ""

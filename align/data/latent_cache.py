@@ -185,16 +185,16 @@ class LatentCache:
     embeddings in ``captions``."""
 
     def __init__(
-        self, home: Path, name: str, found: ExampleSet, items: Sequence[Example], views: Views, setup: Setup
+        self, home: Path, name: str, source: ExampleSet, items: Sequence[Example], views: Views, setup: Setup
     ) -> None:
         self.name, self.items, self.views, self.setup = name, items, views, setup
         self.captions = list(dict.fromkeys(item.caption for item in items))
         model = setup.family.identity()
-        files = sorted({*found.files, *(image.file for item in items for image in item.images)})
+        files = sorted({*source.files, *(image.file for item in items for image in item.images)})
         number = {file: index for index, file in enumerate(files)}
         images: dict[str, object] = {
             "dtype": str(setup.family.dtype),
-            "layout": found.layout,
+            "layout": source.layout,
             "files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
             "items": [[i.id, *([number[image.file], image.row, image.column] for image in i.images)] for i in items],
             "views": views.key(),
@@ -241,10 +241,10 @@ class LatentCache:
         for start in range(0, len(items), DECODE):
             part = items[start : start + DECODE]
             # bytes in order, by one thread, as tables are read forward; decoding in parallel
-            seen = list(pool.map(self._see, part, [_bytes(item) for item in part]))
-            good = [view for view in seen if isinstance(view, Tensor)]
-            kept += [start + k for k, view in enumerate(seen) if isinstance(view, Tensor)]
-            bad += [(start + k, view) for k, view in enumerate(seen) if isinstance(view, str)]
+            views = list(pool.map(self._see, part, [_bytes(item) for item in part]))
+            good = [view for view in views if isinstance(view, Tensor)]
+            kept += [start + k for k, view in enumerate(views) if isinstance(view, Tensor)]
+            bad += [(start + k, view) for k, view in enumerate(views) if isinstance(view, str)]
             if good:
                 pixels = torch.stack(good).flatten(0, 2).split(vae_batch)
                 with torch.no_grad():

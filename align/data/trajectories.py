@@ -151,7 +151,7 @@ class RolloutFolder:
         again = "run align.rollout with its settings again to draw what is missing"
         if len(lines) != record.images:
             raise DataError(
-                f"{self.manifest} lists {len(lines)} pictures, but {record.prompts} prompts x "
+                f"{self.manifest} lists {len(lines)} images, but {record.prompts} prompts x "
                 f"{record.images_per_prompt} make {record.images}; {again}"
             )
         for number, line in enumerate(lines):
@@ -160,7 +160,7 @@ class RolloutFolder:
             if (line.prompt_index, line.shard, line.row) != (prompt, shard, row):
                 raise DataError(
                     f"{self.manifest}:{number + 1} is of prompt {line.prompt_index}, shard {line.shard}, row "
-                    f"{line.row}, but picture {number} is of {(prompt, shard, row)}; keep the lines in their order, or "
+                    f"{line.row}, but image {number} is of {(prompt, shard, row)}; keep the lines in their order, or "
                     "draw anew"
                 )
         for fault in (self.fault(record, number) for number in range(record.shards)):

@@ -16,7 +16,7 @@ from rewards.models.shapes import COUNTS, OUTLINES, PALETTE, PREFIXES, RELATIONS
 
 SIZE = 64  # pixels a side
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
-    # one colour-shape combination per colour that no training caption and no training picture ever shows
+    # one colour-shape combination per colour that no training caption and no training image ever shows
     {
         ("red", "triangle"),
         ("green", "star"),
@@ -98,7 +98,7 @@ def held_out_prompts(per_task: int = 40, seed: int = 2024) -> list[str]:
 
 
 def training_prompts(seed: int = 77) -> list[str]:
-    """Distinct captions over seen combinations to draw pictures of while training: ``shapes-prompts.txt``."""
+    """Distinct captions over seen combinations to draw images of while training: ``shapes-prompts.txt``."""
     rng = np.random.default_rng(seed)
     prompts: list[str] = []
     for task, count in _TRAINING.items():
@@ -110,7 +110,7 @@ def training_prompts(seed: int = 77) -> list[str]:
 
 
 def place(rng: np.random.Generator, spec: Spec) -> list[Body]:
-    """Positions, sizes and turns for a spec: nothing overlaps, nothing leaves the picture, relations hold by
+    """Positions, sizes and turns for a spec: nothing overlaps, nothing leaves the image, relations hold by
     at least 12 pixels along their axis and more than across it. Open colours are drawn from :data:`SEEN`."""
     things = [thing if thing.colour else Thing(thing.shape, _open_colour(rng, thing.shape)) for thing in spec.things]
     low, high = _RADII[len(things)]
@@ -176,5 +176,5 @@ def draw(rng: np.random.Generator, bodies: list[Body]) -> np.ndarray:
 
 
 def render(rng: np.random.Generator, caption: str) -> np.ndarray:
-    """A picture of what ``caption`` asks for: (64, 64, 3) uint8."""
+    """An image of what ``caption`` asks for: (64, 64, 3) uint8."""
     return draw(rng, place(rng, parse(caption)))
