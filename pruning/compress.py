@@ -113,17 +113,10 @@ def _heals_by_profile(config: Compress) -> bool:
 def _analyze(config: Compress, family: Family, prompts: Sequence[str]) -> None:
     reward = RewardSum({name: load_reward(name) for name in config.reward}) if config.reward else None
     graph = BlockGraph.of(family.denoiser)
-    profile = importance.profile(
-        family,
-        prompts,
-        config.at("profile.json"),
-        graph.units(config.components),
-        reward,
-        config.num_inference_steps,
-        config.seed,
-        config.guidance_scale,
-        config.batch_size,
+    calibration = importance.Calibration(
+        prompts, config.num_inference_steps, config.guidance_scale, config.seed, config.batch_size
     )
+    profile = importance.profile(family, calibration, config.at("profile.json"), graph.units(config.components), reward)
     plots.heatmap(profile, config.at("profile.png"))
 
 
@@ -144,7 +137,7 @@ def _decide(config: Compress, family: Family) -> Plan:
             f"{config.output_dir} was pruned by another plan ({', '.join(before.dropped)}); name another output_dir"
         )
     plan.save(config.at("plan.json"))
-    plan.picture(config.at("plan.png"))
+    plots.stack(plan, config.at("plan.png"))
     print(plan.text())
     return plan
 

@@ -28,7 +28,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from align.common.errors import UserError
 from align.families import LORA_FILE
-from pruning.linear4bit import Bytes, bytes_of, pack
+from pruning.linear4bit import bytes_of, pack
 from pruning.nf4 import NF4
 
 DEFAULT = NF4()
@@ -60,8 +60,8 @@ class Report:
 
     architecture: str
     layers: tuple[Layer, ...]
-    before: Bytes
-    after: Bytes
+    before: int
+    after: int
 
     @property
     def quantised(self) -> tuple[Layer, ...]:
@@ -76,7 +76,7 @@ class Report:
         lines = [
             f"{self.architecture}: {len(done)} of {len(self.layers)} Linears quantised, "
             f"{sum(layer.weights for layer in done) / weights:.1%} of their weights; "
-            f"{self.before.total:,} bytes before, {self.after.total:,} after",
+            f"{self.before:,} bytes before, {self.after:,} after",
             *(f"  kept {layer.name} ({layer.weights:,}): {layer.kept}" for layer in self.kept),
         ]
         return "\n".join(lines)
