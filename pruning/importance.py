@@ -155,8 +155,10 @@ class _Trial:
                 run = _Trajectory(prompts, family.encode(prompts))
                 self.trajectories.append(run)
 
-                def predict(x_t: Tensor, *rest: Any, run: _Trajectory = run) -> Prediction:
-                    prediction = family.predict(x_t, *rest)
+                def predict(
+                    x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float, run: _Trajectory = run
+                ) -> Prediction:
+                    prediction = family.predict(x_t, t, cond, guidance_scale)
                     run.states.append(x_t.cpu())
                     run.outputs.append(prediction.raw.float().cpu())
                     for name in whole:

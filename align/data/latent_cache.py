@@ -120,11 +120,10 @@ class Shards:
 
     def headers(self) -> list[dict[str, Any]]:
         """What every shard says of itself; :class:`DataError` where one is not there."""
-        headers = [self._header(file) for file in self.files]
-        for file, header in zip(self.files, headers, strict=True):
-            if header is None:
-                raise DataError(f"{file} is not there or not whole; all processes must share cache_dir")
-        return [header for header in headers if header is not None]
+        headers = {file: header for file in self.files if (header := self._header(file)) is not None}
+        if missing := [file for file in self.files if file not in headers]:
+            raise DataError(f"{missing[0]} is not there or not whole; all processes must share cache_dir")
+        return list(headers.values())
 
     def rows(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard; a batch reads only its own rows of them."""
@@ -242,11 +241,11 @@ class LatentCache:
             part = items[start : start + DECODE]
             # bytes in order, by one thread, as tables are read forward; decoding in parallel
             views = list(pool.map(self._see, part, [_bytes(item) for item in part]))
-            good = [view for view in views if isinstance(view, Tensor)]
-            kept += [start + k for k, view in enumerate(views) if isinstance(view, Tensor)]
+            good = {start + k: view for k, view in enumerate(views) if isinstance(view, Tensor)}
+            kept += good
             bad += [(start + k, view) for k, view in enumerate(views) if isinstance(view, str)]
             if good:
-                pixels = torch.stack(good).flatten(0, 2).split(vae_batch)
+                pixels = torch.stack([*good.values()]).flatten(0, 2).split(vae_batch)
                 with torch.no_grad():
                     encoded = torch.cat([family.to_latent(part.float() / 255) for part in pixels]).cpu()
                 if encoded.shape[1:] != shape[2:]:
