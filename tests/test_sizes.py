@@ -36,7 +36,7 @@ def test_the_configs_are_those_of_the_published_models(rows: list[Row]) -> None:
     assert round(counts["SD3.5-large transformer"] / 1e9, 2) == 8.06
 
 
-# §6.1: parameters, bf16, NF4, NF4 with double quantisation
+# parameters, bf16, NF4, NF4 with double quantisation
 @pytest.mark.parametrize(
     ("at", "figures"),
     [
