@@ -133,10 +133,14 @@ def skeleton(config: Mapping[str, Any]) -> ModelMixin:
 
 def _settings(saved: Mapping[str, Any], folder: Path) -> NF4:
     """The settings that a saved ``quantization_config`` stands for."""
-    expected: dict[str, tuple[object, ...]] = {"quant_method": ("bitsandbytes",), "load_in_4bit": (True,)}
-    expected |= {"bnb_4bit_quant_type": ("nf4",)}
-    expected |= {"bnb_4bit_quant_storage": ("uint8",), "bnb_4bit_compute_dtype": COMPUTE}
-    expected |= {"bnb_4bit_use_double_quant": (True, False)}
+    expected: dict[str, tuple[object, ...]] = {
+        "quant_method": ("bitsandbytes",),
+        "load_in_4bit": (True,),
+        "bnb_4bit_quant_type": ("nf4",),
+        "bnb_4bit_quant_storage": ("uint8",),
+        "bnb_4bit_compute_dtype": COMPUTE,
+        "bnb_4bit_use_double_quant": (True, False),
+    }
     wrong = {key: values for key, values in expected.items() if saved.get(key) not in values}
     if wrong:
         texts = [f"{key} is {saved.get(key)!r}, expected {' or '.join(map(repr, v))}" for key, v in wrong.items()]

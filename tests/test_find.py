@@ -25,11 +25,11 @@ from align.data.prompts import Prompts
 from align.diffusion.process import Reduction
 from align.families import LORA_FILE
 from align.objectives import Context
-from align.objectives.find import FIND, FINDRows
-from align.objectives.noise_memory import NoiseSamples
+from align.objectives.find import FIND
+from align.objectives.noise_memory import FINDRows, NoiseSamples
 from align.objectives.online.advantages import calibrated_advantages
 from align.objectives.value_network import ValueNet
-from align.policy.initial_noise import NOISE_FILE, InitialNoise, Tying, kl, log_prob
+from align.policy.initial_noise import NOISE_FILE, InitialNoise, kl, log_prob
 from align.policy.policy import Policy
 from align.sampling.loop import sample
 from align.sampling.sampler import Sampler
@@ -64,13 +64,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def noise_for(
-    tying: Tying = "none",
     budget: float | None = None,
     shape: tuple[int, int, int] = SHAPE,
     typical: bool = False,
 ) -> InitialNoise:
     scheduler = "FlowMatchEulerDiscreteScheduler"
-    return InitialNoise(TEXTS, shape, "tiny-sd3", scheduler, tying, budget=budget, typical=typical)
+    return InitialNoise(TEXTS, shape, "tiny-sd3", scheduler, budget, typical)
 
 
 def shifted(noise: InitialNoise, scale: float = 0.3) -> InitialNoise:
@@ -84,7 +83,7 @@ def learner(tiny: Build, kind: str, objective: FIND) -> Policy:
     """A policy of which the noise of TEXTS is trained."""
     family = tiny(kind)
     scheduler = type(family.pipe.scheduler).__name__
-    args = (objective.tying, objective.rank, objective.kl_budget, objective.typical)
+    args = (objective.kl_budget, objective.typical)
     return Policy(family, trained=InitialNoise(TEXTS, SHAPE, family.source, scheduler, *args))
 
 
@@ -127,9 +126,8 @@ def test_i4_kl_is_torchs_and_quadratic_near_the_prior() -> None:
         assert kl(mu, std.log()).item() == pytest.approx(0.1**2 / 2 + delta**2, rel=0.03)
 
 
-@pytest.mark.parametrize("tying", ["none", "channel", "low_rank"])
-def test_i1_a_fresh_distribution_is_the_prior(tying: Tying) -> None:
-    noise, z = noise_for(tying), normal(4, *SHAPE)
+def test_i1_a_fresh_distribution_is_the_prior() -> None:
+    noise, z = noise_for(), normal(4, *SHAPE)
     mean, log_std = noise.all()
     assert torch.equal(mean, torch.zeros(4, *SHAPE)) and torch.equal(log_std, torch.zeros(4, *SHAPE))
     assert torch.equal(kl(mean, log_std), torch.zeros(4))
@@ -150,22 +148,16 @@ def test_i1_pictures_of_a_fresh_distribution_start_from_plain_randn(tiny: Build,
     assert metrics["ratio_max"] == 1 and metrics["approx_kl"] == 0 and table.metrics["kl"] == 0
 
 
-@pytest.mark.parametrize(("tying", "numbers"), [("none", 2 * DIMS), ("channel", 8), ("low_rank", 4 * 2 * 16 + 4)])
-def test_tying_gives_the_numbers_that_it_promises_and_a_gradient(tying: Tying, numbers: int) -> None:
-    """2·d a prompt; 2·C; C·rank·(h + w) and C. Mean and log std can both leave the start."""
-    noise = noise_for(tying)
-    assert sum(p.numel() for p in noise.parameters()) == numbers * len(TEXTS)
+def test_every_number_of_every_prompt_has_a_gradient() -> None:
+    """2·d numbers a prompt; mean and log std can both leave the start."""
+    noise = noise_for()
+    assert sum(p.numel() for p in noise.parameters()) == 2 * DIMS * len(TEXTS)
     z = normal(4, *SHAPE)
     old = log_prob(z, *noise.all()).detach()
     FIND().loss(alone(noise), rows(z, old, torch.tensor([1.0, -1.0, 2.0, -2.0]), torch.arange(4)))[0].backward()
     for name in ("mean", "log_std"):
         grad = noise.left[name].grad
         assert grad is not None and all(row.any() for row in grad)
-    mean, log_std = shifted(noise).all()
-    for whole, alike in ((mean, tying == "channel"), (log_std, tying != "none")):
-        assert bool((whole == whole[..., :1, :1]).all()) is alike
-        assert len(whole.detach().flatten(1).unique(dim=0)) == 4
-    assert tying != "low_rank" or (torch.linalg.matrix_rank(mean, atol=1e-4) == 2).all()
 
 
 # the surrogate
@@ -246,9 +238,8 @@ def test_the_kl_of_the_loss_is_the_exact_one() -> None:
 
 
 # bounds
-@pytest.mark.parametrize("tying", ["none", "channel", "low_rank"])
-def test_the_budget_is_kept_and_no_more_than_kept(tying: Tying) -> None:
-    noise = noise_for(tying, budget=0.02)
+def test_the_budget_is_kept_and_no_more_than_kept() -> None:
+    noise = noise_for(budget=0.02)
     for name, part in noise.left.items():
         part.data = torch.tensor([0.0, 0.05, 0.5, 1.5])[:, None, None, None] * normal(*part.shape, seed=len(name))
     before = [part.clone() for part in noise.all()]
@@ -265,11 +256,10 @@ def test_the_budget_is_kept_and_no_more_than_kept(tying: Tying) -> None:
         assert torch.cosine_similarity(old[~near].flatten(1), new[~near].flatten(1)).min() > 1 - 1e-5
 
 
-@pytest.mark.parametrize("tying", ["none", "channel", "low_rank"])
 @pytest.mark.parametrize("budget", [None, 0.02])
-def test_a_typical_norm_is_kept_within_the_budget(tying: Tying, budget: float | None) -> None:
+def test_a_typical_norm_is_kept_within_the_budget(budget: float | None) -> None:
     """mean² + std² is 1 over the latent, so that z has the norm of plain noise, whatever the means are."""
-    noise = noise_for(tying, budget, typical=True)
+    noise = noise_for(budget, typical=True)
     fresh = [part.clone() for part in noise.all()]
     noise.after_step()
     assert all(torch.equal(a, b) for a, b in zip(fresh, noise.all(), strict=True))

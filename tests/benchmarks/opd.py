@@ -38,7 +38,7 @@ from align.diffusion.process import Prediction
 from align.objectives import Context
 from align.objectives.online.replay import replay_step
 from align.objectives.opd import OPD
-from align.objectives.teachers import LoRATeacher, average
+from align.objectives.teachers import LoRATeacher
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler
 from align.shapes.world import caption, held_out_prompts
@@ -154,7 +154,7 @@ def averaged(folder: Path, teachers: list[LoRATeacher], rank: int) -> Path:
         policy = Policy(families.load(BASE), LoRA(rank))
         for teacher in teachers:
             teacher.open(policy)
-        average(policy, [teacher.name for teacher in teachers])
+        policy.average_adapters([teacher.name for teacher in teachers])
         folder.mkdir(parents=True, exist_ok=True)
         policy.save(folder)
     return folder
