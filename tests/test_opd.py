@@ -17,6 +17,7 @@ from torch.distributions import Normal, kl_divergence
 from align import families
 from align.common.command import parse
 from align.common.errors import UserError
+from align.data.dataset import Setup
 from align.data.prompts import PromptBatch, TaskPrompts, TaskSet
 from align.diffusion.kernels import DDIM, FlowSDE, Kernel
 from align.diffusion.process import Grid, Prediction
@@ -635,7 +636,7 @@ def test_tasks_come_in_equal_shares(tiny: Build, tmp_path: Path) -> None:
     """However many prompts each has; whole epochs of the longest show every prompt of each."""
     data = TaskPrompts({"a": prompt_file(tmp_path, TEXTS[:1], "a"), "b": prompt_file(tmp_path, TEXTS, "b")}, limit=3)
     data.check()
-    items = data.prepare(tiny("flow"))
+    items = data.prepare(Setup(tiny("flow")))
     assert (len(items), data.multiple) == (3, 2)
     batch = items.batch([2, 0, 1, 2, 0, 1])
     assert [row["task"] for row in batch.metadata] == ["a", "b"] * 3

@@ -27,7 +27,7 @@ from align import families
 from align.common import rng
 from align.common.command import dumped
 from align.common.errors import UserError
-from align.data.dataset import shuffled
+from align.data.dataset import Setup, shuffled
 from align.data.prompts import PromptSet
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
@@ -88,15 +88,10 @@ class Trainer:
         source = self.folder.find(config.resume_from_checkpoint)
         if accelerator.is_main_process:
             self.folder.claim(resumed=source is not None)  # first of all: encoding a data set may take hours
-        self.data = config.data.prepare(
-            self.family,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.is_main_process,
-            accelerator.wait_for_everyone,
-        )
-        self.held_out = config.validation_data.prepare(self.family) if config.validation_data else None
+        ranks = accelerator.process_index, accelerator.num_processes
+        setup = Setup(self.family, config.seed, *ranks, accelerator.is_main_process, accelerator.wait_for_everyone)
+        self.data = config.data.prepare(setup)
+        self.held_out = config.validation_data.prepare(Setup(self.family)) if config.validation_data else None
         self._optimise()
         if accelerator.is_main_process:
             self.folder.start(self.resolved, resumed=source is not None)

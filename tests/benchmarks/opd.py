@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from align import families
+from align.data.dataset import Setup
 from align.data.prompts import TaskPrompts
 from align.diffusion.process import Prediction
 from align.objectives import Context
@@ -167,7 +168,7 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
     policy = Policy(families.load(BASE), LoRA(4))
     objective = OPD(list(teachers), Sampler(STEPS, GUIDANCE, batch_size=64), form="sde", normalize="paper")
     objective.prepare(policy, None)
-    batch = TaskPrompts(files).prepare(policy.family).batch(range(6))
+    batch = TaskPrompts(files).prepare(Setup(policy.family)).batch(range(6))
     ctx = Context(policy, 0, 0, range(6))
     with torch.no_grad():
         table = objective.rollout(ctx, batch)
