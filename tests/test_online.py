@@ -248,12 +248,16 @@ def test_processes_that_select_unequally_train_every_row(
 
 
 @pytest.mark.parametrize("counts", [[12], [7, 12], [0, 5], [3, 0, 0, 9, 1, 16, 4, 4], [1, 100, 7, 30, 0, 2, 64, 65]])
-def test_every_row_of_every_process_trains_once(counts: list[int]) -> None:
-    plan = shares(counts, 4, 2)
+@pytest.mark.parametrize("updates", [None, 1, 4])
+def test_every_row_of_every_process_trains_once(counts: list[int], updates: int | None) -> None:
+    plan = shares(counts, 4, 2, updates)
+    assert updates is None or len(plan) == min(updates, max(counts))
     for rank, count in enumerate(counts):
         assert [row for update in plan for row in range(count)[update[rank]]] == list(range(count))
     sizes = [sum(part.stop - part.start for part in update) for update in plan]
-    assert min(sizes) > 0 and max(max(part.stop - part.start for part in update) for update in plan) <= 12
+    assert min(sizes) > 0 and max(max(part.stop - part.start for part in update) for update in plan) <= 12 + 100 * bool(
+        updates
+    )
 
 
 # arithmetic and what is missing

@@ -35,7 +35,7 @@ from align.objectives.rows import Rows
 from align.policy.policy import Policy
 from align.sampling.diversity import Features
 from align.training import checkpoint, run_folder
-from align.training.batch_plan import BatchPlan, shares
+from align.training.batch_plan import BatchPlan
 from align.training.config import TrainConfig
 from align.training.finite import require_finite
 from align.training.gather import gather_of, gather_text_of, merged
@@ -44,6 +44,7 @@ from align.training.progress import drawing
 from align.training.validation import sample_grid, validation_metrics, validation_scores
 
 TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
+BARREN = 20  # rollouts without a row after which a run gives up
 
 
 class Trainer:
@@ -80,7 +81,7 @@ class Trainer:
         self.policy.set_lr_scales(objective.lr_scale if isinstance(objective, ScalesLearningRates) else lambda _: 1.0)
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
         self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes)
-        self.step = self.rollouts = 0
+        self.step = self.rollouts = self.barren = 0  # barren: rollouts since the last that gave rows
 
     def start(self) -> None:
         """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
@@ -175,12 +176,18 @@ class Trainer:
         if measured:  # those of this rollout, and of all training before it
             everywhere = ctx.gather(torch.tensor([list(self.policy.evaluations.values())])).sum(0).tolist()
             measured |= {f"evaluations/{k}": n for k, n in zip(self.policy.evaluations, everywhere, strict=True)}
-        if not any(counts) and measured:
+        self.barren = 0 if any(counts) else self.barren + 1
+        if self.barren:
             self.log(measured | {"rollout": self.rollouts})
+        if self.barren == BARREN:
+            raise UserError(
+                f"{BARREN} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
+                "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
+            )
         for epoch in range(config.inner_epochs if any(counts) else 0):
             shuffle = rng.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
             order = table.shuffled(shuffle)
-            for k, parts in enumerate(shares(counts, config.train_batch_size, config.gradient_accumulation_steps)):
+            for k, parts in enumerate(self.sizes.shares(counts)):
                 fresh = epoch == k == 0
                 chunks = list(order.take(torch.arange(len(order))[parts[rank]]).chunks(config.train_batch_size))
                 sizes = [part.stop - part.start for part in parts]
