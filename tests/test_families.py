@@ -165,6 +165,16 @@ def test_a_wrong_family_fails_its_check(tiny_folders: dict[str, Path], wrong: ty
         check(FamilyCase(tiny_folders["epsilon"], wrong))
 
 
+def test_weights_of_another_order_have_another_key(tiny: Build) -> None:
+    """Also where what has changed cancels in a sum."""
+    family = tiny("flow")
+    before = family.identity()["captions"]
+    with torch.no_grad():
+        first = next(family.pipe.text_encoder.parameters())
+        first.copy_(first.flip(0))
+    assert family.identity()["captions"] != before
+
+
 def test_only_the_checks_that_fail_are_listed(tiny_folders: dict[str, Path]) -> None:
     with pytest.raises(AssertionError, match="check_encoding: AssertionError: encoded and decoded") as stopped:
         check_family(FamilyCase(tiny_folders["epsilon"], EncodesUnscaled))
