@@ -26,7 +26,6 @@ class Colorfulness:
     ) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> (B,)"""
         red, green, blue = (255 * images.float()).flatten(2).unbind(1)
-        opponents = (red - green, (red + green) / 2 - blue)
-        std = sum(part.var(1, correction=0) for part in opponents)
-        mean = sum(part.mean(1).square() for part in opponents)
-        return self.scale * (std.sqrt() + 0.3 * mean.sqrt())
+        rg, yb = red - green, (red + green) / 2 - blue
+        std = (rg.var(1, correction=0) + yb.var(1, correction=0)).sqrt()
+        return self.scale * (std + 0.3 * (rg.mean(1).square() + yb.mean(1).square()).sqrt())
