@@ -137,6 +137,6 @@ def test_mistakes_in_their_settings_and_data_are_one_line(
     assert stopped.value.code == 2
     assert "temperature must be positive, got 0.0" in capsys.readouterr().err
     assert main([*config, f"--data.path={tmp_path}"]) == 2
-    assert f"{tmp_path} holds no ranking" in capsys.readouterr().err
+    assert f"{tmp_path} (ranked folders) holds no usable pairs" in capsys.readouterr().err
     assert main([*config, "--rewards=[]"]) == 2
     assert "RewardWeightedRegression learns from rewards: set rewards" in capsys.readouterr().err

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-from align.common.errors import DataError
-from align.data.dataset import Bad, ItemSet, Pair, check_bad
-from align.data.preferences import Encoded, EncodedPairs, Encodings, PairBatch
+from align.data.captioned import EncodedData, Rows
+from align.data.dataset import Bad, Example
+from align.data.preferences import PairBatch
 from rewards.data.tables import LazyImage
 
 
 @dataclass
-class RankedFolders(Encoded):
+class RankedFolders(EncodedData):
     """``PATH/ANY_NAME/{prompt.txt, 1.png, 2.png, ..}``, the best image first: every two of a folder are a pair."""
 
-    batch_type: ClassVar[type] = PairBatch
-    what: ClassVar[str] = "pairs"
-    pictures: ClassVar[int] = 2
-    opened: ClassVar[type[Encodings]] = EncodedPairs
+    batch_type = PairBatch
+    what = "pairs"
 
-    def read(self) -> ItemSet:
-        pairs, bad, total = list[Pair](), list[Bad](), 0
-        for folder in sorted(file.parent for file in Path(self.path).glob("*/prompt.txt")):
-            caption = (folder / "prompt.txt").read_text(encoding="utf-8").strip()
-            ranked = sorted((file for file in folder.glob("*.png") if file.stem.isdecimal()), key=lambda f: int(f.stem))
+    def rows(self) -> Rows:
+        return "ranked folders", [], self._pairs(sorted(Path(self.path).glob("*/prompt.txt")))
+
+    def _pairs(self, prompts: list[Path]) -> Iterator[Example | Bad]:
+        count = itertools.count()
+        for prompt in prompts:
+            caption = prompt.read_text(encoding="utf-8").strip()
+            ranked = sorted((f for f in prompt.parent.glob("*.png") if f.stem.isdecimal()), key=lambda f: int(f.stem))
             for chosen, rejected in itertools.combinations(map(LazyImage, ranked), 2):
-                source = f"{folder.name}/{chosen.file.name} over {rejected.file.name}"
+                number, source = next(count), f"{prompt.parent.name}/{chosen.file.name} over {rejected.file.name}"
                 if caption:
-                    pairs.append(Pair(total, source, caption, chosen, rejected))
+                    yield Example(number, source, caption, (chosen, rejected))
                 else:
-                    bad.append(Bad(total, source, "prompt.txt is empty"))
-                total += 1
-        check_bad(bad, total, self.max_bad_share, self.report)
-        if not pairs:
-            raise DataError(f"{self.path} holds no ranking; expected folders with prompt.txt, 1.png, 2.png, ..")
-        return ItemSet("ranked folders", pairs, bad, 0, total, [])
+                    yield Bad(number, source, "prompt.txt is empty")
