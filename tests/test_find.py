@@ -107,14 +107,14 @@ def rows(z: Tensor, old: Tensor, advantage: Tensor, index: Tensor | None = None)
 
 
 # closed forms
-def test_i3_log_prob_is_torchs() -> None:
+def test_log_prob_is_torchs() -> None:
     mean, log_std, z = normal(3, *SHAPE), 0.3 * normal(3, *SHAPE, seed=1), normal(3, *SHAPE, seed=2)
     expected = Independent(Normal(mean, log_std.exp()), 3).log_prob(z)
     torch.testing.assert_close(log_prob(z, mean, log_std, "mean") * DIMS, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(log_prob(z, mean, log_std, "sum"), expected, rtol=1e-5, atol=0)
 
 
-def test_i4_kl_is_torchs_and_quadratic_near_the_prior() -> None:
+def test_kl_is_torchs_and_quadratic_near_the_prior() -> None:
     mean, log_std = normal(3, *SHAPE), 0.3 * normal(3, *SHAPE, seed=1)
     prior = Normal(torch.zeros(SHAPE), torch.ones(SHAPE))
     expected = kl_divergence(Normal(mean, log_std.exp()), prior).flatten(1)
@@ -126,7 +126,7 @@ def test_i4_kl_is_torchs_and_quadratic_near_the_prior() -> None:
         assert kl(mu, std.log()).item() == pytest.approx(0.1**2 / 2 + delta**2, rel=0.03)
 
 
-def test_i1_a_fresh_distribution_is_the_prior() -> None:
+def test_a_fresh_distribution_is_the_prior() -> None:
     noise, z = noise_for(), normal(4, *SHAPE)
     mean, log_std = noise.all()
     assert torch.equal(mean, torch.zeros(4, *SHAPE)) and torch.equal(log_std, torch.zeros(4, *SHAPE))
@@ -139,7 +139,7 @@ def test_i1_a_fresh_distribution_is_the_prior() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_i1_pictures_of_a_fresh_distribution_start_from_plain_randn(tiny: Build, kind: str) -> None:
+def test_images_of_a_fresh_distribution_start_from_plain_randn(tiny: Build, kind: str) -> None:
     objective = FIND(Sampler(2, 1.0), 3, antithetic=False)
     ctx, table = rolled(objective, learner(tiny, kind, objective), step=4)
     plain = [torch.randn(SHAPE, generator=rng.generator(0, "initial", 4, position)) for position in range(6)]
@@ -162,7 +162,7 @@ def test_every_number_of_every_prompt_has_a_gradient() -> None:
 
 # the surrogate
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_i2_the_gradient_of_a_toy(reduction: Reduction) -> None:
+def test_the_gradient_of_a_toy(reduction: Reduction) -> None:
     """r(z) = -|z - c|²: dE/dmean = -2 (mean - c) and dE/dlog_std = -2 std²; the mean convention divides both by d."""
     shape, count = (2, 1, 2), 100_000
     noise, c = noise_for(shape=shape), normal(*shape, seed=7)
@@ -189,7 +189,7 @@ def test_i2_the_gradient_of_a_toy(reduction: Reduction) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_i2_training_on_the_toy_finds_the_target(reduction: Reduction) -> None:
+def test_training_on_the_toy_finds_the_target(reduction: Reduction) -> None:
     shape = (2, 1, 2)
     noise, c = noise_for(shape=shape), torch.full(shape, 0.8)
     objective = FIND(reduction=reduction, kl_weight=0.0)
@@ -213,7 +213,7 @@ def test_i2_training_on_the_toy_finds_the_target(reduction: Reduction) -> None:
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 2.0])
 @pytest.mark.parametrize("advantage", [-2.0, 3.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_i5_the_clip_is_ppos(ratio: float, advantage: float, reduction: Reduction) -> None:
+def test_the_clip_is_ppos(ratio: float, advantage: float, reduction: Reduction) -> None:
     """No gradient iff (A > 0 and rho > 1 + c) or (A < 0 and rho < 1 - c); the released code stops outside on both."""
     noise, z = shifted(noise_for()), normal(1, *SHAPE, seed=5)
     mean, log_std = (part[:1].detach() for part in noise.all())
@@ -491,7 +491,7 @@ def test_value_calibration_is_against_what_was_expected(tiny: Build) -> None:
 
 
 # files
-def test_i6_a_saved_distribution_gives_the_same_latents(tmp_path: Path, tiny: Build) -> None:
+def test_a_saved_distribution_gives_the_same_latents(tmp_path: Path, tiny: Build) -> None:
     noise, family = shifted(noise_for()), tiny("flow")
     loaded = InitialNoise.load(noise.save(tmp_path))
     assert set(load_file(tmp_path / NOISE_FILE)) == {"mean", "std"}
@@ -600,7 +600,7 @@ def kept(folder: str | Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_i6_a_run_trains_the_noise_and_nothing_else(
+def test_a_run_trains_the_noise_and_nothing_else(
     tiny_folders: dict[str, Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = finding(tiny_folders[kind], tmp_path, kl_budget=0.001)

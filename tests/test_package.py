@@ -204,7 +204,7 @@ STILL_TOO_LONG = {
     "align/objectives/policy_gradient.py": 178,
     "rewards/base.py": 325,
 }
-LIBRARY_LINES = 17_710  # to become 15_000
+LIBRARY_LINES = 17_970  # to become 15_000; 280 of them are align.testing, which third parties run
 
 
 def test_rooms_import_only_rooms_before_them() -> None:
