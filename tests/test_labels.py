@@ -547,7 +547,7 @@ def measured(folder: Path) -> list[dict[str, Any]]:
             {"objective": {"sampler": SAMPLER | {"kernel": {"class_path": "DDIM", "init_args": {"eta": 0.7}}}}},
             "'eta': 0.7",
         ),
-        ({"objective": {"window": {"size": 1}}}, "window chooses steps of pictures to be drawn"),
+        ({"objective": {"window": {"size": 1}}}, "window chooses steps of images to be drawn"),
         ({"data": {"class_path": "PreferencePairs", "init_args": {"path": "x"}}}, "data: PreferencePairs gives Pair"),
     ],
 )

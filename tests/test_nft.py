@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from align.common.errors import UserError
 from align.objectives.nft import NFT
 from align.policy.policy import LoRA, Policy
 from align.sampling.loop import sample
@@ -106,3 +109,51 @@ def test_bad_numbers_are_refused() -> None:
         NFT(images_per_prompt=1)
     with pytest.raises(ValueError, match="beta"):
         NFT(beta=0.0)
+
+
+# the authors' code
+@pytest.mark.parametrize(("kind", "beta"), [("flow", 1.0), ("flow", 0.1)])
+def test_the_official_combination_is_the_authors_loss(tiny: Build, kind: str, beta: float) -> None:
+    """scripts/train_nft_sd3.py of NVlabs/DiffusionNFT (24af555), its lines 927 to 970 in float64."""
+    policy = moved(tiny, kind)
+    objective = NFT(
+        Sampler(4, 1.0), 4, 3, beta, "batch", 5.0, "adaptive", timesteps="sampler", loss_scale=5 / beta, kl_weight=1e-4
+    )
+    ctx, rows = rolled(objective, policy)
+    disturb(policy, 0.05)  # v_theta is not v_old now
+    loss, metrics = objective.loss(ctx, rows)
+    x0, eps = rows.x0[rows.image].double(), rows.eps.double()
+    t = (rows.t / 1000).double()[:, None, None, None]
+    xt = (1 - t) * x0 + t * eps
+    cond = rows.cond.take(rows.prompt_index[rows.image])
+    with torch.no_grad():
+        forward = policy.predict(xt.float(), rows.t, cond).raw.double()
+        with policy.reference():
+            reference = policy.predict(xt.float(), rows.t, cond).raw.double()
+    old, r = rows.old.double(), rows.good[rows.image].double()
+    terms = []
+    for prediction in (beta * forward + (1 - beta) * old, (1 + beta) * old - beta * forward):
+        gap = xt - t * prediction - x0
+        terms.append((gap.square() / gap.abs().mean((1, 2, 3), keepdim=True).clip(1e-5)).mean((1, 2, 3)))
+    policy_loss = ((r * terms[0] + (1 - r) * terms[1]) / beta * 5).mean()
+    kl = (forward - reference).square().mean()
+    assert loss.item() == pytest.approx((policy_loss + 1e-4 * kl).item(), rel=1e-4)
+    assert metrics["kl_reference"].item() == pytest.approx(kl.item(), rel=1e-3) and kl > 0
+
+
+def test_timesteps_of_the_sampler_are_different_ones_of_its_own(tiny: Build) -> None:
+    policy, objective = moved(tiny, "flow"), NFT(Sampler(5, 1.0), 4, 4, timesteps="sampler")
+    _, rows = rolled(objective, policy)
+    grid = policy.family.grid(5).t[:5]
+    drawn = rows.t.reshape(-1, 4)
+    assert all(len(set(row.tolist())) == 4 and set(row.tolist()) <= set(grid.tolist()) for row in drawn)
+    assert len(set(rows.t.tolist())) == 5
+    assert objective.cost(policy.family, None).frozen == 5 + 4
+    assert replace(objective, kl_weight=1e-4).cost(policy.family, None).frozen == 5 + 8
+    with pytest.raises(ValueError, match="as many draws_per_image as the sampler has steps"):
+        NFT(Sampler(3), draws_per_image=4, timesteps="sampler")
+
+
+def test_the_average_of_nothing_is_refused(tiny: Build) -> None:
+    with pytest.raises(UserError, match="set ema_decay above 0"):
+        NFT(old="average").prepare(Policy(tiny("flow"), LoRA(2)), None)

@@ -164,3 +164,14 @@ def test_a_saved_lora_says_its_rank_and_alpha(tiny: Build, tmp_path: Path, kind:
 def test_nothing_tuned_is_said(tiny: Build, tmp_path: Path) -> None:
     with pytest.raises(families.Unsupported, match="nothing tuned in"):
         families.tuned(tiny("epsilon"), str(tmp_path))
+
+
+def test_the_reference_gives_frozen_layers_no_gradient(tiny: Build) -> None:
+    """Learning rates scaled to 0 freeze layers; asking the reference must leave them so."""
+    policy = Policy(tiny("flow"), LoRA(2))
+    policy.set_lr_scales(lambda name: float(".1." in name))
+    trained = len(policy.parameters())
+    cond = policy.family.encode(["a star"])
+    with torch.no_grad(), policy.reference():
+        policy.predict(torch.zeros(1, 4, 8, 8), torch.tensor([500.0]), cond)
+    assert 0 < trained == len(policy.parameters()) < 2 * len(policy.weights.layers)

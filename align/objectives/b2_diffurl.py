@@ -149,7 +149,8 @@ class B2DiffuRL(Objective, KeepsState):
             return self.rule.rows_of(ctx, rollout.trajectories, pairs, metrics)
         limit, weight = self.rule.adv_clip_max, torch.where(advantage > 0, self.weight_best, self.weight_worst)
         step = torch.arange(len(rollout.trajectories.kept_steps)).expand(len(advantage), -1)
-        rows = self.rule.rows_of(rollout, (weight * advantage).clamp(-limit, limit), step, metrics)
+        # clamped before they are weighted, as in the official code
+        rows = self.rule.rows_of(rollout, weight * advantage.clamp(-limit, limit), step, metrics)
         return rows.take(chosen[rows.image].nonzero().flatten())
 
     def loss(self, ctx: Context, rows: Rows) -> tuple[Tensor, Metrics]:

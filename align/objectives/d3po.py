@@ -1,6 +1,6 @@
 """D3PO (Yang et al. 2023, arXiv 2311.13231): preferences between whole trajectories, without a reward model.
 
-If a image is preferred, every step of its trajectory is (paper, §4.2). For two trajectories of one prompt from one
+If an image is preferred, every step of its trajectory is (paper, §4.2). For two trajectories of one prompt from one
 initial noise, at the same step of both,
 
     loss = -log sigmoid(beta log c(rho_w) - beta log c(rho_l)),      c(rho) = clamp(rho, 1 - e, 1 + e)
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from align.data.prompts import PromptBatch
 from align.data.trajectories import TrajectoryBatch
 from align.families import Family
 from align.objectives.losses import ratio_metrics
-from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Reference
+from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
 from align.objectives.online.collect import collect
 from align.objectives.online.pairs import preferences
 from align.objectives.online.replay import ReferenceLogProbs, replay_step
@@ -45,13 +46,12 @@ class D3PORows(Rows):
 
 
 @dataclass
-class D3PO(Objective):
+class D3PO(Objective, KeepsState):
     """Direct preference optimisation of trajectories.
 
     Args:
         sampler: how images are drawn (official: 20 steps, guidance 5); people's labels bring their own.
-        images_per_prompt: images of each prompt; all pairs with a preference train (official: 2 with a reward as
-            proxy, 7 for people).
+        images_per_prompt: images of each prompt; all pairs with a preference train (official: 2, or 7 for people).
         beta: temperature (official 0.1); inside the clamp it is little but a factor of the learning rate.
         clip_range: half width e of the clamp (official 0.1; an older 0.2 collapsed).
         reference: ``base``, or ``start``, the weights that this run started from (the paper's rounds); they
@@ -106,7 +106,7 @@ class D3PO(Objective):
     def rollout(self, ctx: Context, batch: PromptBatch | TrajectoryBatch) -> D3PORows:
         if isinstance(batch, TrajectoryBatch):
             if self.window:
-                raise UserError("window chooses steps of pictures to be drawn; of labelled ones timestep_fraction does")
+                raise UserError("window chooses steps of images to be drawn; of labelled ones timestep_fraction does")
             batch.require(self.sampler, ctx.policy.family)
             return self.rows_of(ctx, batch.trajectories.first_steps(self.trained_steps), batch.pairs, {}, batch.names)
         window = self.window.steps(self.sampler.num_inference_steps, ctx.seed, ctx.step) if self.window else None
@@ -146,6 +146,12 @@ class D3PO(Objective):
             reference=self._reference(ctx, self.sampler, kept, self.reference_batch, names),
             metrics=metrics,
         )
+
+    def state(self) -> dict[str, Any]:
+        return self._reference.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._reference.load_state(state)
 
     def loss(self, ctx: Context, rows: D3PORows) -> tuple[Tensor, Metrics]:
         """One forward of the images and steps in these rows, at most 2R."""

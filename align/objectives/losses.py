@@ -27,6 +27,12 @@ def denoising_error(
     return reduce_dims(gap.square(), reduction)
 
 
+def adaptive_error(prediction: Prediction, x0: Tensor, _eps: Tensor) -> Tensor:
+    """(R,) mean square of ``x0_hat - x0`` over its own mean size, which has no gradient (DiffusionNFT, eq. 12)."""
+    gap = prediction.x0 - x0
+    return reduce_dims(gap.square(), "mean") / reduce_dims(gap.detach().abs(), "mean").clamp(min=1e-5)
+
+
 def preference_loss(logit: Tensor, loss_type: PreferenceLoss, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """(R,) loss from the implicit reward margin ``logit`` (R,) of winner over loser, with s = ``label_smoothing``:
 

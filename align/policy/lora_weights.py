@@ -96,8 +96,8 @@ class LoRAWeights(Weights):
         torch.clear_autocast_cache()  # it would answer with the half-precision copies of the weights that were there
 
     def _switch(self, on: bool) -> None:
-        # peft freezes adapters when it turns them off; turning them on again must give every flag back
-        flags = [(p, p.requires_grad) for layer in self.layers for p in layer.parameters()] if not on else []
+        # peft freezes adapters when it turns them off and unfreezes all when it turns them on, also what lr_scale froze
+        flags = [(p, p.requires_grad) for layer in self.layers for p in layer.parameters()]
         for layer in self.layers:
             layer.enable_adapters(on)
         for parameter, flag in flags:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,10 +93,19 @@ def log_probs(
 
 
 class ReferenceLogProbs:
-    """What the reference gives trajectories; it is asked once in a run about those that have a name."""
+    """What the reference gives trajectories; it is asked once in a run about those that have a name. A checkpoint keeps
+    these: another batch would give them again but for the last bits."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Any]:
+        if not self._by_name:
+            return {}
+        return {"names": list(self._by_name), "log_probs": torch.stack(list(self._by_name.values()))}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._by_name = dict(zip(state["names"], state["log_probs"], strict=True)) if state else {}
 
     def __call__(
         self, ctx: Context, sampler: Sampler, trajectories: Trajectories, chunk: int, names: Sequence[str] | None = None
