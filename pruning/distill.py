@@ -39,7 +39,7 @@ from pruning import importance
 from pruning.graph import BlockGraph, Streams, follow
 from pruning.plan import Plan
 
-Sensitivity = Literal["graded", "none"]
+Sensitivity = Literal["graded", "binary", "none"]
 _INTO = ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "time_embedding", "add_embedding", "conv_in")
 
 
@@ -75,7 +75,7 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         relative_features: divide each block's by the mean square of the teacher's features (LAPTOP-Diff).
         preservation: freeze what runs before the first removed block.
         sensitivity: ``graded`` multiplies a block's learning rate by m / (m + dP), dP being what its loss costs and m
-            the median of those; ``none``.
+            the median of those; ``binary`` freezes the blocks of above median dP (the official form); ``none``.
         measure: which dP of the profile.
         proportion_empty_prompts: the share of states that are seen with the empty prompt.
     """
@@ -134,8 +134,9 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         """The learning rate's factor for everything under each path of the student."""
         early = 0.0 if self.preservation else 1.0
         by_block = dict.fromkeys(self._plan.frozen, early) | dict.fromkeys(self._plan.healing, 1.0)
-        if self.sensitivity == "graded" and self.profile is not None:
-            by_block |= sensitivity(importance.scores(importance.read(self.profile), self.measure), self._plan.healing)
+        if self.sensitivity != "none" and self.profile is not None:
+            costs = importance.scores(importance.read(self.profile), self.measure)
+            by_block |= sensitivity(costs, self._plan.healing, self.sensitivity)
         paths = {follow(path, self._moved): name for name in by_block for path in whole[name].modules}
         return dict.fromkeys(_INTO, early) | {path: by_block[name] for path, name in paths.items() if path is not None}
 
@@ -199,7 +200,7 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         return torch.stack(apart).sum()
 
 
-def sensitivity(importance: Mapping[str, float], blocks: Sequence[str]) -> dict[str, float]:
+def sensitivity(importance: Mapping[str, float], blocks: Sequence[str], form: Sensitivity) -> dict[str, float]:
     """The learning rate's factor of each of ``blocks``, from what it costs to lose it; 1 where that is unknown.
 
     A block of several units counts as its dearest.
@@ -210,4 +211,6 @@ def sensitivity(importance: Mapping[str, float], blocks: Sequence[str]) -> dict[
         if any(block in unit.split("+") for unit in importance)
     }
     middle = statistics.median(cost.values()) if cost else 0.0
+    if form == "binary":
+        return {b: float(cost.get(b, 0.0) <= middle) for b in blocks}
     return {b: middle / (middle + cost[b]) if b in cost and middle + cost[b] else 1.0 for b in blocks}

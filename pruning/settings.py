@@ -43,7 +43,8 @@ class Compress:
             and out of a block.
         components: choose among parts of blocks too; such a plan loads with pruning.load only.
         budget: how small the denoiser has to become.
-        blocks: by hand instead, such as ``25-28,31-34``; closed ranges of positions from 0.
+        blocks: by hand instead, such as ``25-28,31-34``; closed ranges of positions from 0, where HierarchicalPrune's
+            own code has half-open ones.
         position_weighting: protect early blocks.
         heal: a config of align.train with the objective pruning.distill.Heal; student, teacher, plan, profile and
             output_dir are filled in. null heals nothing.

@@ -23,7 +23,7 @@ from align.objectives.policy_gradient import PolicyGradient, PolicyGradientRows
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler, SDEWindow
 from align.sampling.trajectory import Trajectories
-from tests.helpers import Bright, Even, Fixed, Flat, Toy, gradients, moved, prompted, rolled
+from tests.helpers import Bright, Even, Fixed, Flat, Toy, gradients, moved, rolled
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
@@ -431,33 +431,10 @@ def test_full_finetuning_without_a_kl_needs_no_frozen_copy(tiny: Build) -> None:
 @pytest.mark.parametrize(("steps", "fraction", "count"), [(5, 0.99, 4), (5, 0.6, 3), (4, 1.0, 4), (3, 0.1, 1)])
 def test_timestep_fraction(tiny: Build, steps: int, fraction: float, count: int) -> None:
     policy = moved(tiny, "epsilon")
-    for choice in ("first", "random"):
-        objective = PolicyGradient(
-            Sampler(steps, 1.0),
-            4,
-            timestep_fraction=fraction,
-            timestep_choice=choice,
-        )
-        _, table = rolled(objective, policy)
-        chosen = [table.step[table.image == k].tolist() for k in range(8)]
-        assert all(len(set(mine)) == count and mine == sorted(mine) for mine in chosen)
-        assert objective.trained_steps == count == objective.cost(policy.family, None).rows
-        if choice == "first":
-            assert chosen == [list(range(count))] * 8
-        elif count < steps:
-            assert len({tuple(mine) for mine in chosen}) > 1
-            assert {i for mine in chosen for i in mine} == set(range(steps))
-
-
-def test_random_steps_belong_to_the_picture(tiny: Build) -> None:
-    policy, objective = moved(tiny, "epsilon"), PolicyGradient(
-        Sampler(4, 1.0), 2, timestep_fraction=0.5, timestep_choice="random"
-    )  # fmt: skip
-    ctx, table = rolled(objective, policy, 2)
-    second = type(ctx)(policy, 0, 0, range(2, 4), ctx.scorer, gather=lambda x: torch.cat([x, x]))
-    with torch.no_grad():
-        tail = objective.rollout(second, prompted(policy, 1, 1))
-    assert torch.equal(tail.step, table.step[4:])
+    objective = PolicyGradient(Sampler(steps, 1.0), 4, timestep_fraction=fraction)
+    _, table = rolled(objective, policy)
+    assert [table.step[table.image == k].tolist() for k in range(8)] == [list(range(count))] * 8
+    assert objective.trained_steps == count == objective.cost(policy.family, None).rows
 
 
 # the self-check

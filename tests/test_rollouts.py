@@ -246,7 +246,6 @@ def test_r9_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build,
     [
         ({}, 4),
         ({"timestep_fraction": 0.99}, 3),
-        ({"timestep_fraction": 0.5, "timestep_choice": "random"}, 2),
         ({"window": SDEWindow(2)}, 2),
         ({"step_normalisation": "guard"}, 4),
         ({"kl": "flow_grpo"}, 4),

@@ -32,7 +32,8 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
 }
 
 # settings that nobody was better off with: the value that is what happens now is taken without a word
-GONE: Mapping[str, Mapping[str, Any]] = {"objective": {"tying": "none", "rank": 2, "step_weights": None}}
+_GONE = {"tying": "none", "rank": 2, "step_weights": None, "timestep_choice": "first"}
+GONE: Mapping[str, Mapping[str, Any]] = {"objective": _GONE, "update": _GONE}
 
 # import paths that configs and rollout folders name
 CLASSES: Mapping[str, str] = {

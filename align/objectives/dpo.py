@@ -40,8 +40,8 @@ class DPO(Objective):
     """Diffusion-DPO on preference pairs.
 
     Args:
-        beta: strength of the tie to the reference, in the convention of ``reduction``. The official scripts use
-            2000 (paper, SD1.5) to 5000 with the mean; a mean's beta weakens as latents grow, D times a sum's.
+        beta: strength of the tie to the reference, in the convention of ``reduction``. Official: 2000 (paper, SD1.5) to
+            5000 with the mean, which is D times a sum's. diffusers' own SD example has no half: its 2500 is 5000 here.
         reduction: ``mean`` over the latent (official) or ``sum`` (the paper's formula; divide beta by D).
         loss_type: ``sigmoid`` (DPO), ``ipo`` (Azar et al. 2023, eq. 17) or ``hinge`` (SLiC).
         target_space: ``native`` squares the error of what the network predicts; ``epsilon`` that of the noise.

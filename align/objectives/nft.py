@@ -7,7 +7,7 @@ of the weights that drew them and v the true target at x_t,
     loss = r |v+ - v|^2 + (1 - r) |v- - v|^2
 
 which at beta 1 pulls towards good images, pushes from bad ones, and ties to v_old by beta^2 |v_theta - v_old|^2. One
-row costs one trained and one frozen evaluation, whatever the sampler.
+row costs one trained and one frozen evaluation.
 
 The authors' code (NVlabs/DiffusionNFT) differs from these defaults, and configs/nft_sd35.yaml sets what it does:
 ``loss_scale`` adv_clip_max / beta, ``adv_clip_max`` 5, ``scale_rewards: batch``, ``weighting: adaptive``, ``kl_weight``
@@ -97,8 +97,8 @@ class NFT(Objective, Prepares):
 
     @property
     def needs(self) -> Needs:
-        images, reference = self.images_per_prompt, self.kl_weight > 0
-        return Needs((PromptBatch,), reference, rewards=True, group_size=images, online=True)
+        group_size = self.images_per_prompt
+        return Needs((PromptBatch,), self.kl_weight > 0, rewards=True, group_size=group_size, online=True)
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
         if self.old == "average" and policy.ema is None:
@@ -109,8 +109,8 @@ class NFT(Objective, Prepares):
     def cost(self, family: Family, resolution: int | None) -> Cost:
         rows, each = self.draws_per_image, self.sampler.evaluations(family)
         steps, scale = self.sampler.num_inference_steps, self.sampler.guidance_scale_of(family)
-        notes = {"sampler": f"{steps} steps of {self.sampler.kernel or DDIM()}, guidance {scale:g}"}
-        return Cost(rows, steps * each + rows * (1 + self.needs.reference), rows, notes)
+        drawn = f"{steps} steps of {self.sampler.kernel or DDIM()}, guidance {scale:g}"
+        return Cost(rows, steps * each + rows * (1 + self.needs.reference), rows, {"sampler": drawn})
 
     def rollout(self, ctx: Context, batch: PromptBatch) -> NFTRows:
         with ctx.policy.ema_scope() if self.old == "average" else nullcontext():

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from align.common import rng
 from align.data.prompts import PromptBatch
 from align.diffusion.process import Reduction, append_dims, reduce_dims
 from align.families import Family
@@ -59,8 +58,7 @@ class PolicyGradient(Objective, KeepsState):
         rewards: normalise the ``sum`` of the weighted rewards, or ``each`` of them (GDPO).
         history_size: scores a prompt's statistics remember (DDPO: 16); ``history_min_count``: how many they need.
         history_min_count: below it the rollout's own statistics serve.
-        timestep_fraction: the share of the steps that is trained (Flow-GRPO: 0.99, all but the last).
-        timestep_choice: the ``first`` so many, or as many at ``random`` for every image (DanceGRPO).
+        timestep_fraction: the share of the steps that trains, from the first on (Flow-GRPO: 0.99, without the last).
         window: draw and train a window of steps only; the others are deterministic.
         shared_noise: all images of a prompt start from one noise (DanceGRPO).
         beta: weight of the KL to the reference; 0 asks the reference nothing.
@@ -81,7 +79,6 @@ class PolicyGradient(Objective, KeepsState):
     history_size: int = 16
     history_min_count: int = 16
     timestep_fraction: float = 1.0
-    timestep_choice: Literal["first", "random"] = "first"
     window: SDEWindow | None = None
     shared_noise: bool = False
     beta: float = 0.0
@@ -108,8 +105,7 @@ class PolicyGradient(Objective, KeepsState):
         return count_trained(self.sampler, self.window, self.timestep_fraction)
 
     @property
-    def keeps_means(self) -> bool:
-        """Whether the loss needs the means of the steps as they were drawn."""
+    def keeps_means(self) -> bool:  # of the steps as they were drawn
         return self.step_normalisation == "guard"
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
@@ -117,23 +113,15 @@ class PolicyGradient(Objective, KeepsState):
         rows = self.trained_steps
         frozen = (self.sampler.num_inference_steps + (rows if self.beta else 0)) * each
         nats = self.clip_range * (size if self.reduction == "mean" else 1)
-        notes = {
-            "sampler": self.sampler.describe(family, rows),
-            "clip range": f"{self.clip_range:g} ({self.reduction} over D={size}) = {nats:.3g} nats of a step's density",
-        }
-        return Cost(rows * each, frozen, rows, notes)
+        clip = f"{self.clip_range:g} ({self.reduction} over D={size}) = {nats:.3g} nats of a step's density"
+        return Cost(rows * each, frozen, rows, {"sampler": self.sampler.describe(family, rows), "clip range": clip})
 
     def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
         total, group_size = self.sampler.num_inference_steps, self.images_per_prompt
         window = self.window.steps(total, ctx.seed, ctx.step) if self.window else None
-        first = range(self.trained_steps) if self.timestep_choice == "first" else range(total)
-        keep, means = window if window is not None else first, self.keeps_means
+        keep, means = window if window is not None else range(self.trained_steps), self.keeps_means
         rollout = collect(ctx, self.sampler, batch, group_size, keep, window, self.shared_noise, means=means)
-        if self.timestep_choice == "random" and window is None:
-            order = rng.normal((len(keep),), ctx.generators("timesteps")).argsort(1)
-            step = order[:, : self.trained_steps].sort(1).values
-        else:
-            step = torch.arange(len(keep)).expand(len(rollout.groups), len(keep))
+        step = torch.arange(len(keep)).expand(len(rollout.groups), len(keep))
         rule = AdvantageRule(self.advantage, self.scale_rewards, self.rewards == "each", self.history_min_count)
         advantage, metrics = rule(ctx, rollout, self.history)
         advantage = advantage.clamp(-self.adv_clip_max, self.adv_clip_max).float()
