@@ -24,24 +24,22 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from rewards.base import Reward, load_rewards, parse_rewards
+from rewards.base import RewardSum
 from rewards.common.command import new_parser, status
 from rewards.common.device import pick_device
 from rewards.common.errors import RewardError
 from rewards.common.files import write_text
+from rewards.config import parse_rewards
 from rewards.data.images import ImageRow, ImageSource, UnreadableError
 from rewards.data.preferences import recognise
 from rewards.data.tables import LazyImage
 from rewards.scoring.engine import score_batch
 from rewards.scoring.loader import BadImage, Batch, Decoder, ahead
-
-if TYPE_CHECKING:
-    pass
 
 BadEntries = list[dict[str, str]]
 
@@ -98,7 +96,7 @@ def read(
 
 
 def score(
-    found: Choices, rewards: Mapping[str, Reward], device: str, batch_size: int, threads: int, max_bad: int
+    found: Choices, rewards: RewardSum, device: str, batch_size: int, threads: int, max_bad: int
 ) -> dict[str, np.ndarray]:
     """Scores of ``found.pictures`` by reward, (P,) float64 with NaN where the picture cannot be read; ``found.bad``
     gets those too. ``RewardError`` where more than ``max_bad`` of rows and pictures cannot be used."""
@@ -110,7 +108,7 @@ def score(
     _refuse(found.bad, max_bad)
     total = len(found.pictures)
     decoder = Decoder(ImageSource({"layout": "pairs"}, total, rows), None, total, batch_size, threads)
-    scores = {name: np.full(total, np.nan) for name in rewards}
+    scores = {name: np.full(total, np.nan) for name in rewards.rewards}
     with tqdm(total=total, desc="scoring", unit="image") as bar:
         for item in ahead(decoder.work(lambda shard: True), 4):
             if isinstance(item, Batch):
@@ -254,11 +252,11 @@ def run(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output)
     if output.is_dir() or not output.parent.is_dir():
         raise RewardError(f"--output is {output}; expected the name of a file in a folder that is there")
-    named = parse_rewards(arguments.reward)
+    named = parse_rewards(arguments.reward, weighted=False)
     root = Path(arguments.image_root) if arguments.image_root else None
     found = read(arguments.pairs, arguments.split, arguments.caption_column, root, arguments.limit)
     device = pick_device(arguments.device)
-    rewards = load_rewards(named, device)
+    rewards = RewardSum.of(named, device)
     scores = score(found, rewards, device, arguments.batch_size, arguments.threads, arguments.max_bad)
     report = compare(found, scores, arguments.human_ties, arguments.agreement)
     report |= {"source": arguments.pairs, "settings": {one.title: one.settings() for one in named}}

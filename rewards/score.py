@@ -25,24 +25,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from rewards.base import parse_rewards
 from rewards.common.command import OldName, new_parser, status
 from rewards.common.errors import RewardError
 from rewards.common.files import atomic, write_text
+from rewards.config import parse_rewards
 from rewards.data.formats import open_input
 from rewards.data.images import ImageSource
 from rewards.scoring.engine import ScoringEngine, open_scorer
 from rewards.scoring.gallery import Shown, page
 from rewards.scoring.loader import shard_sizes
 from rewards.scoring.output import BadRows, ScoreShards, wait_for, write_bad
-
-if TYPE_CHECKING:
-    pass
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -119,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise RewardError(f"--{name} is {value}; expected at least {least}")
     rank, local, world = (_environment(*pair) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    named = parse_rewards(arguments.reward)
+    named = parse_rewards(arguments.reward, weighted=False)
     labels = [one.title for one in named]
     source = open_input(
         arguments.source, arguments.prompts, arguments.caption_column, arguments.image_column, arguments.split

@@ -24,8 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import RewardError, load
-from rewards.base import RewardConfig, load_rewards, parse_rewards
+from rewards import RewardConfig, RewardError, RewardSum, load, parse_rewards
 from rewards.common.errors import DataError
 from rewards.data.formats import open_input
 from rewards.data.images import decode_tensor as decode
@@ -233,7 +232,7 @@ def test_rewards_are_named_in_two_ways() -> None:
         with pytest.raises(RewardError, match=message):
             parse_rewards(texts)
     with pytest.raises(RewardError, match="quality is 0"):
-        load_rewards(parse_rewards(["JPEGCompressibility:quality=0"]), "cpu")
+        RewardSum.of(parse_rewards(["JPEGCompressibility:quality=0"]), "cpu")
 
 
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ MISTAKE = 2  # exit status where the user has something to put right
 
 
 def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of ``python -m name``, with ``--reward``, which :func:`rewards.base.parse_rewards` reads."""
+    """The parser of ``python -m name``, with ``--reward``, which :func:`rewards.config.parse_rewards` reads."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {name}",
         description=description,

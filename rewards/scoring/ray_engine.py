@@ -27,8 +27,8 @@ import ray.data
 from tqdm import tqdm
 
 from rewards import RewardError
-from rewards.base import RewardConfig
 from rewards.common.errors import UserError
+from rewards.config import RewardConfig
 from rewards.data.formats import open_input
 from rewards.data.images import ImageSource
 from rewards.scoring.engine import ScoringEngine, open_scorer, refuse_too_many
