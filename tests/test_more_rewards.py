@@ -728,7 +728,9 @@ def test_mps_gradient_and_errors(mps: str, clip: Path, tmp_path: Path) -> None:
     weights = load_file(Path(mps) / "model.safetensors")
     save_file({n: v for n, v in weights.items() if "to_kv" not in n}, tmp_path / "model.safetensors")
     torch.save({"model": Path()}, tmp_path / "whole.pth")
-    for model in (str(tmp_path), str(tmp_path / "whole.pth"), str(clip)):
+    with pytest.raises(RewardError, match=r"MPS: .*whole.pth is a torch file.*convert_weights.py state"):
+        MPS(str(tmp_path / "whole.pth"), processor=str(clip), device="cpu")
+    for model in (str(tmp_path), str(clip)):
         with pytest.raises(RewardError, match="MPS: .* holds no checkpoint that fits") as caught:
             MPS(model, processor=str(clip), device="cpu")
         assert model in str(caught.value) and not re.search(r"[.!?]\s", str(caught.value))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Qwen2VLModel
 
 from rewards import RewardError
-from rewards.models.network import Network, find, loading, read_weights
+from rewards.models.network import Network, loading, read_weights
 from rewards.models.preprocess import normalise, resize, to_levels
 
 AREA = 256 * 28 * 28  # pixels that every picture is brought to, as nearly as multiples of its patches allow
@@ -75,7 +75,7 @@ class HPSv3(Network):
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
         with loading("HPSv3", model):
-            self.network, self.head = build(read_weights(find(model, file)), config, len(self.processor.tokenizer))
+            self.network, self.head = build(read_weights(model, file), config, len(self.processor.tokenizer))
         self.settle(device, dtype, self.network)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
-from rewards.models.network import Network, find, loading, read_weights, unit
+from rewards.models.network import Network, loading, read_weights, unit
 from rewards.models.preprocess import normalise, square
 
 OVERALL = (
@@ -66,7 +66,7 @@ class MPS(Network):
             config = CLIPConfig.from_pretrained(processor)
         self.mean, self.std, self.condition = settings.image_mean, settings.image_std, condition
         with loading("MPS", model):
-            weights = read_weights(find(model, file))
+            weights = read_weights(model, file)
             clip = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
             cross = {name: value for name, value in weights.items() if name.startswith("cross_model.layers.")}
             self.clip = CLIPModel(config)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from rewards import RewardError
 
+TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -63,6 +64,8 @@ def loading(reward: str, source: str) -> Iterator[None]:
     """Whatever goes wrong while ``source`` is loaded becomes a :class:`RewardError` of one sentence."""
     try:
         yield
+    except TorchFileError as error:
+        raise RewardError(f"{reward}: {error}") from error
     except ImportError as error:
         raise RewardError(f"{reward} needs {error.name}: pip install 't2i-align[rewards]'") from error
     except Exception as error:  # every loader has exceptions of its own
@@ -73,29 +76,46 @@ def loading(reward: str, source: str) -> Iterator[None]:
         ) from error
 
 
+class TorchFileError(ValueError):
+    """Weights in a torch file, which is a pickle; only safetensors are read."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(
+            f"{file} is a torch file, and only safetensors are read; convert it once with "
+            f"`python scripts/convert_weights.py state {file}` of the repository, and name the result"
+        )
+
+
 def find(source: str, name: str) -> Path:
     """The file ``name`` in the folder or hub repository ``source``, or ``source`` itself where that is a file.
 
-    In a folder, a .safetensors file of the same stem goes first.
+    Where ``name`` is that of a torch file, as published, its conversion is looked for, a .safetensors file of the same
+    stem. Raises :class:`TorchFileError` where there is the torch file alone.
     """
-    path = Path(source)
-    if path.is_file():
-        return path
+    path, suffix = Path(source), Path(name).suffix
+    converted = str(Path(name).with_suffix(".safetensors")) if suffix in TORCH_FILES else name
     if path.is_dir():
-        files = [(path / name).with_suffix(".safetensors"), path / name]
-        if found := [file for file in files if file.is_file()]:
-            return found[0]
-        raise FileNotFoundError(f"there is no {name} in it")
+        path = next((path / one for one in (converted, name) if (path / one).is_file()), path)
+        if path.is_dir():
+            raise FileNotFoundError(f"there is no {converted} in it")
+    if path.is_file():
+        if path.suffix in TORCH_FILES:
+            raise TorchFileError(str(path))
+        return path
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    return Path(hf_hub_download(source, name))
+    try:
+        return Path(hf_hub_download(source, converted))
+    except RemoteEntryNotFoundError as error:
+        if converted == name:
+            raise
+        raise TorchFileError(f"{source}/{name}") from error
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """A state dict from safetensors or, restricted to tensors, from a torch file."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+def read_weights(source: str, name: str) -> dict[str, Tensor]:
+    """The state dict in the safetensors file that :func:`find` finds."""
+    return load_file(find(source, name))
 
 
 def pretrained(cls: Any, source: str) -> Any:
