@@ -50,7 +50,8 @@ import rewards
 from rewards import Reward, RewardError, load
 from rewards.models import gen_eval as ge
 from rewards.models.mps import MPS
-from rewards.models.ocr import OCR, closeness, edits, target, to_pil
+from rewards.models.ocr import OCR, closeness, edits, target
+from rewards.models.preprocess import to_pil
 from rewards.models.safety import OpenNSFW, Safety, prepare
 from rewards.models.vlm_judge import EndpointJudge, Form, Judge
 from rewards.models.vqa_score import VQAScore

@@ -372,7 +372,7 @@ def test_a_nan_names_reward_and_file(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_prompt_that_is_missing_in_a_stream_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(pa.table({"image": [encoded(0), encoded(3)], "text": ["there", None]}), tmp_path / "in.parquet")
     assert main([str(tmp_path / "in.parquet"), "--reward", REWARD, "--output", str(tmp_path / "out")]) == 2
-    assert f"{REWARD} needs prompts, but in.parquet#1 has none" in capsys.readouterr().err
+    assert f"{REWARD} needs prompts, but 1 of 2 images have none: in.parquet#1" in capsys.readouterr().err
 
 
 def test_processes_share_the_shards_and_the_first_one_sums_up(tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ class HPSv3(Network):
         texts = [before + prompt + after for prompt in prompts]
         tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
         for token, expected in ((TOKEN, 1), (image, count)):
-            found = (tokens.input_ids == tokenizer.convert_tokens_to_ids(token)).sum(1)
-            if (wrong := (found != expected).nonzero()).numel():
+            counts = (tokens.input_ids == tokenizer.convert_tokens_to_ids(token)).sum(1)
+            if (wrong := (counts != expected).nonzero()).numel():
                 row = int(wrong[0])
                 raise RewardError(f"HPSv3: the prompt {prompts[row]!r} holds {token}, a mark of the network's own", row)
         return tokens

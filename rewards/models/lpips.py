@@ -80,16 +80,16 @@ class LPIPS(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             images = images.to(torch.promote_types(images.dtype, torch.float32))
             x = normalise(2 * images - 1, SHIFT, SCALE)
-            found: list[Tensor] = []
+            features: list[Tensor] = []
             for number, layer in enumerate(self.trunk):
                 if number in self.plan.pooled:
                     x = F.max_pool2d(x, self.plan.pool, 2)
                 x = layer(x).relu()
                 if number in self.plan.seen:
                     unit = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)  # at each place
-                    weight = self.heads[len(found)] / x[0, 0].numel()  # a sum over channels, a mean over places
-                    found.append((unit * weight.sqrt().view(-1, 1, 1)).flatten(1))
-            return torch.cat(found, 1)
+                    weight = self.heads[len(features)] / x[0, 0].numel()  # a sum over channels, a mean over places
+                    features.append((unit * weight.sqrt().view(-1, 1, 1)).flatten(1))
+            return torch.cat(features, 1)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """The distance of each image from the other in its place: two of (N, 3, H, W) in [0, 1] -> (N,)."""

@@ -76,7 +76,7 @@ class MPS(Network):
             width = config.projection_dim
             heads = cross["cross_model.layers.0.0.fn.to_q.weight"].shape[0] // HEAD
             self.layers: Any = nn.ModuleList(
-                nn.ModuleList([Look(width, heads), Think(width, heads)]) for _ in range(layers)
+                nn.ModuleList([CrossAttention(width, heads), SelfAttention(width, heads)]) for _ in range(layers)
             )
             self.layers.load_state_dict(
                 {
@@ -97,9 +97,9 @@ class MPS(Network):
         close = (words @ about[0].mT).float().amax(-1)  # (B, tokens)
         hidden = close / close.amax(-1, keepdim=True) <= LEAST
         mask = torch.zeros_like(close, dtype=seen.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
-        for look, think in self.layers:
-            seen = seen + look(seen, words, mask)
-            seen = seen + think(seen)
+        for cross_attention, self_attention in self.layers:
+            seen = seen + cross_attention(seen, words, mask)
+            seen = seen + self_attention(seen)
         return self.logit_scale * (unit(whole) * unit(seen[:, 0])).sum(-1)
 
     def read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class MPS(Network):
         return self.clip.text_projection(read.last_hidden_state), self.clip.text_projection(read.pooler_output)
 
 
-class Gate(nn.Module):
+class SwiGLU(nn.Module):
     """SwiGLU: the first half, times SiLU of the second."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Gate(nn.Module):
         return F.silu(gate) * x
 
 
-class Look(nn.Module):
+class CrossAttention(nn.Module):
     """Cross-attention of many query heads on one head of keys and values, and a feed-forward of what came in."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -128,7 +128,7 @@ class Look(nn.Module):
         self.to_kv = nn.Linear(width, 2 * HEAD, bias=False)
         self.to_out = nn.Linear(heads * HEAD, width, bias=False)
         self.ff = nn.Sequential(
-            nn.Linear(width, 8 * width, bias=False), Gate(), nn.Linear(4 * width, width, bias=False)
+            nn.Linear(width, 8 * width, bias=False), SwiGLU(), nn.Linear(4 * width, width, bias=False)
         )
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class Look(nn.Module):
         return self.to_out(attend(self.to_q(x), k, v, mask)) + self.ff(x)
 
 
-class Think(nn.Module):
+class SelfAttention(nn.Module):
     """Self-attention of the same kind, with rotary positions, and a feed-forward beside it."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -146,7 +146,7 @@ class Think(nn.Module):
         self.parts = [heads * HEAD, HEAD, HEAD, 8 * width]
         self.fused_attn_ff_proj = nn.Linear(width, sum(self.parts), bias=False)
         self.attn_out = nn.Linear(heads * HEAD, width, bias=False)
-        self.ff_out = nn.Sequential(Gate(), nn.Linear(4 * width, width, bias=False))
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Linear(4 * width, width, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, ff = self.fused_attn_ff_proj(self.norm(x)).split(self.parts, dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -146,9 +146,3 @@ def published_head(width: int) -> nn.Sequential:
 def unit(features: Tensor) -> Tensor:
     """To length one, in float32 or finer."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-
-def each_once(encode: Callable[[list[str]], Tensor], prompts: Sequence[str]) -> Tensor:
-    """``encode`` every distinct prompt once: the images of a group share theirs."""
-    row = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    return encode(list(row))[[row[prompt] for prompt in prompts]]

@@ -42,4 +42,4 @@ class PickScore(Network):
         self.settle(device, dtype, self.clip)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.clip.logit_scale * (self.clip.image(images) * self.clip.text(prompts)).sum(-1)
+        return self.clip.logit_scale * self.clip.agreement(images, prompts)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rewards import RewardError
 from rewards.models.network import Network
-from rewards.models.ocr import to_pil
+from rewards.models.preprocess import to_pil
 from rewards.models.vqa_score import Chat
 
 QUESTION = (
@@ -66,8 +66,8 @@ class Form:
         """The number after ``label``, which may be followed by a range in parentheses and by a colon."""
         # not the 1 of "Score: 1-5", and no part of a longer number
         number = r"(-?\d+(?:\.\d+)?)(?!\d|\.\d|\s*[-–]\s*\d)"
-        found = re.findall(rf"{re.escape(label)}(?:\s*\([^()]*\))?[\s*_]*[:=][\s*_]*{number}", reply, re.IGNORECASE)
-        values = {float(text) for text in found}
+        numbers = re.findall(rf"{re.escape(label)}(?:\s*\([^()]*\))?[\s*_]*[:=][\s*_]*{number}", reply, re.IGNORECASE)
+        values = {float(text) for text in numbers}
         if len(values) != 1:
             raise ValueError(f"expected one number after {label!r}, found {sorted(values) or 'none'}")
         if not self.low <= (value := values.pop()) <= self.high:

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 
 from rewards import RewardError
 from rewards.models.network import Network, loading, pretrained
-from rewards.models.ocr import to_pil
+from rewards.models.preprocess import to_pil
 
 
 class VQAScore(Network):

@@ -48,7 +48,7 @@ class ScoringEngine:
         self.shards.folder.mkdir(parents=True, exist_ok=True)
         rows: dict[int, ImageRow] = {}
         scores: dict[str, dict[int, float]] = {name: {} for name in self.rewards.rewards}
-        mine: BadRows = {}
+        new_bad: BadRows = {}
         # one thread decodes and batches, another brings the next batch to the device, both while the rewards compute
         for item in ahead(map(self._ready, ahead(self.decoder.work(wanted, end), 4)), 1):
             if isinstance(item, Batch):
@@ -57,13 +57,13 @@ class ScoringEngine:
                 rows |= item.rows
                 progress(len(item.rows))
             elif isinstance(item, BadImage):
-                mine[item.row] = {"row": item.row, "file": item.file, "error": item.error}
+                new_bad[item.row] = {"row": item.row, "file": item.file, "error": item.error}
                 progress(1)
-                refuse_too_many(bad | mine, self.max_bad, self.bad_file)
+                refuse_too_many(bad | new_bad, self.max_bad, self.bad_file)
             elif item.shard is not None:
-                self.shards.write(item.shard, _table(rows, scores), mine)
-                bad |= mine
-                mine, rows, scores = {}, {}, {name: {} for name in scores}
+                self.shards.write(item.shard, _table(rows, scores), new_bad)
+                bad |= new_bad
+                new_bad, rows, scores = {}, {}, {name: {} for name in scores}
             else:
                 return item.rows
         raise AssertionError("the last item of the work is its end")
@@ -85,7 +85,7 @@ def open_scorer(
     """As the command's ``arguments`` say, on GPU number ``local`` unless they name a device."""
     device = pick_device(arguments.device, local)
     rewards = RewardSum.of(named, device)
-    _check_prompts(source.listed[: arguments.limit], rewards)
+    require_prompts(source.listed[: arguments.limit], rewards)
     decoder = Decoder(source, arguments.limit, arguments.shard_size, arguments.batch_size, arguments.threads)
     return ScoringEngine(decoder, rewards, shards, bad_file, arguments.max_bad, device)
 
@@ -93,9 +93,7 @@ def open_scorer(
 def score_batch(rewards: RewardSum, batch: Batch) -> dict[str, list[float]]:
     """Scores by reward, in the batch's order. ``RewardError`` names the reward and the file."""
     rows = list(batch.rows.values())
-    bare = next((row.file for row in rows if not row.prompt), None)
-    if bare is not None and (readers := prompt_readers(rewards)):
-        raise RewardError(f"{readers} needs prompts, but {bare} has none; see --caption_column")
+    require_prompts(rows, rewards)
     prompts = [row.prompt or "" for row in rows]
     metadata = [row.metadata for row in rows] if any(row.metadata for row in rows) else None
     try:
@@ -107,9 +105,15 @@ def score_batch(rewards: RewardSum, batch: Batch) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in scores.items()}
 
 
-def prompt_readers(rewards: RewardSum) -> str:
-    """The names of the rewards that read the prompt."""
-    return ", ".join(name for name, reward in rewards.rewards.items() if needs_prompt(reward))
+def require_prompts(rows: Sequence[ImageRow], rewards: RewardSum) -> None:
+    """``RewardError`` where a row has no prompt, and a reward reads it."""
+    bare = [row.file for row in rows if not row.prompt]
+    readers = ", ".join(name for name, reward in rewards.rewards.items() if needs_prompt(reward))
+    if bare and readers:
+        raise RewardError(
+            f"{readers} needs prompts, but {len(bare)} of {len(rows)} images have none: {', '.join(bare[:5])}"
+            f"{', …' if len(bare) > 5 else ''}; give --prompts, metadata.jsonl or .txt files, or see --caption_column"
+        )
 
 
 def refuse_too_many(bad: BadRows, allowed: int, bad_file: Path) -> None:
@@ -132,12 +136,3 @@ def _table(rows: Mapping[int, ImageRow], scores: Mapping[str, Mapping[int, float
         "prompt": pa.array([rows[n].prompt for n in order], pa.string()),
     }
     return pa.table(columns | {k: pa.array([v[n] for n in order], pa.float32()) for k, v in scores.items()})
-
-
-def _check_prompts(rows: Sequence[ImageRow], rewards: RewardSum) -> None:
-    bare = [row.file for row in rows if not row.prompt]
-    if bare and (readers := prompt_readers(rewards)):
-        raise RewardError(
-            f"{readers} needs prompts, but {len(bare)} of {len(rows)} images have none: "
-            f"{', '.join(bare[:5])}{', …' if len(bare) > 5 else ''}; give --prompts, metadata.jsonl or .txt files"
-        )
