@@ -21,7 +21,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,7 @@ def score(
     with tqdm(total=total, desc="scoring", unit="image") as bar:
         for item in ahead(decoder.work(lambda shard: True), 4):
             if isinstance(item, Batch):
-                batch = replace(item, images=item.images.to(device).float() / 255)
-                for name, values in score_batch(rewards, batch).items():
+                for name, values in score_batch(rewards, item.on(device)).items():
                     scores[name][list(item.rows)] = values
                 bar.update(len(item.rows))
             elif isinstance(item, BadImage):

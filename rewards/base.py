@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
 import importlib
 import inspect
@@ -204,12 +203,9 @@ def needs_prompt(reward: Reward) -> bool:
     return bool(getattr(reward, "needs_prompt", True))
 
 
-def available() -> builtins.list[str]:
+def available() -> list[str]:
     """Names that :func:`load` knows."""
     return sorted(BUILT_IN)
-
-
-list = available  # ``rewards.list()``; kept out of ``__all__``, where it would hide the built-in
 
 
 def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:

@@ -84,7 +84,8 @@ def recognise(path: str, split: str | None, caption: str | None, root: Path | No
 
 def _folder(folder: Path, split: str | None, caption: str | None, root: Path | None) -> Layout:
     if is_saved(folder):
-        return _saved(folder, split, caption)
+        table = saved_table(folder, split)
+        return _table(f"save_to_disk folder, split {table.split}", table, folder, caption)
     shards = [(file, _split_of(file)) for file in sorted(folder.rglob("*.parquet"))]
     if split is not None:
         chosen = [file for file, label in shards if label == split or file.parent.name == split]
@@ -141,24 +142,17 @@ def _columns(path: object, names: Sequence[str], caption: str | None) -> Columns
 
 # Tables: parquet shards, Arrow data sets on disk, the hub.
 def _parquet(files: list[Path], caption: str | None) -> Layout:
-    table = ParquetTable(files)
-    columns = _columns(files[0], sorted(table.names), caption)
-    return _table(f"{len(files)} parquet file{'s' if len(files) > 1 else ''}", table, columns, caption)
-
-
-def _saved(folder: Path, split: str | None, caption: str | None) -> Layout:
-    table = saved_table(folder, split)
-    return _table(f"save_to_disk folder, split {table.split}", table, _columns(folder, table.names, caption), caption)
+    return _table(f"{len(files)} parquet file{'s' if len(files) > 1 else ''}", ParquetTable(files), files[0], caption)
 
 
 def _hub(name: str, split: str, caption: str | None) -> Layout:
     if not is_hub_id(name):
         raise DataError(f"there is no file or folder {name}, and it is not a hub id of the form owner/name")
-    table = hub_table(name, split)
-    return _table(f"hub data set, split {split}", table, _columns(name, table.names, caption), caption)
+    return _table(f"hub data set, split {split}", hub_table(name, split), name, caption)
 
 
-def _table(what: str, table: Table, columns: Columns, caption: str | None) -> Layout:
+def _table(what: str, table: Table, source: object, caption: str | None) -> Layout:
+    columns = _columns(source, sorted(table.names), caption)
     labelled = columns.first == "jpg_0"
     if caption is None:
         mention_columns(table, columns.text)

@@ -113,11 +113,11 @@ class ParquetTable:
         self.groups: list[tuple[Path, int]] = []
         self.starts: list[int] = []  # the first row of each row group, counted over all files
         self.counts: list[int] = []
-        start = 0
+        schemas, start = [], 0
         try:
-            schemas = [pq.read_schema(file) for file in files]
             for file in files:
                 metadata = pq.read_metadata(file)
+                schemas.append(metadata.schema.to_arrow_schema())
                 self.counts.append(metadata.num_rows)
                 for group in range(metadata.num_row_groups):
                     self.groups.append((file, group))

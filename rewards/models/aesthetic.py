@@ -31,8 +31,7 @@ class Aesthetic(Network):
         model: folder or hub id of the CLIP checkpoint, in the layout of transformers.
         head: file, or folder or hub id that holds ``head_file``.
         head_file: the head's name there.
-        device: default CUDA where there is any.
-        dtype: of the encoder; the head is float32.
+        device, dtype: default CUDA where there is any; of the encoder; the head is float32.
     """
 
     needs_prompt: ClassVar[bool] = False

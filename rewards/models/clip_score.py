@@ -35,8 +35,7 @@ class CLIPScore(Network):
         library: whose layout the checkpoint has.
         scale: of the cosine.
         prefix: put before every prompt.
-        device: default CUDA where there is any.
-        dtype: of the network; cosines are float32.
+        device, dtype: default CUDA where there is any; of the network; cosines are float32.
     """
 
     def __init__(

@@ -58,8 +58,7 @@ class GenEvalStyle(Network):
         threshold: a box needs this score.
         counting_threshold: and this one where the tag is "counting".
         overlap: of two boxes of one class with at least this intersection over union, the surer one stays.
-        device: default CUDA where there is any.
-        dtype: of both networks.
+        device, dtype: default CUDA where there is any; of both networks.
     """
 
     differentiable: ClassVar[bool] = False
@@ -191,26 +190,26 @@ def clauses(data: Mapping[str, Any], row: int) -> tuple[list[Clause], list[Claus
     """``include`` and ``exclude`` of one row of the metadata."""
     if not isinstance(data.get("tag"), str) or not data.get("include"):
         raise RewardError(f"GenEval-style: no 'tag' or nothing in 'include' of the metadata {dict(data)}", row)
-    both: list[list[Clause]] = []
-    for part in ("include", "exclude"):
-        read = []
-        for number, entry in enumerate(data.get(part) or ()):
-            try:
-                place = entry.get("position")
-                clause = Clause(entry["class"], entry["count"], entry.get("color"), (*place,) if place else None)
-                good = isinstance(clause.name, str) and isinstance(clause.count, int) and clause.count > 0
-                good = good and (clause.colour is None or clause.colour in COLOURS)
-                if clause.position:
-                    where, other = clause.position
-                    good = good and where in POSITIONS and 0 <= other < number
-            except (TypeError, ValueError, LookupError, AttributeError):
-                good = False
-            if not good:
-                raise RewardError(
-                    f"GenEval-style: {part} {number} of the metadata is {entry!r}; expected a class, a count, a color "
-                    f"of {', '.join(COLOURS)}, a position such as ['left of', 0], 0 an earlier entry's number",
-                    row,
-                )
-            read.append(clause)
-        both.append(read)
-    return both[0], both[1]
+    include, exclude = (
+        [_clause(entry, part, number, row) for number, entry in enumerate(data.get(part) or ())]
+        for part in ("include", "exclude")
+    )
+    return include, exclude
+
+
+def _clause(entry: Any, part: str, number: int, row: int) -> Clause:
+    try:
+        place = entry.get("position")
+        clause = Clause(entry["class"], entry["count"], entry.get("color"), (*place,) if place else None)
+        where, earlier = clause.position or (POSITIONS[0], -1)
+        sound = isinstance(clause.name, str) and isinstance(clause.count, int) and clause.count > 0
+        sound = sound and clause.colour in (None, *COLOURS) and where in POSITIONS
+        if sound and (clause.position is None or 0 <= earlier < number):
+            return clause
+    except (TypeError, ValueError, LookupError, AttributeError):
+        pass
+    raise RewardError(
+        f"GenEval-style: {part} {number} of the metadata is {entry!r}; expected a class, a count, a color "
+        f"of {', '.join(COLOURS)}, a position such as ['left of', 0], 0 an earlier entry's number",
+        row,
+    )

@@ -35,8 +35,7 @@ class HPSv2(Network):
         version: "2.0" or "2.1".
         antialias: of the resize.
         architecture: an open_clip model name.
-        device: default CUDA where there is any.
-        dtype: of the network; the cosine is float32.
+        device, dtype: default CUDA where there is any; of the network; the cosine is float32.
     """
 
     def __init__(

@@ -51,8 +51,7 @@ class HPSv3(Network):
         processor: folder or hub id of the Qwen2-VL that it was made from; its weights are not read.
         question: a text file with another question, for a network that was trained on one: ``{prompt}`` once, and the
             token ``<|Reward|>`` once after it. Default the published one.
-        device: default CUDA where there is any.
-        dtype: of the network; the head is float32.
+        device, dtype: default CUDA where there is any; of the network; the head is float32.
     """
 
     def __init__(

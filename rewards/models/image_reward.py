@@ -41,8 +41,7 @@ class ImageReward(Network):
     Args:
         model: folder or hub id that holds both files, the weights as safetensors.
         tokenizer: folder or hub id of a BERT tokenizer.
-        device: default CUDA where there is any.
-        dtype: of BLIP; the head is float32.
+        device, dtype: default CUDA where there is any; of BLIP; the head is float32.
     """
 
     def __init__(

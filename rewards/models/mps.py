@@ -46,8 +46,7 @@ class MPS(Network):
         file: its name there.
         processor: folder or hub id of a CLIP's configuration, tokenizer and normalisation.
         condition: what is asked about.
-        device: default CUDA where there is any.
-        dtype: of the network; the cosine is float32.
+        device, dtype: default CUDA where there is any; of the network; the cosine is float32.
     """
 
     def __init__(

@@ -26,8 +26,7 @@ class PickScore(Network):
     Args:
         model: folder or hub id of the network.
         processor: folder or hub id of the tokenizer and the normalisation.
-        device: default CUDA where there is any.
-        dtype: of the network; the score is float32.
+        device, dtype: default CUDA where there is any; of the network; the score is float32.
     """
 
     def __init__(

@@ -34,8 +34,7 @@ class Safety(Network):
     Args:
         model: folder or hub id.
         unsafe: the labels whose probabilities count as unsafe.
-        device: default CUDA where there is any.
-        dtype: of the network; the probabilities are float32.
+        device, dtype: default CUDA where there is any; of the network; the probabilities are float32.
     """
 
     differentiable: ClassVar[bool] = False

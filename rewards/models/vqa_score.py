@@ -35,8 +35,7 @@ class VQAScore(Network):
         model: folder or hub id.
         question: with ``{}`` where the prompt goes.
         answer: the reply whose first token is looked at.
-        device: default CUDA where there is any.
-        dtype: of the network; the softmax is float32.
+        device, dtype: default CUDA where there is any; of the network; the softmax is float32.
     """
 
     differentiable: ClassVar[bool] = False

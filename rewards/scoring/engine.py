@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,11 +46,15 @@ class ScoringEngine:
         ``RewardError`` where a reward fails, and where ``bad`` passes ``max_bad``: then ``bad_file`` lists it.
         """
         self.shards.folder.mkdir(parents=True, exist_ok=True)
+
+        def ready(item: Work) -> Work:
+            return item.on(self.device) if isinstance(item, Batch) else item
+
         rows: dict[int, ImageRow] = {}
         scores: dict[str, dict[int, float]] = {name: {} for name in self.rewards.rewards}
         new_bad: BadRows = {}
         # one thread decodes and batches, another brings the next batch to the device, both while the rewards compute
-        for item in ahead(map(self._ready, ahead(self.decoder.work(wanted, end), 4)), 1):
+        for item in ahead(map(ready, ahead(self.decoder.work(wanted, end), 4)), 1):
             if isinstance(item, Batch):
                 for name, values in score_batch(self.rewards, item).items():
                     scores[name].update(zip(item.rows, values, strict=True))
@@ -67,11 +71,6 @@ class ScoringEngine:
             else:
                 return item.rows
         raise AssertionError("the last item of the work is its end")
-
-    def _ready(self, item: Work) -> Work:
-        if isinstance(item, Batch):
-            return replace(item, images=item.images.to(self.device).float().div_(255))
-        return item
 
 
 def open_scorer(
