@@ -59,8 +59,8 @@ def compress(config: Compress, resolved: str = "") -> Path:
     if "heal" in stages and config.heal is not None and not config.at("healed").exists():
         _heal(config, before="pruned", run="heal", after="healed")
     if "quantize" in stages:
-        last = config.at("healed" if config.at("healed").exists() else "pruned")
-        for source, name in ((str(last), "int4"), (original, "int4-alone")):
+        smallest = config.at("healed" if config.at("healed").exists() else "pruned")
+        for source, name in ((str(smallest), "int4"), (original, "int4-alone")):
             if not config.at(name).exists():
                 _quantize(config, source, name)
     if "tune" in stages and config.tune is not None and not config.at("int4-tuned").exists():
@@ -72,17 +72,12 @@ def compress(config: Compress, resolved: str = "") -> Path:
     return config.output_dir
 
 
-def _device(config: Compress) -> str:
-    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _family(config: Compress, original: str) -> Family:
-    return families.load(original, device=_device(config))
+    return families.load(original, device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
     """The whole pipeline; a family may leave out parts that say nothing."""
-
     from diffusers import DiffusionPipeline
 
     if reads(locate(source)):
@@ -90,9 +85,15 @@ def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
     return DiffusionPipeline.from_pretrained(locate(source), dtype=dtype, use_safetensors=True)
 
 
+def _save(config: Compress, pipe: Any, name: str, what: str, details: str = "", *, whole: bool = False) -> None:
+    """Keep the pipeline ``name``, which is ``what``, with its card; ``whole`` is one that no plan applies to."""
+    plan = None if whole else Plan.load(config.at("plan.json"))
+    text = card(config.pretrained_model_name_or_path, plan, what) + details
+    save_pipeline(pipe, config.at(name), sampling_settings(config.source) | {"README.md": text})
+
+
 def _original(config: Compress) -> str:
     """The original's name or folder, the LoRA merged into it."""
-
     from pruning.quantize import merge_lora
 
     source = config.pretrained_model_name_or_path
@@ -111,23 +112,15 @@ def _heals_by_profile(config: Compress) -> bool:
 
 def _analyze(config: Compress, family: Family, prompts: Sequence[str]) -> None:
     reward = RewardSum.of(config.reward) if config.reward else None
-    graph = BlockGraph.of(family.denoiser)
-    profile = importance.profile(
-        family,
-        prompts,
-        config.at("profile.json"),
-        graph.units(config.components),
-        reward,
-        config.num_inference_steps,
-        config.seed,
-        config.guidance_scale,
-        config.batch_size,
-    )
+    sampling = config.num_inference_steps, config.guidance_scale, config.seed, config.batch_size
+    units = BlockGraph.of(family.denoiser).units(config.components)
+    calibration = importance.Calibration(prompts, *sampling)
+    profile = importance.profile(family, calibration, config.at("profile.json"), units, reward)
     plots.heatmap(profile, config.at("profile.png"))
 
 
-def _decide(config: Compress, family: Family) -> Plan:
-    graph, source = BlockGraph.of(family.denoiser), family.source
+def _decide(config: Compress, family: Family) -> None:
+    graph, source, path = BlockGraph.of(family.denoiser), family.source, config.at("plan.json")
     if config.blocks is not None:
         plan = from_ranges(graph, config.blocks, source)
     else:
@@ -137,54 +130,44 @@ def _decide(config: Compress, family: Family) -> Plan:
         measured = {unit: v for unit, v in importance.scores(profile, config.measure).items() if unit in units}
         times = importance.seconds(profile)
         plan = to_budget(graph, measured, config.budget, times, config.position_weighting, source)
-    before = Plan.load(config.at("plan.json")) if config.at("plan.json").is_file() else None
-    if before is not None and before.dropped != plan.dropped and config.at("pruned").exists():
+    before = Plan.load(path) if path.is_file() else plan
+    if before.dropped != plan.dropped and config.at("pruned").exists():
         raise UserError(
             f"{config.output_dir} was pruned by another plan ({', '.join(before.dropped)}); name another output_dir"
         )
-    plan.save(config.at("plan.json"))
-    plan.picture(config.at("plan.png"))
+    plan.save(path)
+    plots.stack(plan, config.at("plan.png"))
     print(plan.text())
-    return plan
 
 
 def _remove(config: Compress, original: str) -> None:
-    plan, pipe, name = Plan.load(config.at("plan.json")), _pipeline(original), families.find(original).denoiser_name
-    graph = BlockGraph.of(getattr(pipe, name))
+    plan, pipe = Plan.load(config.at("plan.json")), _pipeline(original)
+    graph = BlockGraph.of(getattr(pipe, families.find(original).denoiser_name))
     plan.fits(graph)
     graph.remove(plan.dropped)
-    text = card(config.pretrained_model_name_or_path, plan, "pruned, not healed")
-    save_pipeline(pipe.to(DTYPES[config.dtype]), config.at("pruned"), sampling_settings(original) | {"README.md": text})
+    _save(config, pipe.to(DTYPES[config.dtype]), "pruned", "pruned, not healed")
 
 
 def _heal(config: Compress, *, before: str, run: str, after: str) -> None:
     """The pipeline ``after`` is ``before``, taught by the original in the run ``run``."""
-
     from align.training.trainer import train
     from pruning.quantize import merge_lora
 
-    student, folder = config.at(before), config.at(run)
-    settings, resolved = config.run(run, str(student))
-    train(settings, resolved)
-    lora, name = (folder / LORA_FILE).is_file(), families.find(str(student)).denoiser_name
-    pipe = _pipeline(str(student), torch.float32 if lora else DTYPES[config.dtype])
+    student, folder, dtype = str(config.at(before)), config.at(run), DTYPES[config.dtype]
+    train(*config.run(run, student))
+    lora, name = (folder / LORA_FILE).is_file(), families.find(student).denoiser_name
+    pipe = _pipeline(student, torch.float32 if lora else dtype)
     if lora:
         merge_lora(pipe, folder)
-        pipe.to(DTYPES[config.dtype])
+        pipe.to(dtype)
     else:
-        pipe.register_modules(**{name: load(folder / name, DTYPES[config.dtype])})
-    text = card(
-        config.pretrained_model_name_or_path,
-        Plan.load(config.at("plan.json")),
-        f"{before}, then healed by `{config.healing()[run]}`",
-    )
-    save_pipeline(pipe, config.at(after), sampling_settings(config.source) | {"README.md": text})
+        pipe.register_modules(**{name: load(folder / name, dtype)})
+    _save(config, pipe, after, f"{before}, then healed by `{config.healing()[run]}`")
     shutil.rmtree(folder / name, ignore_errors=True)  # the healed pipeline has the same weights
 
 
 def _check_skip(config: Compress) -> None:
     """Refuse a skip list that names nothing before a weight is loaded; of a model of the hub, when it is quantised."""
-
     from pruning.loading import outline
 
     folder = Path(locate(config.pretrained_model_name_or_path))
@@ -210,23 +193,15 @@ def _components_to_quantize(config: Compress, source: str, components: Sequence[
 def _quantize(config: Compress, source: str, name: str) -> None:
     from pruning.quantize import quantize, settings_for
 
-    pipe = _pipeline(source, DTYPES[config.dtype])
+    pipe, whole = _pipeline(source, DTYPES[config.dtype]), name == "int4-alone"
     parts = [part for part, component in pipe.components.items() if component is not None]
     models = [getattr(pipe, part) for part in _components_to_quantize(config, source, parts)]
-    if name == "int4-alone":
+    if whole:
         _all_named(config, models)  # what is pruned may lack what an entry names
-    reports = []
-    for model in models:
-        reports.append(str(quantize(model, settings_for(model, config.quantize))))
-        print(reports[-1].splitlines()[0])
-    plan = Plan.load(config.at("plan.json")) if name == "int4" else None
-    text = (
-        card(config.pretrained_model_name_or_path, plan, "4-bit NF4 weights (bitsandbytes)")
-        + "\n```\n"
-        + "\n".join(reports)
-        + "\n```\n"
-    )
-    save_pipeline(pipe, config.at(name), sampling_settings(source) | {"README.md": text})
+    reports = [str(quantize(model, settings_for(model, config.quantize))) for model in models]
+    print(*(text.splitlines()[0] for text in reports), sep="\n")
+    told = "\n".join(["", "```", *reports, "```", ""])
+    _save(config, pipe, name, "4-bit NF4 weights (bitsandbytes)", told, whole=whole)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

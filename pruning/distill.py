@@ -2,7 +2,7 @@
 
 HierarchicalPrune (arXiv 2508.04663) trains on task + output + feature terms, freezes the blocks before the first that
 was removed (positional weight preservation), and changes blocks the less, the more it costs to lose them
-(sensitivity-guided distillation). Their states are noised real pictures; the student's own trajectories, where it will
+(sensitivity-guided distillation). Their states are noised real images; the student's own trajectories, where it will
 be used, are on-policy distillation (:mod:`align.objectives.opd`) with the unpruned model as the teacher.
 
 A student in 4 bit heals too: without a LoRA, what is not packed (biases, the layers that were skipped) learns to make
@@ -12,7 +12,7 @@ up for the rounding of the rest, and costs no byte more.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -39,7 +39,7 @@ from pruning import importance
 from pruning.graph import BlockGraph, Streams, follow
 from pruning.plan import Plan
 
-Sensitivity = Literal["graded", "binary", "none"]
+Sensitivity = Literal["graded", "none"]
 _INTO = ("pos_embed", "time_text_embed", "context_embedder", "x_embedder", "time_embedding", "add_embedding", "conv_in")
 
 
@@ -67,15 +67,15 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         sampler: how the student draws the states that it learns at, from prompts; deterministic without a kernel.
             Training itself is without guidance, on the caption or the empty prompt, which are the two that guidance
             mixes.
-        draws_per_image: states of each picture that are trained on; null is every step of the sampler.
-        task_weight: of the error to the true target, which only data has, not the student's own pictures.
+        draws_per_image: states of each image that are trained on; null is every step of the sampler.
+        task_weight: of the error to the true target, which only data has, not the student's own images.
         output_weight: of the squared difference of the outputs.
         feature_weight: of the squared difference of the features behind every block that stays and heals, summed over
             blocks (official: 1e-4).
         relative_features: divide each block's by the mean square of the teacher's features (LAPTOP-Diff).
         preservation: freeze what runs before the first removed block.
         sensitivity: ``graded`` multiplies a block's learning rate by m / (m + dP), dP being what its loss costs and m
-            the median of those; ``binary`` freezes the blocks of above median dP (the official form); ``none``.
+            the median of those; ``none``.
         measure: which dP of the profile.
         proportion_empty_prompts: the share of states that are seen with the empty prompt.
     """
@@ -97,15 +97,11 @@ class Heal(Objective, Prepares, ScalesLearningRates):
     around_packed = True
 
     def __post_init__(self) -> None:
-        if (
-            min(self.task_weight, self.output_weight, self.feature_weight) < 0
-            or not 0 <= self.proportion_empty_prompts < 1
-        ):
+        weights, steps = (self.task_weight, self.output_weight, self.feature_weight), self.sampler.num_inference_steps
+        if min(weights) < 0 or not 0 <= self.proportion_empty_prompts < 1:
             raise ValueError("weights must be at least 0 and proportion_empty_prompts in [0, 1)")
-        if self.draws_per_image is not None and not 1 <= self.draws_per_image <= self.sampler.num_inference_steps:
-            raise ValueError(
-                f"draws_per_image must be between 1 and the sampler's {self.sampler.num_inference_steps} steps"
-            )
+        if not 1 <= self.count <= steps:
+            raise ValueError(f"draws_per_image must be between 1 and the sampler's {steps} steps")
         if self.sensitivity != "none" and self.profile is None:
             raise ValueError("sensitivity grades by measured importance: set profile, or sensitivity: none")
 
@@ -115,8 +111,8 @@ class Heal(Objective, Prepares, ScalesLearningRates):
 
     @property
     def count(self) -> int:
-        """Rows of a picture."""
-        return self.draws_per_image or self.sampler.num_inference_steps
+        """Rows of an image."""
+        return self.sampler.num_inference_steps if self.draws_per_image is None else self.draws_per_image
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
         self.teacher.open(policy)
@@ -132,28 +128,22 @@ class Heal(Objective, Prepares, ScalesLearningRates):
             )
         self._pairs = {renamed[name]: name for name in self._plan.healing}
         self._graphs = whole, student
-        self._rates = self._block_rates(whole)
+        self._rates = self._lr_scales(whole)
 
-    def _block_rates(self, whole: BlockGraph) -> dict[str, float]:
+    def _lr_scales(self, whole: BlockGraph) -> dict[str, float]:
         """The learning rate's factor for everything under each path of the student."""
-        by_block = dict.fromkeys(self._plan.frozen, 0.0 if self.preservation else 1.0)
-        by_block |= sensitivity(self._importance(), self._plan.healing, self.sensitivity)
-        found = dict.fromkeys(_INTO, 0.0 if self.preservation else 1.0)
-        for name, rate in by_block.items():
-            found |= {there: rate for path in whole[name].modules if (there := follow(path, self._moved)) is not None}
-        return found
-
-    def _importance(self) -> Mapping[str, float]:
-        if self.sensitivity == "none" or self.profile is None:
-            return {}
-        return importance.scores(importance.read(self.profile), self.measure)
+        early = 0.0 if self.preservation else 1.0
+        by_block = dict.fromkeys(self._plan.frozen, early) | dict.fromkeys(self._plan.healing, 1.0)
+        if self.sensitivity == "graded" and self.profile is not None:
+            by_block |= sensitivity(importance.scores(importance.read(self.profile), self.measure), self._plan.healing)
+        paths = {follow(path, self._moved): name for name in by_block for path in whole[name].modules}
+        return dict.fromkeys(_INTO, early) | {path: by_block[name] for path, name in paths.items() if path is not None}
 
     def lr_scale(self, name: str) -> float:
-        paths = name.split(".")
-        for end in range(len(paths), 0, -1):
-            if (rate := self._rates.get(".".join(paths[:end]))) is not None:
-                return rate
-        return 1.0
+        """That of the longest path that the parameter ``name`` lies under."""
+        parts = name.split(".")
+        paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        return next((self._rates[path] for path in paths if path in self._rates), 1.0)
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
         sampling = self.sampler.num_inference_steps * self.sampler.evaluations(family)
@@ -172,7 +162,7 @@ class Heal(Objective, Prepares, ScalesLearningRates):
             x_t = add_noise(x0[image], eps, *family.path(t))
             return HealRows(image=image, x_t=x_t, t=t, empty=empty, eps=eps, cond=cond, x0=x0)
         if self.task_weight:
-            raise UserError("task_weight needs data with pictures (Images); the student's own are no target")
+            raise UserError("task_weight needs data with images (Images); the student's own are no target")
         stochastic = None if self.sampler.kernel else ()
         rollout = collect(ctx, self.sampler, batch, 1, range(steps), stochastic, likelihood=False)
         order = rng.normal((steps,), generators).argsort(1)[:, : self.count].sort(1).values.flatten()
@@ -189,46 +179,35 @@ class Heal(Objective, Prepares, ScalesLearningRates):
             target = self.teacher.predict(ctx.policy, x_t, t, cond, 1.0)  # one pipeline's text encoders serve both
         with student.tap(list(self._pairs) if tapped else []) as student_features:
             answer = ctx.policy.predict(x_t, t, cond)
-        output = F.mse_loss(answer.raw.float(), target.raw.float())
-        loss, metrics = self.output_weight * output, {"output": output.detach()}
+        terms = {"output": F.mse_loss(answer.raw.float(), target.raw.float())}
         if tapped:
             apart = [self._feature(student_features[new], teacher_features[old]) for new, old in self._pairs.items()]
-            feature = torch.stack(apart).sum() if apart else output.new_zeros(())
-            loss = loss + self.feature_weight * feature
-            metrics["feature"] = feature.detach()
+            terms["feature"] = torch.stack(apart).sum() if apart else torch.zeros_like(terms["output"])
         if self.task_weight and rows.x0 is not None and rows.eps is not None:
             x0, eps = rows.x0[rows.image].to(family.device), rows.eps.to(family.device)
-            task = F.mse_loss(answer.raw.float(), answer.target(x0, eps))
-            loss = loss + self.task_weight * task
-            metrics["task"] = task.detach()
-        return loss, metrics
+            terms["task"] = F.mse_loss(answer.raw.float(), answer.target(x0, eps))
+        weights = {"output": self.output_weight, "feature": self.feature_weight, "task": self.task_weight}
+        loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["output"]))
+        return loss, {name: term.detach() for name, term in terms.items()}
 
     def _feature(self, student: Streams, teacher: Streams) -> Tensor:
         """How far one block's streams are apart, a mean over elements, summed over streams."""
-        total = torch.zeros((), device=next(iter(student.values())).device)
-        for name, wanted in teacher.items():
-            apart = F.mse_loss(student[name].float(), wanted.float())
-            total = total + (
-                apart / wanted.float().square().mean().clamp(min=1e-8) if self.relative_features else apart
-            )
-        return total
+        apart = []
+        for name, target in teacher.items():
+            scale = target.float().square().mean().clamp(min=1e-8) if self.relative_features else 1.0
+            apart.append(F.mse_loss(student[name].float(), target.float()) / scale)
+        return torch.stack(apart).sum()
 
 
-def sensitivity(importance: Mapping[str, float], blocks: tuple[str, ...], form: Sensitivity) -> dict[str, float]:
+def sensitivity(importance: Mapping[str, float], blocks: Sequence[str]) -> dict[str, float]:
     """The learning rate's factor of each of ``blocks``, from what it costs to lose it; 1 where that is unknown.
 
     A block of several units counts as its dearest.
     """
-    if form == "none":
-        return dict.fromkeys(blocks, 1.0)
     cost = {
-        block: max((max(v, 0.0) for unit, v in importance.items() if block in unit.split("+")), default=None)
+        block: max(max(value, 0.0) for unit, value in importance.items() if block in unit.split("+"))
         for block in blocks
+        if any(block in unit.split("+") for unit in importance)
     }
-    known = [v for v in cost.values() if v is not None]
-    if not known:
-        return dict.fromkeys(blocks, 1.0)
-    middle = statistics.median(known)
-    if form == "binary":
-        return {block: 1.0 if v is None or v <= middle else 0.0 for block, v in cost.items()}
-    return {block: 1.0 if v is None or not middle + v else middle / (middle + v) for block, v in cost.items()}
+    middle = statistics.median(cost.values()) if cost else 0.0
+    return {b: middle / (middle + cost[b]) if b in cost and middle + cost[b] else 1.0 for b in blocks}

@@ -14,7 +14,8 @@ config then lists them under ``pruning``, which :func:`pruning.load` reads and s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -81,6 +82,11 @@ class BlockGraph:
         """The parts of a block that can go by themselves: attention, feed-forward and norms of an SD3 or FLUX block,
         transformer layers of a U-Net's pair or middle block."""
         return tuple(part for part in self._named.values() if part.part_of == self[block].name)
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """``names`` in the order in which they run, a block before its parts."""
+        chosen = set(names)
+        return sorted((name for name in self._named if name in chosen), key=lambda name: self[name].position)
 
     def parameters(self, drop: Iterable[str] = ()) -> int:
         """How many parameters the denoiser has without ``drop``."""
@@ -165,9 +171,8 @@ class BlockGraph:
             "number: drop as many from each, or the whole mid_block"
         ]
 
-    def _need(self, drop: Iterable[str]) -> set[str]:
-        if self._changed:
-            raise RuntimeError("this graph's denoiser is pruned already, or within skip(); make a new BlockGraph of it")
+    def need(self, drop: Iterable[str]) -> set[str]:
+        """``drop`` as a set; :class:`UserError` with all that :meth:`check` says."""
         if wrong := self.check(drop := set(drop)):
             raise UserError("cannot prune: " + "; ".join(wrong))
         return drop
@@ -175,6 +180,8 @@ class BlockGraph:
     # the denoiser without them
     def _edits(self, drop: set[str]) -> list[tuple[nn.Module, str, nn.Module | None]]:
         """(parent, attribute, what takes its place) for everything that dropping changes."""
+        if self._changed:
+            raise RuntimeError("this graph's denoiser is pruned already, or within skip(); make a new BlockGraph of it")
         new: dict[str, nn.Module | None] = {"mid_block": None} if "mid_block" in drop else {}
         for row in self._rows.values():
             if dropped := self._dropped_in(row, drop):
@@ -196,7 +203,7 @@ class BlockGraph:
         branch, so that its block adds gate * norm(x); an AdaLN becomes a plain LayerNorm with gate 1, shift and
         scale 0 (HierarchicalPrune's released code).
         """
-        edits = self._edits(self._need(drop))
+        edits = self._edits(self.need(drop))
         before = [(parent, attribute, getattr(parent, attribute)) for parent, attribute, _ in edits]
         self._changed = True
         try:
@@ -214,8 +221,8 @@ class BlockGraph:
         Blocks are renumbered (:meth:`renamed`): make a new graph of what is returned. Kept modules are the same
         objects, with their weights, dtype and attention processors. Copy the denoiser first where it is still needed.
         """
-        if drop := self._need(drop):
-            for parent, attribute, module in self._edits(drop):
+        if edits := self._edits(self.need(drop)):
+            for parent, attribute, module in edits:
                 setattr(parent, attribute, module)
             self._changed = True
             describe(self.denoiser)
@@ -224,18 +231,15 @@ class BlockGraph:
     def moved(self, drop: Iterable[str]) -> dict[str, str | None]:
         """Where :meth:`remove` puts the modules of blocks: old path to new path, None for what is gone. Paths under a
         path in it go along (:func:`follow`); what is neither stays where it is."""
-        drop = set(drop)
-        if wrong := self.check(drop):
-            raise UserError("cannot prune: " + "; ".join(wrong))
+        drop = self.need(drop)
         paths: dict[str, str | None] = dict.fromkeys(path for name in drop for path in self[name].modules)
         for row in self._rows.values():  # a pair before the layers within it
             dropped = self._dropped_in(row, drop)
             kept = [i for i in range(self._lengths.get(row.stem, 0)) if i not in dropped]
             for path in row.lists:
+                paths |= dict.fromkeys(f"{path}.{i}" for i in dropped)
                 home = follow(path, paths)
-                for i in [*kept, *dropped]:
-                    here = home is not None and i not in dropped
-                    paths[f"{path}.{i}"] = f"{home}.{kept.index(i)}" if here else None
+                paths |= {f"{path}.{i}": home and f"{home}.{k}" for k, i in enumerate(kept)}
         return paths
 
     def renamed(self, drop: Iterable[str]) -> dict[str, str]:
@@ -257,22 +261,19 @@ class BlockGraph:
         block that is skipped has no entry. Before an up pair, ``hidden`` is what comes from below, without the skip.
         """
         features: dict[str, Streams] = {}
-        handles = []
-        for block in [self[name] for name in names]:
-            module = self._modules[block.modules[0 if before else -1]]
 
-            def enter(module: nn.Module, args: Any, kwargs: Any, block: Block = block) -> None:
-                features[block.name] = taken_in(block, module, args, kwargs)
+        def enter(block: Block, module: nn.Module, args: Any, kwargs: Any) -> None:
+            features[block.name] = taken_in(block, module, args, kwargs)
 
-            def leave(module: nn.Module, args: Any, output: Any, block: Block = block) -> None:
-                features[block.name] = put_out(block, output)
+        def leave(block: Block, module: nn.Module, args: Any, output: Any) -> None:
+            features[block.name] = put_out(block, output)
 
-            if before:
-                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(leave))
-        try:
+        with ExitStack() as hooks:
+            for block in [self[name] for name in names]:
+                module = self._modules[block.modules[0 if before else -1]]
+                if before:
+                    handle = module.register_forward_pre_hook(partial(enter, block), with_kwargs=True)
+                else:
+                    handle = module.register_forward_hook(partial(leave, block))
+                hooks.enter_context(handle)
             yield features
-        finally:
-            for handle in handles:
-                handle.remove()

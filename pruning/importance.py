@@ -1,7 +1,7 @@
 """How much a denoiser suffers from the loss of each block: leave-one-out on calibration trajectories.
 
 For every unit that could go (:meth:`pruning.graph.BlockGraph.units`): the error of the denoiser's output without it on
-the states that the full model went through, and the drop of a reward on pictures drawn without it (HierarchicalPrune's
+the states that the full model went through, and the drop of a reward on images drawn without it (HierarchicalPrune's
 contribution analysis, arXiv 2508.04663). For every block: how similar its output is to its input (SANA-1.5,
 arXiv 2501.18427) and how long it takes. The full model draws every calibration trajectory once.
 """
@@ -9,12 +9,14 @@ arXiv 2501.18427) and how long it takes. The full model draws every calibration 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Literal
 
 import torch
@@ -36,33 +38,36 @@ Measure = Literal["drop", "mse", "cosine"]
 Profile = dict[str, Any]
 
 
-@dataclass
-class _Trajectory:
-    """A batch of prompts, and what the full model saw and prediction at every step (on the CPU)."""
+@dataclass(frozen=True)
+class Calibration:
+    """What importance is measured on: image k, of ``prompts[k]``, starts from ``seed + k``; None is the pipeline's
+    own."""
 
-    prompts: list[str]
-    cond: Conditioning
-    states: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+    prompts: Sequence[str]
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 8
+
+    def of(self, family: Family) -> Calibration:
+        """With the pipeline's own values in place of None."""
+        guidance_scale = family.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
+        steps = self.num_inference_steps or family.default_num_inference_steps
+        return replace(self, num_inference_steps=steps, guidance_scale=guidance_scale)
 
 
 @torch.no_grad()
 def profile(
     family: Family,
-    prompts: Sequence[str],
+    calibration: Calibration,
     path: Path,
     units: Sequence[Sequence[str]] | None = None,
     reward: RewardSum | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-    guidance_scale: float | None = None,
-    batch_size: int = 8,
 ) -> Profile:
-    """Measure ``units`` (default: every whole block that can go) on ``prompts``; write and return the profile.
+    """Measure ``units`` (default: every whole block that can go); write and return the profile.
 
-    Picture k starts from ``seed + k``; ``steps`` and ``guidance`` None are the pipeline's own. With N prompts and T
-    steps the full model is evaluated N*T times, and a unit N*T times on the full model's states; with a reward
-    N*(T-1) times more, since its own trajectory begins with a state that was evaluated already.
+    With N prompts and T steps the full model is evaluated N*T times, and a unit N*T times on the full model's states;
+    with a reward N*(T-1) times more, since its own trajectory begins with a state that was evaluated already.
 
     The file is written after the full model and after every unit. A run that finds one with the same settings goes on
     where it stopped, and its numbers are those of an uninterrupted run. It holds
@@ -75,21 +80,19 @@ def profile(
 
     Raises :class:`UserError` for units that cannot go, no prompts, and a file with other settings.
     """
-    graph = BlockGraph.of(family.denoiser)
+    graph, calibration = BlockGraph.of(family.denoiser), calibration.of(family)
     units = graph.units() if units is None else [tuple(unit) for unit in units]
     wrong = [text for unit in units for text in graph.check(unit)]
-    wrong += [] if prompts else ["no prompts to calibrate on"]
-    steps = steps or family.default_num_inference_steps
-    guidance_scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
+    wrong += [] if calibration.prompts else ["no prompts to calibrate on"]
     settings = {
         "model": family.source,
         "parameters": graph.parameters(),
         "dtype": str(family.denoiser.dtype),
-        "prompts": list(prompts),
+        "prompts": list(calibration.prompts),
         "rewards": {name: (reward.weights or {}).get(name, 1.0) for name in reward.rewards} if reward else None,
-        "steps": steps,
-        "guidance": guidance_scale,
-        "seed": seed,
+        "steps": calibration.num_inference_steps,
+        "guidance": calibration.guidance_scale,
+        "seed": calibration.seed,
     }
     measured: Profile = read(path) if path.is_file() else {"settings": settings, "full": {}, "blocks": {}, "units": {}}
     if differ := [name for name, value in settings.items() if measured["settings"].get(name) != value]:
@@ -100,15 +103,15 @@ def profile(
     if not unmeasured and measured["full"]:
         return measured
 
-    calibration = _Calibration(family, graph, list(prompts), steps, seed, guidance_scale, batch_size, reward)
-    full = calibration.draw()
+    trial = _Trial(family, graph, calibration, reward)
+    full = trial.full()
     if not measured["full"]:  # a run that goes on keeps the times that it measured first
         measured |= full
         write_text(path, json.dumps(measured, indent=2) + "\n")
     for unit in tqdm(unmeasured, desc="importance", initial=len(units) - len(unmeasured), total=len(units)):
         with graph.skip(unit):
-            mse, score = calibration.without()
-        if not torch.tensor(mse).isfinite():
+            mse, score = trial.without()
+        if not math.isfinite(mse):
             raise NonFinite(f"without {key(unit)} the output is not finite; profile in bfloat16 or float32")
         drop = None if score is None else measured["full"]["reward"] - score
         measured["units"][key(unit)] = {"mse": mse, "reward": score, "drop": drop}
@@ -117,25 +120,27 @@ def profile(
 
 
 @dataclass
-class _Calibration:
+class _Trajectory:
+    """A batch of prompts, and what the full model was given and gave at every step (on the CPU)."""
+
+    prompts: Sequence[str]
+    cond: Conditioning
+    states: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+class _Trial:
     """The full model's trajectories, and what a changed denoiser makes of them."""
 
-    family: Family
-    graph: BlockGraph
-    prompts: list[str]
-    steps: int
-    seed: int
-    guidance_scale: float
-    batch_size: int
-    reward: RewardSum | None
-    trajectories: list[_Trajectory] = field(default_factory=list)
+    def __init__(self, family: Family, graph: BlockGraph, calibration: Calibration, reward: RewardSum | None) -> None:
+        self.family, self.graph, self.calibration, self.reward = family, graph, calibration, reward
+        assert calibration.num_inference_steps is not None and calibration.guidance_scale is not None
+        self.grid, self.guidance_scale = family.grid(calibration.num_inference_steps), calibration.guidance_scale
+        self.trajectories: list[_Trajectory] = []
 
-    def __post_init__(self) -> None:
-        self.grid = self.family.grid(self.steps)
-
-    def draw(self) -> dict[str, Any]:
+    def full(self) -> dict[str, Any]:
         """Run the full model once over every prompt; keep its states and outputs, return its own measurements."""
-        family, shape = self.family, self.family.latent_shape()
+        family, calibration = self.family, self.calibration
         whole = [block.name for block in self.graph.blocks]
         everything = [b for w in self.graph.blocks for b in (w, *self.graph.components(w.name))]
         similar: dict[str, list[float]] = {}
@@ -145,9 +150,10 @@ class _Calibration:
             self.graph.tap(whole) as after,
             _stopwatch(family.denoiser, {b.name: b.modules for b in everything}) as times,
         ):
-            for start in tqdm(range(0, len(self.prompts), self.batch_size), desc="full model"):
-                part = self.prompts[start : start + self.batch_size]
-                run = _Trajectory(part, family.encode(part))
+            for start in tqdm(range(0, len(calibration.prompts), calibration.batch_size), desc="full model"):
+                prompts = calibration.prompts[start : start + calibration.batch_size]
+                run = _Trajectory(prompts, family.encode(prompts))
+                self.trajectories.append(run)
 
                 def predict(
                     x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float, run: _Trajectory = run
@@ -160,52 +166,48 @@ class _Calibration:
                             similar.setdefault(name, []).append(value)
                     return prediction
 
-                seeds = [self.seed + start + k for k in range(len(part))]
-                x0 = sample(
-                    predict, self.grid, run.cond, initial_noise(shape, seeds).to(family.device), self.guidance_scale
-                )
-                scores += self._score(x0, part)
-                self.trajectories.append(run)
+                seeds = range(calibration.seed + start, calibration.seed + start + len(prompts))
+                noise = initial_noise(family.latent_shape(), list(seeds)).to(family.device)
+                scores += self._score(sample(predict, self.grid, run.cond, noise, self.guidance_scale), prompts)
         # shares of one and the same call: a machine that others use too does not run evenly from call to call
         total = median(times["denoiser"])
         blocks = {
             b.name: {
                 "position": b.position,
                 "parameters": b.parameters,
-                "cosine": sum(similar[b.name]) / len(similar[b.name]) if b.name in similar else None,
+                "cosine": fmean(similar[b.name]) if b.name in similar else None,
                 "seconds": total * median(t / d for t, d in zip(times[b.name], times["denoiser"], strict=True)),
             }
             for b in everything
         }
-        reward = torch.cat(scores).double().mean().item() if scores else None
-        return {"full": {"reward": reward, "seconds": total}, "blocks": blocks}
+        return {"full": {"reward": _mean(scores), "seconds": total}, "blocks": blocks}
 
     def without(self) -> tuple[float, float | None]:
-        """Output error of the denoiser as it now stands on the full model's states, and the reward of its pictures."""
+        """Output error of the denoiser as it now stands on the full model's states, and the reward of its images."""
         family, grid = self.family, self.grid
         errors: list[Tensor] = []
         scores: list[Tensor] = []
         for run in self.trajectories:
-            begun: Tensor | None = None
+            first: Prediction | None = None
             for i, (state, output) in enumerate(zip(run.states, run.outputs, strict=True)):
                 x = state.to(family.device)
                 prediction = family.predict(x, grid.t[i].to(x.device).expand(len(x)), run.cond, self.guidance_scale)
                 errors.append((prediction.raw.float().cpu() - output).square().flatten(1).mean(1))
-                if i == 0:
-                    begun = DDIM()(prediction, grid, 0).mean
-            if self.reward is not None:
-                assert begun is not None
-                rest = range(1, len(grid))
-                scores += self._score(
-                    sample(family.predict, grid, run.cond, begun, self.guidance_scale, steps=rest), run.prompts
-                )
-        reward = torch.cat(scores).double().mean().item() if scores else None
-        return torch.cat(errors).double().mean().item(), reward
+                first = first or prediction
+            if self.reward is not None and first is not None:
+                begun, rest = DDIM()(first, grid, 0).mean, range(1, len(grid))
+                x0 = sample(family.predict, grid, run.cond, begun, self.guidance_scale, steps=rest)
+                scores += self._score(x0, run.prompts)
+        return torch.cat(errors).double().mean().item(), _mean(scores)
 
     def _score(self, x0: Tensor, prompts: Sequence[str]) -> list[Tensor]:
         if self.reward is None:
             return []
         return [self.reward.score(images=self.family.to_image(x0).cpu(), prompts=prompts)]
+
+
+def _mean(scores: Sequence[Tensor]) -> float | None:
+    return torch.cat(list(scores)).double().mean().item() if scores else None
 
 
 def _cosine(before: Streams, after: Streams) -> float | None:
@@ -218,39 +220,29 @@ def _cosine(before: Streams, after: Streams) -> float | None:
 def _stopwatch(denoiser: nn.Module, modules: Mapping[str, Sequence[str]]) -> Iterator[dict[str, list[float]]]:
     """Seconds of every call of the modules of each name, summed over its modules, and of the ``denoiser``'s."""
     device = next(denoiser.parameters()).device
-    runs: dict[str, list[list[float]]] = {}
-    handles = []
+    laps: dict[str, list[list[float]]] = {}
 
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    def watch(module: nn.Module, name: str) -> None:
-        laps: list[float] = []
-        runs.setdefault(name, []).append(laps)
+    def start(times: list[float], *_: Any) -> None:
+        times.append(-now())
 
-        def start(*_: Any) -> None:
-            laps.append(-now())
+    def stop(times: list[float], *_: Any) -> None:
+        times[-1] += now()
 
-        def stop(*_: Any) -> None:
-            laps[-1] += now()
-
-        handles.append(module.register_forward_pre_hook(start))
-        handles.append(module.register_forward_hook(stop))
-
-    watch(denoiser, "denoiser")
-    for name, paths in modules.items():
-        for path in paths:
-            watch(denoiser.get_submodule(path), name)
     seconds: dict[str, list[float]] = {}
-    try:
+    with ExitStack() as hooks:
+        for name, paths in ({"denoiser": [""]} | dict(modules)).items():
+            for path in paths:
+                module, times = denoiser.get_submodule(path), list[float]()
+                laps.setdefault(name, []).append(times)
+                hooks.enter_context(module.register_forward_pre_hook(partial(start, times)))
+                hooks.enter_context(module.register_forward_hook(partial(stop, times)))
         yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, laps in runs.items():
-            seconds[name] = [sum(lap) for lap in zip(*laps, strict=True)]
+    seconds |= {name: [sum(lap) for lap in zip(*times, strict=True)] for name, times in laps.items()}
 
 
 def read(path: Path) -> Profile:

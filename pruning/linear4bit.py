@@ -8,8 +8,6 @@ quantisation, ibid. §3.2). It saves bytes, not time.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
@@ -77,17 +75,9 @@ class Linear4bit(bnb.nn.Linear4bit):
 
 def empty_layer(linear: nn.Linear, settings: NF4) -> Linear4bit:
     """A layer of the same size without weights."""
-    layer = Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        compute_dtype=getattr(torch, settings.compute_dtype),
-        compress_statistics=settings.double_quant,
-        quant_type="nf4",
-        device="meta",
-    )
-    layer.requires_grad_(False).train(linear.training)
-    return layer
+    size, dtype = (linear.in_features, linear.out_features), getattr(torch, settings.compute_dtype)
+    layer = Linear4bit(*size, linear.bias is not None, dtype, settings.double_quant, "nf4", device="meta")
+    return layer.requires_grad_(False).train(linear.training)
 
 
 def pack(linear: nn.Linear, settings: NF4) -> Linear4bit:
@@ -105,42 +95,10 @@ def pack(linear: nn.Linear, settings: NF4) -> Linear4bit:
     return layer
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """What a module takes on disk, headers apart: packed codes, scales (``absmax``), maps (codebooks and the JSON that
-    goes with each layer), and everything that is not quantised."""
-
-    codes: int
-    scales: int
-    maps: int
-    rest: int
-
-    @property
-    def total(self) -> int:
-        return self.codes + self.scales + self.maps + self.rest
-
-
-def packed_bytes(weights: int, double_quant: bool = False) -> int:
-    """Bytes of a Linear's packed weights: half a byte each, a 4-byte scale a block and the 64-byte codebook; with
-    double quantisation a byte a scale, four bytes a 256 scales and a second codebook of 1024. Without the JSON of some
-    hundred bytes that bitsandbytes writes beside each layer."""
-    blocks = -(-weights // BLOCK)
-    scales = blocks + 4 * -(-blocks // 256) + 1024 if double_quant else 4 * blocks
-    return -(-weights // 2) + scales + 64
-
-
-def bytes_of(module: nn.Module) -> Bytes:
+def bytes_of(module: nn.Module) -> int:
     """What the tensors of ``module`` take on disk, a shared one counted once; works on the meta device."""
-    packed = {name for name, m in module.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    parts: Counter[str] = Counter()
-    for key, tensor in {id(t): (key, t) for key, t in module.state_dict(keep_vars=True).items()}.values():
-        layer, piece = piece_of(key)
-        part = _PARTS.get(piece, "maps") if layer in packed else "rest"
-        parts[part] += tensor.numel() * tensor.element_size()
-    return Bytes(parts["codes"], parts["scales"], parts["maps"], parts["rest"])
-
-
-_PARTS = {"": "codes", "absmax": "scales", "nested_absmax": "scales"}
+    tensors = {id(t): t for t in module.state_dict(keep_vars=True).values()}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def piece_of(key: str) -> tuple[str, str]:

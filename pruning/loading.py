@@ -82,7 +82,7 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Model:
     packed: dict[str, dict[str, Tensor]] = {}
     if saved:
         reasons = dict.fromkeys(skip_list(model, settings), "")
-        packed = {name: {} for name, _, kept in split(model, reasons) if kept is None}
+        packed = {layer.name: {} for layer in split(model, reasons) if layer.kept is None}
     for name in packed:
         model.set_submodule(name, empty_layer(model.get_submodule(name), settings))
     tensors = {key: tensor for file in _files(folder) for key, tensor in load_file(file).items()}
@@ -125,16 +125,15 @@ def skeleton(config: Mapping[str, Any]) -> ModelMixin:
     if name not in CLASSES:
         raise UserError(f"config.json is of a {name}; expected {', '.join(CLASSES)}")
     removed = (config.get("pruning") or {}).get("removed", [])
+    stock = {key: value for key, value in config.items() if key != "pruning"}
     with init_empty_weights(include_buffers=False):
-        denoiser = getattr(diffusers, name).from_config(
-            {key: value for key, value in config.items() if key != "pruning"}
-        )
+        denoiser = getattr(diffusers, name).from_config(stock)
     return BlockGraph.of(denoiser).remove(removed)
 
 
 def _settings(saved: Mapping[str, Any], folder: Path) -> NF4:
     """The settings that a saved ``quantization_config`` stands for."""
-    expected = {
+    expected: dict[str, tuple[object, ...]] = {
         "quant_method": ("bitsandbytes",),
         "load_in_4bit": (True,),
         "bnb_4bit_quant_type": ("nf4",),
@@ -142,16 +141,12 @@ def _settings(saved: Mapping[str, Any], folder: Path) -> NF4:
         "bnb_4bit_compute_dtype": COMPUTE,
         "bnb_4bit_use_double_quant": (True, False),
     }
-    wrong = [
-        f"{key} is {saved.get(key)!r}, expected {' or '.join(map(repr, values))}"
-        for key, values in expected.items()
-        if saved.get(key) not in values
-    ]
+    wrong = {key: values for key, values in expected.items() if saved.get(key) not in values}
     if wrong:
-        raise UserError(f"{folder / 'config.json'}: in quantization_config, " + "; ".join(wrong))
-    return NF4(
-        saved["bnb_4bit_use_double_quant"], saved["bnb_4bit_compute_dtype"], saved.get("llm_int8_skip_modules") or ()
-    )
+        texts = [f"{key} is {saved.get(key)!r}, expected {' or '.join(map(repr, v))}" for key, v in wrong.items()]
+        raise UserError(f"{folder / 'config.json'}: in quantization_config, " + "; ".join(texts))
+    double_quant, compute_dtype = saved["bnb_4bit_use_double_quant"], saved["bnb_4bit_compute_dtype"]
+    return NF4(double_quant, compute_dtype, saved.get("llm_int8_skip_modules") or ())
 
 
 def _fill(model: Model, tensors: Mapping[str, Tensor], elsewhere: set[str]) -> list[str]:
@@ -178,8 +173,7 @@ def _fill(model: Model, tensors: Mapping[str, Tensor], elsewhere: set[str]) -> l
 def _torn(layer: Linear4bit, name: str, pieces: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with the pieces of one packed weight."""
     needed = {"", "absmax", "quant_map", STATE}
-    if layer.weight.compress_statistics:
-        needed |= {"nested_absmax", "nested_quant_map"}
+    needed |= {"nested_absmax", "nested_quant_map"} if layer.weight.compress_statistics else set()
     full = {piece: f"{name}.weight.{piece}".removesuffix(".") for piece in needed | pieces.keys()}
     problems = [f"{full[piece]} is missing" for piece in sorted(needed - pieces.keys())]
     problems += [f"{full[piece]} is unexpected" for piece in sorted(pieces.keys() - needed)]

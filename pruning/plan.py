@@ -1,4 +1,4 @@
-"""What goes: chosen by measured importance to a budget, or named by hand; as JSON and as a picture of the stack.
+"""What goes: chosen by measured importance to a budget, or named by hand; as JSON.
 
 Hierarchical position pruning (HierarchicalPrune, arXiv 2508.04663) protects early blocks. The paper's printed score,
 read literally, prunes the earlier of two equally important blocks first, and its released code weights no positions at
@@ -14,12 +14,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from align.common.errors import UserError
-from pruning import plots
 from pruning.graph import BlockGraph
 from rewards.common.files import write_text
 
@@ -49,17 +48,19 @@ class Budget:
 
     def check(self) -> list[str]:
         """Everything that is wrong with it, in words."""
-        given = [name for name in ("parameters", "bytes", "latency") if getattr(self, name) is not None]
-        wrong = [] if len(given) == 1 else [f"give one of parameters, bytes and latency, not {' and '.join(given)}"]
-        wrong = ["give one of parameters, bytes and latency"] if not given else wrong
-        wrong += [
-            f"{name} is {getattr(self, name)}; expected more than 0" for name in given if getattr(self, name) <= 0
-        ]
+        given = [name for name, value in asdict(self).items() if value is not None and name != "bits"]
+        several = f", not {' and '.join(given)}" if given else ""
+        wrong = [] if len(given) == 1 else [f"give one of parameters, bytes and latency{several}"]
+        values = {name: getattr(self, name) for name in (*given, "bits")}
+        wrong += [f"{name} is {value}; expected more than 0" for name, value in values.items() if value <= 0]
         if self.latency is not None and self.latency >= 1:
             wrong.append(f"latency is {self.latency}; expected a share below 1")
-        if self.bits <= 0:
-            wrong.append(f"bits is {self.bits}; expected more than 0")
         return [f"budget: {text}" for text in wrong]
+
+    def asked(self) -> dict[str, float]:
+        """The one that is given, and the bits where it depends on them."""
+        names = ("bytes", "bits") if self.bytes is not None else ("parameters", "latency")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def missing(self, graph: BlockGraph, drop: Iterable[str], seconds: Mapping[str, float]) -> float:
         """What has to go beside ``drop``, in parameters or seconds; 0 or less where ``drop`` is enough. ``seconds`` is
@@ -139,10 +140,6 @@ class Plan:
             f"{self.before - self.after:,} of {self.before:,} parameters ({share:.1%}); {len(self.frozen)} blocks "
             f"frozen, {len(self.healing)} heal"
         )
-
-    def picture(self, path: Path) -> None:
-        """Write a PNG of the block stack: what goes, what is frozen, what heals."""
-        plots.stack(self, path)
 
 
 def from_ranges(graph: BlockGraph, text: str, model: str = "") -> Plan:
@@ -243,7 +240,7 @@ def to_budget(
     if missing > 0:
         share = 1 - graph.parameters(chosen) / graph.parameters()
         slow = f" and {sum(times[n] for n in chosen) / times['denoiser']:.1%} of its time" if budget.latency else ""
-        asked = " at ".join(f"{name} {value:g}" for name, value in _asked_for(budget).items())
+        asked = " at ".join(f"{name} {value:g}" for name, value in budget.asked().items())
         rest = f"{graph.parameters(chosen) * budget.bits / 8:,.0f} bytes at {budget.bits:g} bits"
         raise UserError(
             f"budget: {asked} is out of reach: all {len(chosen)} blocks and parts that may go together are "
@@ -253,13 +250,7 @@ def to_budget(
         fewer = chosen - set(unit.split("+"))
         if not graph.check(fewer) and budget.missing(graph, fewer, times) <= 0:
             chosen = fewer
-    return make_plan(graph, chosen, model, _asked_for(budget), position_weighting, prices)
-
-
-def _asked_for(budget: Budget) -> dict[str, float]:
-    if budget.bytes is not None:
-        return {"bytes": budget.bytes, "bits": budget.bits}
-    return {name: value for name, value in asdict(budget).items() if value is not None and name != "bits"}
+    return make_plan(graph, chosen, model, budget.asked(), position_weighting, prices)
 
 
 def make_plan(
@@ -270,10 +261,7 @@ def make_plan(
     position_weighting: bool = True,
     scores: Mapping[str, float] | None = None,
 ) -> Plan:
-    drop = list(drop)
-    if wrong := graph.check(drop):
-        raise UserError("cannot prune: " + "; ".join(wrong))
-    dropped = _ordered(graph, drop)
+    dropped = tuple(graph.ordered(graph.need(drop)))
     first = min((graph[name].position for name in dropped), default=len(graph.blocks))
     parts = [graph[name] for name in dropped if graph[name].part_of]
     sizes = {block.name: block.parameters for block in [*graph.blocks, *parts]}
@@ -289,10 +277,3 @@ def make_plan(
         position_weighting=position_weighting,
         scores=dict(scores or {}),
     )
-
-
-def _ordered(graph: BlockGraph, names: Sequence[str]) -> tuple[str, ...]:
-    order = {
-        b.name: k for k, b in enumerate(b for whole in graph.blocks for b in (whole, *graph.components(whole.name)))
-    }
-    return tuple(sorted(set(names), key=order.__getitem__))

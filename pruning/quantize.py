@@ -28,7 +28,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from align.common.errors import UserError
 from align.families import LORA_FILE
-from pruning.linear4bit import Bytes, bytes_of, pack
+from pruning.linear4bit import bytes_of, pack
 from pruning.nf4 import NF4
 
 DEFAULT = NF4()
@@ -60,8 +60,8 @@ class Report:
 
     architecture: str
     layers: tuple[Layer, ...]
-    before: Bytes
-    after: Bytes
+    before: int
+    after: int
 
     @property
     def quantised(self) -> tuple[Layer, ...]:
@@ -73,13 +73,13 @@ class Report:
 
     def __str__(self) -> str:
         done, weights = self.quantised, sum(layer.weights for layer in self.layers)
-        lines = [
-            f"{self.architecture}: {len(done)} of {len(self.layers)} Linears quantised, "
-            f"{sum(layer.weights for layer in done) / weights:.1%} of their weights; "
-            f"{self.before.total:,} bytes before, {self.after.total:,} after",
-            *(f"  kept {layer.name} ({layer.weights:,}): {layer.kept}" for layer in self.kept),
-        ]
-        return "\n".join(lines)
+        share = sum(layer.weights for layer in done) / weights
+        first = (
+            f"{self.architecture}: {len(done)} of {len(self.layers)} Linears quantised, {share:.1%} of their weights; "
+            f"{self.before:,} bytes before, {self.after:,} after"
+        )
+        kept = [f"  kept {layer.name} ({layer.weights:,}): {layer.kept}" for layer in self.kept]
+        return "\n".join([first, *kept])
 
 
 # which layers
@@ -90,13 +90,12 @@ def choose(module: Model, settings: NF4 = DEFAULT) -> tuple[Layer, ...]:
     which is why the list of what it keeps by itself (T5's ``wo``) is added. Raises :class:`UserError`
     with everything that stands against it.
     """
-    problems = _against(module)
-    if problems:
+    if problems := _against(module):
         raise UserError(f"cannot quantize {type(module).__name__}: " + "; ".join(problems))
     reasons = {entry: f"{entry!r} is on the skip list" for entry in skip_list(module, settings)}
     library = module._keep_in_fp32_modules or ()
     reasons |= {entry: f"its library keeps {entry!r} in full precision" for entry in library}
-    layers = tuple(Layer(*linear) for linear in split(module, reasons))
+    layers = tuple(split(module, reasons))
     if idle := unnamed(settings, module):
         raise UserError(f"skip: {', '.join(map(repr, idle))} names no Linear of {type(module).__name__}")
     if not any(layer.kept is None for layer in layers):
@@ -144,15 +143,15 @@ def _against(module: nn.Module) -> list[str]:
     return problems
 
 
-def split(module: Model, reasons: Mapping[str, str]) -> Iterator[tuple[str, int, str | None]]:
-    """Name, weights and reason (None: quantised) of every Linear."""
+def split(module: Model, reasons: Mapping[str, str]) -> Iterator[Layer]:
+    """Every Linear, kept for the reason of the first entry of ``reasons`` that names it."""
     for name, linear in module.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
         kept = next((reason for entry, reason in reasons.items() if _names(module, entry, name)), None)
         if kept is None and isinstance(module, PreTrainedModel) and type(linear) is not nn.Linear:
             kept = f"a {type(linear).__name__}, which transformers leaves alone"
-        yield name, linear.weight.numel(), kept
+        yield Layer(name, linear.weight.numel(), kept)
 
 
 def _names(module: Model, entry: str, name: str) -> bool:

@@ -38,7 +38,7 @@ class Compress:
         num_inference_steps: sampler steps of calibration; null is the pipeline's own default.
         guidance_scale: guidance scale of calibration; null is the pipeline's own default.
         seed: of calibration's noise.
-        batch_size: calibration pictures at once.
+        batch_size: calibration images at once.
         reward: rewards whose weighted sum is measured for its drop, where ``measure`` is ``drop``.
         measure: what decides: the ``drop`` of the reward, the ``mse`` of the output, or the ``cosine`` of what goes in
             and out of a block.

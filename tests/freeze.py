@@ -43,6 +43,7 @@ DATA = Path(__file__).resolve().parent / "v0_1"
 EXPECTED: dict[str, str] = {
     "objective.init_args.reference": "every objective that has a reference may have the weights the run starts from",
     "objective.init_args.update.init_args.reference": "the same",
+    "flow_grpo_smoke.yaml[1]": "the rows of a group whose rewards are equal do not train: they would dilute the rest",
 }
 # a metric's old name -> its new name
 RENAMED_METRICS: dict[str, str] = {
@@ -394,7 +395,8 @@ def check_losses(names: Sequence[str] | None = None) -> list[str]:
             except RuntimeError as error:
                 found.append(str(error))
                 continue
-            found += [f"{name}{text}" for text in differences(renamed(old["runs"][name]), new, exact)]
+            texts = [f"{name}{text}" for text in differences(renamed(old["runs"][name]), new, exact)]
+            found += [text for text in texts if text.partition("]")[0] + "]" not in EXPECTED]
     return found
 
 

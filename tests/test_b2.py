@@ -1,4 +1,4 @@
-"""B²-DiffuRL: invariants I1 to I8 of the method, over both update rules."""
+"""B²-DiffuRL: its schedule, branches, selection, statistics and cost, over both update rules."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gradient(steps: int = 4, branches: int = 3, guidance_scale: float = 1.0, **m
     return PolicyGradient(Sampler(steps, guidance_scale, batch_size=4), branches, **more)
 
 
-def test_i1_the_schedule() -> None:
+def test_trained_steps_grow_with_the_stage_as_the_official_schedule() -> None:
     objective = B2DiffuRL(PolicyGradient(Sampler(20)))
     found = Counter(len(objective.interval(stage)) for stage in range(100))
     assert found == {14: 15, 15: 14, 16: 14, 17: 15, 18: 14, 19: 14, 20: 14}
@@ -45,7 +45,7 @@ def test_i1_the_schedule() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", [0, 3])
-def test_i2_branches_share_the_prefix_and_nothing_after_it(tiny: Build, kind: str, stage: int) -> None:
+def test_branches_share_the_prefix_and_nothing_after_it(tiny: Build, kind: str, stage: int) -> None:
     """What is kept begins where they fork: bitwise one state. The last stage forks at the noise."""
     objective, policy = B2DiffuRL(gradient(), **FEW), moved(tiny, kind)
     _, table = rolled(objective, policy, prompts=3, step=stage)
@@ -72,7 +72,7 @@ def test_the_prefix_is_the_sampler_of_the_update(tiny: Build, kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
-def test_i3_without_either_part_it_is_the_update_alone(tiny: Build, kind: str) -> None:
+def test_without_either_part_it_is_the_update_alone(tiny: Build, kind: str) -> None:
     """No branches, all steps: the pictures, rows and densities of PolicyGradient, bit for bit. Advantages are B2's own
     statistics (ddof 1, with history); with one prompt and no history they are DDPO's batch ones up to sqrt(n / (n-1)),
     and the loss with equal advantages is equal."""
@@ -92,7 +92,7 @@ def test_i3_without_either_part_it_is_the_update_alone(tiny: Build, kind: str) -
     assert loss == weighted
 
 
-def test_i4_equal_rewards_select_nothing(tiny: Build) -> None:
+def test_equal_rewards_select_nothing(tiny: Build) -> None:
     flat = Scorer({"flat": Flat()}, {"flat": 1.0})
     for update in (gradient(), D3PO(Sampler(4, 1.0), 3)):
         objective = B2DiffuRL(update, first=2, threshold_worst=0.0)
@@ -103,7 +103,7 @@ def test_i4_equal_rewards_select_nothing(tiny: Build) -> None:
 
 
 @pytest.mark.parametrize("rule", ["PolicyGradient", "D3PO"])
-def test_i4_a_run_of_equal_rewards_updates_nothing_and_ends(
+def test_a_run_of_equal_rewards_updates_nothing_and_ends(
     tiny_folders: dict[str, Path], tmp_path: Path, rule: str
 ) -> None:
     update = {
@@ -120,7 +120,7 @@ def test_i4_a_run_of_equal_rewards_updates_nothing_and_ends(
     assert all(line["step"] == 0 and line["rollout/selected_share"] == 0 for line in logged)
 
 
-def test_i5_the_best_and_the_worst_where_they_pass() -> None:
+def test_the_best_and_the_worst_are_selected_where_they_pass() -> None:
     objective = B2DiffuRL(gradient(), first=2, threshold_best=0.5, threshold_worst=0.7)
     scores = torch.tensor([0.2, 0.5, 0.4, -0.8, 2.0, 1.0, -0.7, 0.4, -0.2, -0.71, -0.9, -0.8])
     groups = torch.arange(12) // 3
@@ -130,7 +130,7 @@ def test_i5_the_best_and_the_worst_where_they_pass() -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
-def test_i5_a_rollout_keeps_at_most_two_of_a_group(tiny: Build, kind: str) -> None:
+def test_a_rollout_keeps_at_most_two_of_a_group(tiny: Build, kind: str) -> None:
     thresholds = {"threshold_best": 0.6, "threshold_worst": 0.9}
     objective = B2DiffuRL(gradient(branches=5), first=2, **thresholds)
     ctx, table = rolled(objective, moved(tiny, kind), prompts=4)
@@ -181,7 +181,7 @@ def test_d3po_trains_the_pairs_on_the_trained_steps(tiny: Build, kind: str) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", [gradient, D3PO])
-def test_i6_only_the_interval_is_trained(tiny: Build, kind: str, rule: Any) -> None:
+def test_only_the_interval_is_trained(tiny: Build, kind: str, rule: Any) -> None:
     policy = moved(tiny, kind)
     objective = B2DiffuRL(gradient() if rule is gradient else D3PO(Sampler(4, 1.0), 3), **FEW)
     ctx, table = rolled(objective, policy, prompts=3)
@@ -193,7 +193,7 @@ def test_i6_only_the_interval_is_trained(tiny: Build, kind: str, rule: Any) -> N
         assert abs(metrics["ratio_max"] - 1) < 1e-4
 
 
-def test_i7_statistics_are_of_this_stage_and_eight_before() -> None:
+def test_statistics_are_of_this_stage_and_eight_before() -> None:
     """Against numpy, through a checkpoint on the way."""
     objective = B2DiffuRL(gradient(), first=2)
     rng, past = np.random.default_rng(0), []
@@ -225,7 +225,7 @@ def test_a_prompt_seen_once_or_always_the_same_has_no_advantage() -> None:
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("branches", [True, False])
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_i8_a_rollout_costs_a_prefix_and_b_branches(
+def test_a_rollout_costs_a_prefix_and_b_branches(
     tiny: Build, stage: int, branches: bool, guidance_scale: float
 ) -> None:
     """(M/b) ((N - k) + b k) evaluations, counted at the network; twice that with guidance."""
@@ -242,7 +242,7 @@ def test_i8_a_rollout_costs_a_prefix_and_b_branches(
     assert policy.evaluations["frozen"] == heard.rows(False)
 
 
-def test_i8_at_the_official_settings() -> None:
+def test_a_rollouts_cost_at_the_official_settings() -> None:
     objective = B2DiffuRL(PolicyGradient(Sampler(20, 5.0), 5))
     assert objective.evaluations(1280 // 5, stage=0) == 38_912
     assert objective.evaluations(1280 // 5, stage=99) == 51_200

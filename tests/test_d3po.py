@@ -1,4 +1,4 @@
-"""D3PO: invariants I1 to I8 of the method, preferences from several rewards, and what a rollout asks the network."""
+"""D3PO: the loss and its bounds, the reference, preferences from several rewards, what a rollout asks the network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = ("epsilon", "v", "flow")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [LoRA(2), None])
-def test_i1_starts_at_ln_2(tiny: Build, kind: str, lora: LoRA | None) -> None:
+def test_the_loss_starts_at_ln_2(tiny: Build, kind: str, lora: LoRA | None) -> None:
     torch.manual_seed(0)
     policy, objective = Policy(tiny(kind), lora), D3PO(Sampler(3, 2.0))
     ctx, table = rolled(objective, policy)
@@ -42,7 +42,7 @@ def test_i1_starts_at_ln_2(tiny: Build, kind: str, lora: LoRA | None) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.3, 3.0])
-def test_i2_the_clamp_bounds_the_loss(tiny: Build, scale: float) -> None:
+def test_the_clamp_bounds_the_loss(tiny: Build, scale: float) -> None:
     """|argument| <= 0.1 (ln 1.1 - ln 0.9): the sigmoid never leaves its straight part, whatever the weights."""
     torch.manual_seed(0)
     policy, objective = Policy(tiny("epsilon"), LoRA(2)), D3PO(Sampler(3, 1.0))
@@ -56,7 +56,7 @@ def test_i2_the_clamp_bounds_the_loss(tiny: Build, scale: float) -> None:
         assert metrics["clip_fraction"] > 0.5
 
 
-def test_i2_the_bounds_are_reached() -> None:
+def test_the_bounds_are_reached() -> None:
     toy, objective = Toy(3.0), D3PO(Sampler(1, 1.0, Fixed(1.0)))
     y = torch.tensor([[3.0], [-3.0]], dtype=torch.float64)
     rows = pairs_of(toy, objective, y, torch.tensor([[0, 1], [1, 0]]))
@@ -68,7 +68,7 @@ def pairs_of(toy: Toy, objective: D3PO, y: Tensor, pairs: Tensor) -> D3PORows:
     return objective.rows_of(toy.context(len(y)), toy.trajectories(y), pairs, {})
 
 
-def test_i3_ties_make_no_rows_and_order_does_not_matter(tiny: Build) -> None:
+def test_ties_make_no_rows_and_order_does_not_matter(tiny: Build) -> None:
     policy, objective = moved(tiny, "epsilon"), D3PO(Sampler(2, 1.0))
     ctx, table = rolled(objective, policy, scorer=Scorer({"flat": Flat()}, {"flat": 1.0}))
     assert len(table) == 0 and table.metrics["tie_share"] == 1
@@ -83,7 +83,7 @@ def test_i3_ties_make_no_rows_and_order_does_not_matter(tiny: Build) -> None:
     assert gradients(policy, equal).abs().max() < 1e-6
 
 
-def test_i3_which_of_the_two_comes_first_does_not_matter() -> None:
+def test_which_of_the_two_comes_first_does_not_matter() -> None:
     toy, objective = Toy(0.3, anchor=0.25), D3PO(Sampler(1, 1.0, Fixed(0.5)))
     y = torch.tensor([[0.9, 0.1], [-0.4, 0.2]], dtype=torch.float64)
     one, _ = objective.loss(toy.context(2), pairs_of(toy, objective, y, torch.tensor([[0, 1]])))
@@ -93,7 +93,7 @@ def test_i3_which_of_the_two_comes_first_does_not_matter() -> None:
 
 @pytest.mark.parametrize("outside", [0.6, 1.6])
 @pytest.mark.parametrize("side", ["winner", "loser"])
-def test_i4_outside_the_band_a_member_has_no_gradient_at_all(outside: float, side: str) -> None:
+def test_outside_the_band_a_member_has_no_gradient_at_all(outside: float, side: str) -> None:
     """In both directions, unlike PPO's min. The other member, inside the band, keeps its own."""
     inside = 1.02
     toy, objective = Toy(0.3), D3PO(Sampler(1, 1.0, Fixed(0.5)))
@@ -116,7 +116,7 @@ def test_i4_outside_the_band_a_member_has_no_gradient_at_all(outside: float, sid
     assert nothing == 0
 
 
-def test_i6_the_optimum_of_a_toy() -> None:
+def test_the_optimum_of_a_toy() -> None:
     """a, b ~ N(mu, s^2), P(a over b) = sigmoid(k (a - b)): the best shift from the reference is k s^2 / beta."""
     mu, std, k, beta, count = 0.5, 0.8, 2.0, 16.0, 40_000
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +139,7 @@ def test_i6_the_optimum_of_a_toy() -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
-def test_i7_members_share_noise_and_step(tiny: Build, kind: str) -> None:
+def test_members_share_noise_and_step(tiny: Build, kind: str) -> None:
     policy, objective = moved(tiny, kind), D3PO(Sampler(3, 1.0), images_per_prompt=3)
     _, table = rolled(objective, policy)
     latents = table.trajectories.latents
@@ -156,7 +156,7 @@ def test_i7_members_share_noise_and_step(tiny: Build, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [LoRA(2), None])
-def test_i8_the_reference_is_a_deep_copy_of_the_start(tiny: Build, kind: str, lora: LoRA | None) -> None:
+def test_the_reference_is_a_deep_copy_of_the_start(tiny: Build, kind: str, lora: LoRA | None) -> None:
     family, objective = tiny(kind), D3PO(Sampler(2, 2.0))
     torch.manual_seed(0)
     frozen = copy.deepcopy(family.denoiser)

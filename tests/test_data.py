@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from align.common.errors import DataError
-from align.data import encoding, latent_cache, preferences
-from align.data.dataset import shuffled
-from align.data.encoding import cut
-from align.data.preferences import EncodedPairs, PairBatch, PreferencePairs, read_pairs
+from align.data import captioned, latent_cache
+from align.data.dataset import ExampleSet, Setup, shuffled
+from align.data.latent_cache import EncodedDataset, cut
+from align.data.preferences import PairBatch, PreferencePairs
 from align.data.prompts import Prompts, read_prompts
 from align.families import Conditioning
 from rewards.data.images import UnreadableError, decode
@@ -93,13 +93,22 @@ def places(drawn: list[Drawn], tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (latent_cache, preferences):
-        monkeypatch.setattr(module, "SHARD", 4)
-    monkeypatch.setattr(encoding, "TEXTS", 3)
+def small_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(latent_cache, "SHARD", 4)
+    monkeypatch.setattr(latent_cache, "TEXTS", 3)
+    monkeypatch.setattr(captioned, "CACHE", str(tmp_path / "default-cache"))
 
 
-def whole(pairs: EncodedPairs, variants: Sequence[int] | None = None) -> PairBatch:
+def read_pairs(path: Path | str, **options: Any) -> ExampleSet:
+    return PreferencePairs(str(path), **options).read()
+
+
+def quiet(family: Any, *shares: Any) -> Setup:
+    """What a run gives its data, without a bar: ``shares`` are seed, process and number of processes."""
+    return Setup(family, *shares, progress=False)
+
+
+def whole(pairs: EncodedDataset, variants: Sequence[int] | None = None) -> PairBatch:
     return pairs.batch(range(len(pairs)), variants)
 
 
@@ -138,15 +147,15 @@ def test_every_layout_holds_the_same_pairs(name: str, places: dict[str, Path], d
     assert [pair.caption for pair in found.items] == [pair.caption for pair in drawn]
     assert [pair.id for pair in found.items] == list(range(COUNT))
     for pair, true in zip(found.items, drawn, strict=True):
-        assert pair.chosen.read().tobytes() == decode(true.chosen).tobytes()
-        assert pair.rejected.read().tobytes() == decode(true.rejected).tobytes()
+        assert pair.images[0].read().tobytes() == decode(true.chosen).tobytes()
+        assert pair.images[1].read().tobytes() == decode(true.rejected).tobytes()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_encodes_the_same(name: str, places: dict[str, Path], tmp_path: Path) -> None:
     def batch(path: Path) -> PairBatch:
         pairs = PreferencePairs(str(path), random_flip=True, center_crop=False, variants=2, cache_dir=str(tmp_path))
-        return whole(pairs.prepare(Tiny(), seed=5, progress=False), [0, 1] * 5)
+        return whole(pairs.prepare(quiet(Tiny(), 5)), [0, 1] * 5)
 
     one = batch(places[name])
     assert one.latents.shape == (COUNT, 2, 3, 4, 4)
@@ -155,7 +164,7 @@ def test_every_layout_encodes_the_same(name: str, places: dict[str, Path], tmp_p
 
 
 def test_latents_are_winner_first(places: dict[str, Path], drawn: list[Drawn], tmp_path: Path) -> None:
-    batch = PreferencePairs(str(places["hpdv2"]), cache_dir=str(tmp_path)).prepare(Tiny()).batch([7, 2])
+    batch = PreferencePairs(str(places["hpdv2"]), cache_dir=str(tmp_path)).prepare(quiet(Tiny())).batch([7, 2])
     views = [cut(decode(data), 16, 0.5, 0.5, False) for data in (drawn[7].chosen, drawn[7].rejected)]
     assert torch.equal(batch.latents[0], Tiny().to_latent(torch.stack(views).float() / 255))
     assert batch.ids == [7, 2]
@@ -200,13 +209,13 @@ def test_w_l_folders_and_csv_and_hpdv3_and_columns(places: dict[str, Path], draw
     }
     readings = [
         read_pairs(tmp_path / "kohya"),
-        read_pairs(csv, image_root=places["imagefolder"]),
-        read_pairs(tmp_path / "v3.json", image_root=places["imagefolder"]),
+        read_pairs(csv, image_root=str(places["imagefolder"])),
+        read_pairs(tmp_path / "v3.json", image_root=str(places["imagefolder"])),
         read_pairs(table(tmp_path / "columns.parquet", **columns)),
     ]
     for found in readings:
-        assert (found[0].caption, found[0].chosen.data()) == ("thing 0", drawn[0].chosen)
-        assert found[0].rejected.data() == drawn[0].rejected
+        assert (found[0].caption, found[0].images[0].data()) == ("thing 0", drawn[0].chosen)
+        assert found[0].images[1].data() == drawn[0].rejected
 
 
 def test_a_ranked_record_gives_every_pair(tmp_path: Path) -> None:
@@ -215,7 +224,7 @@ def test_a_ranked_record_gives_every_pair(tmp_path: Path) -> None:
     record = {"prompt": "p", "image_path": ["0.png", "1.png", "2.png"], "rank": [2, 1, 2]}
     (tmp_path / "test.json").write_text(json.dumps([record]))
     found = read_pairs(tmp_path, split="test")
-    assert [(pair.id, pair.chosen.file.name, pair.rejected.file.name) for pair in found.items] == [
+    assert [(pair.id, pair.images[0].file.name, pair.images[1].file.name) for pair in found.items] == [
         (0, "1.png", "0.png"),
         (2, "1.png", "2.png"),
     ]
@@ -227,7 +236,7 @@ def test_ties_are_dropped_and_counted_or_refused(tmp_path: Path) -> None:
     one, two = [noise(1)] * 3, [noise(2)] * 3
     file = table(tmp_path / "a.parquet", caption=["a", "b", "c"], jpg_0=one, jpg_1=two, label_0=[0.0, 0.5, 1.0])
     found = read_pairs(file)
-    assert [(pair.id, pair.chosen.column) for pair in found.items] == [(0, "jpg_1"), (2, "jpg_0")]
+    assert [(pair.id, pair.images[0].column) for pair in found.items] == [(0, "jpg_1"), (2, "jpg_0")]
     assert found.ties == 1
     with pytest.raises(DataError, match="row 1 is a tie"):
         read_pairs(file, ties="error")
@@ -241,8 +250,8 @@ def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
     before = pa.total_allocated_bytes()
     found = read_pairs(file)
     for index in (0, 1, 399, 5, 200):
-        assert found[index].chosen.data() == blobs[index]
-        assert found[index].rejected.data() == blobs[399 - index]
+        assert found[index].images[0].data() == blobs[index]
+        assert found[index].images[1].data() == blobs[399 - index]
         assert pa.total_allocated_bytes() - before < 8_000_000  # of 16 MB
 
 
@@ -284,10 +293,10 @@ def test_bad_rows_are_reported_and_stop_a_run(tmp_path: Path) -> None:
         (tmp_path / f"{index}.png").write_bytes(noise(index))
     good = {"text": "fine", "chosen": "0.png", "rejected": "1.png"}
     rows = [good, good | {"text": " "}, "{broken\n", good | {"chosen": "gone.png"}, {"text": "x", "chosen": "0.png"}]
-    file, report = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "report" / "bad.jsonl"
-    with pytest.raises(DataError, match=r"4 of 5 rows are unusable, listed in .*bad\.jsonl.*[\s\S]*empty caption"):
-        read_pairs(file, report=report)
-    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    file = jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"4 of 5 rows are unusable, listed in .*bad-rows-a-.*[\s\S]*empty caption"):
+        read_pairs(file)
+    lines = [json.loads(line) for line in PreferencePairs(str(file)).report.read_text().splitlines()]
     assert [line["row"] for line in lines] == [1, 2, 3, 4]
     assert lines[1]["source"].endswith("a.jsonl:3")
     wanted = ("empty caption", "not a JSON object", "no such file", "must be paths")
@@ -305,14 +314,14 @@ def test_pictures_that_cannot_be_read_are_found_before_training(tmp_path: Path) 
     file = table(tmp_path / "a.parquet", caption=captions, jpg_0=one, jpg_1=two, label_0=[1.0] * 6)
     strict = PreferencePairs(str(file), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(DataError, match="4 of 6 rows are unusable"):
-        strict.prepare(Tiny(), progress=False)
+        strict.prepare(quiet(Tiny()))
     lines = [json.loads(line) for line in strict.report.read_text().splitlines()]
     assert [line["row"] for line in lines] == [1, 2, 3, 5]
     assert "jpg_0: not a readable image" in lines[0]["reason"]
     assert "the same" in lines[1]["reason"]
     assert "found nothing" in lines[3]["reason"]
     family = Tiny()
-    kept = PreferencePairs(str(file), max_bad_share=0.7, cache_dir=str(tmp_path / "cache")).prepare(family)
+    kept = PreferencePairs(str(file), max_bad_share=0.7, cache_dir=str(tmp_path / "cache")).prepare(quiet(family))
     assert kept.ids == [0, 4]
     assert kept.batch([1]).captions == ["last"]
     assert family.pictures == family.texts == 0, "a repaired setting must not encode again"
@@ -324,41 +333,36 @@ def test_latents_must_be_finite(places: dict[str, Path], tmp_path: Path) -> None
             return super().to_latent(images) / 0
 
     with pytest.raises(DataError, match="not finite"):
-        PreferencePairs(str(places["parquet"]), cache_dir=str(tmp_path)).prepare(Overflowing(), progress=False)
+        PreferencePairs(str(places["parquet"]), cache_dir=str(tmp_path)).prepare(quiet(Overflowing()))
 
 
 # cache
 def test_nothing_is_encoded_twice(places: dict[str, Path], tmp_path: Path) -> None:
     pairs = PreferencePairs(str(places["pairs"]), cache_dir=str(tmp_path))
     first, second = Tiny(), Tiny()
-    one = whole(pairs.prepare(first, seed=1, progress=False))
-    two = whole(pairs.prepare(second, seed=2, progress=False))
+    one = whole(pairs.prepare(quiet(first, 1)))
+    two = whole(pairs.prepare(quiet(second, 2)))
     assert (first.pictures, first.texts) == (2 * COUNT, 8)
     assert (second.pictures, second.texts) == (0, 0), "without randomness the seed does not matter"
     assert same(one, two)
-    index = json.loads(next(tmp_path.glob("pairs/*/index.json")).read_text())
-    assert index["layout"].startswith("pairs")
-    assert len(index["pairs"]) == COUNT
-    assert len(index["captions"]) == 8
 
 
 def test_an_interrupted_run_goes_on_where_it_was(places: dict[str, Path], tmp_path: Path) -> None:
     pairs = PreferencePairs(str(places["pairs"]), cache_dir=str(tmp_path / "a"))
     with pytest.raises(KeyboardInterrupt):
-        pairs.prepare(Tiny(stop_after=10), progress=False)
+        pairs.prepare(quiet(Tiny(stop_after=10)))
     assert len(list(tmp_path.glob("a/pairs/*/latents-*.safetensors"))) == 1
-    assert not list(tmp_path.glob("a/pairs/*/index.json"))
     family = Tiny()
-    resumed = whole(pairs.prepare(family, progress=False))
+    resumed = whole(pairs.prepare(quiet(family)))
     assert family.pictures == 2 * (COUNT - 4)
-    fresh = PreferencePairs(str(places["pairs"]), cache_dir=str(tmp_path / "b")).prepare(Tiny(), progress=False)
+    fresh = PreferencePairs(str(places["pairs"]), cache_dir=str(tmp_path / "b")).prepare(quiet(Tiny()))
     assert same(resumed, whole(fresh))
 
 
 def test_damaged_and_foreign_files_are_made_again(places: dict[str, Path], tmp_path: Path) -> None:
     pairs = PreferencePairs(str(places["pairs"]), cache_dir=str(tmp_path))
-    before = whole(pairs.prepare(Tiny(), progress=False))
-    other = PreferencePairs(str(places["pairs"]), limit=4, cache_dir=str(tmp_path)).prepare(Tiny(), progress=False)
+    before = whole(pairs.prepare(quiet(Tiny())))
+    other = PreferencePairs(str(places["pairs"]), limit=4, cache_dir=str(tmp_path)).prepare(quiet(Tiny()))
     assert len(other) == 4
     folder = next(file.parent for file in tmp_path.glob("pairs/*/latents-00001.safetensors"))
     small = next(f.parent for f in tmp_path.glob("pairs/*/latents-00000.safetensors") if f.parent != folder)
@@ -368,7 +372,7 @@ def test_damaged_and_foreign_files_are_made_again(places: dict[str, Path], tmp_p
     next(tmp_path.glob("captions/*/conds-00001.safetensors")).unlink()
     (folder / "latents-00002.safetensors.1.tmp").write_bytes(b"left by a killed run")
     family = Tiny()
-    assert same(before, whole(pairs.prepare(family, progress=False)))
+    assert same(before, whole(pairs.prepare(quiet(family))))
     assert (family.pictures, family.texts) == (2 * (4 + 4), 4)
 
 
@@ -377,7 +381,7 @@ def test_what_an_encoding_depends_on_makes_another_cache(drawn: list[Drawn], tmp
     pick_a_pic(drawn, file, seed=0)
 
     def work(family: Tiny, seed: int = 0, **options: Any) -> tuple[int, int]:
-        PreferencePairs(str(file), cache_dir=str(tmp_path / "c"), **options).prepare(family, seed, progress=False)
+        PreferencePairs(str(file), cache_dir=str(tmp_path / "c"), **options).prepare(quiet(family, seed))
         return family.pictures, family.texts
 
     crop, pictures, captions = {"center_crop": False}, 2 * COUNT, 8
@@ -396,8 +400,8 @@ def test_what_an_encoding_depends_on_makes_another_cache(drawn: list[Drawn], tmp
 
 def test_half_precision_models_have_half_precision_caches(places: dict[str, Path], tmp_path: Path) -> None:
     pairs = PreferencePairs(str(places["pairs"]), cache_dir=str(tmp_path))
-    assert whole(pairs.prepare(Tiny(dtype=torch.bfloat16), progress=False)).latents.dtype == torch.bfloat16
-    assert whole(pairs.prepare(Tiny(), progress=False)).latents.dtype == torch.float32
+    assert whole(pairs.prepare(quiet(Tiny(dtype=torch.bfloat16)))).latents.dtype == torch.bfloat16
+    assert whole(pairs.prepare(quiet(Tiny()))).latents.dtype == torch.float32
 
 
 def test_ranks_share_the_work(places: dict[str, Path], tmp_path: Path) -> None:
@@ -409,7 +413,7 @@ def test_ranks_share_the_work(places: dict[str, Path], tmp_path: Path) -> None:
 
     def run(rank: int) -> None:
         pairs = PreferencePairs(str(places["parquet"]), cache_dir=str(tmp_path / "two"))
-        ready = pairs.prepare(families[rank], 0, rank, 2, False, wait)
+        ready = pairs.prepare(Setup(families[rank], 0, rank, 2, False, wait))  # type: ignore[arg-type]
         results[rank] = whole(ready)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
@@ -417,7 +421,7 @@ def test_ranks_share_the_work(places: dict[str, Path], tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    alone = PreferencePairs(str(places["parquet"]), cache_dir=str(tmp_path / "one")).prepare(Tiny(), progress=False)
+    alone = PreferencePairs(str(places["parquet"]), cache_dir=str(tmp_path / "one")).prepare(quiet(Tiny()))
     assert same(results[0], whole(alone))
     assert same(results[1], whole(alone))
     assert [family.pictures for family in families] == [2 * (4 + 2), 2 * 4]
@@ -433,7 +437,7 @@ def test_a_pair_shares_crop_and_flip(tmp_path: Path) -> None:
     pairs = PreferencePairs(
         str(file), center_crop=False, random_flip=True, variants=4, cache_dir=str(tmp_path / "cache")
     )
-    ready = pairs.prepare(Tiny(), progress=False)
+    ready = pairs.prepare(quiet(Tiny()))
     views = torch.stack([whole(ready, [variant] * 6).latents for variant in range(4)])
     torch.testing.assert_close(views[:, :, 0] + views[:, :, 1], torch.ones_like(views[:, :, 0]))
     assert len({tuple(view[0].flatten().tolist()) for view in views[:, 0]}) == 4, "the variants are different views"

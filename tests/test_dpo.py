@@ -1,4 +1,4 @@
-"""Diffusion-DPO: invariants I1 to I9 of the method, for epsilon, v and flow, and the cost of a step."""
+"""Diffusion-DPO: the loss against the paper's formula, for epsilon, v and flow, and the cost of a step."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_is_the_paper_in_float64(tiny: Build, kind: str, space: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [LoRA(2), None])
-def test_i1_starts_at_ln_2(tiny: Build, kind: str, lora: LoRA | None) -> None:
+def test_the_loss_starts_at_ln_2(tiny: Build, kind: str, lora: LoRA | None) -> None:
     policy = Policy(tiny(kind), lora)
     loss, metrics = run(DPO(), policy)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
@@ -102,7 +102,7 @@ def test_i1_starts_at_ln_2(tiny: Build, kind: str, lora: LoRA | None) -> None:
         assert any(g.any() for g in grads.values())
 
 
-def test_i2_slope_in_delta() -> None:
+def test_the_slope_in_delta_is_that_of_the_formula() -> None:
     objective = DPO(beta=5000.0)
     delta = torch.tensor([0.0, 1e-4, -2e-4], dtype=torch.float64, requires_grad=True)
     preference_loss(-0.5 * objective.beta * delta, objective.loss_type, objective.beta).sum().backward()
@@ -112,7 +112,7 @@ def test_i2_slope_in_delta() -> None:
     assert delta.grad[0] == 1250
 
 
-def test_i3_swapping_the_pair(tiny: Build) -> None:
+def test_swapping_the_pair_adds_beta_half_delta_and_equal_members_teach_nothing(tiny: Build) -> None:
     policy, objective = moved(tiny, "epsilon"), DPO(beta=200.0)
     pairs = batch(policy)
     loss, metrics = run(objective, policy, pairs)
@@ -125,7 +125,7 @@ def test_i3_swapping_the_pair(tiny: Build) -> None:
     assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in policy.parameters())
 
 
-def test_i4_constant_shift(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constant_shift_gives_the_logit_in_closed_form(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shift d of the output gives logit = -(beta / D) d . (eps_ref(winner) - eps_ref(loser)), exactly."""
     policy, objective = Policy(tiny("epsilon"), LoRA(2)), DPO(beta=300.0, proportion_empty_prompts=0.0)
     shift = 0.3 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(8))
@@ -148,7 +148,7 @@ def test_i4_constant_shift(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("lora", [LoRA(2), None])
-def test_i5_training_leaves_the_reference_alone(tiny: Build, lora: LoRA | None) -> None:
+def test_training_leaves_the_reference_alone(tiny: Build, lora: LoRA | None) -> None:
     policy = Policy(tiny("flow"), lora)
     frozen = [p for p in policy.denoiser.parameters() if not p.requires_grad]
     if policy.weights.frozen is not None:
@@ -164,7 +164,7 @@ def test_i5_training_leaves_the_reference_alone(tiny: Build, lora: LoRA | None) 
 
 
 @pytest.mark.parametrize("kind", ["v", "flow"])
-def test_i6_epsilon_space_is_alpha_squared_native_space(tiny: Build, kind: str) -> None:
+def test_epsilon_space_is_alpha_squared_native_space(tiny: Build, kind: str) -> None:
     policy = moved(tiny, kind)
     family, t = policy.family, torch.full((3,), 400.0)
     alpha, sigma = family.path(t)
@@ -174,7 +174,7 @@ def test_i6_epsilon_space_is_alpha_squared_native_space(tiny: Build, kind: str) 
     torch.testing.assert_close(denoising_error(prediction, x0, eps, "epsilon"), alpha.square() * native)
 
 
-def test_i7_the_pair_shares_noise_time_and_dropped_caption(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pair_shares_noise_time_and_dropped_caption(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, objective = Policy(tiny("epsilon"), LoRA(2)), DPO(proportion_empty_prompts=0.5)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     call = policy.family.call
@@ -198,7 +198,7 @@ def test_i7_the_pair_shares_noise_time_and_dropped_caption(tiny: Build, monkeypa
     assert len(set(seen[0][1].tolist())) > 1
 
 
-def test_i8_sum_with_beta_over_d(tiny: Build) -> None:
+def test_a_sum_with_beta_over_d_is_the_mean(tiny: Build) -> None:
     policy = moved(tiny, "flow")
     mean, _ = run(DPO(beta=512.0), policy)
     total, _ = run(DPO(beta=512.0 / 256, reduction="sum"), policy)
@@ -207,7 +207,7 @@ def test_i8_sum_with_beta_over_d(tiny: Build) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_i9_chunks_average_to_the_batch(tiny: Build, kind: str) -> None:
+def test_chunks_average_to_the_batch(tiny: Build, kind: str) -> None:
     policy, objective = moved(tiny, kind), DPO(beta=100.0)
     ctx = context(policy)
     table = objective.rollout(ctx, batch(policy))

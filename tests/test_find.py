@@ -25,11 +25,11 @@ from align.data.prompts import Prompts
 from align.diffusion.process import Reduction
 from align.families import LORA_FILE
 from align.objectives import Context
-from align.objectives.find import FIND, FINDRows
-from align.objectives.noise_memory import NoiseSamples
+from align.objectives.find import FIND
+from align.objectives.noise_memory import FINDRows, NoiseSamples
 from align.objectives.online.advantages import calibrated_advantages
 from align.objectives.value_network import ValueNet
-from align.policy.initial_noise import NOISE_FILE, InitialNoise, Tying, kl, log_prob
+from align.policy.initial_noise import NOISE_FILE, InitialNoise, kl, log_prob
 from align.policy.policy import Policy
 from align.sampling.loop import sample
 from align.sampling.sampler import Sampler
@@ -64,13 +64,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def noise_for(
-    tying: Tying = "none",
     budget: float | None = None,
     shape: tuple[int, int, int] = SHAPE,
     typical: bool = False,
 ) -> InitialNoise:
     scheduler = "FlowMatchEulerDiscreteScheduler"
-    return InitialNoise(TEXTS, shape, "tiny-sd3", scheduler, tying, budget=budget, typical=typical)
+    return InitialNoise(TEXTS, shape, "tiny-sd3", scheduler, budget, typical)
 
 
 def shifted(noise: InitialNoise, scale: float = 0.3) -> InitialNoise:
@@ -84,7 +83,7 @@ def learner(tiny: Build, kind: str, objective: FIND) -> Policy:
     """A policy of which the noise of TEXTS is trained."""
     family = tiny(kind)
     scheduler = type(family.pipe.scheduler).__name__
-    args = (objective.tying, objective.rank, objective.kl_budget, objective.typical)
+    args = (objective.kl_budget, objective.typical)
     return Policy(family, trained=InitialNoise(TEXTS, SHAPE, family.source, scheduler, *args))
 
 
@@ -108,14 +107,14 @@ def rows(z: Tensor, old: Tensor, advantage: Tensor, index: Tensor | None = None)
 
 
 # closed forms
-def test_i3_log_prob_is_torchs() -> None:
+def test_log_prob_is_torchs() -> None:
     mean, log_std, z = normal(3, *SHAPE), 0.3 * normal(3, *SHAPE, seed=1), normal(3, *SHAPE, seed=2)
     expected = Independent(Normal(mean, log_std.exp()), 3).log_prob(z)
     torch.testing.assert_close(log_prob(z, mean, log_std, "mean") * DIMS, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(log_prob(z, mean, log_std, "sum"), expected, rtol=1e-5, atol=0)
 
 
-def test_i4_kl_is_torchs_and_quadratic_near_the_prior() -> None:
+def test_kl_is_torchs_and_quadratic_near_the_prior() -> None:
     mean, log_std = normal(3, *SHAPE), 0.3 * normal(3, *SHAPE, seed=1)
     prior = Normal(torch.zeros(SHAPE), torch.ones(SHAPE))
     expected = kl_divergence(Normal(mean, log_std.exp()), prior).flatten(1)
@@ -127,9 +126,8 @@ def test_i4_kl_is_torchs_and_quadratic_near_the_prior() -> None:
         assert kl(mu, std.log()).item() == pytest.approx(0.1**2 / 2 + delta**2, rel=0.03)
 
 
-@pytest.mark.parametrize("tying", ["none", "channel", "low_rank"])
-def test_i1_a_fresh_distribution_is_the_prior(tying: Tying) -> None:
-    noise, z = noise_for(tying), normal(4, *SHAPE)
+def test_a_fresh_distribution_is_the_prior() -> None:
+    noise, z = noise_for(), normal(4, *SHAPE)
     mean, log_std = noise.all()
     assert torch.equal(mean, torch.zeros(4, *SHAPE)) and torch.equal(log_std, torch.zeros(4, *SHAPE))
     assert torch.equal(kl(mean, log_std), torch.zeros(4))
@@ -141,7 +139,7 @@ def test_i1_a_fresh_distribution_is_the_prior(tying: Tying) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_i1_pictures_of_a_fresh_distribution_start_from_plain_randn(tiny: Build, kind: str) -> None:
+def test_images_of_a_fresh_distribution_start_from_plain_randn(tiny: Build, kind: str) -> None:
     objective = FIND(Sampler(2, 1.0), 3, antithetic=False)
     ctx, table = rolled(objective, learner(tiny, kind, objective), step=4)
     plain = [torch.randn(SHAPE, generator=rng.generator(0, "initial", 4, position)) for position in range(6)]
@@ -150,27 +148,21 @@ def test_i1_pictures_of_a_fresh_distribution_start_from_plain_randn(tiny: Build,
     assert metrics["ratio_max"] == 1 and metrics["approx_kl"] == 0 and table.metrics["kl"] == 0
 
 
-@pytest.mark.parametrize(("tying", "numbers"), [("none", 2 * DIMS), ("channel", 8), ("low_rank", 4 * 2 * 16 + 4)])
-def test_tying_gives_the_numbers_that_it_promises_and_a_gradient(tying: Tying, numbers: int) -> None:
-    """2·d a prompt; 2·C; C·rank·(h + w) and C. Mean and log std can both leave the start."""
-    noise = noise_for(tying)
-    assert sum(p.numel() for p in noise.parameters()) == numbers * len(TEXTS)
+def test_every_number_of_every_prompt_has_a_gradient() -> None:
+    """2·d numbers a prompt; mean and log std can both leave the start."""
+    noise = noise_for()
+    assert sum(p.numel() for p in noise.parameters()) == 2 * DIMS * len(TEXTS)
     z = normal(4, *SHAPE)
     old = log_prob(z, *noise.all()).detach()
     FIND().loss(alone(noise), rows(z, old, torch.tensor([1.0, -1.0, 2.0, -2.0]), torch.arange(4)))[0].backward()
     for name in ("mean", "log_std"):
         grad = noise.left[name].grad
         assert grad is not None and all(row.any() for row in grad)
-    mean, log_std = shifted(noise).all()
-    for whole, alike in ((mean, tying == "channel"), (log_std, tying != "none")):
-        assert bool((whole == whole[..., :1, :1]).all()) is alike
-        assert len(whole.detach().flatten(1).unique(dim=0)) == 4
-    assert tying != "low_rank" or (torch.linalg.matrix_rank(mean, atol=1e-4) == 2).all()
 
 
 # the surrogate
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_i2_the_gradient_of_a_toy(reduction: Reduction) -> None:
+def test_the_gradient_of_a_toy(reduction: Reduction) -> None:
     """r(z) = -|z - c|²: dE/dmean = -2 (mean - c) and dE/dlog_std = -2 std²; the mean convention divides both by d."""
     shape, count = (2, 1, 2), 100_000
     noise, c = noise_for(shape=shape), normal(*shape, seed=7)
@@ -197,7 +189,7 @@ def test_i2_the_gradient_of_a_toy(reduction: Reduction) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_i2_training_on_the_toy_finds_the_target(reduction: Reduction) -> None:
+def test_training_on_the_toy_finds_the_target(reduction: Reduction) -> None:
     shape = (2, 1, 2)
     noise, c = noise_for(shape=shape), torch.full(shape, 0.8)
     objective = FIND(reduction=reduction, kl_weight=0.0)
@@ -221,7 +213,7 @@ def test_i2_training_on_the_toy_finds_the_target(reduction: Reduction) -> None:
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 2.0])
 @pytest.mark.parametrize("advantage", [-2.0, 3.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_i5_the_clip_is_ppos(ratio: float, advantage: float, reduction: Reduction) -> None:
+def test_the_clip_is_ppos(ratio: float, advantage: float, reduction: Reduction) -> None:
     """No gradient iff (A > 0 and rho > 1 + c) or (A < 0 and rho < 1 - c); the released code stops outside on both."""
     noise, z = shifted(noise_for()), normal(1, *SHAPE, seed=5)
     mean, log_std = (part[:1].detach() for part in noise.all())
@@ -246,9 +238,8 @@ def test_the_kl_of_the_loss_is_the_exact_one() -> None:
 
 
 # bounds
-@pytest.mark.parametrize("tying", ["none", "channel", "low_rank"])
-def test_the_budget_is_kept_and_no_more_than_kept(tying: Tying) -> None:
-    noise = noise_for(tying, budget=0.02)
+def test_the_budget_is_kept_and_no_more_than_kept() -> None:
+    noise = noise_for(budget=0.02)
     for name, part in noise.left.items():
         part.data = torch.tensor([0.0, 0.05, 0.5, 1.5])[:, None, None, None] * normal(*part.shape, seed=len(name))
     before = [part.clone() for part in noise.all()]
@@ -265,11 +256,10 @@ def test_the_budget_is_kept_and_no_more_than_kept(tying: Tying) -> None:
         assert torch.cosine_similarity(old[~near].flatten(1), new[~near].flatten(1)).min() > 1 - 1e-5
 
 
-@pytest.mark.parametrize("tying", ["none", "channel", "low_rank"])
 @pytest.mark.parametrize("budget", [None, 0.02])
-def test_a_typical_norm_is_kept_within_the_budget(tying: Tying, budget: float | None) -> None:
+def test_a_typical_norm_is_kept_within_the_budget(budget: float | None) -> None:
     """mean² + std² is 1 over the latent, so that z has the norm of plain noise, whatever the means are."""
-    noise = noise_for(tying, budget, typical=True)
+    noise = noise_for(budget, typical=True)
     fresh = [part.clone() for part in noise.all()]
     noise.after_step()
     assert all(torch.equal(a, b) for a, b in zip(fresh, noise.all(), strict=True))
@@ -501,7 +491,7 @@ def test_value_calibration_is_against_what_was_expected(tiny: Build) -> None:
 
 
 # files
-def test_i6_a_saved_distribution_gives_the_same_latents(tmp_path: Path, tiny: Build) -> None:
+def test_a_saved_distribution_gives_the_same_latents(tmp_path: Path, tiny: Build) -> None:
     noise, family = shifted(noise_for()), tiny("flow")
     loaded = InitialNoise.load(noise.save(tmp_path))
     assert set(load_file(tmp_path / NOISE_FILE)) == {"mean", "std"}
@@ -610,7 +600,7 @@ def kept(folder: str | Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_i6_a_run_trains_the_noise_and_nothing_else(
+def test_a_run_trains_the_noise_and_nothing_else(
     tiny_folders: dict[str, Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = finding(tiny_folders[kind], tmp_path, kl_budget=0.001)

@@ -19,7 +19,7 @@ from align.data.captioned import ImageBatch, Images
 from align.shapes.scenes import Rendered, Scenes
 from align.shapes.world import HELD_OUT
 from rewards.models.shapes import judge, parse
-from tests.test_data import Tiny, noise
+from tests.test_data import Tiny, noise, quiet
 
 COUNT = 7
 CAPTIONS = [f"thing {number % 3}" for number in range(COUNT)]
@@ -76,7 +76,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def encoded(path: Path, cache: Path, **options: int) -> ImageBatch:
-    found = Images(str(path), cache_dir=str(cache), **options).prepare(Tiny(), progress=False)
+    found = Images(str(path), cache_dir=str(cache), **options).prepare(quiet(Tiny()))
     batch = found.batch(range(len(found)))
     assert isinstance(batch, ImageBatch)
     return batch
@@ -105,14 +105,14 @@ def test_a_path_may_be_relative(layouts: dict[str, Path], tmp_path: Path, monkey
 
 def test_pictures_in_larger_files_cost_one_pass(layouts: dict[str, Path]) -> None:
     items = Images(str(layouts["tar"])).read().items
-    assert [item.pictures[0].data() for item in items] == PICTURES
-    assert items[2].pictures[0].data() == PICTURES[2], "and going back is possible"
-    stream = items[0].pictures[0].table  # type: ignore[attr-defined]
+    assert [item.images[0].data() for item in items] == PICTURES
+    assert items[2].images[0].data() == PICTURES[2], "and going back is possible"
+    stream = items[0].images[0].table  # type: ignore[attr-defined]
     asked: list[int] = []
     rows = stream.source.rows
     object.__setattr__(stream.source, "rows", lambda wanted: asked.append(1) or rows(wanted))
     for item in items:
-        item.pictures[0].data()
+        item.images[0].data()
     assert len(asked) == 1
 
 
@@ -133,11 +133,11 @@ def test_scenes_are_what_their_captions_say_and_named_by_their_seed(tmp_path: Pa
     found = Scenes(limit=60).read()
     assert len(found) == 60 and len({parse(item.caption).task for item in found.items}) == 6
     for item in found.items:
-        picture = Image.open(io.BytesIO(item.pictures[0].data()))
+        picture = Image.open(io.BytesIO(item.images[0].data()))
         strict, _ = judge(item.caption, torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255)
         assert strict == 1
         pairs = {(thing.colour, thing.shape) for thing in parse(item.caption).things}
         assert not pairs & HELD_OUT, "the held-out combinations stay unseen"
     assert Rendered(3, "0").data() == Rendered(3, "0").data() != Rendered(3, "1").data()
-    batch = Scenes(limit=4, cache_dir=str(tmp_path)).prepare(Tiny(), progress=False).batch([2, 0])
+    batch = Scenes(limit=4, cache_dir=str(tmp_path)).prepare(quiet(Tiny())).batch([2, 0])
     assert batch.captions == [found.items[2].caption, found.items[0].caption]

@@ -17,7 +17,7 @@ from align.sampling.generate import sample_images
 from align.sampling.loop import initial_noise, sample
 from pruning import importance, plots
 from pruning.graph import BlockGraph
-from pruning.importance import profile, scores, seconds
+from pruning.importance import Calibration, profile, scores, seconds
 from pruning.plan import Budget, key, to_budget
 from rewards import RewardSum
 from tests.helpers import TEXTS, Bright
@@ -42,8 +42,9 @@ class Count:
 
 
 def measured(family: Family, path: Path, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {"steps": STEPS, "seed": SEED, "guidance_scale": 1.0, "batch_size": 3}
-    return profile(family, TEXTS, path, **options | changes)
+    options = {name: changes.pop(name) for name in ("units", "reward") if name in changes}
+    settings: dict[str, Any] = {"num_inference_steps": STEPS, "seed": SEED, "guidance_scale": 1.0, "batch_size": 3}
+    return profile(family, Calibration(TEXTS, **settings | changes), path, **options)
 
 
 @pytest.mark.parametrize("kind", ["flow", "epsilon"])
@@ -146,11 +147,11 @@ def test_another_setting_and_impossible_units_are_refused_before_the_network_run
     measured(family, tmp_path / "p.json")
     heard = Count(family)
     with pytest.raises(UserError) as error:
-        measured(family, tmp_path / "p.json", seed=6, steps=2, units=[["transformer_blocks.2"], ["nope"]])
+        measured(family, tmp_path / "p.json", seed=6, num_inference_steps=2, units=[["transformer_blocks.2"], ["nope"]])
     for words in ("other steps, seed", "transformer_blocks.2 has to stay", "unknown block 'nope'"):
         assert words in str(error.value)
     with pytest.raises(UserError, match="no prompts"):
-        profile(family, [], tmp_path / "q.json")
+        profile(family, Calibration([]), tmp_path / "q.json")
     (tmp_path / "odd.json").write_text("[]")
     with pytest.raises(UserError, match="is no profile"):
         measured(family, tmp_path / "odd.json")

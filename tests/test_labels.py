@@ -25,6 +25,7 @@ from torch import Tensor
 from align import families, rollout, train
 from align.common.errors import DataError, UserError
 from align.data.annotations import LabelledRollout
+from align.data.dataset import Setup
 from align.diffusion.kernels import DDIM
 from align.evaluation import rollout_writer
 from align.objectives import Context
@@ -174,7 +175,7 @@ def test_an_interrupt_leaves_whole_shards(
         assert rollout.main(arguments) == 130
     assert [p.name for p in sorted((tmp_path / "cut").glob("traj*"))] == ["trajectories-00000.safetensors"]
     assert len(manifest(tmp_path / "cut")) == 2 * K
-    with pytest.raises(DataError, match=r"lists 6 pictures, but 5 prompts x 3 make 15; run align.rollout"):
+    with pytest.raises(DataError, match=r"lists 6 images, but 5 prompts x 3 make 15; run align.rollout"):
         LabelledRollout(str(tmp_path / "cut"), ["x.json"]).check()
     assert rollout.main(arguments) == 0
     files = contents(tmp_path / "cut")
@@ -226,7 +227,7 @@ def test_log_probs_replay(tiny_folders: dict[str, Path], tmp_path: Path, kind: s
     one = SAMPLER | {"batch_size": 1}
     assert rollout.main(settings(tiny_folders[kind], folder, limit=2, sampler=one)) == 0
     family = families.load(str(tiny_folders[kind]))
-    data = LabelledRollout(str(folder), [scored(tmp_path, range(2 * K))]).prepare(family)
+    data = LabelledRollout(str(folder), [scored(tmp_path, range(2 * K))]).prepare(Setup(family))
     batch = data.batch(range(len(data)))
     assert len(batch.names) == 2 * K
     ctx = Context(Policy(family, LoRA(2)), 0, 0, range(2 * K))
@@ -264,7 +265,7 @@ def choice(a: int, b: int, label: object, **more: Any) -> dict[str, Any]:
 
 
 def pairs_of(folder: Path, *labels: str) -> list[tuple[int, int]]:
-    return LabelledRollout(str(folder), list(labels)).read()[2].pairs
+    return LabelledRollout(str(folder), list(labels)).read()[1].pairs
 
 
 SCORES = [0, -1, 0, 1, 2, 3, 0, 0, 0, 0.5, 0.25, 0.5, -1, -1, 0]
@@ -300,7 +301,7 @@ def test_annotators_are_averaged_and_their_votes_kept(round1: Path, tmp_path: Pa
         scored(tmp_path, [*scores, *zeros], f"{name}.json")
         for name, scores in {"ann": [1, 0, 0], "ben": [0, 1, 0], "cem": [1, 0, 1]}.items()
     ]
-    _, _, labels = LabelledRollout(str(round1), files).read()
+    _, labels = LabelledRollout(str(round1), files).read()
     assert labels.pairs == [(0, 1), (0, 2)]  # means 2/3, 1/3, 1/3
     assert labels.ties == 1 + 4 * 3
     assert [(v.annotator, v.a, v.value) for v in labels.votes if v.a < 2] == [
@@ -313,7 +314,7 @@ def test_annotators_are_averaged_and_their_votes_kept(round1: Path, tmp_path: Pa
         for name, scores in {"ann": [1, 0, 0], "ben": [0, 1, 0], "cem": [1, 0, 1]}.items()
         for number, score in enumerate(scores)
     ]
-    one = LabelledRollout(str(round1), [table(tmp_path, rows, "all.csv")]).read()[2]
+    one = LabelledRollout(str(round1), [table(tmp_path, rows, "all.csv")]).read()[1]
     assert one.pairs == labels.pairs
     assert {vote.annotator for vote in one.votes} == {"ann", "ben", "cem"}
 
@@ -329,7 +330,7 @@ def test_votes_on_a_pair_are_summed_with_their_weights(round1: Path, tmp_path: P
         choice(9, 10, "tie", annotator="ann"),
         choice(9, 10, "b", annotator="ben"),
     ]
-    labels = LabelledRollout(str(round1), [lines_of(tmp_path, votes)]).read()[2]
+    labels = LabelledRollout(str(round1), [lines_of(tmp_path, votes)]).read()[1]
     assert labels.pairs == [(0, 1), (7, 6), (10, 9)]
     assert labels.ties == 1
     assert [vote.value for vote in labels.votes] == [1, 1, 1, 1, -1, 0.5, -2, 0, -1]
@@ -345,7 +346,7 @@ def test_votes_and_scores_that_contradict_each_other_are_a_tie(round1: Path, tmp
 
 def test_limit_keeps_the_first_pairs(round1: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     data = LabelledRollout(str(round1), [scored(tmp_path, SCORES)], limit=4)
-    assert len(data.prepare(families.load(str(tiny_folders["epsilon"])))) == 4
+    assert len(data.prepare(Setup(families.load(str(tiny_folders["epsilon"]))))) == 4
 
 
 def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
@@ -356,7 +357,7 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
         "elsewhere": (choice(0, 1, "a", image_b="/pictures/00001.png"), "unknown to"),
         "two prompts": (choice(2, 3, "a"), "of two prompts, 'two red stars' and 'a blue circle'"),
         "same text": (choice(0, 12, "a"), "of two prompts"),
-        "itself": (choice(2, 2, "a"), "twice; expected two pictures of one prompt"),
+        "itself": (choice(2, 2, "a"), "twice; expected two images of one prompt"),
         "other rollout": (choice(0, 1, "a", prompt="a dog"), "says the prompt 'a dog', but .* 'two red stars'; give"),
         "label": (choice(0, 1, "left"), "label is 'left'; expected a, b or tie"),
         "number label": (choice(0, 1, 0), "label is 0; expected a, b or tie"),
@@ -380,7 +381,7 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
         "nan": ([*full[:4], [0, math.nan, 1]], "a score is nan, which is not a number"),
         "object": ({"a": 1}, "begins with {'a': 1}; expected .jsonl or .csv"),
         "empty": ([], "begins with None; expected"),
-        "ties": ([[1, 1, 1]] * 5, "15 votes of 1 annotators prefer no picture, 15 ties; label more"),
+        "ties": ([[1, 1, 1]] * 5, "15 votes of 1 annotators prefer no image, 15 ties; label more"),
     }
     for name, (value, message) in matrices.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
@@ -442,9 +443,9 @@ def test_every_mistake_in_a_rollout_folder_is_one_sentence(copy: Path, tmp_path:
 
     texts = listed.splitlines(keepends=True)
     (copy / "manifest.jsonl").write_text("".join(texts[:-1]))
-    refused("lists 14 pictures, but 5 prompts x 3 make 15; run")
+    refused("lists 14 images, but 5 prompts x 3 make 15; run")
     (copy / "manifest.jsonl").write_text("".join([texts[1], texts[0], *texts[2:]]))
-    refused("manifest.jsonl:1 is of prompt 0, shard 0, row 1, but picture 0")
+    refused("manifest.jsonl:1 is of prompt 0, shard 0, row 1, but image 0")
     (copy / "manifest.jsonl").write_text("".join([*texts[:-1], '{"image": ']))
     refused("manifest.jsonl:15 is not as align.rollout wrote it")
     (copy / "manifest.jsonl").write_text(listed)
@@ -459,7 +460,7 @@ def test_a_batch_holds_each_trajectory_once(
     round1: Path, tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = families.load(str(tiny_folders["epsilon"]))
-    data = LabelledRollout(str(round1), [scored(tmp_path, SCORES)]).prepare(family)
+    data = LabelledRollout(str(round1), [scored(tmp_path, SCORES)]).prepare(Setup(family))
     encoded: list[str] = []
     real = type(family).encode
     monkeypatch.setattr(type(family), "encode", lambda self, texts: encoded.extend(texts) or real(self, texts))
@@ -482,7 +483,7 @@ def test_a_batch_holds_each_trajectory_once(
 
 def test_require_says_what_to_set(round1: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     family = families.load(str(tiny_folders["epsilon"]))
-    batch = LabelledRollout(str(round1), [scored(tmp_path, SCORES)]).prepare(family).batch([0])
+    batch = LabelledRollout(str(round1), [scored(tmp_path, SCORES)]).prepare(Setup(family)).batch([0])
     batch.require(Sampler(**SAMPLER), family)
     batch.require(Sampler(T, GUIDANCE, DDIM(eta=1.0), 64, "cpu"), family)
     cases = [
@@ -684,7 +685,7 @@ def test_the_stored_log_probs_are_those_of_the_tuned_weights(
     assert train.main(training(pipeline, round1, labels, tmp_path / "run", **options)) == 0
     assert rollout.main(settings(pipeline, tmp_path / "tuned", weights=str(tmp_path / "run"))) == 0
     family = families.load(str(pipeline))
-    batch = LabelledRollout(str(tmp_path / "tuned"), labels).prepare(family).batch(range(9))
+    batch = LabelledRollout(str(tmp_path / "tuned"), labels).prepare(Setup(family)).batch(range(9))
     stored = batch.trajectories.log_probs
     assert stored is not None
     ctx = Context(Policy(family, LoRA(2), initial=tmp_path / "run"), 0, 0, range(9))

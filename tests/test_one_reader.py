@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from align.data.captioned import Images
-from align.data.encoding import cut
-from align.data.preferences import read_pairs
+from align.data.latent_cache import cut
+from align.data.preferences import PreferencePairs
 from align.data.prompts import read_prompts
 from rewards import agree
 from rewards.common.files import atomic
@@ -48,13 +48,13 @@ def test_training_drawing_scoring_and_agreement_see_one_text_and_one_image(
     caplog.set_level(logging.WARNING)
     (scored,) = [one for one in open_input(str(rows)).rows(lambda number: True) if one]
     (trained,) = Images(str(rows), cache_dir=str(tmp_path)).read().items
-    (pair,) = read_pairs(pairs).items
+    (pair,) = PreferencePairs(str(pairs)).read().items
     choices = agree.read(str(pairs), None, None, None, None)
     texts = [scored.prompt, trained.caption, pair.caption, choices.choices[0].prompt, *read_prompts(rows)]
     assert texts == ["first"] * 5
     said = [record.message for record in caplog.records if str(rows) in record.message]
     assert len(said) == 2 and "caption and prompt with different texts; caption is taken" in said[0]
-    images = [decode(image.data()) for image in (trained.pictures[0], pair.pictures[0])]
+    images = [decode(image.data()) for image in (trained.images[0], pair.images[0])]
     pixels = [scored.read(), *(cut(image, 8, 0.5, 0.5, False) for image in images)]
     pixels.append(decode_tensor(choices.pictures[0][0].source()))
     levels = np.round(np.asarray(Image.open(tmp_path / "a.png")).astype(np.int64) / 257)

@@ -17,6 +17,7 @@ from torch.distributions import Normal, kl_divergence
 from align import families
 from align.common.command import parse
 from align.common.errors import UserError
+from align.data.dataset import Setup
 from align.data.prompts import PromptBatch, TaskPrompts, TaskSet
 from align.diffusion.kernels import DDIM, FlowSDE, Kernel
 from align.diffusion.process import Grid, Prediction
@@ -24,7 +25,7 @@ from align.families import LORA_FILE, Conditioning, Family
 from align.objectives import Context
 from align.objectives.losses import Form, Normalize, divergence
 from align.objectives.opd import OPD, OPDRows
-from align.objectives.teachers import LoRATeacher, PipelineTeacher, Teacher, average
+from align.objectives.teachers import LoRATeacher, PipelineTeacher, Teacher
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler
 from align.train import main
@@ -310,7 +311,7 @@ def test_using_a_teacher_leaves_no_trace(tiny: Build, kind: str, schools: dict[s
         with torch.no_grad():
             said = policy.predict(x, t, cond).raw
         flags = [p.requires_grad for p in policy.denoiser.parameters()]
-        return said, flags, [(layer.active_adapters, layer.disable_adapters) for layer in policy.adapters]
+        return said, flags, [(layer.active_adapters, layer.disable_adapters) for layer in policy.weights.layers]
 
     said, flags, active = found()
     with policy.adapter("teacher_a"), torch.no_grad():
@@ -450,24 +451,24 @@ def test_a_rollout_costs_what_the_plan_says(
 
 
 # the loss
-def test_anchor_step_weights_and_the_last_step(tiny: Build, schools: dict[str, Path]) -> None:
+def test_anchor_and_the_last_step(tiny: Build, schools: dict[str, Path]) -> None:
     arguments: Any = {"sampler": Sampler(3, 1.0), "normalize": "velocity"}
-    objective = OPD(experts(schools["flow"]), anchor=0.25, step_weights=[2.0, 0.5], **arguments)
+    objective = OPD(experts(schools["flow"]), anchor=0.25, **arguments)
     policy = student(tiny, "flow", objective, moved=3)
     ctx, table = taught(objective, policy)
     loss, metrics = objective.loss(ctx, table)
     target, base = column(table, "target"), column(table, "base")
     grid, cond = policy.family.grid(3), policy.family.encode(tasked(policy.family).prompts)
     expected, apart, away = 0.0, 0.0, 0.0
-    for j, weight in enumerate((2.0, 0.5)):
+    for j in range(2):
         x = column(table, "latents")[:, j]
         with torch.no_grad():
             said = policy.predict(x, grid.t[j].expand(2), cond, 1.0).raw
             plain = tiny("flow").predict(x, grid.t[j].expand(2), cond, 1.0).raw
         torch.testing.assert_close(base[:, j], plain, atol=1e-5, rtol=1e-4)
         gap, far = (said - target[:, j]).square().mean().item(), (said - plain).square().mean().item()
-        expected += weight * (gap + 0.25 * far) / 2
-        apart, away = apart + gap / 2, away + weight * far / 2
+        expected += (gap + 0.25 * far) / 2
+        apart, away = apart + gap / 2, away + far / 2
     assert loss.item() == pytest.approx(expected, rel=1e-3)
     assert metrics["divergence"].item() == pytest.approx(apart, rel=1e-3)
     assert metrics["from_base"].item() == pytest.approx(away, rel=1e-3) and away > 0
@@ -509,7 +510,7 @@ def delta(policy: Policy, name: str) -> list[Tensor]:
     """What the adapter ``name`` adds to every layer's weight."""
     return [
         layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight).detach()
-        for layer in policy.adapters
+        for layer in policy.weights.layers
     ]
 
 
@@ -530,7 +531,8 @@ def test_cold_start_is_the_mean_of_what_the_teachers_add(
         tail = torch.linalg.svdvals(mean)[rank:]
         assert torch.linalg.matrix_rank(own, atol=1e-4) <= rank and tail[0] > 1e-3
         assert (own - mean).norm().item() == pytest.approx(tail.norm().item(), rel=1e-3)
-    assert any(p.requires_grad for p in policy.parameters()) and len(policy.parameters()) == 2 * len(policy.adapters)
+    assert any(p.requires_grad for p in policy.parameters())
+    assert len(policy.parameters()) == 2 * len(policy.weights.layers)
 
 
 def test_cold_start_wants_teachers_on_the_students_layers(
@@ -542,9 +544,9 @@ def test_cold_start_wants_teachers_on_the_students_layers(
         student(tiny, "flow", objective, LoRA(2, targets=["attn.to_q"]))
     other = OPD([LoRATeacher("a", None, expert(tiny, "flow", tmp_path, 1, LoRA(2, targets=["attn.to_q"])))])
     policy = student(tiny, "flow", other)
-    average(policy, ["teacher_a"])
-    whole = [name for name, layer in policy.denoiser.named_modules() if layer in policy.adapters]
-    for name, layer, own in zip(whole, policy.adapters, delta(policy, "default"), strict=True):
+    policy.average_adapters(["teacher_a"])
+    whole = [name for name, layer in policy.denoiser.named_modules() if layer in policy.weights.layers]
+    for name, layer, own in zip(whole, policy.weights.layers, delta(policy, "default"), strict=True):
         assert bool(own.any()) is name.endswith("attn.to_q") is ("teacher_a" in layer.lora_A)
 
 
@@ -609,8 +611,8 @@ def test_tasks_may_have_any_name(tiny: Build, tmp_path: Path) -> None:
         LoRATeacher(task, None, expert(tiny, "flow", tmp_path / str(k), k)) for k, task in enumerate(("1-a", "b c"))
     ]
     policy = student(tiny, "flow", OPD(teachers, Sampler(2, 1.0)))
-    assert len({tuple(layer.lora_A) for layer in policy.adapters}) == 1
-    assert len(list(policy.adapters[0].lora_A)) == 3
+    assert len({tuple(layer.lora_A) for layer in policy.weights.layers}) == 1
+    assert len(list(policy.weights.layers[0].lora_A)) == 3
 
 
 @pytest.mark.parametrize(
@@ -619,7 +621,6 @@ def test_tasks_may_have_any_name(tiny: Build, tmp_path: Path) -> None:
         ({"teachers": []}, "teachers: expected one for each task"),
         ({"teachers": [LoRATeacher("a"), LoRATeacher("a")]}, r"got tasks \['a', 'a'\]"),
         ({"teachers": [LoRATeacher("a"), LoRATeacher("*")]}, r"or one of '\*'"),
-        ({"step_weights": [1.0]}, "step_weights has 1 factors for 9 trained steps"),
         ({"sampler": Sampler(1)}, "a step has to be trained"),
         ({"anchor": -0.1}, "anchor at least 0"),
         ({"teachers": [PipelineTeacher()], "cold_start": True}, "cold_start averages LoRAs"),
@@ -635,7 +636,7 @@ def test_tasks_come_in_equal_shares(tiny: Build, tmp_path: Path) -> None:
     """However many prompts each has; whole epochs of the longest show every prompt of each."""
     data = TaskPrompts({"a": prompt_file(tmp_path, TEXTS[:1], "a"), "b": prompt_file(tmp_path, TEXTS, "b")}, limit=3)
     data.check()
-    items = data.prepare(tiny("flow"))
+    items = data.prepare(Setup(tiny("flow")))
     assert (len(items), data.multiple) == (3, 2)
     batch = items.batch([2, 0, 1, 2, 0, 1])
     assert [row["task"] for row in batch.metadata] == ["a", "b"] * 3

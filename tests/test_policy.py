@@ -1,4 +1,5 @@
-"""Current, reference and averaged weights; what is saved loads in stock diffusers and draws the same pictures."""
+"""Current, reference and averaged weights. That saved ones draw the same images in stock diffusers, and that the
+reference is exact, is checked of every family by :mod:`align.testing` (test_families.py)."""
 
 from __future__ import annotations
 
@@ -6,18 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors import safe_open
 from torch import Tensor
 
 from align import families
 from align.common.errors import UserError
-from align.families import LORA_FILE, Family
+from align.families import LORA_FILE
 from align.policy.policy import LoRA, Policy
-from align.sampling.loop import initial_noise, sample
+from align.sampling.loop import initial_noise
 from tests.pipelines import Build
 
-KINDS = ("epsilon", "v", "flow")
 PROMPTS = ["two red stars", "a star"]
 
 
@@ -30,22 +29,6 @@ def disturb(policy: Policy, scale: float = 0.2) -> None:
     generator = torch.Generator().manual_seed(3)
     for parameter in policy.parameters():
         parameter.data += scale * torch.randn(parameter.shape, generator=generator)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [LoRA(2), None])
-def test_reference_is_the_base_bitwise(tiny: Build, kind: str, lora: LoRA | None) -> None:
-    """DPO invariant I5: after any change, the reference still says what the untouched base says."""
-    with torch.no_grad():
-        base = say(Policy(tiny(kind), None, reference=False))
-        policy = Policy(tiny(kind), lora)
-        assert torch.equal(say(policy), base)
-        disturb(policy)
-        changed = say(policy)
-        assert not torch.allclose(changed, base)
-        with policy.reference():
-            assert torch.equal(say(policy), base)
-        assert torch.equal(say(policy), changed)
 
 
 @pytest.mark.parametrize("lora", [LoRA(2), None])
@@ -76,19 +59,6 @@ def test_lora_trains_only_adapters(tiny: Build) -> None:
     assert all("lora_" in name and "attn.to_q" in name for name in trained)
     for part in (policy.family.pipe.vae, policy.family.pipe.text_encoder):
         assert not any(p.requires_grad for p in part.parameters())
-
-
-def test_gradient_checkpointing_changes_no_gradient(tiny: Build) -> None:
-    grads = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        policy = Policy(tiny("epsilon"), LoRA(2), gradient_checkpointing=checkpointing)
-        disturb(policy)
-        with torch.no_grad(), policy.reference():
-            say(policy)
-        say(policy).square().mean().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
-    torch.testing.assert_close(grads[0], grads[1])
 
 
 def test_average_of_weights(tiny: Build) -> None:
@@ -178,50 +148,17 @@ def test_weights_that_do_not_fit_are_refused(tiny: Build, tmp_path: Path) -> Non
         Policy(tiny("epsilon"), LoRA(2, targets=["to_q"]), initial=tmp_path)
 
 
-def drawn(family: Family, policy: Policy) -> Tensor:
-    with torch.no_grad():
-        x = initial_noise((4, 8, 8), [5, 6])
-        return family.to_image(sample(policy.predict, family.grid(4), family.encode(PROMPTS), x, 3.0))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [LoRA(3, alpha=6.0), None])
-def test_saved_weights_draw_the_same_in_stock_diffusers(
-    tiny_folders: dict[str, Path], tmp_path: Path, kind: str, lora: LoRA | None
-) -> None:
-    family = families.load(str(tiny_folders[kind]))
-    policy = Policy(family, lora)
-    disturb(policy, 0.05)
-    mine = drawn(family, policy)
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_a_saved_lora_says_its_rank_and_alpha(tiny: Build, tmp_path: Path, kind: str) -> None:
+    """As diffusers' own scripts write them."""
+    policy = Policy(tiny(kind), LoRA(3, alpha=6.0))
     policy.save(tmp_path)
-    stock = DiffusionPipeline.from_pretrained(tiny_folders[kind])
-    if lora:
-        with safe_open(tmp_path / LORA_FILE, "pt") as file:
-            metadata = file.metadata()["lora_adapter_metadata"]
-            assert all(key.startswith(f"{family.denoiser_name}.") for key in file.keys())  # noqa: SIM118
-        assert f'"{family.denoiser_name}.r": 3' in metadata
-        assert f'"{family.denoiser_name}.lora_alpha": 6.0' in metadata
-        stock.load_lora_weights(tmp_path)
-    else:
-        name = family.denoiser_name
-        loaded = type(family.denoiser).from_pretrained(tmp_path, subfolder=name)
-        stock.register_modules(**{name: loaded})
-    if kind != "flow":
-        stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
-    theirs = stock(
-        PROMPTS,
-        latents=initial_noise((4, 8, 8), [5, 6]),
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        output_type="pt",
-    ).images
-    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-    # and through our own loader, as evaluation does
-    again = families.tuned(families.load(str(tiny_folders[kind])), str(tmp_path))
-    with torch.no_grad():
-        x = initial_noise((4, 8, 8), [5, 6])
-        images = again.to_image(sample(again.predict, again.grid(4), again.encode(PROMPTS), x, 3.0))
-    torch.testing.assert_close(images, mine, atol=1e-5, rtol=1e-5)
+    name = policy.family.denoiser_name
+    with safe_open(tmp_path / LORA_FILE, "pt") as file:
+        metadata = file.metadata()["lora_adapter_metadata"]
+        assert all(key.startswith(f"{name}.") for key in file.keys())  # noqa: SIM118
+    assert f'"{name}.r": 3' in metadata
+    assert f'"{name}.lora_alpha": 6.0' in metadata
 
 
 def test_nothing_tuned_is_said(tiny: Build, tmp_path: Path) -> None:

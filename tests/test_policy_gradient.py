@@ -23,7 +23,7 @@ from align.objectives.policy_gradient import PolicyGradient, PolicyGradientRows
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler, SDEWindow
 from align.sampling.trajectory import Trajectories
-from tests.helpers import Bright, Fixed, Flat, Toy, gradients, moved, prompted, rolled
+from tests.helpers import Bright, Even, Fixed, Flat, Toy, gradients, moved, prompted, rolled
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
@@ -313,15 +313,27 @@ def test_clipping_acts_only_where_the_ratio_has_gone_far_enough(ratio: float, ad
         assert float(found) == pytest.approx(-advantage * ratio * float((y - 0.3).mean()) / 0.5**2)
 
 
-def test_a_group_of_equal_rewards_has_zero_loss_and_zero_gradient(tiny: Build) -> None:
-    policy, objective = moved(tiny, "flow"), PolicyGradient(Sampler(2, 1.0), 3)
-    ctx, table = rolled(objective, policy, scorer=Scorer({"flat": Flat()}, {"flat": 1.0}))
-    assert table.metrics["zero_std_share"] == 1
+def test_groups_of_equal_rewards_give_no_rows(tiny: Build) -> None:
+    """As in Flow-GRPO's code. The loss is over the rows that teach: with all in it, the KL would weigh as much and
+    the policy gradient a third."""
+    policy = moved(tiny, "flow")
+    flat = PolicyGradient(Sampler(2, 1.0), 3)
+    _, table = rolled(flat, policy, scorer=Scorer({"flat": Flat()}, {"flat": 1.0}))
+    assert table.metrics["zero_std_share"] == 1 and len(table) == 0
+    objective = PolicyGradient(Sampler(2, 1.0), 3, scale_rewards="group", beta=0.1, clip_range=0.5)
+    even = Scorer({"even": Even()}, {"even": 1.0})
+    ctx, table = rolled(objective, policy, scorer=even)
+    _, everything = rolled(replace(objective, advantage="batch"), policy, scorer=even)
+    teaching = table.image.unique()
+    assert 0 < len(teaching) < len(everything.image.unique()) == len(table.advantage)
+    assert not table.advantage[[k for k in range(len(table.advantage)) if k not in teaching]].any()
     disturb(policy, 0.01)  # ratios are not 1 now
-    loss, metrics = objective.loss(ctx, table)
-    assert loss == 0 and not gradients(policy, loss).any()
-    assert metrics["clip_fraction"] == 0
-    assert abs(metrics["ratio_mean"] - 1) > 1e-6
+    full = replace(table, image=everything.image, step=everything.step)  # what it was before: every row
+    kl, kl_of_all = (objective.loss(ctx, rows)[1]["kl_reference"] for rows in (table, full))
+    plain = replace(objective, beta=0.0)
+    ratio = plain.loss(ctx, full)[0] / plain.loss(ctx, table)[0]
+    assert float(ratio) == pytest.approx(len(table) / len(full), rel=1e-3)
+    assert float(kl / kl_of_all) > float(ratio)
 
 
 def test_sum_reduction_is_the_joint_density(tiny: Build) -> None:

@@ -13,6 +13,7 @@ from diffusers import SD3Transformer2DModel
 from PIL import Image
 
 from align.common.errors import UserError
+from pruning import plots
 from pruning.graph import BlockGraph
 from pruning.plan import Budget, Plan, costs, from_ranges, key, parse_ranges, to_budget
 from tests.benchmarks import sizes
@@ -234,7 +235,7 @@ def test_a_plan_survives_json(tmp_path: Path) -> None:
 def test_the_picture_shows_what_goes_what_is_frozen_and_what_heals(tmp_path: Path) -> None:
     graph = equal()
     plan = from_ranges(graph, "2,5.ff,5.attn,7", "tiny")
-    plan.picture(tmp_path / "plan.png")
+    plots.stack(plan, tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as picture:
         rows = [picture.getpixel((255, 20 * (k + 3) + 6)) for k in range(9)]
         assert picture.size[1] == 20 * (9 + 4)
@@ -245,7 +246,7 @@ def test_the_picture_shows_what_goes_what_is_frozen_and_what_heals(tmp_path: Pat
 
 
 def test_eight_blocks_of_sd35_large_and_the_gigabytes_of_the_paper() -> None:
-    """Method sheet 6.1 and 3.5: 8.06 to 6.36 B parameters, 3.58 GB in NF4, within 1 %."""
+    """HierarchicalPrune's sizes: 8.06 to 6.36 B parameters, 3.58 GB in NF4, within 1 %."""
     large, schnell = (cast(Any, sizes.meta(model)) for model in (sizes.SD35_LARGE, sizes.FLUX_SCHNELL))
     plan = from_ranges(BlockGraph.of(large), "25-28,31-34")
     assert plan.before == pytest.approx(8.06e9, rel=0.01) and plan.after == pytest.approx(6.36e9, rel=0.01)

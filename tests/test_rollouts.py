@@ -81,9 +81,9 @@ def test_r10_log_probs_do_not_depend_on_the_chunk(tiny: Build, kind: str) -> Non
     torch.testing.assert_close(one, eight, atol=1e-5, rtol=0)
 
 
-def test_r2_a_deterministic_sampler_has_no_density(tiny: Build) -> None:
+def test_a_deterministic_sampler_has_no_density(tiny: Build) -> None:
     policy = moved(tiny, "flow")
-    with pytest.raises(UserError, match="draws step 0 without noise"):
+    with pytest.raises(UserError, match="takes step 0 of 2 without noise"):
         drawn(policy, Sampler(2, 1.0, FlowSDE(0.0)))
     drawn(policy, Sampler(2, 1.0, FlowSDE(0.0)), keep=())
 

@@ -31,6 +31,9 @@ VALUES: Mapping[str, Mapping[Any, Any]] = {
     "stages": {"analyse": "analyze", "quantise": "quantize"},
 }
 
+# settings that nobody was better off with: the value that is what happens now is taken without a word
+GONE: Mapping[str, Mapping[str, Any]] = {"objective": {"tying": "none", "rank": 2, "step_weights": None}}
+
 # import paths that configs and rollout folders name
 CLASSES: Mapping[str, str] = {
     "align.encoded.PreferencePairs": "align.data.PreferencePairs",
@@ -64,6 +67,9 @@ def upgrade(config: Any, parent: str = "", told: list[str] | None = None) -> Any
         return config
     new: dict[str, Any] = {}
     for key, value in config.items():
+        gone = GONE.get(parent, {})
+        if key in gone and value == gone[key]:
+            continue
         name = KEYS.get(parent, {}).get(key, key)
         if name != key and name not in config:
             told.append(f"{parent + '.' if parent else ''}{key} is now {name}")

@@ -2,8 +2,8 @@
 
 from align.data.annotations import LabelledRollout
 from align.data.captioned import Images
-from align.data.dataset import Data, Dataset
+from align.data.dataset import Data, Dataset, Setup
 from align.data.preferences import PreferencePairs
 from align.data.prompts import Prompts, TaskPrompts
 
-__all__ = ["Data", "Dataset", "Images", "LabelledRollout", "PreferencePairs", "Prompts", "TaskPrompts"]
+__all__ = ["Data", "Dataset", "Images", "LabelledRollout", "PreferencePairs", "Prompts", "Setup", "TaskPrompts"]

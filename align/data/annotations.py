@@ -1,14 +1,14 @@
-"""People's labels on pictures that ``align.rollout`` drew, joined with the trajectories that made them.
+"""People's labels on images that ``align.rollout`` drew, joined with the trajectories that made them.
 
-Label files, recognised by what is in them; several files and several annotators may say something of one picture:
+Label files, recognised by what is in them; several files and several annotators may say something of one image:
 
 - pairwise, JSONL or CSV: ``image_a, image_b, label`` (``a``, ``b`` or ``tie``), and perhaps ``prompt, annotator,
   weight``; the votes on a pair are summed;
-- scores, CSV or JSONL: ``image, score``, and perhaps ``annotator``; a picture's scores are averaged;
-- D3PO's own JSON: a list of N lists, one a prompt, of k numbers, one a picture; averaged over files too.
+- scores, CSV or JSONL: ``image, score``, and perhaps ``annotator``; an image's scores are averaged;
+- D3PO's own JSON: a list of N lists, one a prompt, of k numbers, one an image; averaged over files too.
 
-Of two pictures of one prompt the one with more votes, or with the strictly higher mean score, is the winner. Where
-votes and scores contradict each other, or nothing decides, it is a tie and no pair. A picture is named by its path in
+Of two images of one prompt the one with more votes, or with the strictly higher mean score, is the winner. Where
+votes and scores contradict each other, or nothing decides, it is a tie and no pair. An image is named by its path in
 the rollout folder (``images/00003.png``), its file name or its trajectory (``00003``).
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
@@ -25,9 +25,8 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from align.common.errors import DataError
-from align.data.dataset import Data
-from align.data.trajectories import ManifestLine, RolloutFolder, RolloutRecord, TrajectoryBatch, TrajectoryPairs
-from align.families import Family
+from align.data.dataset import Data, Setup
+from align.data.trajectories import Rollout, RolloutFolder, TrajectoryBatch, TrajectoryPairs
 from rewards.data.records import read_records
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ VALUES = {"a": 1.0, "b": -1.0, "tie": 0.0}
 
 @dataclass(frozen=True)
 class Vote:
-    """What an annotator said, at ``source``. Pictures by their number in the manifest: the score ``value`` of ``a``
+    """What an annotator said, at ``source``. Images by their number in the manifest: the score ``value`` of ``a``
     where ``b`` is None; else ``value`` above 0 where ``a`` is better than ``b``, below where worse, 0 for a tie, its
     size the vote's weight."""
 
@@ -50,7 +49,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class Labels:
-    """Pairs of picture numbers, winner first, in the order of the manifest; the number of ties; every single vote."""
+    """Pairs of image numbers, winner first, in the order of the manifest; the number of ties; every single vote."""
 
     pairs: list[tuple[int, int]]
     ties: int
@@ -58,13 +57,13 @@ class Labels:
 
 
 class Reader:
-    """Reads label files on the pictures of one rollout; whatever it refuses is a :class:`DataError`."""
+    """Reads label files on the images of ``rollout``; whatever it refuses is a :class:`DataError`."""
 
-    def __init__(self, folder: RolloutFolder, record: RolloutRecord, drawn: Sequence[ManifestLine]) -> None:
-        self.folder, self.record, self.drawn = folder, record, drawn
+    def __init__(self, rollout: Rollout) -> None:
+        self.rollout = rollout
         self.numbers = {
             name: number
-            for number, line in enumerate(drawn)
+            for number, line in enumerate(rollout.lines)
             for name in (line.image, Path(line.image).name, line.trajectory)
         }
 
@@ -85,30 +84,33 @@ class Reader:
         )
 
     def _matrix(self, file: Path, entries: Sequence[tuple[str, Any]]) -> list[Vote]:
-        count, each = self.record.prompts, self.record.images_per_prompt
-        asked = f"one for each of the {count} prompts, each of {each} numbers, one a picture, as drawn into"
+        record = self.rollout.record
+        count, each = record.prompts, record.images_per_prompt
+        asked = f"one for each of the {count} prompts, each of {each} numbers, one an image, as drawn into"
+        asked = f"{asked} {self.rollout.folder.path}"
         if len(entries) != count:
-            raise DataError(f"{file} holds {len(entries)} lists; expected {count}, {asked} {self.folder.path}")
+            raise DataError(f"{file} holds {len(entries)} lists; expected {count}, {asked}")
         votes: list[Vote] = []
         for where, row in entries:
             if not isinstance(row, list) or len(row) != each:
-                found = f"{len(row)} numbers" if isinstance(row, list) else repr(row)
-                raise DataError(f"{where} holds {found}; expected a list of {each}, {asked} {self.folder.path}")
+                held = f"{len(row)} numbers" if isinstance(row, list) else repr(row)
+                raise DataError(f"{where} holds {held}; expected a list of {each}, {asked}")
             for value in row:
                 votes.append(Vote(file.name, where, len(votes), None, _number(value, where, "a score")))
         return votes
 
     def _choice(self, file: Path, where: str, entry: Any) -> Vote:
         entry = _object(entry, where, ("image_a", "image_b", "label"))
-        a, b = (self._picture(entry[name], where) for name in ("image_a", "image_b"))
-        prompts = [self.drawn[number].prompt for number in (a, b)]
-        if a == b or self.drawn[a].prompt_index != self.drawn[b].prompt_index:
-            both = "twice" if a == b else f"and {entry['image_b']!r} of two prompts, {prompts[0]!r} and {prompts[1]!r}"
-            raise DataError(f"{where} compares {entry['image_a']!r} {both}; expected two pictures of one prompt")
-        if entry.get("prompt") and entry["prompt"] != prompts[0]:
+        a, b = (self._image(entry[name], where) for name in ("image_a", "image_b"))
+        line, other = self.rollout.lines[a], self.rollout.lines[b]
+        if a == b or line.prompt_index != other.prompt_index:
+            both = f"and {entry['image_b']!r} of two prompts, {line.prompt!r} and {other.prompt!r}"
+            both = "twice" if a == b else both
+            raise DataError(f"{where} compares {entry['image_a']!r} {both}; expected two images of one prompt")
+        if entry.get("prompt") and entry["prompt"] != line.prompt:
             raise DataError(
-                f"{where} says the prompt {entry['prompt']!r}, but {entry['image_a']!r} was drawn for {prompts[0]!r}; "
-                f"give the rollout folder that these labels are on, this is {self.folder.path}"
+                f"{where} says the prompt {entry['prompt']!r}, but {entry['image_a']!r} was drawn for {line.prompt!r}; "
+                f"give the rollout folder that these labels are on, this is {self.rollout.folder.path}"
             )
         if not isinstance(entry["label"], str) or entry["label"] not in VALUES:
             raise DataError(f"{where}: label is {entry['label']!r}; expected a, b or tie")
@@ -121,20 +123,20 @@ class Reader:
     def _score(self, file: Path, where: str, entry: Any) -> Vote:
         entry = _object(entry, where, ("image", "score"))
         value = _number(entry["score"], where, "score")
-        return Vote(str(entry.get("annotator") or file.name), where, self._picture(entry["image"], where), None, value)
+        return Vote(str(entry.get("annotator") or file.name), where, self._image(entry["image"], where), None, value)
 
-    def _picture(self, name: object, where: str) -> int:
-        """The number of the picture that a label calls ``name``."""
-        inside = str(name)
-        if inside not in self.numbers and Path(inside).resolve().parent == (self.folder.path / "images").resolve():
-            inside = Path(inside).name
-        if inside not in self.numbers:
+    def _image(self, name: object, where: str) -> int:
+        """The number of the image that a label calls ``name``."""
+        folder, text = self.rollout.folder, str(name)
+        if text not in self.numbers and Path(text).resolve().parent == (folder.path / "images").resolve():
+            text = Path(text).name
+        if text not in self.numbers:
             raise DataError(
-                f"{where}: the image {name!r} is unknown to {self.folder.manifest}, so it has no trajectory to train "
-                "on; label what align.rollout drew, or train pictures of other origin by the objective DPO on "
+                f"{where}: the image {name!r} is unknown to {folder.manifest}, so it has no trajectory to train on; "
+                "label what align.rollout drew, or train images of other origin by the objective DPO on "
                 "PreferencePairs"
             )
-        return self.numbers[inside]
+        return self.numbers[text]
 
 
 def _object(entry: object, where: str, names: tuple[str, ...]) -> Mapping[str, Any]:
@@ -145,12 +147,12 @@ def _object(entry: object, where: str, names: tuple[str, ...]) -> Mapping[str, A
 
 def _number(value: object, where: str, what: str) -> float:
     try:
-        found = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
     except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
+        number = math.nan
+    if not math.isfinite(number):
         raise DataError(f"{where}: {what} is {value!r}, which is not a number; expected a finite one")
-    return found
+    return number
 
 
 def tally(votes: Sequence[Vote], images_per_prompt: int) -> Labels:
@@ -162,14 +164,14 @@ def tally(votes: Sequence[Vote], images_per_prompt: int) -> Labels:
         else:
             low, high = sorted((vote.a, vote.b))
             choices[low, high].append(vote.value if vote.a == low else -vote.value)
-    said = {pair: _sign(math.fsum(values)) for pair, values in choices.items()}
+    verdicts = {pair: _sign(math.fsum(values)) for pair, values in choices.items()}
     means = {number: fmean(values) for number, values in sorted(scores.items())}
     for _, group in groupby(means, key=lambda number: number // images_per_prompt):
         for low, high in combinations(group, 2):
-            said[low, high] = said.get((low, high), 0) + _sign(means[low] - means[high])
-    decided = {pair: value for pair, value in sorted(said.items()) if value}
-    pairs = [(low, high) if value > 0 else (high, low) for (low, high), value in decided.items()]
-    return Labels(pairs, len(said) - len(pairs), list(votes))
+            verdicts[low, high] = verdicts.get((low, high), 0) + _sign(means[low] - means[high])
+    decided = [(pair, value) for pair, value in sorted(verdicts.items()) if value]
+    pairs = [(low, high) if value > 0 else (high, low) for (low, high), value in decided]
+    return Labels(pairs, len(verdicts) - len(pairs), list(votes))
 
 
 def _sign(value: float) -> int:
@@ -178,7 +180,7 @@ def _sign(value: float) -> int:
 
 @dataclass
 class LabelledRollout(Data):
-    """Pictures that ``align.rollout`` drew and people's preferences among them; an item is a pair.
+    """Images that ``align.rollout`` drew and people's preferences among them; an item is a pair.
 
     Args:
         path: the rollout folder.
@@ -197,38 +199,28 @@ class LabelledRollout(Data):
     def check(self) -> None:
         self.read()
 
-    def read(self) -> tuple[RolloutRecord, list[ManifestLine], Labels]:
-        """The rollout's record and manifest, and what the label files say; no trajectory is read yet.
+    def read(self) -> tuple[Rollout, Labels]:
+        """The rollout, and what the label files say of it; no trajectory is read yet.
 
         Raises :class:`DataError` where anything is missing, unknown, or does not fit the manifest.
         """
         if not self.labels:
-            raise DataError(f"labels is empty: name the files that say which pictures of {self.path} are preferred")
-        folder = RolloutFolder(Path(self.path).expanduser())
-        record, drawn = folder.read()
-        reader = Reader(folder, record, drawn)
-        found = tally(
-            [vote for file in self.labels for vote in reader.read(Path(file).expanduser())], record.images_per_prompt
-        )
-        said = f"{len(found.votes)} votes of {len({vote.annotator for vote in found.votes})} annotators"
-        logger.info("%s: %d pairs, %d ties, by %s", self.path, len(found.pairs), found.ties, said)
-        if not found.pairs:
+            raise DataError(f"labels is empty: name the files that say which images of {self.path} are preferred")
+        rollout = RolloutFolder(Path(self.path).expanduser().resolve()).read()
+        reader = Reader(rollout)
+        votes = [vote for file in self.labels for vote in reader.read(Path(file).expanduser())]
+        labels = tally(votes, rollout.record.images_per_prompt)
+        counts = f"{len(votes)} votes of {len({vote.annotator for vote in votes})} annotators"
+        logger.info("%s: %d pairs, %d ties, by %s", self.path, len(labels.pairs), labels.ties, counts)
+        if not labels.pairs:
             raise DataError(
-                f"{', '.join(self.labels)}: {said} prefer no picture, {found.ties} ties; label more of them"
+                f"{', '.join(self.labels)}: {counts} prefer no image, {labels.ties} ties; label more of them"
             )
-        return record, drawn, found
+        return rollout, labels
 
-    def prepare(
-        self,
-        family: Family,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        progress: bool = True,
-        barrier: Callable[[], None] = lambda: None,
-    ) -> TrajectoryPairs:
-        record, drawn, labels = self.read()
-        if rank == 0 and family.source != record.model:
-            logger.warning("%s was drawn by %s, but %s trains on it", self.path, record.model, family.source)
-        folder = RolloutFolder(Path(self.path).expanduser().resolve())
-        return TrajectoryPairs(folder, record, drawn, labels.pairs[: self.limit], family)
+    def prepare(self, setup: Setup) -> TrajectoryPairs:
+        rollout, labels = self.read()
+        drew, trains = rollout.record.model, setup.family.source
+        if setup.process_index == 0 and drew != trains:
+            logger.warning("%s was drawn by %s, but %s trains on it", self.path, drew, trains)
+        return TrajectoryPairs(rollout, labels.pairs[: self.limit], setup.family)

@@ -1,115 +1,179 @@
-"""Pictures with captions: what a model is healed on, in the layouts that people have."""
+"""Images with captions, encoded once: what :class:`Images`, and in :mod:`align.data.preferences` pairs, are read by."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor
-
 from align.common.assets import locate
 from align.common.errors import DataError
-from align.data.dataset import Bad, Captioned, ItemSet, check_bad
-from align.data.preferences import Encoded, Encodings
-from align.families import Conditioning
+from align.data.dataset import Bad, Data, Example, ExampleSet, Setup, check_bad
+from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache, Views
 from rewards.data.formats import open_input
 from rewards.data.images import ImageRow, ImageSource
 from rewards.data.tables import LazyImage
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class ImageBatch:
-    """B pictures: ``latents`` (B, C, h, w) and the conditions of their captions."""
-
-    latents: Tensor
-    cond: Conditioning
-    captions: list[str]
-    ids: list[int]
-
-
-class EncodedImages(Encodings):
-    """The cached pictures."""
-
-    def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> ImageBatch:
-        latents, cond, captions, ids = self.rows(indices, variants)
-        return ImageBatch(latents[:, 0], cond, captions, ids)
+CACHE = "~/.cache/t2i-align"
+Rows = tuple[str, Sequence[Path], Iterable[Example | Bad | None]]  # layout, files that it depends on, rows; None: a tie
 
 
 @dataclass
-class Images(Encoded):
-    """Captioned pictures on disk, and how they are cut: a folder with ``metadata.jsonl`` or ``.csv`` (``file_name`` and
-    ``text``, ``caption`` or ``prompt``) or a ``.txt`` beside each picture; a ``.jsonl`` or ``.csv`` of paths; parquet;
+class EncodedData(Data):
+    """What data sets of images with captions share.
+
+    Args:
+        path: a file, a folder or a hub id.
+        split: the split of a hub id (default train), or of a folder that holds several.
+        limit: use the first so many items.
+        resolution: side of the square images, in pixels; default the model's own.
+        center_crop: cut the square from the middle; otherwise at random.
+        random_flip: mirror half of the views.
+        variants: how many random views of each item are cached. A pair's two images share crop and flip.
+        max_bad_share: stop when more of the rows than this are unusable.
+        caption_column: the caption's name, where it is not caption, prompt or text.
+        cache_dir: where the encodings are kept; default ``~/.cache/t2i-align``. All ranks must see the same folder.
+        vae_batch: images in one call of the VAE.
+    """
+
+    path: str
+    split: str | None = None
+    limit: int | None = None
+    resolution: int | None = None
+    center_crop: bool = True
+    random_flip: bool = False
+    variants: int = 1
+    max_bad_share: float = 0.01
+    caption_column: str | None = None
+    cache_dir: str | None = None
+    vae_batch: int = 8
+
+    batch_type: ClassVar[type[EncodedBatch]]
+    what: ClassVar[str]  # the items' name in messages and in the cache
+
+    def __post_init__(self) -> None:
+        self._items: tuple[str, ExampleSet] | None = None
+        if self.variants < 1 or self.vae_batch < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"variants, vae_batch and limit must be positive, found {self}")
+        if self.variants > 1 and self.center_crop and not self.random_flip:
+            raise ValueError("all variants would be the same: set center_crop: false or random_flip: true")
+
+    @abstractmethod
+    def rows(self) -> Rows:
+        """What stands at ``path``; no image is read yet. Raises :class:`DataError`."""
+
+    def read(self) -> ExampleSet:
+        """The examples, before ``limit``. :class:`DataError` for nothing there, no known layout, or too many bad rows,
+        which are listed in :attr:`report`."""
+        layout, files, rows = self.rows()
+        examples = ExampleSet.of(layout, rows, files)
+        counts = f"{examples.total} rows, {examples.ties} ties, {len(examples.bad)} bad"
+        logger.info("%s (%s): %d %s of %s", self.path, layout, len(examples), self.what, counts)
+        check_bad(examples.bad, examples.total, self.max_bad_share, self.report)
+        if not examples.items:
+            raise DataError(f"{self.path} ({layout}) holds no usable {self.what}: {counts}")
+        return examples
+
+    def items(self) -> ExampleSet:
+        """:meth:`read`, once for each value of the settings: :meth:`check` and :meth:`prepare` share it."""
+        settings = repr(self)
+        if self._items is None or self._items[0] != settings:
+            self._items = settings, self.read()
+        return self._items[1]
+
+    def check(self) -> None:
+        self.items()
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.cache_dir or CACHE).expanduser()
+
+    @property
+    def report(self) -> Path:
+        """Where unusable rows are listed, one JSON object a line."""
+        name = hashlib.sha256(f"{self.path} {self.split}".encode()).hexdigest()[:8]
+        return self.cache / f"bad-rows-{Path(self.path).stem}-{name}.jsonl"
+
+    def prepare(self, setup: Setup) -> EncodedDataset:
+        """Encode what the cache lacks, check every row, and open the cache. Raises :class:`DataError` for a data set
+        that is unusable, or latents that are not finite."""
+        examples = self.items()
+        items = examples.items[: self.limit]
+        resolution = self.resolution or setup.family.resolution
+        views = Views(resolution, self.center_crop, self.random_flip, self.variants, setup.seed)
+        cache = LatentCache(self.cache, self.what, examples, items, views, setup)
+        cache.encode(self.vae_batch)
+        dataset, unreadable = cache.open(self.batch_type)
+        # every process sees the same rows here, so that all of them stop or none
+        total = (
+            examples.total if len(items) == len(examples) else items[-1].id + 1
+        )  # rows beyond the limit do not count
+        bad = sorted((row for row in [*examples.bad, *unreadable] if row.row < total), key=lambda row: row.row)
+        check_bad(bad, total, self.max_bad_share, self.report if setup.process_index == 0 else None)
+        if not len(dataset):
+            raise DataError(f"{self.path}: none of {len(items)} {self.what} is readable")
+        return dataset
+
+
+@dataclass(frozen=True)
+class ImageBatch(EncodedBatch):
+    """B captioned images: ``latents`` (B, C, h, w) and the conditions of their captions."""
+
+    images = 1
+
+
+@dataclass
+class Images(EncodedData):
+    """Captioned images on disk, and how they are cut: a folder with ``metadata.jsonl`` or ``.csv`` (``file_name`` and
+    ``text``, ``caption`` or ``prompt``) or a ``.txt`` beside each image; a ``.jsonl`` or ``.csv`` of paths; parquet;
     webdataset tar files; a ``save_to_disk`` folder. The layouts are :func:`rewards.data.formats.open_input`'s.
 
     Args:
-        image_column: the picture's column, where it is not image, jpg, png, file_name or the like.
+        image_column: the image's column, where it is not image, jpg, png, file_name or the like.
     """
 
     image_column: str | None = None
 
-    batch_type: ClassVar[type] = ImageBatch
-    what: ClassVar[str] = "images"
-    pictures: ClassVar[int] = 1
-    opened: ClassVar[type[Encodings]] = EncodedImages
+    batch_type = ImageBatch
+    what = "images"
 
-    def read(self) -> ItemSet:
-        return read_images(
-            self.path, self.split, self.max_bad_share, self.report, self.caption_column, self.image_column
-        )
+    def rows(self) -> Rows:
+        place = Path(locate(self.path)).expanduser()
+        if not place.exists():
+            raise DataError(f"there is no file or folder {place}; expected captioned images, see align.data.Images")
+        source = open_input(str(place), None, self.caption_column, self.image_column, self.split)
+        return json.dumps(source.identity, sort_keys=True), (), _examples(place, source)
 
 
-def read_images(
-    path: str | Path,
-    split: str | None = None,
-    max_bad_share: float = 0.01,
-    report: Path | None = None,
-    caption_column: str | None = None,
-    image_column: str | None = None,
-) -> ItemSet:
-    """The captioned pictures at ``path``, in the layouts of :class:`Images`; no picture is read yet.
-
-    Raises:
-        DataError: nothing at ``path``, no known layout, or too many rows without a caption or a picture.
-    """
-    place = Path(locate(str(path))).expanduser()
-    if not place.exists():
-        raise DataError(
-            f"there is no file or folder {place}; expected captioned pictures, see align.data.captioned.Images"
-        )
-    found = open_input(str(place), None, caption_column, image_column, split)
-    stream = InOrder(found)
-    items, bad, total = list[Captioned](), list[Bad](), 0
-    for total, row in enumerate(found.rows(lambda number: True), 1):
+def _examples(place: Path, source: ImageSource) -> Iterator[Example | Bad]:
+    stream = InOrder(source)
+    for number, row in enumerate(source.rows(lambda number: True)):
         assert row is not None
         if fault := _fault(row):
-            bad.append(Bad(total - 1, row.file, fault))
-            continue
-        image = LazyImage(row.image) if isinstance(row.image, Path) else LazyImage(place, total - 1, "", stream)
-        items.append(Captioned(total - 1, row.file, str(row.prompt).strip(), image))
-    check_bad(bad, total, max_bad_share, report)
-    if not items:
-        raise DataError(f"{place} holds no captioned picture: {total} rows, {len(bad)} bad")
-    logger.info("%s: %s, %d captioned pictures, %d bad rows", place, found.identity["layout"], len(items), len(bad))
-    return ItemSet(json.dumps(found.identity, sort_keys=True), items, bad, 0, total, [])
+            yield Bad(number, row.file, fault)
+        else:
+            image = LazyImage(row.image) if isinstance(row.image, Path) else LazyImage(place, number, "", stream)
+            yield Example(number, row.file, str(row.prompt).strip(), (image,))
 
 
 def _fault(row: ImageRow) -> str:
     """Why the row cannot be used; empty where it can."""
     if row.problem or row.image is None:
-        return row.problem or "no picture"
+        return row.problem or "no image"
     if not row.prompt or not row.prompt.strip():
         return f"no caption: {row.prompt!r}"
     return f"no such file: {row.image}" if isinstance(row.image, Path) and not row.image.is_file() else ""
 
 
 class InOrder:
-    """Rows whose pictures are inside larger files, read forward: asking for them in order costs one pass."""
+    """Rows whose images are inside larger files, read forward: asking for them in order costs one pass."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source

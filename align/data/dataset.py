@@ -1,4 +1,4 @@
-"""What a run trains on, its items, and the order in which they come."""
+"""What a run trains on: examples as files hold them, data sets as a model sees them, and the order of the items."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,7 +16,6 @@ import numpy as np
 from align.common.errors import DataError
 from align.families import Family
 from rewards.common.files import write_text
-from rewards.data.tables import LazyImage
 
 logger = logging.getLogger(__name__)
 
@@ -34,35 +33,14 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """Two pictures for one caption, the first preferred. ``id`` counts the source's pairs, ties and bad rows too."""
+class Example:
+    """A caption and its images: one, or of a preference two, the winner first. ``id`` counts the source's rows, ties
+    and bad ones too."""
 
     id: int
     source: str
     caption: str
-    chosen: LazyImage
-    rejected: LazyImage
-
-    @property
-    def pictures(self) -> tuple[Readable, ...]:
-        return (self.chosen, self.rejected)
-
-
-@dataclass(frozen=True, slots=True)
-class Captioned:
-    """One picture and its caption. ``id`` counts the source's rows, bad ones too."""
-
-    id: int
-    source: str
-    caption: str
-    picture: Readable
-
-    @property
-    def pictures(self) -> tuple[Readable, ...]:
-        return (self.picture,)
-
-
-Item = Pair | Captioned
+    images: tuple[Readable, ...]
 
 
 @dataclass(frozen=True)
@@ -75,20 +53,29 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class ItemSet:
-    """The usable pairs, or captioned pictures, in file order, and what was left out of ``total`` rows."""
+class ExampleSet:
+    """The usable examples of a source of ``layout``, in file order, and what was left out of its ``total`` rows."""
 
     layout: str
-    items: Sequence[Item]
+    items: Sequence[Example]
     bad: list[Bad]
     ties: int
     total: int
-    files: list[Path]
+    files: Sequence[Path] = ()
+
+    @staticmethod
+    def of(layout: str, rows: Iterable[Example | Bad | None], files: Sequence[Path] = ()) -> ExampleSet:
+        """Sort ``rows`` into examples, bad rows and ties (None)."""
+        kept = list(rows)
+        items = [row for row in kept if isinstance(row, Example)]
+        return ExampleSet(
+            layout, items, [row for row in kept if isinstance(row, Bad)], kept.count(None), len(kept), files
+        )
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> Example:
         return self.items[index]
 
 
@@ -105,8 +92,29 @@ def check_bad(bad: Sequence[Bad], total: int, max_share: float, report: Path | N
     logger.warning(message)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a run gives its data to get ready with.
+
+    Attributes:
+        family: encodes images and captions.
+        seed: of random crops and flips.
+        process_index: this process encodes every ``num_processes``-th shard, from this one.
+        num_processes: how many share the work and see the same cache folder.
+        progress: show a bar.
+        wait_for_everyone: returns when all processes have called it.
+    """
+
+    family: Family
+    seed: int = 0
+    process_index: int = 0
+    num_processes: int = 1
+    progress: bool = True
+    wait_for_everyone: Callable[[], None] = lambda: None
+
+
 class Dataset(Protocol):
-    """Data as a model sees it: ``batch(indices, views)`` gives the items, each in one of its cached views."""
+    """Data as a model sees it: ``batch(indices, variants)`` gives the items, each in one of its cached views."""
 
     def __len__(self) -> int: ...
 
@@ -126,16 +134,8 @@ class Data(ABC):
         """Raise :class:`DataError` where the data can be seen to be unusable before a model is loaded."""
 
     @abstractmethod
-    def prepare(
-        self,
-        family: Family,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        progress: bool = True,
-        barrier: Callable[[], None] = lambda: None,
-    ) -> Dataset:
-        """Encode what is to be encoded; ``rank`` of ``world`` processes share the work and meet at ``barrier``."""
+    def prepare(self, setup: Setup) -> Dataset:
+        """Encode what is to be encoded."""
 
 
 def shuffled(count: int, size: int, seed: int, step: int) -> list[int]:

@@ -1,14 +1,9 @@
-"""Prompts, and preference pairs in the layouts that people have. Nothing is decoded here: pictures are lazy.
-
-:func:`read_pairs` finds out which layout a path holds, says so, and gives the pairs in file order.
-:mod:`align.data.preferences` turns them into cached latents and text embeddings.
-"""
+"""Prompts: from files, and as a model sees them, encoded when they are first asked for."""
 
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,14 +12,11 @@ import torch
 
 from align.common.assets import locate
 from align.common.errors import DataError
-from align.data.dataset import Data
+from align.data.dataset import Data, Setup
 from align.families import Conditioning, Family
 from rewards.data.records import caption_of, read_records
 
-logger = logging.getLogger(__name__)
 
-
-# Prompts and their order.
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts of :func:`read_prompt_rows`."""
     return [row["prompt"] for row in read_prompt_rows(path)]
@@ -63,13 +55,13 @@ class PromptBatch:
 
 @dataclass
 class Prompts(Data):
-    """Prompts to draw pictures of.
+    """Prompts to draw images of.
 
     Args:
         path: .jsonl with {"prompt"} and whatever rewards want to know, a JSON list, text with one on each line, or
             ``shapes-prompts``, the embedded world's.
         limit: use the first so many.
-        resolution: side of the pictures in pixels; default the model's own.
+        resolution: side of the images in pixels; default the model's own.
     """
 
     path: str
@@ -84,16 +76,8 @@ class Prompts(Data):
     def read(self) -> list[dict[str, Any]]:
         return read_prompt_rows(self.path)[: self.limit]
 
-    def prepare(
-        self,
-        family: Family,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        progress: bool = True,
-        barrier: Callable[[], None] = lambda: None,
-    ) -> PromptSet:
-        return PromptSet(family, self.read())
+    def prepare(self, setup: Setup) -> PromptSet:
+        return PromptSet(setup.family, self.read())
 
 
 class PromptSet:
@@ -127,7 +111,7 @@ class TaskPrompts(Data):
     Args:
         tasks: a prompt file (see :class:`Prompts`) for each task; its name becomes ``task`` of its prompts' metadata.
         limit: use the first so many of each.
-        resolution: side of the pictures in pixels; default the model's own.
+        resolution: side of the images in pixels; default the model's own.
     """
 
     tasks: dict[str, str]
@@ -150,16 +134,8 @@ class TaskPrompts(Data):
             [row | {"task": task} for row in read_prompt_rows(path)[: self.limit]] for task, path in self.tasks.items()
         ]
 
-    def prepare(
-        self,
-        family: Family,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        progress: bool = True,
-        barrier: Callable[[], None] = lambda: None,
-    ) -> TaskSet:
-        return TaskSet(family, self.read())
+    def prepare(self, setup: Setup) -> TaskSet:
+        return TaskSet(setup.family, self.read())
 
 
 class TaskSet(PromptSet):
@@ -168,13 +144,13 @@ class TaskSet(PromptSet):
     def __init__(self, family: Family, tasks: list[list[dict[str, Any]]]) -> None:
         super().__init__(family, [row for rows in tasks for row in rows])
         self.tasks = tasks
+        self._starts = [sum(map(len, tasks[:k])) for k in range(len(tasks))]
 
     def __len__(self) -> int:
         return max(map(len, self.tasks))
 
     def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> PromptBatch:
-        starts = [sum(map(len, self.tasks[:k])) for k in range(len(self.tasks))]
-        places = [k % len(self.tasks) for k in range(len(indices))]
+        tasks = [place % len(self.tasks) for place in range(len(indices))]
         return super().batch(
-            [starts[task] + index % len(self.tasks[task]) for task, index in zip(places, indices, strict=True)]
+            [self._starts[task] + index % len(self.tasks[task]) for task, index in zip(tasks, indices, strict=True)]
         )

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from align.common.errors import DataError, UserError
 from align.common.provenance import provenance
 from align.common.renames import upgrade
+from align.data.latent_cache import MappedFiles
 from align.data.prompts import PromptSet
 from align.families import Family
 from align.sampling.sampler import Sampler
@@ -67,14 +67,12 @@ class ManifestLine:
 def describe(sampler: Sampler, family: Family) -> dict[str, Any]:
     """Steps, guidance and kernel as they apply to ``family``: plain values, the kernel as a config would name it."""
     kernel = sampler.kernel_of(family)
-    named = {"class_path": f"{type(kernel).__module__}.{type(kernel).__qualname__}", "init_args": vars(kernel)}
-    plain = {
+    description: dict[str, Any] = {
         "num_inference_steps": sampler.num_inference_steps,
         "guidance_scale": sampler.guidance_scale_of(family),
-        "kernel": named,
+        "kernel": {"class_path": f"{type(kernel).__module__}.{type(kernel).__qualname__}", "init_args": vars(kernel)},
     }
-    description: dict[str, Any] = json.loads(json.dumps(plain, default=repr))
-    return description
+    return dict(json.loads(json.dumps(description, default=repr)))
 
 
 class RolloutFolder:
@@ -89,8 +87,8 @@ class RolloutFolder:
         if not self.record_file.is_file():
             raise DataError(f"no {self.record_file}; expected a folder that python -m align.rollout made")
         try:
-            found = json.loads(self.record_file.read_text(encoding="utf-8"))
-            return RolloutRecord(**upgrade({name: value for name, value in found.items() if name != "made_with"}))
+            saved = json.loads(self.record_file.read_text(encoding="utf-8"))
+            return RolloutRecord(**upgrade({name: value for name, value in saved.items() if name != "made_with"}))
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{self.record_file} is not as align.rollout wrote it ({error}); draw anew") from error
 
@@ -114,13 +112,13 @@ class RolloutFolder:
         """The manifest's lines; none yet where a rollout has only begun. Raises :class:`DataError`."""
         if not self.manifest.is_file():
             return []
-        found = []
-        for line, text in enumerate(self.manifest.read_text(encoding="utf-8").strip().split("\n"), 1):
+        lines = []
+        for number, text in enumerate(self.manifest.read_text(encoding="utf-8").strip().split("\n"), 1):
             try:
-                found.append(ManifestLine(**json.loads(text)))
+                lines.append(ManifestLine(**json.loads(text)))
             except (ValueError, TypeError) as error:
-                raise DataError(f"{self.manifest}:{line} is not as align.rollout wrote it ({error})") from error
-        return found
+                raise DataError(f"{self.manifest}:{number} is not as align.rollout wrote it ({error})") from error
+        return lines
 
     def shard(self, number: int) -> Path:
         return self.path / f"trajectories-{number:05d}.safetensors"
@@ -132,46 +130,52 @@ class RolloutFolder:
             return f"{file} is missing"
         try:
             with safe_open(file, framework="pt") as opened:
-                found = {name: tuple(opened.get_slice(name).get_shape()) for name in ("latents", "log_probs")}
+                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in ("latents", "log_probs")}
         except (SafetensorError, OSError) as error:
             return f"{file} is damaged ({error})"
         rows = len(record.prompts_of(number)) * record.images_per_prompt
         expected = {"latents": (rows, steps + 1, *record.latent_shape), "log_probs": (rows, steps)}
-        return f"{file} holds {found}, but {self.record_file.name} says {expected}" if found != expected else None
+        return f"{file} holds {shapes}, but {self.record_file.name} says {expected}" if shapes != expected else None
 
     def finished(self, record: RolloutRecord) -> dict[int, list[ManifestLine]]:
         """The manifest lines of the shards of which every file is there."""
-        known: dict[int, list[ManifestLine]] = {}
+        shards: dict[int, list[ManifestLine]] = {}
         for line in self.manifest_lines():
-            known.setdefault(line.shard, []).append(line)
-        return {
-            shard: lines
-            for shard, lines in known.items()
-            if not self.fault(record, shard) and all((self.path / line.image).is_file() for line in lines)
-        }
+            shards.setdefault(line.shard, []).append(line)
+        whole = {shard: all((self.path / line.image).is_file() for line in lines) for shard, lines in shards.items()}
+        return {shard: lines for shard, lines in shards.items() if whole[shard] and not self.fault(record, shard)}
 
-    def read(self) -> tuple[RolloutRecord, list[ManifestLine]]:
+    def read(self) -> Rollout:
         """A finished rollout, its files' headers checked; raises :class:`DataError` where it is not whole."""
         record, lines = self.record(), self.manifest_lines()
         again = "run align.rollout with its settings again to draw what is missing"
         if len(lines) != record.images:
             raise DataError(
-                f"{self.manifest} lists {len(lines)} pictures, but {record.prompts} prompts x "
+                f"{self.manifest} lists {len(lines)} images, but {record.prompts} prompts x "
                 f"{record.images_per_prompt} make {record.images}; {again}"
             )
         for number, line in enumerate(lines):
-            prompt = number // record.images_per_prompt
-            shard = prompt // record.prompts_per_shard
-            place = (prompt, shard, number - shard * record.prompts_per_shard * record.images_per_prompt)
-            if (line.prompt_index, line.shard, line.row) != place:
+            prompt, _ = divmod(number, record.images_per_prompt)
+            shard, row = divmod(number, record.prompts_per_shard * record.images_per_prompt)
+            if (line.prompt_index, line.shard, line.row) != (prompt, shard, row):
                 raise DataError(
                     f"{self.manifest}:{number + 1} is of prompt {line.prompt_index}, shard {line.shard}, row "
-                    f"{line.row}, but picture {number} is of {place}; keep the lines in their order, or draw anew"
+                    f"{line.row}, but image {number} is of {(prompt, shard, row)}; keep the lines in their order, or "
+                    "draw anew"
                 )
         for fault in (self.fault(record, number) for number in range(record.shards)):
             if fault:
                 raise DataError(f"{fault}; {again}")
-        return record, lines
+        return Rollout(self, record, lines)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A rollout as it lies in ``folder``: what it depends on, and its manifest."""
+
+    folder: RolloutFolder
+    record: RolloutRecord
+    lines: list[ManifestLine]
 
 
 @dataclass(frozen=True)
@@ -183,53 +187,43 @@ class TrajectoryBatch:
         pairs: (P, 2) their rows there, winner first.
         names: of the M trajectories, unlike any other folder's.
         ids: of the pairs.
-        folder: where they were read from.
-        record: of the rollout in ``folder``.
+        rollout: that they are of.
     """
 
     trajectories: Trajectories
     pairs: Tensor
     names: list[str]
     ids: list[int]
-    folder: Path
-    record: RolloutRecord
+    rollout: Rollout
 
     def require(self, sampler: Sampler, family: Family) -> None:
         """Raise :class:`UserError` unless ``sampler`` on ``family`` is what drew these trajectories: the same steps,
         guidance and kernel, on latents of the same shape."""
-        ours, theirs = describe(sampler, family), self.record.sampler
+        record, folder = self.rollout.record, self.rollout.folder.path
+        ours, theirs = describe(sampler, family), record.sampler
         wrong = [name for name in theirs if ours.get(name) != theirs[name]]
         if wrong:
-            found = ", ".join(f"{name} {ours.get(name)}" for name in wrong)
+            differ = ", ".join(f"{name} {ours.get(name)}" for name in wrong)
             expected = ", ".join(f"{name}: {theirs[name]}" for name in wrong)
             raise UserError(
-                f"objective.sampler has {found}, but the trajectories in {self.folder} were drawn otherwise; set in "
+                f"objective.sampler has {differ}, but the trajectories in {folder} were drawn otherwise; set in "
                 f"objective.sampler {expected}"
             )
-        shape, stored = list(family.latent_shape(self.record.resolution)), self.record.latent_shape
+        shape, stored = list(family.latent_shape(record.resolution)), record.latent_shape
         if shape != stored:
             raise UserError(
-                f"{family.source} has latents of shape {shape}, but the trajectories in {self.folder} have {stored}; "
-                f"set pretrained_model_name_or_path: {self.record.model}, which drew them"
+                f"{family.source} has latents of shape {shape}, but the trajectories in {folder} have {stored}; "
+                f"set pretrained_model_name_or_path: {record.model}, which drew them"
             )
 
 
 class TrajectoryPairs:
     """Pairs whose trajectories are read, and whose prompts are encoded, when first asked for."""
 
-    def __init__(
-        self,
-        folder: RolloutFolder,
-        record: RolloutRecord,
-        lines: Sequence[ManifestLine],
-        pairs: Sequence[tuple[int, int]],
-        family: Family,
-    ) -> None:
-        self.folder, self.record, self.lines, self.pairs, self.family = folder, record, lines, pairs, family
-        texts = list(dict.fromkeys(line.prompt for line in lines))
-        self._place = {text: place for place, text in enumerate(texts)}
-        self._prompts = PromptSet(family, [{"prompt": text} for text in texts], remember=len(texts))
-        self._open: dict[int, dict[str, Tensor]] = {}
+    def __init__(self, rollout: Rollout, pairs: Sequence[tuple[int, int]], family: Family) -> None:
+        self.rollout, self.pairs, self.family = rollout, pairs, family
+        self._prompts = PromptSet(family, [], remember=rollout.record.prompts)
+        self._tensors = MappedFiles()
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -239,23 +233,18 @@ class TrajectoryPairs:
         family's device. Half-precision states come back as the numbers that were rounded to."""
         chosen = torch.tensor([self.pairs[index] for index in indices])
         needed, pairs = torch.unique(chosen, return_inverse=True)
-        lines = [self.lines[number] for number in needed.tolist()]
-        texts = list(dict.fromkeys(line.prompt for line in lines))
+        folder, lines = self.rollout.folder, [self.rollout.lines[number] for number in needed.tolist()]
+        prompts = list(dict.fromkeys(line.prompt for line in lines))
+
+        def stored(name: str) -> Tensor:
+            return torch.stack([self._tensors[folder.shard(line.shard)][name][line.row] for line in lines]).float()
+
         trajectories = Trajectories(
-            latents=self._stored("latents", lines),
-            kept_steps=torch.arange(self.record.sampler["num_inference_steps"]),
-            prompt_index=torch.tensor([texts.index(line.prompt) for line in lines]),
-            cond=self._prompts.batch([self._place[text] for text in texts]).cond.to(self.family.device),
-            log_probs=self._stored("log_probs", lines),
+            latents=stored("latents"),
+            kept_steps=torch.arange(self.rollout.record.sampler["num_inference_steps"]),
+            prompt_index=torch.tensor([prompts.index(line.prompt) for line in lines]),
+            cond=self._prompts.encode(prompts).to(self.family.device),
+            log_probs=stored("log_probs"),
         )
-        names = [f"{self.folder.path}/{line.trajectory}" for line in lines]
-        return TrajectoryBatch(trajectories, pairs, names, list(indices), self.folder.path, self.record)
-
-    def _stored(self, name: str, lines: Sequence[ManifestLine]) -> Tensor:
-        """The tensor ``name`` of the trajectories of ``lines``, in float32."""
-        return torch.stack([self._shard(line.shard)[name][line.row] for line in lines]).float()
-
-    def _shard(self, number: int) -> dict[str, Tensor]:
-        if number not in self._open:
-            self._open[number] = load_file(self.folder.shard(number))  # maps the file, pages come when touched
-        return self._open[number]
+        names = [f"{folder.path}/{line.trajectory}" for line in lines]
+        return TrajectoryBatch(trajectories, pairs, names, list(indices), self.rollout)

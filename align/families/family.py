@@ -22,7 +22,7 @@ from align.common.assets import locate
 from align.common.errors import UserError
 from align.common.renames import upgrade
 from align.diffusion.kernels import Kernel
-from align.diffusion.process import Grid, Prediction, PredictionType, append_dims
+from align.diffusion.process import Grid, Prediction, PredictionType, append_dims, upcast
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -166,16 +166,30 @@ class Family(ABC):
         side //= self.pipe.vae_scale_factor
         return (self.denoiser.config.in_channels, side, side)
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network takes the guidance scale as an input, as distilled ones do; it is then asked once, and
+        :meth:`call` finds the scale, (B,), in the conditions as ``guidance``."""
+        return False
+
+    def evaluations(self, guidance_scale: float) -> int:
+        """Network evaluations of one prediction. At or below 1 stock diffusers asks once, with the prompt: 0 is what
+        few-step models such as SD-Turbo and SD3.5-turbo are called with."""
+        return 2 if guidance_scale > 1.0 and not self.embeds_guidance else 1
+
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0, denoiser: nn.Module | None = None
     ) -> Tensor:
         """The raw network output at ``x_t`` (B, C, h, w) and ``t`` (B,), guided (Ho & Salimans 2022) when
-        ``guidance`` is not 1: unconditional and conditional rows go through the network as one batch of 2B."""
+        ``guidance_scale`` is above 1: unconditional and conditional rows go through the network as one batch of 2B."""
         denoiser = denoiser if denoiser is not None else self.denoiser
-        if guidance_scale == 1.0:
+        if self.embeds_guidance:
+            cond = Conditioning(cond.tensors | {"guidance": torch.full((len(x_t),), guidance_scale, device=x_t.device)})
+        if self.evaluations(guidance_scale) == 1:
             return self.call(denoiser, x_t, t, cond)
         both = Conditioning.cat([self.uncond.expand(len(x_t)), cond])
-        free, bound = self.call(denoiser, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        # mixed in float32 whatever network answers: the policy's wrapper gives float32, a bare reference need not
+        free, bound = upcast(self.call(denoiser, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)).chunk(2)
         return free + guidance_scale * (bound - free)
 
     def predict(
@@ -221,7 +235,7 @@ class Family(ABC):
 
         parts = {name: part for name, part in self.pipe.components.items() if name != self.denoiser_name}
         weights = {
-            name: [type(part).__name__, sum(p.numel() for p in part.parameters()), f"{_checksum(part):.6e}"]
+            name: [type(part).__name__, sum(p.numel() for p in part.parameters()), _fingerprint(part)]
             for name, part in parts.items()
             if isinstance(part, nn.Module)
         }
@@ -242,8 +256,10 @@ def _digest(value: object) -> str:
     return hashlib.sha256(str(value).encode()).hexdigest()
 
 
-def _checksum(module: nn.Module) -> float:
-    return float(sum(p.detach().double().abs().sum() for p in module.parameters()))
+def _fingerprint(module: nn.Module) -> str:
+    """Of about 1,024 numbers of each parameter, evenly spaced: training changes them, while in a sum it cancels out."""
+    sampled = [p.detach().flatten()[:: max(1, p.numel() // 1024)].float().cpu() for p in module.parameters()]
+    return hashlib.sha256(torch.cat(sampled).numpy().tobytes()).hexdigest()
 
 
 Column = Tensor | Conditioning

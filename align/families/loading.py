@@ -12,6 +12,7 @@ import torch
 
 from align.common.assets import EMBEDDED, locate
 from align.families.family import LORA_FILE, Family, Unsupported
+from align.families.lora_file import load_lora, lora_path
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -118,21 +119,23 @@ def of(pipe: DiffusionPipeline, source: str) -> Family:
 
 
 def what_is_tuned(family: Family, folder: Path) -> Literal["pipeline", "lora", "denoiser"]:
-    """What a run folder holds for ``family``. Raises :class:`Unsupported` where that is nothing."""
+    """What a run folder, or a LoRA file, holds for ``family``. Raises :class:`Unsupported` where that is nothing."""
     name = family.denoiser_name
     if (folder / "model_index.json").is_file():
         return "pipeline"
-    if (folder / LORA_FILE).is_file():
-        return "lora"
-    if (folder / name / "config.json").is_file():
+    if (folder / name / "config.json").is_file() and not (folder / LORA_FILE).is_file():
         return "denoiser"
+    if lora_path(folder) is not None:
+        return "lora"
     raise Unsupported(
-        f"nothing tuned in '{folder}'; expected {LORA_FILE}, a {name}/ folder, or a whole pipeline (model_index.json)"
+        f"nothing tuned in '{folder}'; expected {LORA_FILE}, another LoRA file, a {name}/ folder, or a whole pipeline "
+        "(model_index.json)"
     )
 
 
 def tuned(family: Family, source: str) -> Family:
-    """``family`` with the weights of a run folder put in: its LoRA, or its denoiser; or another whole pipeline.
+    """``family`` with the weights of a run folder put in: its LoRA, or its denoiser; or another whole pipeline. A
+    LoRA may also be a file, from whatever tool (:mod:`align.families.lora_file`).
 
     The given family is used up where it can be: LoRA and denoiser go into its own pipeline.
     """
@@ -141,7 +144,7 @@ def tuned(family: Family, source: str) -> Family:
     if found == "pipeline":
         return load(source, family.dtype, family.device)
     if found == "lora":
-        family.pipe.load_lora_weights(str(folder))
+        load_lora(family.pipe, folder, name)
         return family
     if (other := reader(folder / name)) is not None:
         denoiser = other.load(folder / name, family.dtype)

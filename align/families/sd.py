@@ -73,5 +73,15 @@ class SD(Family):
         """Uniform over the training timesteps, as DDPM and Diffusion-DPO draw them."""
         return (uniform * self.scheduler.config.num_train_timesteps).floor()
 
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.denoiser.config.time_cond_proj_dim is not None  # latent consistency models (arXiv 2310.04378)
+
     def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return denoiser(x_t, t, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0]
+        embedding = None
+        if self.embeds_guidance:
+            size = self.denoiser.config.time_cond_proj_dim
+            embedding = self.pipe.get_guidance_scale_embedding(cond["guidance"] - 1, size, x_t.dtype)
+        return denoiser(
+            x_t, t, encoder_hidden_states=cond["prompt_embeds"], timestep_cond=embedding, return_dict=False
+        )[0]

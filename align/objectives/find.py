@@ -14,7 +14,7 @@ code: p_old is refreshed (there it is N(0, I) for ever), the clip is PPO's minim
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -27,28 +27,14 @@ from align.data.prompts import PromptBatch, Prompts
 from align.diffusion.process import Reduction
 from align.families import Family
 from align.objectives.losses import clip_fraction, clipped_surrogate
-from align.objectives.noise_memory import NoiseMemory, NoiseSamples, ReplayBy
+from align.objectives.noise_memory import FINDRows, NoiseMemory, NoiseSamples, ReplayBy
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, TrainsModule
 from align.objectives.online.advantages import calibrated_advantages
 from align.objectives.online.collect import Start, collect, initial_noise
 from align.objectives.online.replay import require_on_policy
-from align.objectives.rows import Rows
 from align.objectives.value_network import RewardForecast, pooled
-from align.policy.initial_noise import InitialNoise, Tying, kl, log_prob
+from align.policy.initial_noise import InitialNoise, kl, log_prob
 from align.sampling.sampler import Sampler
-
-
-@dataclass(frozen=True, kw_only=True)
-class FINDRows(Rows):
-    """R noises (R, C, h, w) of the prompts ``index`` (R,): their density (R,) when this iteration began, their
-    calibrated reward and reward (R,), and the rollout (R,) that drew them."""
-
-    index: Tensor
-    noise: Tensor
-    log_prob: Tensor
-    advantage: Tensor
-    reward: Tensor
-    rollout: Tensor
 
 
 @dataclass
@@ -61,21 +47,18 @@ class FIND(Objective, KeepsState, TrainsModule):
         images_per_prompt: images of each prompt in a rollout, over all processes; even, if ``antithetic``.
         antithetic: draw pairs mean +- std * eps.
         replay: how many earlier images of a prompt are trained on again; 0 none.
-        replay_by: which: the ``newest``, or those of the best ``reward``, of equals the older (self-imitation: it makes
-            up the policy's mind among several ways to do well).
+        replay_by: which: the ``newest``, or those of the best ``reward``, of equals the older (self-imitation).
         clip_range: of rho, in the convention of ``reduction``.
-        reduction: log-densities as a ``mean`` over the latent (official: the clip hardly ever binds, the learning rate
-            is the trust region) or their ``sum`` (the true ratio, which leaves the range at once).
+        reduction: log-densities as a ``mean`` over the latent (official: the clip hardly ever binds) or their ``sum``
+            (the true ratio, which leaves the range at once).
         calibration: what a reward is compared with: the ``leave_one_out`` mean of the prompt's other images, or the
             ``value`` that a network expects of the prompt's distribution (FIND's dynamic reward calibration).
-        value_steps: steps of that network per rollout (official: 5), at ``value_learning_rate``.
+        value_steps: steps of that network per rollout (the official code's 5 batches make one optimizer step).
         value_learning_rate: of that network (official: 1e-4).
         kl_weight: of the exact KL to N(0, I), a mean over the latent.
-        typical: keep the norm of z where that of N(0, I) is: as the mean grows, the standard deviation shrinks. No
-            sampler has seen other norms.
+        typical: keep the norm of z where that of N(0, I) is, the only one that samplers know: as the mean grows, the
+            standard deviation shrinks.
         kl_budget: hard bound of that KL in nats a dimension (0.01 is a mean of about 0.14); null for none.
-        tying: ``none``, one number a ``channel``, or ``low_rank`` maps.
-        rank: of ``low_rank``.
     """
 
     sampler: Sampler = field(default_factory=Sampler)
@@ -91,8 +74,6 @@ class FIND(Objective, KeepsState, TrainsModule):
     kl_weight: float = 1e-3
     typical: bool = True
     kl_budget: float | None = 0.02
-    tying: Tying = "none"
-    rank: int = 2
 
     def __post_init__(self) -> None:
         if self.images_per_prompt < 2 or (self.antithetic and self.images_per_prompt % 2):
@@ -109,28 +90,24 @@ class FIND(Objective, KeepsState, TrainsModule):
 
     def trains(self, family: Family, data: Data) -> InitialNoise:
         if not isinstance(data, Prompts):
-            raise UserError(
-                f"FIND learns the noise of single prompts: expected data: Prompts, got {type(data).__name__}"
-            )
+            raise UserError(f"FIND learns the noise of single prompts: expected Prompts, got {type(data).__name__}")
         prompts, shape = [row["prompt"] for row in data.read()], family.latent_shape(data.resolution)
-        bounds = (self.tying, self.rank, self.kl_budget, self.typical)
-        return InitialNoise(prompts, shape, family.source, family.scheduler_name, *bounds)
+        return InitialNoise(prompts, shape, family.source, family.scheduler_name, self.kl_budget, self.typical)
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
         size, each = math.prod(family.latent_shape(resolution)), self.sampler.evaluations(family)
         budget = f"{self.kl_budget:g} nats a dimension" if self.kl_budget else "unbounded"
-        notes = {
-            "sampler": f"{self.sampler.num_inference_steps} steps, {self.sampler.kernel or 'deterministic'}, guidance "
-            f"{self.sampler.guidance_scale_of(family):g}",
-            "noise": f"D={size} a prompt, tying {self.tying}, KL at most {budget}",
-        }
-        return Cost(0, self.sampler.num_inference_steps * each, None, notes)
+        steps, scale = self.sampler.num_inference_steps, self.sampler.guidance_scale_of(family)
+        drawn = f"{steps} steps, {self.sampler.kernel or 'deterministic'}, guidance {scale:g}"
+        return Cost(0, steps * each, None, {"sampler": drawn, "noise": f"D={size} a prompt, KL at most {budget}"})
 
     def rollout(self, ctx: Context, batch: PromptBatch) -> FINDRows:
-        noise = _noise(ctx)
+        noise = ctx.policy.trained
+        if not isinstance(noise, InitialNoise):
+            raise TypeError(f"FIND trains an InitialNoise, the policy has {type(noise).__name__}")
         prompt = torch.tensor([position // self.images_per_prompt for position in ctx.sample_indices])
         index = torch.tensor(batch.ids)[prompt - prompt[0]]
-        mean, log_std = _distribution(ctx, noise, index)
+        mean, log_std = noise.detached(index)
         pairs = [position - position % 2 if self.antithetic else position for position in ctx.sample_indices]
         sign = torch.tensor([1.0 - 2.0 * (self.antithetic and p % 2) for p in ctx.sample_indices])
         eps = initial_noise(ctx, pairs, noise.shape) * sign[:, None, None, None]
@@ -146,41 +123,27 @@ class FIND(Objective, KeepsState, TrainsModule):
             None if text is None else ctx.gather(text),
         )
         samples = self.memory.recall(fresh)
-        expected = self._expected(ctx, samples, noise) if self.calibration == "value" else None
+        expected = self.forecast(noise, samples, ctx.step, ctx.seed) if self.calibration == "value" else None
         rows = FINDRows(
             image=torch.arange(len(samples)),
             index=samples.index,
             noise=samples.noise,
-            log_prob=log_prob(samples.noise, *_distribution(ctx, noise, samples.index), self.reduction),
+            log_prob=log_prob(samples.noise, *noise.detached(samples.index), self.reduction),
             advantage=calibrated_advantages(samples.reward, samples.index, expected),
             reward=samples.reward,
             rollout=samples.rollout,
-            metrics=rollout.metrics | self._measure(fresh, noise),
+            metrics=rollout.metrics | noise.describe(fresh.index.unique()) | self._measure(fresh, noise.prompts),
         )
         world, rank = len(fresh) // len(index), ctx.sample_indices[0] // len(index)
         local = rows.take(torch.arange(rank, len(rows), world))
         return replace(local, image=torch.arange(len(local)))
 
-    def _expected(self, ctx: Context, samples: NoiseSamples, noise: InitialNoise) -> Tensor:
-        """(R,) what the value network expects of the samples' prompts, before it learns from them."""
-        prompts, row = samples.index.unique(return_inverse=True)
-        mean, log_std = _distribution(ctx, noise, prompts)
-        inputs = torch.cat([mean.flatten(1), log_std.exp().flatten(1), samples.texts(row, len(prompts))], 1)
-        return self.forecast(inputs, row, samples.reward, samples.rollout == ctx.step, ctx.seed)
-
-    def _measure(self, fresh: NoiseSamples, noise: InitialNoise) -> dict[str, float]:
-        """Of the images of all processes."""
+    def _measure(self, fresh: NoiseSamples, prompts: Sequence[str]) -> dict[str, float]:
         for index, reward in zip(fresh.index.tolist(), fresh.reward.tolist(), strict=True):
-            prompt = noise.prompts[index]
-            self.best[prompt] = max(reward, self.best.get(prompt, -math.inf))
-        z = fresh.noise.flatten(1)
-        with torch.no_grad():
-            mean, log_std = noise(fresh.index.unique().to(noise.left["mean"].device))
+            self.best[prompts[index]] = max(reward, self.best.get(prompts[index], -math.inf))
         return {
             "best_so_far": sum(self.best.values()) / len(self.best),  # best of all images yet, a mean over prompts
-            "kl": kl(mean, log_std).mean().item(),
-            "noise_norm": (z.norm(dim=1) / z.shape[1] ** 0.5).mean().item(),
-            "std": log_std.exp().mean().item(),
+            "noise_norm": fresh.noise.flatten(1).norm(dim=1).mean().item() / fresh.noise[0].numel() ** 0.5,
         }
 
     def loss(self, ctx: Context, rows: FINDRows) -> tuple[Tensor, Metrics]:
@@ -205,17 +168,3 @@ class FIND(Objective, KeepsState, TrainsModule):
         self.best = dict(state["best"])
         self.memory.load_state(state)
         self.forecast.load_state(state)
-
-
-def _noise(ctx: Context) -> InitialNoise:
-    """The distributions that are trained."""
-    if not isinstance(ctx.policy.trained, InitialNoise):
-        raise TypeError(f"FIND trains an InitialNoise, the policy has {type(ctx.policy.trained).__name__}")
-    return ctx.policy.trained
-
-
-def _distribution(ctx: Context, noise: InitialNoise, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log std, each (B, C, h, w) on the CPU, of the prompts ``index`` (B,)."""
-    with torch.no_grad():
-        mean, log_std = noise(index.to(ctx.policy.family.device))
-    return mean.cpu().float(), log_std.cpu().float()

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from align.objectives.rows import Rows
+
 ReplayBy = Literal["newest", "reward"]
 
 
@@ -52,6 +54,19 @@ class NoiseSamples:
         """These, and ``later`` ones behind them."""
         newer = later.columns()
         return NoiseSamples(**{name: torch.cat([column, newer[name]]) for name, column in self.columns().items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FINDRows(Rows):
+    """R noises (R, C, h, w) of the prompts ``index`` (R,): their density (R,) when this iteration began, their
+    calibrated reward and reward (R,), and the rollout (R,) that drew them."""
+
+    index: Tensor
+    noise: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+    reward: Tensor
+    rollout: Tensor
 
 
 class NoiseMemory:

@@ -77,7 +77,7 @@ class Needs:
     Attributes:
         batch_types: the kinds of batch that ``rollout`` takes.
         reference: whether :meth:`align.policy.policy.Policy.reference` will be used.
-        rewards: whether it learns, where it samples images, from their scores.
+        rewards: whether it learns from scores: of images that it samples where it is ``online``, else of the data's.
         group_size: samples that are made of one item of the data: images of a prompt.
         whole_groups: all images of a prompt have to be sampled by one process.
         online: samples images of its own where the data is prompts.

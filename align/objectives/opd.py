@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from align.common.errors import UserError
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction
@@ -30,7 +29,7 @@ from align.objectives.online.collect import collect
 from align.objectives.online.replay import predict_at
 from align.objectives.online.rewards import Scorer
 from align.objectives.rows import SHARED, Rows
-from align.objectives.teachers import LoRATeacher, Teacher, ask, average
+from align.objectives.teachers import LoRATeacher, Teacher, ask
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
 from align.sampling.trajectory import Trajectories
@@ -56,7 +55,6 @@ class OPD(Objective, Prepares):
         images_per_prompt: images of each prompt in a rollout.
         form: ``ode`` draws deterministically and matches means; ``sde`` draws with noise and takes the KL.
         normalize: see :func:`align.objectives.losses.divergence`; the learning rate and ``anchor`` go with it.
-        step_weights: a factor for each trained step; null is 1.
         skip_last: leave out the step to the clean image, as the official code does (N - 1 of N steps train).
         target: ``same`` compares both at their own guidance; ``guided_to_conditional`` has the student without guidance
             learn the guided teacher (GFD-OPD, for small students: sample them with guidance 1 to 2 afterwards);
@@ -73,7 +71,6 @@ class OPD(Objective, Prepares):
     images_per_prompt: int = 1
     form: Form = "ode"
     normalize: Normalize = "code"
-    step_weights: list[float] | None = None
     skip_last: bool = True
     target: Literal["same", "guided_to_conditional", "extrapolated"] = "same"
     extrapolation: float = 1.25
@@ -87,10 +84,6 @@ class OPD(Objective, Prepares):
             raise ValueError(f"teachers: expected one for each task, or one of '*'; got tasks {tasks}")
         if self.images_per_prompt < 1 or self.anchor < 0 or self.trained_steps < 1:
             raise ValueError("images_per_prompt must be at least 1, anchor at least 0, and a step has to be trained")
-        if self.step_weights is not None and len(self.step_weights) != self.trained_steps:
-            raise ValueError(
-                f"step_weights has {len(self.step_weights)} factors for {self.trained_steps} trained steps"
-            )
         if self.cold_start and not all(isinstance(teacher, LoRATeacher) for teacher in self.teachers):
             raise ValueError("cold_start averages LoRAs: every teacher has to be a LoRATeacher")
         if self.cold_start and self.reference == "start":
@@ -107,29 +100,17 @@ class OPD(Objective, Prepares):
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
         if self.form == "sde" and self.normalize != "velocity":
-            self._require_noise(policy.family)
+            self.sampler.require_noise(policy.family, range(self.trained_steps))
         for teacher in self.teachers:
             teacher.open(policy)
         if self.cold_start:
-            average(policy, [teacher.name for teacher in self.teachers if isinstance(teacher, LoRATeacher)])
-
-    def _require_noise(self, family: Family) -> None:
-        """Every trained step needs a variance to have a KL."""
-        grid, kernel = grid_of(family, self.sampler.num_inference_steps), self.sampler.kernel_of(family)
-        x = torch.zeros(1, 1, 1, 1)
-        for i in range(self.trained_steps):
-            prediction = Prediction(x, x, grid.alpha[i], grid.sigma[i], family.prediction_type)
-            if not bool((kernel(prediction, grid, i).std > 0).all()):
-                raise UserError(
-                    f"form: sde: {kernel} takes step {i} of {self.sampler.num_inference_steps} without noise, so it "
-                    "has no KL; set eta or noise above 0, skip_last: true, or form: ode"
-                )
+            policy.average_adapters([teacher.name for teacher in self.teachers if isinstance(teacher, LoRATeacher)])
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
         scale, steps = self._guidance(family), self.trained_steps
-        each = 1 if scale == 1.0 else 2
+        each = family.evaluations(scale)
         scales = [teacher.scale(self.sampler, family) for teacher in self.teachers]
-        asked = math.ceil(sum(1 if g == 1.0 else 2 for g in scales) / len(scales))
+        asked = math.ceil(sum(family.evaluations(scale) for scale in scales) / len(scales))
         frozen = self.sampler.num_inference_steps * each + steps * (asked + (each if self.needs.reference else 0))
         kernel = self.sampler.kernel_of(family) if self.form == "sde" else DDIM()
         notes = {
@@ -144,30 +125,27 @@ class OPD(Objective, Prepares):
         sampler, group_size = self._student(family), self.images_per_prompt
         rollout = collect(ctx, sampler, batch, group_size, range(count), stochastic, likelihood=False)
         trajectories = rollout.trajectories
-        change = self._extrapolated if self.target == "extrapolated" else None
-        scale = self._guidance(family)
-        target, base = ask(self.teachers, ctx.policy, self.sampler, trajectories, batch, change, self.anchor > 0, scale)
+        scale = self._guidance(family) if self.needs.reference else None
+        target, base = ask(self.teachers, ctx.policy, self.sampler, trajectories, batch, scale)
+        if self.target == "extrapolated" and base is not None:
+            target = self.extrapolation * target + (1 - self.extrapolation) * base
         return OPDRows(
             image=torch.arange(len(trajectories)).repeat_interleave(count),
             step=torch.arange(count).repeat(len(trajectories)),
             trajectories=trajectories,
             target=target,
-            base=base,
+            base=base if self.anchor else None,
             metrics=rollout.metrics,
         )
-
-    def _extrapolated(self, answer: Tensor, base: Tensor) -> Tensor:
-        return self.extrapolation * answer + (1 - self.extrapolation) * base
 
     def loss(self, ctx: Context, rows: OPDRows) -> tuple[Tensor, Metrics]:
         family, step, image = ctx.policy.family, rows.step, rows.image
         student = predict_at(ctx, self._student(family), rows.trajectories, image, step)
         apart = self._apart(student, rows.target[image, step], step, family)
-        weight = torch.tensor(self.step_weights)[step].to(apart.device) if self.step_weights else torch.ones_like(apart)
-        loss = (weight * apart).mean()
-        metrics: Metrics = {"divergence": apart.mean().detach()}
+        loss = apart.mean()
+        metrics: Metrics = {"divergence": loss.detach()}
         if rows.base is not None:
-            away = (weight * self._apart(student, rows.base[image, step], step, family)).mean()
+            away = self._apart(student, rows.base[image, step], step, family).mean()
             loss = loss + self.anchor * away
             metrics["from_base"] = away.detach()
         return loss, metrics

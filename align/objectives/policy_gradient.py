@@ -140,11 +140,14 @@ class PolicyGradient(Objective, KeepsState):
         return self.rows_of(rollout, advantage, step, rollout.metrics | metrics)
 
     def rows_of(self, rollout: Rollout, advantage: Tensor, step: Tensor, metrics: Mapping[str, float]) -> Rows:
-        """One row for each step ``step`` (N, k) of every image, whose advantage is ``advantage`` (N,)."""
-        image = torch.arange(len(step)).repeat_interleave(step.shape[1])
-        return PolicyGradientRows(
-            image=image, step=step.flatten(), trajectories=rollout.trajectories, advantage=advantage, metrics=metrics
-        )
+        """One row for each step ``step`` (N, k) of every image, whose advantage is ``advantage`` (N,). In a group, an
+        image without advantage gives none, as in Flow-GRPO's code: it would cost as much as another, and with ``beta``
+        hold the policy back by its share of the batch."""
+        image = torch.arange(len(step))
+        if self.advantage == "group":
+            image = image[advantage != 0]
+        rows = {"image": image.repeat_interleave(step.shape[1]), "step": step[image].flatten()}
+        return PolicyGradientRows(**rows, trajectories=rollout.trajectories, advantage=advantage, metrics=metrics)
 
     def loss(self, ctx: Context, rows: PolicyGradientRows) -> tuple[Tensor, Metrics]:
         trajectories, image, step = rows.trajectories, rows.image, rows.step

@@ -119,7 +119,7 @@ class ReNO(Objective, TrainsModule, Prepares):
             raise UserError(f"ReNO needs differentiable rewards, {', '.join(blind)} has no gradient; use FIND for it")
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
-        each = 1 if self._guidance(family) == 1.0 else 2
+        each = family.evaluations(self._guidance(family))
         return Cost(self.num_inference_steps * each, 0)
 
     def rollout(self, ctx: Context, batch: PromptBatch) -> ReNORows:

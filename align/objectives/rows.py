@@ -69,5 +69,5 @@ class Rows:
 
     def chunks(self, size: int) -> Iterator[Self]:
         """Consecutive pieces of ``size`` rows, the last one perhaps smaller."""
-        for index in torch.arange(len(self)).split(size):
+        for index in torch.arange(len(self)).split(size) if len(self) else ():
             yield self.take(index)

@@ -1,5 +1,5 @@
 """Teachers of on-policy distillation: whoever answers at the student's states. A provider is a class of this kind.
-:func:`ask` routes every state to the one teacher of its task, :func:`average` merges LoRA teachers for a cold start.
+:func:`ask` routes every state to the one teacher of its task.
 
 A teacher's weights are never in the student's optimiser, average or saves: adapters are frozen beside the student's
 own on one backbone, and pipelines are models of their own.
@@ -8,7 +8,7 @@ own on one backbone, and pipelines are models of their own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from align import families
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch, PromptSet
 from align.diffusion.process import Prediction
-from align.families import LORA_FILE, Conditioning, Family
+from align.families import LORA_FILE, Conditioning, Family, lora_path
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
 from align.sampling.trajectory import Trajectories
@@ -46,9 +46,9 @@ class Teacher(ABC):
     def open(self, policy: Policy) -> None:
         """Load it beside ``policy``. Raises :class:`UserError` where it cannot teach that student."""
 
-    @abstractmethod
     def conditions(self, policy: Policy, batch: PromptBatch) -> Conditioning:
-        """What the prompts of ``batch`` are to this teacher."""
+        """What the prompts of ``batch`` are to this teacher: by default, what they are to the student."""
+        return batch.cond
 
     @abstractmethod
     def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
@@ -60,13 +60,13 @@ class LoRATeacher(Teacher):
     """A LoRA of the student's own base model, as a second adapter on the student's backbone.
 
     Args:
-        path: a run or LoRA folder.
+        path: a run folder, or a LoRA file.
     """
 
     path: Path = Path()
 
     def open(self, policy: Policy) -> None:
-        if not (self.path / LORA_FILE).is_file():
+        if lora_path(self.path) is None:
             raise UserError(f"teacher of {self.task!r}: no {LORA_FILE} in {self.path}; expected a LoRA run's folder")
         if not policy.lora:
             raise UserError(
@@ -81,9 +81,6 @@ class LoRATeacher(Teacher):
             return "teacher_all"
         # torch allows no dot in a module's name; any other name is kept apart by its bytes
         return f"teacher_{self.task if self.task.isidentifier() else self.task.encode().hex()}"
-
-    def conditions(self, policy: Policy, batch: PromptBatch) -> Conditioning:
-        return batch.cond
 
     def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
         with policy.adapter(self.name):
@@ -109,14 +106,11 @@ class PipelineTeacher(Teacher):
     def open(self, policy: Policy) -> None:
         self.family, student = self.load(policy), policy.family
         self.family.denoiser.requires_grad_(False)
-        if (
-            self.family.prediction_type != student.prediction_type
-            or self.family.latent_shape() != student.latent_shape()
-        ):
+        speaks, heard = ((f.prediction_type, f.latent_shape()) for f in (self.family, student))
+        if speaks != heard:
             raise UserError(
-                f"teacher {self.path!r} predicts {self.family.prediction_type} on latents "
-                f"{self.family.latent_shape()}, the student {student.prediction_type} on {student.latent_shape()}: "
-                "they have to share both, and the latent space"
+                f"teacher {self.path!r} predicts {speaks[0]} on latents {speaks[1]}, the student {heard[0]} on "
+                f"{heard[1]}: they have to share both, and the latent space"
             )
         self._prompts = PromptSet(self.family, [])
 
@@ -124,7 +118,7 @@ class PipelineTeacher(Teacher):
         return self._prompts.encode(batch.prompts)
 
     def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
-        policy.evaluations["frozen"] += len(x_t) * (1 if guidance_scale == 1.0 else 2)
+        policy.evaluations["frozen"] += len(x_t) * self.family.evaluations(guidance_scale)
         return self.family.predict(x_t, t, cond, guidance_scale)
 
 
@@ -147,20 +141,15 @@ def ask(
     sampler: Sampler,
     trajectories: Trajectories,
     batch: PromptBatch,
-    change: Callable[[Tensor, Tensor], Tensor] | None,
-    keep_base: bool,
-    student_guidance_scale: float,
+    base_guidance_scale: float | None,
 ) -> tuple[Tensor, Tensor | None]:
     """What the teachers' networks predict at every kept state but the last, (N, K, C, h, w): each image's one teacher
-    is asked once. Also what the reference's does, where ``keep_base``.
-
-    ``change(answer, base)`` makes the target of the teacher's and the reference's answers; null takes the teacher's.
-    The reference is asked at the student's guidance, and not at all where nothing wants it.
+    is asked once. Also what the reference predicts there, at ``base_guidance_scale``; None does not ask it.
     """
     family, count = policy.family, trajectories.latents.shape[1] - 1
     states = trajectories.latents[:, :count]
     targets = torch.empty_like(states, device="cpu", dtype=torch.float32)
-    bases = torch.empty_like(targets) if keep_base else None
+    bases = torch.empty_like(targets) if base_guidance_scale is not None else None
     numbers = [teacher_of(teachers, row) for row in batch.metadata]
     for number, teacher in enumerate(teachers):
         rows = torch.tensor([k for k, p in enumerate(trajectories.prompt_index.tolist()) if numbers[p] == number])
@@ -173,44 +162,9 @@ def ask(
                 x = states[part.to(states.device), j].to(family.device)
                 t = grid_of(family, sampler.num_inference_steps).t[j].to(family.device).expand(len(x))
                 prompt_index = trajectories.prompt_index[part].to(family.device)
-                answer = teacher.predict(policy, x, t, cond.take(prompt_index), scale).raw.float()
-                if change is not None or bases is not None:
+                targets[part, j] = teacher.predict(policy, x, t, cond.take(prompt_index), scale).raw.float().cpu()
+                if bases is not None and base_guidance_scale is not None:
                     with policy.reference():
-                        prediction = policy.predict(x, t, trajectories.cond_of(part), student_guidance_scale)
-                    base = prediction.raw.float()
-                    if change is not None:
-                        answer = change(answer, base)
-                    if bases is not None:
-                        bases[part, j] = base.cpu()
-                targets[part, j] = answer.cpu()
+                        base = policy.predict(x, t, trajectories.cond_of(part), base_guidance_scale)
+                    bases[part, j] = base.raw.float().cpu()
     return targets, bases
-
-
-@torch.no_grad()
-def average(policy: Policy, names: list[str]) -> None:
-    """Start the student's LoRA from the mean of the adapters ``names``: of their products scale · B · A, not of their
-    factors, cut to the student's rank by its largest singular values (Flow-OPD's cold start, arXiv 2605.08063).
-
-    Exact where the student's rank is at least the sum of theirs.
-    """
-    for layer in policy.adapters:
-        present = [name for name in names if name in layer.lora_A]
-        if not present:
-            continue
-        if "default" not in layer.lora_A:
-            raise UserError(
-                "cold_start: a teacher has LoRA on layers that the student lacks; give both one lora.targets"
-            )
-        parts = [
-            layer.scaling[n] * layer.lora_B[n].weight.float().flatten(1) @ layer.lora_A[n].weight.float().flatten(1)
-            for n in present
-        ]
-        if any(layer.lora_A[n].weight.ndim != 2 for n in present):
-            raise UserError("cold_start knows linear layers only; leave convolutions out of lora.targets")
-        u, s, vh = torch.linalg.svd(sum(parts[1:], parts[0]) / len(names), full_matrices=False)
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        rank = min(len(a), len(s))
-        root = (s[:rank] / layer.scaling["default"]).sqrt()
-        a.zero_()
-        b.zero_()
-        a[:rank], b[:, :rank] = root[:, None] * vh[:rank], u[:, :rank] * root

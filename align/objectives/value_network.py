@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from align.families import Conditioning
+from align.objectives.noise_memory import NoiseSamples
+from align.policy.initial_noise import InitialNoise
 
 
 class ValueNet:
@@ -65,15 +67,19 @@ class RewardForecast:
         self.network: ValueNet | None = None
         self._restored: Mapping[str, Tensor] | None = None
 
-    def __call__(self, inputs: Tensor, row: Tensor, reward: Tensor, fresh: Tensor, seed: int) -> Tensor:
-        """(R,) the expected reward of ``inputs[row]``, one input for each of P prompts (P, D), before the network
-        learns from the rewards (R,) of the ``fresh`` rows (R,)."""
+    def __call__(self, noise: InitialNoise, samples: NoiseSamples, rollout: int, seed: int) -> Tensor:
+        """(R,) the expected reward of the prompts of ``samples``, before the network learns from those that were drawn
+        in ``rollout``."""
+        prompts, row = samples.index.unique(return_inverse=True)
+        mean, log_std = noise.detached(prompts)
+        inputs = torch.cat([mean.flatten(1), log_std.exp().flatten(1), samples.texts(row, len(prompts))], 1)
+        fresh = samples.rollout == rollout
         if self.network is None:
             self.network = ValueNet(inputs.shape[1], self.learning_rate, seed)
             if self._restored is not None:
                 self.network.load_state(self._restored)
         expected = self.network(inputs)[row]
-        self.network.learn(inputs[row[fresh]], reward[fresh], self.steps)
+        self.network.learn(inputs[row[fresh]], samples.reward[fresh], self.steps)
         return expected
 
     def state(self) -> dict[str, Tensor]:

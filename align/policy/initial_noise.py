@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +26,6 @@ from rewards.common.files import atomic
 NOISE_FILE = "find.safetensors"
 FLOOR = 1e-4  # the least standard deviation
 LARGEST = 0.995  # the root mean square of a mean beside which a typical noise still has some spread
-Tying = Literal["none", "channel", "low_rank"]
 
 
 def log_prob(z: Tensor, mean: Tensor, log_std: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -42,11 +40,7 @@ def kl(mean: Tensor, log_std: Tensor, reduction: Reduction = "mean") -> Tensor:
 
 
 class InitialNoise(Trained):
-    """Mean and log standard deviation of the initial noise of P prompts, (P, C, h, w); at first those of N(0, I).
-
-    ``tying`` is how many numbers a prompt has: ``none`` 2·C·h·w, ``channel`` 2·C, ``low_rank`` C·rank·(h + w) for means
-    that are products (h, rank) x (rank, w) in each channel, and C standard deviations.
-    """
+    """Mean and log standard deviation of the initial noise of P prompts, (P, C, h, w); at first those of N(0, I)."""
 
     def __init__(
         self,
@@ -54,8 +48,6 @@ class InitialNoise(Trained):
         shape: tuple[int, int, int],
         source: str,
         scheduler: str,
-        tying: Tying = "none",
-        rank: int = 2,
         budget: float | None = None,
         typical: bool = False,
     ) -> None:
@@ -64,29 +56,23 @@ class InitialNoise(Trained):
             raise UserError(f"the prompt {twice[0]!r} comes twice; each prompt has one distribution of noise")
         self.prompts, self.shape, self.source, self.scheduler = list(prompts), shape, source, scheduler
         self.budget, self.typical = budget, typical
-        (channels, h, w), count = shape, len(prompts)
-        self.left = nn.ParameterDict()
-        self.right = nn.ParameterDict()
-        tail = (1, 1) if tying == "channel" else (h, w)
-        if tying == "low_rank":
-            # a product begins at zero and yet has a gradient when one of its factors is not zero
-            draw = torch.randn(count, channels, rank, w, generator=rng.generator("low rank"))
-            self.right["mean"] = nn.Parameter(draw / rank**0.5)
-            self.left["mean"] = nn.Parameter(torch.zeros(count, channels, h, rank))
-        else:
-            self.left["mean"] = nn.Parameter(torch.zeros(count, channels, *tail))
-        spread = (h, w) if tying == "none" else (1, 1)
-        self.left["log_std"] = nn.Parameter(torch.zeros(count, channels, *spread))
-
-    def _whole(self, name: str, index: Tensor) -> Tensor:
-        left = self.left[name][index]
-        if name in self.right:
-            left = left @ self.right[name][index]
-        return left.expand(len(index), *self.shape)
+        # the name is what checkpoints of version 0.1 have
+        self.left = nn.ParameterDict({name: torch.zeros(len(prompts), *shape) for name in ("mean", "log_std")})
 
     def forward(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log std, each (B, C, h, w), of the prompts numbered ``index`` (B,)."""
-        return self._whole("mean", index), self._whole("log_std", index).clamp(min=math.log(FLOOR))
+        return self.left["mean"][index], self.left["log_std"][index].clamp(min=math.log(FLOOR))
+
+    @torch.no_grad()
+    def detached(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` on the CPU, without a gradient."""
+        mean, log_std = self(index.to(self.left["mean"].device))
+        return mean.cpu().float(), log_std.cpu().float()
+
+    def describe(self, index: Tensor) -> dict[str, float]:
+        """How far the distributions of the prompts ``index`` are from N(0, I): means over prompts."""
+        mean, log_std = self.detached(index)
+        return {"kl": kl(mean, log_std).mean().item(), "std": log_std.exp().mean().item()}
 
     def all(self) -> tuple[Tensor, Tensor]:
         """:meth:`forward` of every prompt."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from align.common.errors import UserError
-from align.families import LORA_FILE, Family
+from align.families import LORA_FILE, Family, LoRAFile, read_lora
 from align.policy.lora import LoRA
 from align.policy.weights import Weights
 
@@ -50,18 +49,35 @@ class LoRAWeights(Weights):
         return [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
     @torch.no_grad()
-    def _take(self, folder: Path) -> None:
-        """Put in the weights that :meth:`save` wrote to ``folder``. Raises :class:`UserError`."""
-        saved = self._saved(folder, LORA_FILE)
-        layers = {k.removeprefix(f"{self.family.denoiser_name}."): v for k, v in saved.items()}
-        layers = convert_unet_state_dict_to_peft(layers)
-        ours = get_peft_model_state_dict(self.denoiser)
-        if {k: v.shape for k, v in layers.items()} != {k: v.shape for k, v in ours.items()}:
+    def _take(self, source: Path) -> None:
+        """Put in the LoRA at ``source``, whose strength stays what it was: where its alpha / r is another, B makes up
+        for it. Raises :class:`UserError`."""
+        file = self._denoisers(source, "initial_weights")
+        layers = file.of(self.family.denoiser_name)
+        names = {name: m for name, m in self.denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
+        ranks = sorted({len(layer.A) for layer in layers.values()})
+        if layers.keys() != names.keys() or ranks != [self.lora.rank]:
+            common = len(layers.keys() & names.keys())
             raise UserError(
-                f"initial_weights: the LoRA in {folder / LORA_FILE} does not fit rank {self.lora.rank} on "
-                f"{len(self.layers)} layers; set lora.rank and lora.targets as they were in that run"
+                f"initial_weights: the LoRA in {file.path} does not fit rank {self.lora.rank} on {len(names)} layers: "
+                f"it has rank {', '.join(map(str, ranks))} on {len(layers)}, {common} of them the same; set lora.rank "
+                "and lora.targets as they were in that run"
             )
-        set_peft_model_state_dict(self.denoiser, layers)
+        for name, module in names.items():
+            layer = layers[name]
+            module.lora_A["default"].weight.copy_(layer.A)
+            module.lora_B["default"].weight.copy_(layer.B * (layer.scale / module.scaling["default"]))
+
+    def _denoisers(self, source: Path, setting: str) -> LoRAFile:
+        """The LoRA at ``source``, all of whose layers are the denoiser's. Raises :class:`UserError`."""
+        file = read_lora(source, self.family.pipe, self.family.denoiser_name)
+        others = len(file.layers) - len(file.of(self.family.denoiser_name))
+        if others:
+            raise UserError(
+                f"{setting}: {others} of the {len(file.layers)} layers in {file.path} are of text encoders, which stay "
+                "as they are here; merge that LoRA into the pipeline first (as a teacher: give a PipelineTeacher)"
+            )
+        return file
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -90,7 +106,8 @@ class LoRAWeights(Weights):
     def add_adapter(self, name: str, folder: Path) -> None:
         """Load the LoRA in ``folder`` beside the one that trains: frozen, silent but within :meth:`adapter`."""
         trained = {id(p) for p in self.parameters()}
-        self.family.pipe.load_lora_weights(str(folder), adapter_name=name)
+        layers = self._denoisers(folder, name).state_dict()
+        self.denoiser.load_lora_adapter(layers, prefix=self.family.denoiser_name, adapter_name=name)
         self.layers = self._layers()
         for layer in self.layers:
             layer.set_adapter("default")
@@ -110,6 +127,36 @@ class LoRAWeights(Weights):
                 layer.set_adapter("default")
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+    @torch.no_grad()
+    def average_adapters(self, names: Sequence[str]) -> None:
+        """Start the LoRA that trains at the mean of the adapters ``names``: of their products scale · B · A, not of
+        their factors, cut to its rank by the largest singular values. Flow-OPD's cold start (arXiv 2605.08063), whose
+        code averages the factors, which is the mean of the products only where the teachers share one factor.
+
+        Exact where the rank is at least the sum of theirs.
+        """
+        for layer in self.layers:
+            present = [name for name in names if name in layer.lora_A]
+            if not present:
+                continue
+            if "default" not in layer.lora_A:
+                raise UserError(
+                    "cold_start: a teacher has LoRA on layers that the student lacks; give both one lora.targets"
+                )
+            if any(layer.lora_A[n].weight.ndim != 2 for n in present):
+                raise UserError("cold_start knows linear layers only; leave convolutions out of lora.targets")
+            factors = [
+                (layer.scaling[n], layer.lora_A[n].weight.float(), layer.lora_B[n].weight.float()) for n in present
+            ]
+            mean = torch.stack([scale * b @ a for scale, a, b in factors]).sum(0) / len(names)
+            u, s, vh = torch.linalg.svd(mean, full_matrices=False)
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            rank = min(len(a), len(s))
+            root = (s[:rank] / layer.scaling["default"]).sqrt()
+            a.zero_()
+            b.zero_()
+            a[:rank], b[:, :rank] = root[:, None] * vh[:rank], u[:, :rank] * root
 
     def write(self, folder: Path) -> str:
         """``pytorch_lora_weights.safetensors`` with rank and alpha in its metadata, for ``load_lora_weights``."""

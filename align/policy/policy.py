@@ -21,7 +21,6 @@ from align.policy.lora import LoRA
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     from align.policy.weights import Weights
 
@@ -99,9 +98,16 @@ class Policy:
         model = self.model if self.trained is None else self.denoiser
         if self.answering is not None:  # past any wrapper: its hooks expect a backward pass that never comes
             model = self.answering
-        rows = len(x_t) * (1 if guidance_scale == 1.0 else 2)
+        rows = len(x_t) * self.family.evaluations(guidance_scale)
         self.evaluations["trained" if torch.is_grad_enabled() else "frozen"] += rows
         return self.family.predict(x_t, t, cond, guidance_scale, model)
+
+    def zero(self) -> Tensor:
+        """0 with a gradient of 0 for every trained parameter, through the whole network at no image in particular."""
+        family = self.family
+        x = torch.zeros(1, *family.latent_shape(), device=family.device)
+        t = family.sample_timesteps(torch.tensor([0.5])).to(family.device)
+        return 0.0 * family.predict(x, t, family.uncond.to(family.device), 1.0, self.model).raw.float().sum()
 
     # other weights in force
     @contextmanager
@@ -126,10 +132,9 @@ class Policy:
         """Within, :meth:`predict` answers with the adapter ``name`` alone."""
         return self._answering(self.weights.adapter(name))
 
-    @property
-    def adapters(self) -> Sequence[BaseTunerLayer]:
-        """The layers that have adapters."""
-        return self.weights.layers
+    def average_adapters(self, names: Sequence[str]) -> None:
+        """Start the LoRA that trains at the mean of the adapters ``names``."""
+        self.weights.average_adapters(names)
 
     def ema_scope(self) -> AbstractContextManager[None]:
         """Within, the trained weights are their moving average, where one is kept."""

@@ -5,6 +5,7 @@ denoiser, all weights of the denoiser, or a module in the denoiser's stead. :cla
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from align.policy.policy import Trained
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # as diffusers names it
 
 
 class Weights(ABC):
@@ -104,6 +108,9 @@ class Weights(ABC):
         if self.ema is not None:
             self.ema.step(self.parameters())
 
+    def average_adapters(self, names: Sequence[str]) -> None:
+        raise UserError(f"the average of the adapters {', '.join(names)} needs a LoRA that trains; set lora")
+
     # checkpoints
     def named(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by name."""
@@ -143,12 +150,6 @@ class Weights(ABC):
     def write(self, folder: Path) -> str:
         """Write the weights in force into ``folder``, new; returns the name of the file or folder in it."""
 
-    def _saved(self, folder: Path, name: str) -> dict[str, Tensor]:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"initial_weights: no {path}; expected the folder of a {self.kind} run")
-        return load_file(path)
-
 
 class FullWeights(Weights):
     """Every weight of the denoiser; the reference is a frozen copy of what stood there, which ``reference=False``
@@ -176,8 +177,25 @@ class FullWeights(Weights):
             self._take(initial)
 
     def _take(self, folder: Path) -> None:
-        name = f"{self.family.denoiser_name}/diffusion_pytorch_model.safetensors"
-        self.denoiser.load_state_dict(self._saved(folder, name))
+        """Put in what :meth:`write` wrote, in one file or in shards. Raises :class:`UserError`."""
+        where = folder / self.family.denoiser_name
+        index = where / f"{WEIGHTS_FILE}.index.json"
+        try:
+            names = (
+                sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
+            )
+            state = {key: tensor for name in names for key, tensor in load_file(where / Path(name).name).items()}
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise UserError(f"initial_weights: expected the folder of a {self.kind} run; {where}: {error}") from error
+        wanted = {key: tensor.shape for key, tensor in self.denoiser.state_dict().items()}
+        if wrong := sorted(
+            key for key in wanted.keys() | state.keys() if wanted.get(key) != getattr(state.get(key), "shape", None)
+        ):
+            raise UserError(
+                f"initial_weights: {where} is of another model than {self.family.source!r}: {len(wrong)} tensors are "
+                f"missing, unknown or of another size, for example {wrong[0]}"
+            )
+        self.denoiser.load_state_dict(state)
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:

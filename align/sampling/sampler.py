@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakKeyDictionary
 
+import torch
+
 from align.common import rng
 from align.common.errors import UserError
 from align.diffusion.kernels import FlowSDE, Kernel
-from align.diffusion.process import Grid
+from align.diffusion.process import Grid, Prediction
 from align.families import Family
 
 
@@ -93,6 +96,17 @@ class Sampler:
             )
         return self.kernel or family.kernel
 
+    def require_noise(self, family: Family, steps: Iterable[int]) -> None:
+        """Raise :class:`UserError` where the kernel takes one of ``steps`` without noise, which has no likelihood."""
+        grid, kernel, zero = grid_of(family, self.num_inference_steps), self.kernel_of(family), torch.zeros(1, 1, 1, 1)
+        for i in steps:
+            prediction = Prediction(zero, zero, grid.alpha[i], grid.sigma[i], family.prediction_type)
+            if not bool((kernel(prediction, grid, i).std > 0).all()):
+                raise UserError(
+                    f"{kernel} takes step {i} of {self.num_inference_steps} without noise, so it has no likelihood to "
+                    "train on; set eta or noise of objective.sampler.kernel above 0, or leave that step out"
+                )
+
     def guidance_scale_of(self, family: Family) -> float:
         return family.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
 
@@ -104,8 +118,8 @@ class Sampler:
         )
 
     def evaluations(self, family: Family) -> int:
-        """Network evaluations of one guided prediction: 2, or 1 without guidance."""
-        return 1 if self.guidance_scale_of(family) == 1.0 else 2
+        """Network evaluations of one prediction: 2, or 1 without guidance."""
+        return family.evaluations(self.guidance_scale_of(family))
 
 
 def grid_of(family: Family, steps: int) -> Grid:

@@ -1,4 +1,4 @@
-"""The embedded world's own pictures: captions and renders of them, as many as asked for, drawn when they are read."""
+"""The embedded world's own images: captions and renders of them, as many as asked for, drawn when they are read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from align.data.captioned import Images
-from align.data.dataset import Captioned, ItemSet
+from align.data.captioned import Images, Rows
+from align.data.dataset import Example
 from align.shapes import world
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Scene ``row`` of the world that ``column`` (a seed) names: a caption over seen combinations, and its picture."""
+    """Scene ``row`` of the world that ``column`` (a seed) names: a caption over seen combinations, and its image."""
 
     row: int
     column: str
@@ -43,7 +43,7 @@ class Scenes(Images):
 
     path: str = "0"
 
-    def read(self) -> ItemSet:
-        pictures = [Rendered(row, self.path) for row in range(self.limit or 8192)]
-        items = [Captioned(row, f"scene {row}", picture.caption, picture) for row, picture in enumerate(pictures)]
-        return ItemSet("rendered scenes", items, [], 0, len(items), [Path(world.__file__)])
+    def rows(self) -> Rows:
+        images = [Rendered(row, self.path) for row in range(self.limit or 8192)]
+        examples = (Example(image.row, f"scene {image.row}", image.caption, (image,)) for image in images)
+        return "rendered scenes", [Path(world.__file__)], examples

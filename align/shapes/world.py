@@ -15,17 +15,16 @@ from PIL import Image, ImageDraw
 from rewards.models.shapes import COUNTS, OUTLINES, PALETTE, PREFIXES, RELATIONS, SHAPES, TASKS, Spec, Thing, parse
 
 SIZE = 64  # pixels a side
-HELD_OUT: frozenset[tuple[str, str]] = frozenset(
-    # one colour-shape combination per colour that no training caption and no training picture ever shows
-    {
-        ("red", "triangle"),
-        ("green", "star"),
-        ("blue", "square"),
-        ("yellow", "circle"),
-        ("purple", "star"),
-        ("black", "triangle"),
-    }
-)
+# one colour-shape combination per colour that no training caption and no training image ever shows
+_UNSEEN = {
+    "red": "triangle",
+    "green": "star",
+    "blue": "square",
+    "yellow": "circle",
+    "purple": "star",
+    "black": "triangle",
+}
+HELD_OUT: frozenset[tuple[str, str]] = frozenset(_UNSEEN.items())
 COMBINATIONS: tuple[tuple[str, str], ...] = tuple(itertools.product(PALETTE, SHAPES))
 SEEN: tuple[tuple[str, str], ...] = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 
@@ -84,33 +83,28 @@ def caption(rng: np.random.Generator, task: str, pairs: tuple[tuple[str, str], .
     raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
 
 
+def _distinct(rng: np.random.Generator, task: str, count: int, pairs: tuple[tuple[str, str], ...] = SEEN) -> list[str]:
+    captions: dict[str, None] = {}
+    while len(captions) < count:
+        captions[caption(rng, task, pairs)] = None
+    return list(captions)
+
+
 def held_out_prompts(per_task: int = 40, seed: int = 2024) -> list[str]:
     """The evaluation set: ``per_task`` distinct captions of each task. Wherever a caption names a colour with a
     shape, the first such combination is one of :data:`HELD_OUT`."""
-    rng = np.random.default_rng(seed)
-    prompts: list[str] = []
-    for task in TASKS:
-        chosen: dict[str, None] = {}
-        while len(chosen) < per_task:
-            chosen[caption(rng, task, tuple(sorted(HELD_OUT)))] = None
-        prompts += chosen
-    return prompts
+    rng, pairs = np.random.default_rng(seed), tuple(sorted(HELD_OUT))
+    return [prompt for task in TASKS for prompt in _distinct(rng, task, per_task, pairs)]
 
 
 def training_prompts(seed: int = 77) -> list[str]:
-    """Distinct captions over seen combinations to draw pictures of while training: ``shapes-prompts.txt``."""
+    """Distinct captions over seen combinations to draw images of while training: ``shapes-prompts.txt``."""
     rng = np.random.default_rng(seed)
-    prompts: list[str] = []
-    for task, count in _TRAINING.items():
-        chosen: dict[str, None] = {}
-        while len(chosen) < count:
-            chosen[caption(rng, task)] = None
-        prompts += chosen
-    return prompts
+    return [prompt for task, count in _TRAINING.items() for prompt in _distinct(rng, task, count)]
 
 
 def place(rng: np.random.Generator, spec: Spec) -> list[Body]:
-    """Positions, sizes and turns for a spec: nothing overlaps, nothing leaves the picture, relations hold by
+    """Positions, sizes and turns for a spec: nothing overlaps, nothing leaves the image, relations hold by
     at least 12 pixels along their axis and more than across it. Open colours are drawn from :data:`SEEN`."""
     things = [thing if thing.colour else Thing(thing.shape, _open_colour(rng, thing.shape)) for thing in spec.things]
     low, high = _RADII[len(things)]
@@ -151,14 +145,8 @@ def outline(body: Body, scale: float = 1.0) -> list[tuple[float, float]]:
     """Corner points of a body, in pixels times ``scale``; a circle is a 48-gon. A circle's
     radius is shrunk so that all four shapes look about equally large."""
     shrink = 0.88 if body.thing.shape == "circle" else 1.0
-    corners = [(r * shrink, angle) for r, angle in OUTLINES[body.thing.shape]]
-    return [
-        (
-            (body.x + body.radius * r * math.cos(a + body.turn)) * scale,
-            (body.y + body.radius * r * math.sin(a + body.turn)) * scale,
-        )
-        for r, a in corners
-    ]
+    corners = [(body.radius * (r * shrink), angle + body.turn) for r, angle in OUTLINES[body.thing.shape]]
+    return [((body.x + r * math.cos(a)) * scale, (body.y + r * math.sin(a)) * scale) for r, a in corners]
 
 
 def draw(rng: np.random.Generator, bodies: list[Body]) -> np.ndarray:
@@ -176,5 +164,5 @@ def draw(rng: np.random.Generator, bodies: list[Body]) -> np.ndarray:
 
 
 def render(rng: np.random.Generator, caption: str) -> np.ndarray:
-    """A picture of what ``caption`` asks for: (64, 64, 3) uint8."""
+    """An image of what ``caption`` asks for: (64, 64, 3) uint8."""
     return draw(rng, place(rng, parse(caption)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch
@@ -11,12 +13,18 @@ from align.policy.policy import Policy
 from align.training.config import TrainConfig
 
 
-def shares(count: int, size: int) -> list[slice]:
-    """``count`` things in about ``count / size`` shares as equal as they can be; of ``size`` each where that divides.
+def shares(counts: Sequence[int], batch_size: int, accumulation: int, updates: int | None = None) -> list[list[slice]]:
+    """For every update, which of its ``counts[p]`` rows each process p trains on: every row of every process, once.
 
-    A short last share would be a noisy update, and Adam would step as far for it as for a whole one."""
-    parts = max(1, round(count / size))
-    return [slice(count * k // parts, count * (k + 1) // parts) for k in range(parts)]
+    There are ``updates``, or as many as the process with the most rows fills with about ``accumulation`` batches each.
+    They are as equal as they can be, since a short last one would be noisy and Adam would step as far for it as for a
+    whole one. The other processes spread their rows alike, and may have none in some.
+    """
+    most = max(counts)
+    batches = -(-most // batch_size)
+    parts = max(1, min(most, updates or round(batches / accumulation)))
+    edges = [most * k // parts if updates else min(most, batches * k // parts * batch_size) for k in range(parts + 1)]
+    return [[slice(n * a // most, n * b // most) for n in counts] for a, b in pairwise(edges)]
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,16 @@ class BatchPlan:
     def samples(self) -> int:
         """Pairs or pictures of one rollout, over all processes."""
         return (self.config.rollout_batch_size or self.update * self.world) * self.group
+
+    @property
+    def updates(self) -> int | None:
+        """Updates of a rollout, where that is known beforehand: rows that teach nothing make them smaller, no fewer."""
+        rows = self.config.objective.cost(self.family, self.config.data.resolution).rows
+        return None if rows is None else self.samples // self.world * rows // self.update
+
+    def shares(self, counts: Sequence[int]) -> list[list[slice]]:
+        """:func:`shares` of one rollout."""
+        return shares(counts, self.config.train_batch_size, self.config.gradient_accumulation_steps, self.updates)
 
     def check(self) -> None:
         """Refuse a rollout that processes and updates cannot share evenly, and say in one sentence why."""

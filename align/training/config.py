@@ -158,7 +158,8 @@ class TrainConfig:
                 f"{objective} trains on {' or '.join(kind.__name__ for kind in wanted)}, but data: "
                 f"{type(self.data).__name__} gives {self.data.batch_type.__name__}"
             )
-        if self.draws and self.objective.needs.rewards and not any(reward.weight for reward in self.rewards):
+        scores = self.objective.needs.rewards and (self.draws or not self.objective.needs.online)
+        if scores and not any(reward.weight for reward in self.rewards):
             raise UserError(f"{objective} learns from rewards: set rewards to at least one of positive weight")
         if self.draws and self.rollout_batch_size is None:
             raise UserError(f"{objective} draws pictures: set rollout_batch_size, the prompts of a rollout")

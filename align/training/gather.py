@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -17,6 +18,16 @@ def gather_of(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
         return accelerator.gather(tensor.to(accelerator.device)).cpu()
 
     return gather
+
+
+def merged(totals: Mapping[str, Tensor], gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
+    """Metrics over all processes: each gives its part of a mean, and its own of what is a maximum (``…_max``)."""
+    parts = gather([dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True)) if totals else {}])
+    joined: dict[str, float] = {}
+    for name, value in (item for part in parts for item in part.items()):
+        known = joined.get(name)
+        joined[name] = value if known is None else max(known, value) if name.endswith("_max") else known + value
+    return joined
 
 
 def gather_text_of(accelerator: Accelerator) -> Callable[[list[Any]], list[Any]]:

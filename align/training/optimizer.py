@@ -1,10 +1,11 @@
-"""The optimiser that a config asks for."""
+"""The optimizer that a config asks for, and the schedule of its learning rate."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 
 from align.policy.policy import Policy
 from align.training.config import TrainConfig
@@ -27,3 +28,9 @@ def build_optimizer(config: TrainConfig, policy: Policy, rate: float) -> torch.o
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
     )
+
+
+def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """``lr_scheduler`` over the updates of the run."""
+    warmup, steps = config.lr_warmup_steps, config.updates
+    return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)

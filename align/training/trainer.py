@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from align import families
 from align.common import rng
 from align.common.command import dumped
 from align.common.errors import UserError
-from align.data.dataset import shuffled
+from align.data.dataset import Setup, shuffled
 from align.data.prompts import PromptSet
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
@@ -36,15 +35,16 @@ from align.objectives.rows import Rows
 from align.policy.policy import Policy
 from align.sampling.diversity import Features
 from align.training import checkpoint, run_folder
-from align.training.batch_plan import BatchPlan, shares
+from align.training.batch_plan import BatchPlan
 from align.training.config import TrainConfig
 from align.training.finite import require_finite
-from align.training.gather import gather_of, gather_text_of
-from align.training.optimizer import build_optimizer
+from align.training.gather import gather_of, gather_text_of, merged
+from align.training.optimizer import build_optimizer, build_scheduler
 from align.training.progress import drawing
 from align.training.validation import sample_grid, validation_metrics, validation_scores
 
 TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
+BARREN = 20  # rollouts without a row after which a run gives up
 
 
 class Trainer:
@@ -81,7 +81,7 @@ class Trainer:
         self.policy.set_lr_scales(objective.lr_scale if isinstance(objective, ScalesLearningRates) else lambda _: 1.0)
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
         self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes)
-        self.step = self.rollouts = 0
+        self.step = self.rollouts = self.barren = 0  # barren: rollouts since the last that gave rows
 
     def start(self) -> None:
         """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
@@ -89,15 +89,10 @@ class Trainer:
         source = self.folder.find(config.resume_from_checkpoint)
         if accelerator.is_main_process:
             self.folder.claim(resumed=source is not None)  # first of all: encoding a data set may take hours
-        self.data = config.data.prepare(
-            self.family,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.is_main_process,
-            accelerator.wait_for_everyone,
-        )
-        self.held_out = config.validation_data.prepare(self.family) if config.validation_data else None
+        ranks = accelerator.process_index, accelerator.num_processes
+        setup = Setup(self.family, config.seed, *ranks, accelerator.is_main_process, accelerator.wait_for_everyone)
+        self.data = config.data.prepare(setup)
+        self.held_out = config.validation_data.prepare(Setup(self.family)) if config.validation_data else None
         self._optimise()
         if accelerator.is_main_process:
             self.folder.start(self.resolved, resumed=source is not None)
@@ -154,8 +149,8 @@ class Trainer:
     def rollout(self, bar: Any = None) -> Any:
         """One batch, its rows, and the updates they give; yields each update's metrics."""
         config, accelerator = self.config, self.accelerator
-        mine = self.sizes.samples // accelerator.num_processes
-        first = mine * accelerator.process_index
+        rank, mine = accelerator.process_index, self.sizes.samples // accelerator.num_processes
+        first = mine * rank
         ctx = Context(
             self.policy,
             config.seed,
@@ -176,36 +171,46 @@ class Trainer:
         with torch.no_grad(), accelerator.autocast():
             table = config.objective.rollout(ctx, batch)
         self.rollouts += 1
-        rows = len(table)
-        if accelerator.num_processes > 1:  # processes step together: where they differ, the surplus is left out
-            rows = int(ctx.gather(torch.tensor([rows])).min())
+        counts = ctx.gather(torch.tensor([len(table)])).tolist()  # the rows of every process, which may differ
         measured = {f"rollout/{name}": value for name, value in table.metrics.items()}
         if measured:  # those of this rollout, and of all training before it
-            world = accelerator.num_processes
-            measured |= {f"evaluations/{kind}": count * world for kind, count in self.policy.evaluations.items()}
-        if not rows and measured:
+            everywhere = ctx.gather(torch.tensor([list(self.policy.evaluations.values())])).sum(0).tolist()
+            measured |= {f"evaluations/{k}": n for k, n in zip(self.policy.evaluations, everywhere, strict=True)}
+        self.barren = 0 if any(counts) else self.barren + 1
+        if self.barren:
             self.log(measured | {"rollout": self.rollouts})
-        for epoch in range(config.inner_epochs if rows else 0):
+        if self.barren == BARREN:
+            raise UserError(
+                f"{BARREN} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
+                "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
+            )
+        for epoch in range(config.inner_epochs if any(counts) else 0):
             shuffle = rng.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
-            chunks = list(table.shuffled(shuffle).take(torch.arange(rows)).chunks(config.train_batch_size))
-            for some in shares(len(chunks), config.gradient_accumulation_steps):
-                fresh = epoch == some.start == 0
-                metrics = self.update(dataclasses.replace(ctx, on_policy=fresh), chunks[some], batch.ids)
+            order = table.shuffled(shuffle)
+            for k, parts in enumerate(self.sizes.shares(counts)):
+                fresh = epoch == k == 0
+                chunks = list(order.take(torch.arange(len(order))[parts[rank]]).chunks(config.train_batch_size))
+                sizes = [part.stop - part.start for part in parts]
+                metrics = self.update(dataclasses.replace(ctx, on_policy=fresh), chunks, batch.ids, sizes)
                 yield metrics | (measured | {"rollout": self.rollouts} if fresh and measured else {})
 
-    def update(self, ctx: Context, chunks: Sequence[Rows], ids: Sequence[int]) -> dict[str, float]:
-        """One optimiser step on ``chunks``; the loss is the mean over all of their rows."""
+    def update(
+        self, ctx: Context, chunks: Sequence[Rows], ids: Sequence[int], sizes: Sequence[int]
+    ) -> dict[str, float]:
+        """One optimizer step on ``chunks``; the loss is the mean over the rows of all processes, ``sizes`` of each."""
         config, accelerator = self.config, self.accelerator
-        rows = sum(map(len, chunks))
         losses: list[Tensor] = []
         totals: dict[str, Tensor] = {}
-        for k, chunk in enumerate(chunks):
-            share = len(chunk) / rows
-            last = k + 1 == len(chunks)
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.policy.model):
+        # a process with fewer rows passes through the network as often as the others: its wrapper waits for them there
+        calls = -(-max(sizes) // config.train_batch_size)
+        for k in range(calls):
+            share = len(chunks[k]) / sum(sizes) if k < len(chunks) else 0.0
+            with contextlib.nullcontext() if k + 1 == calls else accelerator.no_sync(self.policy.model):
                 with accelerator.autocast():
-                    loss, metrics = config.objective.loss(ctx, chunk)
-                accelerator.backward(loss * share)
+                    loss, metrics = config.objective.loss(ctx, chunks[k]) if share else (self.policy.zero(), {})
+                accelerator.backward(loss * share * len(sizes))  # processes average their gradients
+            if not share:
+                continue
             losses.append(loss.detach())
             for name, value in {"loss": losses[-1], **metrics}.items():
                 if name.endswith("_max"):
@@ -213,9 +218,7 @@ class Trainer:
                 else:
                     totals[name] = totals.get(name, 0) + value * share
         norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
-        names = [*totals, "grad_norm"]
-        summed = accelerator.reduce(torch.stack([*totals.values(), norm.detach().to(losses[0].device)]), "mean")
-        values = dict(zip(names, summed.tolist(), strict=True))
+        values = {**merged(totals, gather_text_of(accelerator)), "grad_norm": norm.item()}
         require_finite(
             values, losses, chunks, ids, self.sizes.group, self.step + 1, self.folder.latest(), accelerator.scaler
         )
@@ -260,18 +263,11 @@ class Trainer:
 
     def _optimise(self) -> None:
         config, accelerator = self.config, self.accelerator
-        rate = config.learning_rate
-        if config.scale_lr:
-            rate *= self.sizes.update * accelerator.num_processes
+        rate = config.learning_rate * (self.sizes.update * accelerator.num_processes if config.scale_lr else 1)
         optimizer = build_optimizer(config, self.policy, rate)
         self.policy.model, self.optimizer = accelerator.prepare(self.policy.model, optimizer)
         # not prepared: accelerate would step it once per process
-        self.scheduler = get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.updates,
-        )
+        self.scheduler = build_scheduler(config, optimizer)
         accelerator.register_for_checkpointing(self.scheduler)
         checkpoint.slim_checkpoints(accelerator, self.policy)
 

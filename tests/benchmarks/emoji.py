@@ -24,7 +24,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align import families
-from align.data.preferences import EncodedPairs, PreferencePairs
+from align.data.dataset import Setup
+from align.data.latent_cache import EncodedDataset
+from align.data.preferences import PreferencePairs
 from align.objectives import Context
 from align.objectives.dpo import DPO
 from align.policy.policy import LoRA, Policy
@@ -37,7 +39,7 @@ DRAWS = 10
 
 
 @torch.no_grad()
-def accuracy(policy: Policy, pairs: EncodedPairs) -> float:
+def accuracy(policy: Policy, pairs: EncodedDataset) -> float:
     """The share of pairs whose winner has the larger implicit reward, ties one half."""
     objective, batch, right = DPO(proportion_empty_prompts=0.0), 32, 0.0
     for start in range(0, len(pairs), batch):
@@ -57,7 +59,7 @@ def run(seed: int, folder: Path, data: Path) -> dict[str, Any]:
         subprocess.run([sys.executable, "-m", "align.train", "--config", CONFIG, *more], check=True)
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     family = families.load(settings["pretrained_model_name_or_path"])
-    pairs = PreferencePairs(str(data / "heldout.parquet")).prepare(family)
+    pairs = PreferencePairs(str(data / "heldout.parquet")).prepare(Setup(family))
     torch.manual_seed(seed)
     policy = Policy(family, LoRA(settings["lora"]["rank"]))
     for parameter in policy.parameters():

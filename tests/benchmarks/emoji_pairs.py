@@ -111,7 +111,7 @@ def pick_a_pic(found: Sequence[Pair], file: Path, seed: int) -> None:
 
 
 def write_layouts(found: Sequence[Pair], folder: Path, seed: int = 1) -> dict[str, Path]:
-    """The same pairs in every layout that :func:`read_pairs` knows; returns what to read, by layout."""
+    """The same pairs in every layout that ``PreferencePairs`` knows; returns what to read, by layout."""
     places = {name: folder / name for name in ("siblings", "imagefolder", "pairs", "hpdv2", "shards", "saved")}
     stems = [f"{index:05d}" for index in range(len(found))]
     for stem, pair in zip(stems, found, strict=True):

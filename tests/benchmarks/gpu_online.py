@@ -326,7 +326,7 @@ def started(case: Case, folder: Path, tiny: bool, precision: str) -> Trainer:
 def change(loop: Trainer, case: Case, variant: str) -> int:
     """Make the loop the variant that is measured; returns how many blocks were compiled."""
     if variant == "uncast":
-        for layer in loop.policy.adapters:
+        for layer in loop.policy.weights.layers:
             layer.cast_input_dtype_enabled = False
     if variant != "compiled":
         return 0

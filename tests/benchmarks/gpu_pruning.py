@@ -253,7 +253,7 @@ class Bench:
         figures["parameters"] = sum(p.numel() for p in denoiser.parameters())
         if "nf4" in name:
             figures |= pack(denoiser, self.settings)
-        figures["weights_bytes"] = bytes_of(denoiser).total
+        figures["weights_bytes"] = bytes_of(denoiser)
         gc.collect()
         figures["step"] = attempt(lambda: self.step(denoiser, name))
         if name == "pruned nf4":

@@ -67,7 +67,7 @@ def pack(family: Family, settings: NF4) -> dict[str, Any]:
     for name, part in family.pipe.components.items():
         if name.startswith("text_encoder") and part is not None:
             quantize(part, settings)
-    parameters = report.before.total // 4  # it was float32
+    parameters = report.before // 4  # it was float32
     return {
         "quantised_share": sum(layer.weights for layer in report.quantised) / parameters,
         "linears": len(report.layers),

@@ -32,12 +32,13 @@ import torch
 from torch import Tensor
 
 from align import families
+from align.data.dataset import Setup
 from align.data.prompts import TaskPrompts
 from align.diffusion.process import Prediction
 from align.objectives import Context
 from align.objectives.online.replay import replay_step
 from align.objectives.opd import OPD
-from align.objectives.teachers import LoRATeacher, average
+from align.objectives.teachers import LoRATeacher
 from align.policy.policy import LoRA, Policy
 from align.sampling.sampler import Sampler
 from align.shapes.world import caption, held_out_prompts
@@ -153,7 +154,7 @@ def averaged(folder: Path, teachers: list[LoRATeacher], rank: int) -> Path:
         policy = Policy(families.load(BASE), LoRA(rank))
         for teacher in teachers:
             teacher.open(policy)
-        average(policy, [teacher.name for teacher in teachers])
+        policy.average_adapters([teacher.name for teacher in teachers])
         folder.mkdir(parents=True, exist_ok=True)
         policy.save(folder)
     return folder
@@ -167,7 +168,7 @@ def variance(teachers: list[LoRATeacher], files: dict[str, str]) -> dict[str, fl
     policy = Policy(families.load(BASE), LoRA(4))
     objective = OPD(list(teachers), Sampler(STEPS, GUIDANCE, batch_size=64), form="sde", normalize="paper")
     objective.prepare(policy, None)
-    batch = TaskPrompts(files).prepare(policy.family).batch(range(6))
+    batch = TaskPrompts(files).prepare(Setup(policy.family)).batch(range(6))
     ctx = Context(policy, 0, 0, range(6))
     with torch.no_grad():
         table = objective.rollout(ctx, batch)

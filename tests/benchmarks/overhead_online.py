@@ -75,7 +75,7 @@ def main() -> None:
         for k in range(updates):
             rows = chunks[k % len(chunks)]
             start = time.perf_counter()
-            loop.log(loop.update(dataclasses.replace(ctx, fresh=k == 0), [rows], range(4)))
+            loop.log(loop.update(dataclasses.replace(ctx, on_policy=k == 0), [rows], range(4), [len(rows)]))
             whole.append(time.perf_counter() - start)
             replay.append(bare(loop, rows, grid.t[rows.step]))
     skip = updates // 4  # warm-up

@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import nn
 
-from pruning.linear4bit import BLOCK, bytes_of, packed_bytes
+from pruning.linear4bit import BLOCK, bytes_of
 from pruning.nf4 import NF4
 from pruning.quantize import choose
 
@@ -159,10 +159,19 @@ def meta(model: Architecture, remove: Sequence[str] = ()) -> nn.Module:
     return nn.Module.to(built, torch.bfloat16)  # diffusers' own `to` would warn of a cast
 
 
+def packed_bytes(weights: int, double_quant: bool = False) -> int:
+    """Bytes of a Linear's packed weights: half a byte each, a 4-byte scale a block and the 64-byte codebook; with
+    double quantisation a byte a scale, four bytes a 256 scales and a second codebook of 1024. Without the JSON of some
+    hundred bytes that bitsandbytes writes beside each layer."""
+    blocks = -(-weights // BLOCK)
+    scales = blocks + 4 * -(-blocks // 256) + 1024 if double_quant else 4 * blocks
+    return -(-weights // 2) + scales + 64
+
+
 def row(name: str, model: nn.Module) -> Row:
     """Count a model of :func:`meta`."""
     parameters = sum(p.numel() for p in model.parameters())
-    stored = bytes_of(model).total
+    stored = bytes_of(model)
     done = [layer.weights for layer in choose(model, NF4()) if layer.kept is None]
     return Row(
         name,

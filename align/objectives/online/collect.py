@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from align.common import rng
-from align.common.errors import UserError
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import Gaussian, WindowedKernel
 from align.objectives.objective import Context
@@ -101,6 +100,8 @@ def collect(
     shape = family.latent_shape(ctx.resolution)
     grid, guidance_scale = family.grid(sampler.num_inference_steps), sampler.guidance_scale_of(family)
     kernel = sampler.kernel_of(family)
+    if likelihood:
+        sampler.require_noise(family, keep)
     if stochastic is not None:
         kernel = WindowedKernel(kernel, list(stochastic))
     groups = torch.tensor([position // group_size for position in ctx.sample_indices])
@@ -125,11 +126,6 @@ def collect(
             steps: list[tuple[Gaussian, Tensor]] = steps,
         ) -> None:
             if i in keep:
-                if likelihood and not bool((step.std > 0).all()):
-                    raise UserError(
-                        f"{kernel} draws step {i} without noise, so it has no likelihood to train on; set eta or noise "
-                        "of objective.sampler.kernel above 0"
-                    )
                 states.extend([x, y] if not states else [y])
                 steps.append((step, y))
 
