@@ -35,7 +35,6 @@ from pruning.report import report
 from pruning.saving import card, sampling_settings, save_pipeline
 from pruning.settings import DTYPES, STAGES, Compress
 from rewards import RewardSum
-from rewards import load as load_reward
 from rewards.common.files import claim, write_text
 
 
@@ -112,7 +111,7 @@ def _heals_by_profile(config: Compress) -> bool:
 
 
 def _analyze(config: Compress, family: Family, prompts: Sequence[str]) -> None:
-    reward = RewardSum({name: load_reward(name) for name in config.reward}) if config.reward else None
+    reward = RewardSum.of(config.reward) if config.reward else None
     sampling = config.num_inference_steps, config.guidance_scale, config.seed, config.batch_size
     units = BlockGraph.of(family.denoiser).units(config.components)
     calibration = importance.Calibration(prompts, *sampling)

@@ -17,6 +17,7 @@ from pruning import importance
 from pruning.nf4 import NF4
 from pruning.plan import Budget
 from pruning.report import Reporting
+from rewards import RewardConfig, parse_rewards
 
 Stage = Literal["analyze", "plan", "remove", "heal", "quantize", "tune", "report"]
 STAGES: tuple[Stage, ...] = ("analyze", "plan", "remove", "heal", "quantize", "tune", "report")
@@ -38,7 +39,7 @@ class Compress:
         guidance_scale: guidance scale of calibration; null is the pipeline's own default.
         seed: of calibration's noise.
         batch_size: calibration images at once.
-        reward: rewards whose drop is measured, where ``measure`` is ``drop``.
+        reward: rewards whose weighted sum is measured for its drop, where ``measure`` is ``drop``.
         measure: what decides: the ``drop`` of the reward, the ``mse`` of the output, or the ``cosine`` of what goes in
             and out of a block.
         components: choose among parts of blocks too; such a plan loads with pruning.load only.
@@ -67,7 +68,7 @@ class Compress:
     guidance_scale: float | None = None
     seed: int = 0
     batch_size: int = 16
-    reward: list[str] = field(default_factory=list)
+    reward: list[RewardConfig] = field(default_factory=list)
     measure: importance.Measure = "mse"
     components: bool = False
     budget: Budget | None = None
@@ -80,6 +81,9 @@ class Compress:
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     report: Reporting = field(default_factory=Reporting)
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        self.reward = parse_rewards(self.reward)
 
     def check(self) -> None:
         """Everything that can be known to be wrong before a weight is loaded, at once."""

@@ -19,18 +19,9 @@ torchvision_shim.ensure()  # before anything can import torchvision
 # diffusers and peft import bitsandbytes where it is installed, which on some CPUs asks for a package it can do without
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from rewards.base import (  # noqa: E402
-    Reward,
-    RewardConfig,
-    RewardError,
-    RewardSum,
-    available,
-    check_statistics,
-    checked,
-    load,
-    needs_prompt,
-    parse_reward,
-)
+from rewards.base import Reward, RewardSum, available, checked, load, needs_prompt  # noqa: E402
+from rewards.common.errors import RewardError  # noqa: E402
+from rewards.config import RewardConfig, parse_rewards  # noqa: E402
 
 list = available  # ``rewards.list()``; kept out of ``__all__``, where it would hide the built-in
 
@@ -40,9 +31,8 @@ __all__ = [
     "RewardError",
     "RewardSum",
     "available",
-    "check_statistics",
     "checked",
     "load",
     "needs_prompt",
-    "parse_reward",
+    "parse_rewards",
 ]

@@ -19,29 +19,26 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from rewards.base import Reward, load_rewards, parse_rewards
-from rewards.common.command import new_parser, status
+from rewards.base import RewardSum
+from rewards.common.command import add_reading_options, check_at_least, new_parser, status
 from rewards.common.device import pick_device
 from rewards.common.errors import RewardError
 from rewards.common.files import write_text
+from rewards.config import parse_rewards
 from rewards.data.images import ImageRow, ImageSource, UnreadableError
 from rewards.data.preferences import recognise
 from rewards.data.tables import LazyImage
 from rewards.scoring.engine import score_batch
 from rewards.scoring.loader import BadImage, Batch, Decoder, ahead
-
-if TYPE_CHECKING:
-    pass
 
 BadEntries = list[dict[str, str]]
 
@@ -75,52 +72,51 @@ def read(
     """The first ``limit`` rows at ``path``. ``RewardError`` where it has no layout that is understood, or no pair."""
     layout, _, rows = recognise(path, split, caption_column, image_root)
     numbers: dict[tuple[str, str], int] = {}
-    found = Choices(layout, [], [], [], [])
+    pairs = Choices(layout, [], [], [], [])
     for row in itertools.islice(rows, limit):
         if fault := row.fault():
-            found.bad.append({"source": row.source, "error": fault})
+            pairs.bad.append({"source": row.source, "error": fault})
             continue
         prompt = str(row.caption).strip()
         if row.sides is None:
-            found.ties.append(prompt)
+            pairs.ties.append(prompt)
             continue
         for side in row.sides:
-            if numbers.setdefault((str(side), prompt), len(numbers)) == len(found.pictures):
-                found.pictures.append((side, prompt))
+            if numbers.setdefault((str(side), prompt), len(numbers)) == len(pairs.pictures):
+                pairs.pictures.append((side, prompt))
         chosen, rejected = (numbers[str(side), prompt] for side in row.sides)
-        found.choices.append(Choice(prompt, chosen, rejected, row.votes))
-    if not found.choices:
-        first = f", the first: {found.bad[0]['source']}: {found.bad[0]['error']}" if found.bad else ""
+        pairs.choices.append(Choice(prompt, chosen, rejected, row.votes))
+    if not pairs.choices:
+        first = f", the first: {pairs.bad[0]['source']}: {pairs.bad[0]['error']}" if pairs.bad else ""
         raise RewardError(
-            f"{path} ({layout}) holds no pair with a winner: {len(found.ties)} ties, {len(found.bad)} bad{first}"
+            f"{path} ({layout}) holds no pair with a winner: {len(pairs.ties)} ties, {len(pairs.bad)} bad{first}"
         )
-    return found
+    return pairs
 
 
 def score(
-    found: Choices, rewards: Mapping[str, Reward], device: str, batch_size: int, threads: int, max_bad: int
+    pairs: Choices, rewards: RewardSum, device: str, batch_size: int, threads: int, max_bad: int
 ) -> dict[str, np.ndarray]:
-    """Scores of ``found.pictures`` by reward, (P,) float64 with NaN where the picture cannot be read; ``found.bad``
+    """Scores of ``pairs.pictures`` by reward, (P,) float64 with NaN where the picture cannot be read; ``pairs.bad``
     gets those too. ``RewardError`` where more than ``max_bad`` of rows and pictures cannot be used."""
 
     def rows(wanted: Callable[[int], bool]) -> Iterator[ImageRow | None]:
-        for number, (picture, prompt) in enumerate(found.pictures):
+        for number, (picture, prompt) in enumerate(pairs.pictures):
             yield _row(picture, prompt) if wanted(number) else None
 
-    _refuse(found.bad, max_bad)
-    total = len(found.pictures)
+    _refuse(pairs.bad, max_bad)
+    total = len(pairs.pictures)
     decoder = Decoder(ImageSource({"layout": "pairs"}, total, rows), None, total, batch_size, threads)
-    scores = {name: np.full(total, np.nan) for name in rewards}
+    scores = {name: np.full(total, np.nan) for name in rewards.rewards}
     with tqdm(total=total, desc="scoring", unit="image") as bar:
         for item in ahead(decoder.work(lambda shard: True), 4):
             if isinstance(item, Batch):
-                batch = replace(item, images=item.images.to(device).float() / 255)
-                for name, values in score_batch(rewards, batch).items():
+                for name, values in score_batch(rewards, item.on(device)).items():
                     scores[name][list(item.rows)] = values
                 bar.update(len(item.rows))
             elif isinstance(item, BadImage):
-                found.bad.append({"source": item.file, "error": item.error})
-                _refuse(found.bad, max_bad)
+                pairs.bad.append({"source": item.file, "error": item.error})
+                _refuse(pairs.bad, max_bad)
                 bar.update()
     return scores
 
@@ -141,17 +137,17 @@ def _refuse(bad: BadEntries, max_bad: int) -> None:
 
 
 # Figures
-def compare(found: Choices, scores: Mapping[str, np.ndarray], human_ties: str, agreement: float) -> dict[str, Any]:
+def compare(pairs: Choices, scores: Mapping[str, np.ndarray], human_ties: str, agreement: float) -> dict[str, Any]:
     """What the JSON file holds, less the settings. Pairs with an unreadable picture are left out."""
     readable = np.isfinite(np.stack(list(scores.values()))).all(0)
-    choices = [one for one in found.choices if readable[one.chosen] and readable[one.rejected]]
+    choices = [one for one in pairs.choices if readable[one.chosen] and readable[one.rejected]]
     if not choices:
         raise RewardError("no pair is left whose two pictures can be read")
-    pairs = np.array([(one.chosen, one.rejected) for one in choices])
+    sides = np.array([(one.chosen, one.rejected) for one in choices])
     agreed = np.array([_agreed(one.votes, agreement) for one in choices])
-    ties = found.ties if human_ties == "half" else []
+    ties = pairs.ties if human_ties == "half" else []
     prompts = [one.prompt for one in choices] + ties
-    margins = {name: values[pairs[:, 0]] - values[pairs[:, 1]] for name, values in scores.items()}
+    margins = {name: values[sides[:, 0]] - values[sides[:, 1]] for name, values in scores.items()}
     figures: dict[str, Any] = {}
     for name, margin in margins.items():
         points = (margin > 0) + 0.5 * (margin == 0)
@@ -160,11 +156,11 @@ def compare(found: Choices, scores: Mapping[str, np.ndarray], human_ties: str, a
         chosen = [one.prompt for one, keep in zip(choices, agreed, strict=True) if keep]
         figures[name]["agreed"] = accuracy(points[agreed], chosen) if chosen else None
     return {
-        "layout": found.layout,
+        "layout": pairs.layout,
         "pairs": len(choices),
         "prompts": len(set(prompts)),
         "pictures": int(readable.sum()),
-        "human_ties": {"found": len(found.ties), "counted": human_ties},
+        "human_ties": {"found": len(pairs.ties), "counted": human_ties},
         "agreement": agreement,
         "rewards": figures,
         "between": [
@@ -175,7 +171,7 @@ def compare(found: Choices, scores: Mapping[str, np.ndarray], human_ties: str, a
             }
             for one, other in itertools.combinations(scores, 2)
         ],
-        "bad": found.bad,
+        "bad": pairs.bad,
     }
 
 
@@ -222,10 +218,10 @@ def table(report: Mapping[str, Any]) -> str:
         row = f"{name:{width}}  {_figures(figures)}  {figures['score_ties']:>10}  {figures['margin']:>+12.4g}"
         lines.append(f"{row}  {_figures(figures['agreed'])}" if figures["agreed"] else f"{row}  {'no votes':>7}")
     if report["between"]:
-        pairs = {" and ".join(entry["rewards"]): entry for entry in report["between"]}
-        width = max(map(len, pairs))
+        entries = {" and ".join(entry["rewards"]): entry for entry in report["between"]}
+        width = max(map(len, entries))
         lines += ["", f"{'between rewards':{width}}  {'tau-b, pairs':>14}  {'Spearman, pictures':>18}"]
-        for name, entry in pairs.items():
+        for name, entry in entries.items():
             tau, rho = ("–" if entry[k] is None else f"{entry[k]:+.3f}" for k in ("kendall", "spearman"))
             lines.append(f"{name:{width}}  {tau:>14}  {rho:>18}")
     ties = report["human_ties"]
@@ -245,22 +241,19 @@ def _figures(figures: Mapping[str, Any]) -> str:
 # The command
 def run(arguments: argparse.Namespace) -> int:
     """The command; ``RewardError`` where the user has something to put right."""
-    for name, least in (("batch_size", 1), ("threads", 1), ("max_bad", 0), ("limit", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise RewardError(f"--{name} is {value}; expected at least {least}")
+    check_at_least(arguments, batch_size=1, threads=1, max_bad=0, limit=1)
     if not 0.5 < arguments.agreement <= 1:
         raise RewardError(f"--agreement is {arguments.agreement}; expected more than 0.5 and at most 1")
     output = Path(arguments.output)
     if output.is_dir() or not output.parent.is_dir():
         raise RewardError(f"--output is {output}; expected the name of a file in a folder that is there")
-    named = parse_rewards(arguments.reward)
+    named = parse_rewards(arguments.reward, weighted=False)
     root = Path(arguments.image_root) if arguments.image_root else None
-    found = read(arguments.pairs, arguments.split, arguments.caption_column, root, arguments.limit)
+    pairs = read(arguments.pairs, arguments.split, arguments.caption_column, root, arguments.limit)
     device = pick_device(arguments.device)
-    rewards = load_rewards(named, device)
-    scores = score(found, rewards, device, arguments.batch_size, arguments.threads, arguments.max_bad)
-    report = compare(found, scores, arguments.human_ties, arguments.agreement)
+    rewards = RewardSum.of(named, device)
+    scores = score(pairs, rewards, device, arguments.batch_size, arguments.threads, arguments.max_bad)
+    report = compare(pairs, scores, arguments.human_ties, arguments.agreement)
     report |= {"source": arguments.pairs, "settings": {one.title: one.settings() for one in named}}
     write_text(output, json.dumps(report, indent=2) + "\n")
     print(table(report))
@@ -270,18 +263,12 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where the user has something to put right."""
     parser = new_parser("rewards.agree", __doc__)
+    add_reading_options(parser, max_bad=0)
     parser.add_argument("--pairs", required=True, help="file, folder or hub id")
     parser.add_argument("--output", default="agreement.json", help="JSON file (default: %(default)s)")
-    parser.add_argument("--split", help="of a hub id (default train), or of a folder that holds several")
-    parser.add_argument("--caption_column", help="default: the first of caption, prompt, text that is there")
     parser.add_argument("--image_root", help="where relative paths start; default the folder of the file with them")
-    parser.add_argument("--limit", type=int, help="the first LIMIT rows only")
     parser.add_argument("--human_ties", choices=("drop", "half"), default="drop", help="(default: %(default)s)")
     parser.add_argument("--agreement", type=float, default=1.0, help="share of votes (default: %(default)s, unanimous)")
-    parser.add_argument("--max_bad", type=int, default=0, help="stop at more unusable rows or pictures (default: 0)")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode")
-    parser.add_argument("--device", help="default: the GPU where there is one")
     arguments = parser.parse_args(argv)
     return status(lambda: run(arguments))
 

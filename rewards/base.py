@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import builtins
+import functools
 import importlib
 import inspect
-import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
-import yaml
 from torch import Tensor
 
 from rewards.common.errors import RewardError, UserError
+from rewards.config import RewardConfig, check_statistics, parse_rewards
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BUILT_IN: dict[str, str] = {
     "Aesthetic": "rewards.models.aesthetic.Aesthetic",
@@ -39,90 +38,7 @@ BUILT_IN: dict[str, str] = {
     "Shapes": "rewards.models.shapes.Shapes",
     "VQAScore": "rewards.models.vqa_score.VQAScore",
 }
-EXPECTED = "expected NAME, NAME:KEY=VALUE,KEY=VALUE or '{name: NAME, weight: 1, label: LABEL, args: {KEY: VALUE}}'"
 _SLACK = 1e-3  # how far outside [0, 1] rounding may carry a pixel; a picture in [-1, 1] or [0, 255] goes further
-
-
-@dataclass
-class RewardConfig:
-    """One reward as a user names it, on a command line or in YAML.
-
-    Args:
-        name: a built-in reward's name, or an import path.
-        weight: in a weighted sum; 0 only watches it, so that hacking of the others shows.
-        args: the reward's own arguments.
-        label: its name in logs and columns; default ``name``.
-        normalize: [mean, std] of its scores, measured beforehand: (score - mean) / std is what ``weight`` is of.
-    """
-
-    name: str
-    weight: float = 1.0
-    args: dict[str, Any] = field(default_factory=dict)
-    label: str | None = None
-    normalize: builtins.list[float] | None = None
-
-    @property
-    def title(self) -> str:
-        """The label, or the name where there is none."""
-        return self.label or self.name
-
-    def settings(self) -> dict[str, Any]:
-        """What may be written down: a token authorises, it changes no score."""
-        return {"name": self.name, "args": {key: value for key, value in self.args.items() if key != "token"}}
-
-
-def parse_reward(given: str | Mapping[str, Any]) -> RewardConfig:
-    """``NAME``, ``NAME:KEY=VALUE,KEY=VALUE``, or YAML or a mapping with the fields of :class:`RewardConfig`.
-
-    A VALUE is a YAML scalar without commas. ``RewardError`` where it is none of these.
-    """
-    content: Any = given
-    try:
-        if isinstance(given, str) and not given.lstrip().startswith("{"):
-            name, _, rest = given.partition(":")
-            args: dict[str, Any] = {}
-            for item in rest.split(",") if rest else []:
-                key, equals, value = item.partition("=")
-                if not equals or not key.isidentifier() or key in args:
-                    raise RewardError(f"--reward {given}: {item!r} is no KEY=VALUE of its own; {EXPECTED}")
-                args[key] = yaml.safe_load(value)
-            content = {"name": name, "args": args}
-        elif isinstance(given, str):
-            content = yaml.safe_load(given)
-    except yaml.YAMLError as error:
-        raise RewardError(f"--reward {given} is not YAML ({' '.join(str(error).split())}); {EXPECTED}") from error
-    known = {one.name for one in fields(RewardConfig)}
-    if not isinstance(content, Mapping) or set(content) - known:
-        keys = f"the keys {', '.join(map(str, content))}" if isinstance(content, Mapping) else "no keys"
-        raise RewardError(f"--reward {given} has {keys}; {EXPECTED}")
-    config = {key: value for key, value in content.items() if value is not None}
-    name, label, arguments, weight = (config.get(key, usual) for key, usual in _USUAL.items())
-    good = isinstance(name, str) and name and isinstance(label, str) and isinstance(arguments, dict)
-    if not good or isinstance(weight, bool) or not isinstance(weight, int | float) or content.get("label") == "":
-        raise RewardError(f"--reward {given}: {EXPECTED}")
-    return RewardConfig(**config)
-
-
-_USUAL: dict[str, Any] = {"name": None, "label": "", "args": {}, "weight": 1.0}
-
-
-def parse_rewards(given: Sequence[str | Mapping[str, Any]]) -> builtins.list[RewardConfig]:
-    """:func:`parse_reward` of each; ``RewardError`` where two have the same label."""
-    found = [parse_reward(one) for one in given]
-    check_labels(found)
-    for one in found:
-        if one.title in ("file", "prompt"):
-            raise RewardError(f"a reward cannot be called {one.title!r}, which is another column; give another label")
-    return found
-
-
-def check_labels(configs: Sequence[RewardConfig]) -> None:
-    """``RewardError`` where two rewards have the same label."""
-    labels = [one.title for one in configs]
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise RewardError(
-            f"two rewards are called {twice[0]!r}; give one a label of its own: '{{name: .., label: .., args: ..}}'"
-        )
 
 
 @runtime_checkable
@@ -220,6 +136,21 @@ class RewardSum:
             if how != "batch":
                 check_statistics(name, how)
 
+    @classmethod
+    def of(cls, configs: Sequence[RewardConfig], device: str | None = None) -> Self:
+        """The rewards by label, networks on ``device``. ``RewardError`` says which cannot be had, and why."""
+        rewards: dict[str, Reward] = {}
+        for config in parse_rewards(configs):
+            try:
+                reward = load(config.name, config.args)
+            except TypeError as error:  # what constructors say to a wrong argument
+                raise RewardError(f"reward {config.title!r}: {error}") from error
+            if device is not None and isinstance(reward, torch.nn.Module):
+                reward.to(device)
+            rewards[config.title] = reward
+        normalize = {one.title: (one.normalize[0], one.normalize[1]) for one in configs if one.normalize is not None}
+        return cls(rewards, {one.title: one.weight for one in configs}, dict(normalize))
+
     @property
     def differentiable(self) -> bool:
         """Whether every reward is differentiable."""
@@ -230,30 +161,30 @@ class RewardSum:
         """Whether any reward reads the prompt."""
         return any(needs_prompt(reward) for reward in self.rewards.values())
 
+    def scores(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, Tensor]:
+        """Every reward's own scores by name, neither normalized nor weighted: (B,) float32 each."""
+        return {name: checked(reward, name, images, prompts, metadata) for name, reward in self.rewards.items()}
+
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """(B,) the sum over the rewards in ``scores``: weight times score, normalized where that is set."""
+        weights, normalize = self.weights or {}, self.normalize or {}
+        parts = [weights.get(name, 1.0) * _normalized(score, normalize.get(name)) for name, score in scores.items()]
+        return functools.reduce(torch.add, parts)
+
     def components(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> dict[str, Tensor]:
-        """Every reward's own score by name, neither normalised nor weighted, and their weighted sum as ``"total"``;
-        each (B,) float32."""
-        scores = {name: checked(reward, name, images, prompts, metadata) for name, reward in self.rewards.items()}
-        weights, normalize = self.weights or {}, self.normalize or {}
-        parts = [weights.get(name, 1.0) * _normalized(score, normalize.get(name)) for name, score in scores.items()]
-        return scores | {"total": torch.stack(parts).sum(0)}
+        """:meth:`scores`, and their :meth:`total` as ``"total"``."""
+        scores = self.scores(images=images, prompts=prompts, metadata=metadata)
+        return scores | {"total": self.total(scores)}
 
     def score(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> Tensor:
         """The weighted sum: (B,) float32."""
         return self.components(images=images, prompts=prompts, metadata=metadata)["total"]
-
-
-def check_statistics(name: str, statistics: Sequence[float]) -> None:
-    """``RewardError`` unless these are the mean and the standard deviation of the scores of the reward ``name``."""
-    numbers = [value for value in statistics if isinstance(value, int | float) and math.isfinite(value)]
-    if len(statistics) != 2 or len(numbers) != 2 or numbers[1] <= 0:
-        raise RewardError(
-            f"reward {name!r} is to be normalized by {statistics}; expected (mean, std), finite, std above 0"
-        )
 
 
 def _normalized(scores: Tensor, how: tuple[float, float] | Literal["batch"] | None) -> Tensor:
@@ -272,26 +203,9 @@ def needs_prompt(reward: Reward) -> bool:
     return bool(getattr(reward, "needs_prompt", True))
 
 
-def available() -> builtins.list[str]:
+def available() -> list[str]:
     """Names that :func:`load` knows."""
     return sorted(BUILT_IN)
-
-
-list = available  # ``rewards.list()``; kept out of ``__all__``, where it would hide the built-in
-
-
-def load_rewards(configs: Sequence[RewardConfig], device: str | None = None) -> dict[str, Reward]:
-    """The rewards by label, networks on ``device``. ``RewardError`` says which one cannot be had, and why."""
-    found = {}
-    for one in configs:
-        try:
-            reward = load(one.name, one.args)
-        except TypeError as error:  # what constructors say to a wrong argument
-            raise RewardError(f"reward {one.title!r}: {error}") from error
-        if device is not None and isinstance(reward, torch.nn.Module):
-            reward.to(device)
-        found[one.title] = reward
-    return found
 
 
 def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:

@@ -25,24 +25,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from rewards.base import parse_rewards
-from rewards.common.command import OldName, new_parser, status
+from rewards.common.command import OldName, add_reading_options, check_at_least, new_parser, status
 from rewards.common.errors import RewardError
 from rewards.common.files import atomic, write_text
+from rewards.config import parse_rewards
 from rewards.data.formats import open_input
 from rewards.data.images import ImageSource
 from rewards.scoring.engine import ScoringEngine, open_scorer
 from rewards.scoring.gallery import Shown, page
 from rewards.scoring.loader import shard_sizes
 from rewards.scoring.output import BadRows, ScoreShards, wait_for, write_bad
-
-if TYPE_CHECKING:
-    pass
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -51,7 +48,7 @@ def score_here(scorer: ScoringEngine, retry_bad: bool, rank: int = 0, world: int
     """Every ``world``-th shard, in this process; returns the number of rows of the whole input."""
     shards = scorer.shards
     done = shards.done(retry_bad)
-    bad = {row: entry for number in done for row, entry in shards.bad(number).items()}
+    bad = shards.bad(done)
     total, ready = scorer.decoder.source.total, 0
     if total is not None:
         every = enumerate(shard_sizes(total, scorer.decoder.limit, scorer.decoder.shard_size))
@@ -106,20 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     single = output.suffix == ".parquet"
     if (single and output.is_dir()) or (not single and (output.is_file() or (output.suffix and not output.is_dir()))):
         raise RewardError(f"--output is {output}; expected a file name that ends in .parquet, or a folder's name")
-    for name, least in (
-        ("batch_size", 1),
-        ("shard_size", 1),
-        ("threads", 1),
-        ("workers", 1),
-        ("max_bad", 0),
-        ("limit", 1),
-        ("gallery", 1),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise RewardError(f"--{name} is {value}; expected at least {least}")
+    check_at_least(arguments, batch_size=1, shard_size=1, threads=1, workers=1, max_bad=0, limit=1, gallery=1)
     rank, local, world = (_environment(*pair) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    named = parse_rewards(arguments.reward)
+    named = parse_rewards(arguments.reward, weighted=False)
     labels = [one.title for one in named]
     source = open_input(
         arguments.source, arguments.prompts, arguments.caption_column, arguments.image_column, arguments.split
@@ -139,8 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         "shard_size": arguments.shard_size,
     }
     shards = ScoreShards(output.with_name(f".{output.name}.parts") if single else output, settings)
-    for number in shards.whole():
-        shards.bad(number)  # refuses other settings
+    shards.bad(shards.whole())  # refuses other settings
     bad_file = output.with_name(f"{output.name}.errors.jsonl") if single else output / "bad.jsonl"
     if arguments.engine == "ray":
         rows = _ray().score_there(arguments, source, named, shards, bad_file)
@@ -168,7 +153,7 @@ def _finish(
     shards.sweep()
     output = Path(arguments.output)
     single = shards.folder != output
-    bad = {row: entry for number in range(count) for row, entry in shards.bad(number).items()}
+    bad = shards.bad(range(count))
     write_bad(bad_file, bad)
     summary = summarise(shards, count, labels, bad)
     if not summary["rewards"]:
@@ -224,25 +209,17 @@ def _environment(name: str, default: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where images could not be read, 2 where the user has something to put right."""
     parser = new_parser("rewards.score", __doc__)
+    add_reading_options(parser, max_bad=100)
     parser.add_argument("source", metavar="SOURCE", help="folder, .jsonl, .csv, .parquet, .tar, or hub id")
     parser.add_argument(
         "--output", default="scores.parquet", help="a .parquet file, or a folder (default: %(default)s)"
     )
     parser.add_argument("--prompts", help=".jsonl or .csv (file_name, text), or .txt with one prompt per image")
-    parser.add_argument("--caption_column", help="default: the first of caption, prompt, text that is there")
     parser.add_argument("--prompt_column", dest="caption_column", action=OldName, help=argparse.SUPPRESS)
     parser.add_argument("--image_column", help="default: the first usual name that is there; for .tar, the suffix")
-    parser.add_argument("--split", help="of a save_to_disk folder or hub id")
-    parser.add_argument("--limit", type=int, help="score the first LIMIT rows only")
-    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_size", type=int, default=1024, help="rows in a shard (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="that decode, per process")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: on a cluster of machines")
     parser.add_argument("--workers", type=int, help="processes that Ray starts (default: one per GPU, or one)")
-    parser.add_argument("--device", help="default: this process's GPU, or the CPU")
-    parser.add_argument(
-        "--max_bad", type=int, default=100, help="stop at more unreadable images (default: %(default)s)"
-    )
     parser.add_argument("--retry_bad", action="store_true", help="score shards that list unreadable images again")
     parser.add_argument("--skip_errors", action="store_true", help="exit with 0 even if images cannot be read")
     parser.add_argument("--gallery", type=int, nargs="?", const=50, metavar="N", help="write a page: N best, N worst")

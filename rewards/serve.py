@@ -29,9 +29,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewards import RewardError
-from rewards.base import load_rewards, parse_rewards
+from rewards.base import RewardSum
 from rewards.common.command import new_parser, status
 from rewards.common.device import pick_device
+from rewards.config import parse_rewards
 from rewards.models.remote import TOKEN
 from rewards.serving.batching import Limits
 
@@ -57,10 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise RewardError(f"the server needs {error.name}; pip install 't2i-align[serve]'") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     limits = Limits(**{one.name: getattr(arguments, one.name) for one in dataclasses.fields(Limits)})
-    named, token = parse_rewards(arguments.reward), _token(arguments.token_file)
+    named, token = parse_rewards(arguments.reward, weighted=False), _token(arguments.token_file)
     check_token(arguments.host, token)  # before anything heavy is loaded
     device = pick_device(arguments.device)
-    server = Server(load_rewards(named, device), arguments.host, arguments.port, token, limits, device)
+    server = Server(RewardSum.of(named, device).rewards, arguments.host, arguments.port, token, limits, device)
     logger.info("%s on http://%s:%d", ", ".join(server.batchers), arguments.host, server.port)
     try:
         server.run()

@@ -58,6 +58,7 @@ MOVED_NAMES: dict[str, str] = {
     "pruning.lora": "pruning.lora_remap",
     "pruning.sizes": "tests.benchmarks.sizes",
     "rewards.lpips": "rewards.models.lpips",
+    "rewards.lpips.main": "tests.benchmarks.convert_weights.main",
     "rewards.shapes": "rewards.models.shapes",
 }
 
@@ -237,12 +238,14 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def canonical(config: Any) -> Any:
-    """``config`` with every class path as where the class is defined: a class has a short public name too."""
+    """``config`` with every class path as where the class is defined, and every reward in full: both may be short."""
     if isinstance(config, list):
         return [canonical(item) for item in config]
     if not isinstance(config, dict):
         return config
     new = {key: canonical(value) for key, value in config.items()}
+    if isinstance(new.get("reward"), list):
+        new["reward"] = resolve("rewards.config.plain_rewards")(new["reward"])
     if isinstance(new.get("class_path"), str):
         found = resolve(new["class_path"])
         new["class_path"] = f"{found.__module__}.{found.__qualname__}"

@@ -35,7 +35,7 @@ from rewards.models.mps import MPS
 from rewards.models.network import Network
 from rewards.models.pick_score import PickScore
 from tests.reward_samples import new_clip, pictures, tensor
-from tests.test_reward_models import BlipSize, new_aesthetic_head, new_image_reward
+from tests.test_reward_models import BlipSize, convert, new_aesthetic_head, new_image_reward
 
 LIMIT = 8.0  # GiB
 PROMPTS = ["a red fox in the snow", "two cups left of a blue chair, " * 4]
@@ -99,7 +99,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ne
     def hps() -> HPSv2:
         new = open_clip.create_model
         monkeypatch.setattr(open_clip, "create_model_from_pretrained", lambda name, file, return_transform: new(name))
-        (tmp_path / "HPS_v2.1_compressed.pt").touch()
+        (tmp_path / "HPS_v2.1_compressed.safetensors").touch()
         return HPSv2(str(tmp_path), device="cpu")
 
     def siglip() -> CLIPScore:
@@ -113,6 +113,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ne
 
     def blip() -> ImageReward:
         new_image_reward(tmp_path / "blip", BlipSize((24, 12), (1024, 768), 224, 16))
+        convert(tmp_path / "blip")
         return ImageReward(str(tmp_path / "blip"), str(tmp_path / "blip"), device="cpu")
 
     def mps() -> MPS:
@@ -134,7 +135,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ne
             for name, shape in shapes.items():
                 value = torch.randn(shape) * shape[-1] ** -0.5 if len(shape) > 1 else torch.ones(shape)
                 weights[f"cross_model.layers.{layer}.{name}"] = value.bfloat16()
-        monkeypatch.setattr("rewards.models.mps.read_weights", lambda path: weights)
+        monkeypatch.setattr("rewards.models.mps.read_weights", lambda source, name: weights)
         (tmp_path / "model.safetensors").touch()
         scorer = MPS(str(tmp_path), processor=clip, device="cpu")
         weights.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from align.evaluation.compare import diversity
 from align.sampling.diversity import Features, pairwise, thumbnails
 from rewards import RewardError
 from rewards.data.images import decode_tensor as decode
-from rewards.models.lpips import LPIPS, TRUNKS, load, main
+from rewards.models.lpips import LPIPS, TRUNKS, load
+from tests.benchmarks import convert_weights
 
 # Name in torchvision's state dict: (outputs, kernel, stride, padding) of a convolution, or (kernel, stride) of a pool;
 # the layers that LPIPS looks at are the rectified ones.
@@ -88,6 +90,10 @@ def converted(name: str, folder: Path, seed: int = 0) -> Path:
     assert main(command) == 0
     assert [file.name for file in output.parent.iterdir()] == ["lpips.safetensors"]  # nothing temporary is left
     return output
+
+
+def main(words: Sequence[str]) -> int:
+    return convert_weights.main(["lpips", *words])
 
 
 def drawn(count: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -217,6 +223,8 @@ def test_wrong_files_are_named_in_one_line(tmp_path: Path, capsys: pytest.Captur
     for source in (tmp_path / "other.safetensors", tmp_path / "absent.safetensors", vgg):
         with pytest.raises(RewardError, match=rf"LPIPS: '{source}' holds no checkpoint that fits"):
             load(str(source))
+    with pytest.raises(RewardError, match=r"trunk.pth' holds no checkpoint that fits"):
+        load(good)
     assert isinstance(load(str(made)), LPIPS)
 
 

@@ -50,7 +50,8 @@ import rewards
 from rewards import Reward, RewardError, load
 from rewards.models import gen_eval as ge
 from rewards.models.mps import MPS
-from rewards.models.ocr import OCR, closeness, edits, target, to_pil
+from rewards.models.ocr import OCR, closeness, edits, target
+from rewards.models.preprocess import to_pil
 from rewards.models.safety import OpenNSFW, Safety, prepare
 from rewards.models.vlm_judge import EndpointJudge, Form, Judge
 from rewards.models.vqa_score import VQAScore
@@ -728,7 +729,9 @@ def test_mps_gradient_and_errors(mps: str, clip: Path, tmp_path: Path) -> None:
     weights = load_file(Path(mps) / "model.safetensors")
     save_file({n: v for n, v in weights.items() if "to_kv" not in n}, tmp_path / "model.safetensors")
     torch.save({"model": Path()}, tmp_path / "whole.pth")
-    for model in (str(tmp_path), str(tmp_path / "whole.pth"), str(clip)):
+    with pytest.raises(RewardError, match=r"MPS: .*whole.pth' holds no checkpoint that fits .Weights only"):
+        MPS(str(tmp_path / "whole.pth"), processor=str(clip), device="cpu")
+    for model in (str(tmp_path), str(clip)):
         with pytest.raises(RewardError, match="MPS: .* holds no checkpoint that fits") as caught:
             MPS(model, processor=str(clip), device="cpu")
         assert model in str(caught.value) and not re.search(r"[.!?]\s", str(caught.value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from align.data.preferences import PreferencePairs
 from align.data.prompts import read_prompts
 from rewards import agree
 from rewards.common.files import atomic
+from rewards.data import images
 from rewards.data.formats import open_input
 from rewards.data.images import UnreadableError, decode, decode_tensor
 from rewards.score import main
@@ -88,11 +90,19 @@ def test_every_mode_has_one_rule() -> None:
         assert decode(out.getvalue()).tobytes() == image.convert("RGB").tobytes(), mode
 
 
-def test_an_animation_is_its_first_frame(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_animation_is_its_first_frame_which_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_mention_once", functools.cache(images._mention_once.__wrapped__))  # a new process
     frames = [Image.new("RGB", (3, 3), colour) for colour in ("red", "blue")]
     out = io.BytesIO()
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
-    assert decode(out.getvalue()).getpixel((0, 0)) == (255, 0, 0)
+    still = io.BytesIO()
+    frames[0].save(still, "GIF")
+    assert decode(still.getvalue()).getpixel((0, 0)) == (255, 0, 0) and not caplog.messages
+    for _ in range(3):
+        assert decode(out.getvalue()).getpixel((0, 0)) == (255, 0, 0)
+    assert caplog.messages == ["an animated image is among the data; of these the first frame is taken"]
 
 
 def test_a_draft_goes_where_writing_fails(tmp_path: Path) -> None:

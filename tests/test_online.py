@@ -281,7 +281,6 @@ def test_updates_are_of_equal_size_where_rows_vary(count: int, sizes: list[int])
         ({"rollout_batch_size": None}, "PolicyGradient draws pictures: set rollout_batch_size"),
         ({"rollout_batch_size": 0}, "rollout_batch_size must be at least 1"),
         ({"rewards": [{"name": "Nothing"}]}, "unknown reward 'Nothing'"),
-        ({"rewards": [WATCHED[0], WATCHED[0]]}, "two rewards are called 'bright'"),
         ({"data": {"class_path": "Prompts", "init_args": {"path": "./gone.txt"}}}, "gone.txt"),
         (
             {"data": {"class_path": "PreferencePairs", "init_args": {"path": "shapes-preferences"}}},

@@ -200,9 +200,7 @@ def library_lines(root: Path) -> int:
 
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
-STILL_TOO_LONG = {
-    "rewards/base.py": 325,
-}
+STILL_TOO_LONG: dict[str, int] = {}
 LIBRARY_LINES = 17_970  # to become 15_000; 280 of them are align.testing, which third parties run
 
 

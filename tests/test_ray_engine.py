@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch import Tensor
 
-from rewards import RewardError
-from rewards.base import parse_rewards
+from rewards import RewardError, parse_rewards
 from rewards.data.formats import open_input
 from rewards.score import main
 from rewards.scoring.output import BadRows, ScoreShards

@@ -19,7 +19,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -37,8 +37,9 @@ from rewards.data.images import decode_tensor as decode
 from rewards.models import preprocess
 from rewards.models.aesthetic import Aesthetic, new_head
 from rewards.models.hps import HPSv2
-from rewards.models.network import Network, read_weights, unit
+from rewards.models.network import Network, unit
 from rewards.models.pick_score import PickScore
+from tests.benchmarks.convert_weights import main, read_state
 from tests.reward_samples import (
     PROMPTS,
     SIDE,
@@ -172,7 +173,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     new_open_clip(root / "open_clip")
     new_image_reward(root / "image_reward", BlipSize())
     new_aesthetic_head(root / "head")
+    convert(root)
     return root
+
+
+def convert(root: Path) -> None:
+    """The torch files below ``root``, as published, to safetensors beside them, as a user does."""
+    for file in sorted([*root.rglob("*.pt"), *root.rglob("*.pth")]):
+        assert main(["state", str(file)]) == 0
 
 
 # -- what upstream publishes -------------------------------------------------------------------------------------
@@ -229,7 +237,7 @@ def open_clip_score(folder: Path) -> Score:
 
 def hps_score(folder: Path) -> Score:
     model = open_clip.create_model("tiny-open-clip")
-    model.load_state_dict(torch.load(folder / "open_clip/HPS_v2.1_compressed.pt", weights_only=True)["state_dict"])
+    model.load_state_dict(load_file(folder / "open_clip/HPS_v2.1_compressed.safetensors"))
     model, tokenizer = model.double(), open_clip.get_tokenizer("tiny-open-clip")
     normalise = Normalize(preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
 
@@ -255,7 +263,7 @@ def openai_transform(picture: Image.Image) -> Tensor:
 
 def aesthetic_score(folder: Path) -> Score:
     encoder = CLIPModel.from_pretrained(folder / "clip").double()
-    layers = {name: value.double() for name, value in read_weights(folder / "head/model.safetensors").items()}
+    layers = {name: value.double() for name, value in load_file(folder / "head/model.safetensors").items()}
 
     def score(picture: Image.Image, prompt: str) -> float:
         value = encoder.get_image_features(pixel_values=openai_transform(picture)).pooler_output
@@ -317,7 +325,7 @@ class Blip:
 
 
 def image_reward_score(folder: Path) -> Score:
-    weights = torch.load(folder / "image_reward/ImageReward.pt", weights_only=True)
+    weights = load_file(folder / "image_reward/ImageReward.safetensors")
     blip = Blip({name: value.double() for name, value in weights.items() if value.is_floating_point()})
     tokenizer = BertTokenizer.from_pretrained(folder / "image_reward")
 
@@ -542,14 +550,14 @@ def test_hps_versions_and_resize_differ(folder: Path) -> None:
     assert len({float(new("HPSv2", folder, **extra).score(images=images, prompts=prompts)) for extra in extras}) == 3
     with pytest.raises(RewardError, match="version is '3'; expected '2.0' or '2.1'"):
         new("HPSv2", folder, version="3")
-    direct = HPSv2(str(folder / "open_clip/HPS_v2_compressed.pt"), architecture="tiny-open-clip", device="cpu")
+    direct = HPSv2(str(folder / "open_clip/HPS_v2_compressed.safetensors"), architecture="tiny-open-clip", device="cpu")
     again = direct.score(images=images, prompts=prompts)
     assert torch.equal(again, new("HPSv2", folder, version="2.0").score(images=images, prompts=prompts))
 
 
 def test_aesthetic_takes_either_head_and_no_prompt(folder: Path) -> None:
     images = torch.cat([tensor(picture) for picture in pictures([(40, 40)] * 2)])
-    scorer = new("Aesthetic", folder, head=str(folder / "head/linear.pth"))
+    scorer = new("Aesthetic", folder, head=str(folder / "head/linear.safetensors"))
     assert not rewards.needs_prompt(scorer)
     assert isinstance(scorer, Aesthetic) and isinstance(scorer.head, nn.Linear)
     one, two = scorer.score(images=images, prompts=["a", "b"]), scorer.score(images=images, prompts=["", ""])
@@ -566,7 +574,7 @@ def test_aesthetic_takes_either_head_and_no_prompt(folder: Path) -> None:
 )
 def test_laions_heads_on_laions_vectors(file: str, expected: list[float]) -> None:
     vectors = torch.stack([torch.from_numpy(np.load(PUBLISHED / f"rating{k}.npy")).flatten() for k in range(1, 10)])
-    head = new_head(768, read_weights(PUBLISHED / file))
+    head = new_head(768, read_state(PUBLISHED / file))
     with torch.no_grad():
         scores = head(unit(3.0 * vectors.float())).squeeze(-1)  # the length of an embedding does not matter
     assert scores.tolist() == pytest.approx(expected, abs=0.006)
@@ -585,7 +593,7 @@ def test_a_wrong_checkpoint_is_one_sentence(folder: Path, tmp_path: Path, monkey
     clip, blip, heads = (str(folder / name) for name in ("clip", "image_reward", "head"))
     partial = tmp_path / "partial"
     new_clip(partial)
-    weights = read_weights(partial / "model.safetensors")
+    weights = load_file(partial / "model.safetensors")
     save_file({name: value for name, value in weights.items() if "layers.1" not in name}, partial / "model.safetensors")
     (tmp_path / "pickle").mkdir()
     torch.save({"state_dict": {"weight": Path()}}, tmp_path / "pickle/HPS_v2.1_compressed.pt")
@@ -597,7 +605,7 @@ def test_a_wrong_checkpoint_is_one_sentence(folder: Path, tmp_path: Path, monkey
         ("CLIPScore", {"model": clip, "library": "open_clip"}, "clip'"),
         ("CLIPScore", {"model": clip, "library": "timm"}, "library is 'timm'; expected 'transformers' or 'open_clip'"),
         ("HPSv2", {"model": clip}, "there is no HPS_v2.1_compressed.pt in it"),
-        ("HPSv2", {"model": str(tmp_path / "pickle"), "architecture": "tiny-open-clip"}, "pickle'"),
+        ("HPSv2", {"model": str(tmp_path / "pickle"), "architecture": "tiny-open-clip"}, "Weights only"),
         ("Aesthetic", {"model": clip, "head": f"{heads}/nothing"}, "head/nothing'"),
         ("Aesthetic", {"model": clip, "head": str(folder / "clip/model.safetensors")}, "clip/model.safetensors'"),
         ("ImageReward", {"model": heads, "tokenizer": blip}, "there is no ImageReward.pt in it"),

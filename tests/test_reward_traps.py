@@ -26,8 +26,7 @@ from rewards.models.aesthetic import Aesthetic
 from rewards.models.clip_score import TransformersCLIP
 from rewards.models.jpeg import kilobytes
 from rewards.models.network import unit
-from rewards.models.ocr import to_pil
-from rewards.models.preprocess import normalise, square, to_levels
+from rewards.models.preprocess import normalise, square, to_levels, to_pil
 from tests.reward_samples import PROMPTS, SIDE, new_clip, pictures, tensor
 from tests.test_reward_models import new_aesthetic_head
 

@@ -28,7 +28,7 @@ from align.training.config import TrainConfig
 from rewards import Reward, RewardError, RewardSum, available, base, checked, load
 from rewards.data.formats import natural
 from rewards.models.jpeg import JPEGCompressibility, JPEGIncompressibility
-from rewards.models.shape_detector import Found
+from rewards.models.shape_detector import DetectedObject
 from rewards.models.shapes import (
     OUTLINES,
     PALETTE,
@@ -40,7 +40,6 @@ from rewards.models.shapes import (
     grade,
     judge,
     parse,
-    shapes_eval,
 )
 from rewards.score import main
 from tests.benchmarks.shapes_reward import blurred, clean, confusion, measure, phrase, scene
@@ -158,11 +157,11 @@ def test_graded_is_monotone() -> None:
     """Losing a shape or a colour, or gaining a stranger that is not asked for, never raises the grade."""
     rng = np.random.default_rng(5)
     names, colours = [*SHAPES, "unknown"], [*PALETTE, "unknown"]
-    stranger = Found("unknown", "unknown", 5.0, 5.0, 50.0, 0.3)
+    stranger = DetectedObject("unknown", "unknown", 5.0, 5.0, 50.0, 0.3)
     for number in range(600):
         spec = parse(caption(rng, TASKS[number % len(TASKS)], COMBINATIONS))
         places = rng.uniform(8, 56, (int(rng.integers(0, 6)), 2)).tolist()
-        found = [Found(str(rng.choice(names)), str(rng.choice(colours)), x, y, 100.0, 0.9) for x, y in places]
+        found = [DetectedObject(str(rng.choice(names)), str(rng.choice(colours)), x, y, 100.0, 0.9) for x, y in places]
         asked = spec.things[: len(found)]  # half of the time, what is asked for is among what is seen
         if number % 2:
             found[: len(asked)] = [
@@ -183,9 +182,9 @@ def test_graded_is_monotone() -> None:
 
 def test_relation_credit_grows_with_the_offset() -> None:
     spec = parse("a red star above a blue circle")
-    circle = Found("circle", "blue", 30.0, 40.0, 100.0, 0.9)
+    circle = DetectedObject("circle", "blue", 30.0, 40.0, 100.0, 0.9)
     offsets = (-10.0, 0.0, 1.0, 2.0, 4.0, 20.0)
-    values = [grade(spec, [Found("star", "red", 30.0, 40.0 - dy, 100.0, 0.9), circle]) for dy in offsets]
+    values = [grade(spec, [DetectedObject("star", "red", 30.0, 40.0 - dy, 100.0, 0.9), circle]) for dy in offsets]
     assert values == pytest.approx([0.5, 0.5, 0.625, 0.75, 1.0, 1.0])
 
 
@@ -206,14 +205,6 @@ def test_shapes_modes_and_errors() -> None:
     with pytest.raises(RewardError, match=r"row 1: .*'a dog'") as caught:
         Shapes().score(images=images[:2], prompts=["a star", "a dog"])
     assert caught.value.row == 1
-
-
-def test_shapes_eval_is_the_mean_over_tasks() -> None:
-    star = painted(body("red", "star", 32, 32))
-    prompts = ["a red star", "a blue star", "a red circle", "a star"]  # colours: 1, 0, 0; single_object: 1
-    result = shapes_eval(star.expand(4, -1, -1, -1), prompts)
-    assert result["strict"] == pytest.approx({"single_object": 1.0, "colours": 1 / 3, "overall": 2 / 3})
-    assert result["graded"] == pytest.approx({"single_object": 1.0, "colours": 2 / 3, "overall": 5 / 6})
 
 
 # -- the contract ------------------------------------------------------------------------------------------------

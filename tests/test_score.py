@@ -24,8 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import RewardError, load
-from rewards.base import RewardConfig, load_rewards, parse_rewards
+from rewards import RewardConfig, RewardError, RewardSum, load, parse_rewards
 from rewards.common.errors import DataError
 from rewards.data.formats import open_input
 from rewards.data.images import decode_tensor as decode
@@ -233,7 +232,7 @@ def test_rewards_are_named_in_two_ways() -> None:
         with pytest.raises(RewardError, match=message):
             parse_rewards(texts)
     with pytest.raises(RewardError, match="quality is 0"):
-        load_rewards(parse_rewards(["JPEGCompressibility:quality=0"]), "cpu")
+        RewardSum.of(parse_rewards(["JPEGCompressibility:quality=0"]), "cpu")
 
 
 def run(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -373,7 +372,7 @@ def test_a_nan_names_reward_and_file(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_prompt_that_is_missing_in_a_stream_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(pa.table({"image": [encoded(0), encoded(3)], "text": ["there", None]}), tmp_path / "in.parquet")
     assert main([str(tmp_path / "in.parquet"), "--reward", REWARD, "--output", str(tmp_path / "out")]) == 2
-    assert f"{REWARD} needs prompts, but in.parquet#1 has none" in capsys.readouterr().err
+    assert f"{REWARD} needs prompts, but 1 of 2 images have none: in.parquet#1" in capsys.readouterr().err
 
 
 def test_processes_share_the_shards_and_the_first_one_sums_up(tmp_path: Path) -> None:

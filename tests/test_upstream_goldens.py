@@ -16,6 +16,7 @@ import pytest
 from rewards import load
 from tests.goldens.make_upstream import HERE, digest, drawn, new_checkpoints, weighed
 from tests.reward_samples import Sample
+from tests.test_reward_models import convert
 
 CASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # our name and arguments for each list of golden scores
     "hpsv2": {
@@ -49,15 +50,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def weights(root: Path) -> dict[str, dict[str, float]]:
+    """What each package's files hold; then what of them are torch files is converted, as users do."""
+    found = {name: weighed(root / name) for name in CASES}
+    convert(root)
+    return found
+
+
+@pytest.fixture(scope="module")
 def samples(root: Path) -> list[Sample]:
     return drawn(root / "modes")
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name in CASES for case in CASES[name]])
-def test_scores_are_the_published_packages(name: str, case: str, root: Path, samples: list[Sample]) -> None:
+def test_scores_are_the_published_packages(
+    name: str, case: str, root: Path, weights: dict[str, dict[str, float]], samples: list[Sample]
+) -> None:
     """Each within 1e-4 of its own value, and of the spread of them all, which is less where they lie close together."""
     golden = json.loads((HERE / f"upstream_{name}.json").read_text("utf-8"))
-    assert weighed(root / name) == pytest.approx(golden["weights"], rel=1e-6), "the weights are others"
+    assert weights[name] == pytest.approx(golden["weights"], rel=1e-6), "the weights are others"
     reward, arguments = CASES[name][case]
     arguments = {key: str(root / name / value) if key in FILES else value for key, value in arguments.items()}
     scorer = load(reward, {"device": "cpu", **arguments})

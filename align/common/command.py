@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -16,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from align.common.errors import UserError
 from align.common.renames import tell, upgrade, upgrade_arguments
 from rewards.common.command import status
+from rewards.config import RewardConfig, plain_rewards
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -56,9 +58,12 @@ def parse(
     tell(told, "command line")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            arguments = _rewritten(arguments, Path(scratch))
+            reward_keys = _reward_keys(settings)
+            arguments = _rewritten(_one_reward_list(arguments, reward_keys), Path(scratch), reward_keys)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             parser.error(f"--config is no YAML: {error}")
+        except UserError as error:
+            parser.error(str(error))
         namespace: Namespace = parser.parse_args(arguments)
     namespace.pop("config", None)
     try:
@@ -95,8 +100,52 @@ def _bare_flags(arguments: list[str], settings: type[DataclassInstance]) -> list
     ]
 
 
-def _rewritten(arguments: list[str], scratch: Path) -> list[str]:
-    """Config files in today's names, and without what the line replaces.
+def _reward_keys(settings: type, above: str = "") -> list[str]:
+    """The dotted names of the settings that list rewards."""
+    keys = []
+    for name, hint in get_type_hints(settings).items():
+        if hint == list[RewardConfig]:
+            keys.append(above + name)
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type) and not inspect.isabstract(hint):
+            keys += _reward_keys(hint, f"{above}{name}.")
+    return keys
+
+
+def _spellings(key: str) -> tuple[str, str]:
+    """``--reward`` comes once for each on a command line, ``rewards`` is a list in YAML; both are taken in both."""
+    return key.removesuffix("s"), key.removesuffix("s") + "s"
+
+
+def _one_reward_list(arguments: list[str], reward_keys: Sequence[str]) -> list[str]:
+    """``--reward A --reward B:K=V`` as the one list that jsonargparse takes."""
+    for key in reward_keys:
+        options = [f"--{name}" for name in _spellings(key)]
+        entries, others = [], []
+        words = iter(arguments)
+        for word in words:
+            option, equals, value = word.partition("=")
+            if option in options:
+                entries.append(value if equals else next(words, ""))
+            else:
+                others.append(word)
+        arguments = [*others, f"--{key}={json.dumps(plain_rewards(entries))}"] if entries else others
+    return arguments
+
+
+def _plain_reward_lists(config: dict[str, Any], reward_keys: Sequence[str]) -> None:
+    """Rewards that a YAML file names in short, as the mappings that jsonargparse takes."""
+    for key in reward_keys:
+        *parents, name = key.split(".")
+        section: Any = config
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        for spelling in _spellings(name):
+            if isinstance(section, dict) and section.get(spelling) is not None:
+                section[name] = plain_rewards(section.pop(spelling))
+
+
+def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) -> list[str]:
+    """Config files in today's names, with rewards in full, and without what the line replaces.
 
     Where the line names another class than the file (``--objective D3PO``), the file's arguments of that class are
     forgotten: jsonargparse would keep those whose names fit, and a beta of 2000 would slip from DPO into D3PO."""
@@ -119,6 +168,7 @@ def _rewritten(arguments: list[str], scratch: Path) -> list[str]:
         told: list[str] = []
         new = upgrade(content, told=told)
         tell(told, str(path))
+        _plain_reward_lists(new, reward_keys)
         for key, entry in list(new.items()):
             class_path = entry.get("class_path") if isinstance(entry, dict) else None
             if class_path and key in chosen and chosen[key].rpartition(".")[2] != str(class_path).rpartition(".")[2]:

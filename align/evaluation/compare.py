@@ -21,8 +21,7 @@ from align.families import Family
 from align.sampling import generate
 from align.sampling.diversity import Features, pairwise, thumbnails
 from align.shapes.world import held_out_prompts
-from rewards import RewardSum
-from rewards import load as load_reward
+from rewards import RewardConfig, RewardSum, parse_rewards
 from rewards.models.shapes import Shapes
 from rewards.models.shapes import parse as parse_caption
 
@@ -38,8 +37,9 @@ class Comparison:
     Args:
         prompts: a prompt file (.txt, .jsonl with ``prompt`` and perhaps ``task``, .json) or ``shapes``, the embedded
             world's held-out set.
-        reward: names or import paths; the first decides the win rate (``Shapes``: by its strict verdict, the right
-            picture against a wrong one).
+        reward: what the pictures are scored by, as :func:`rewards.parse_rewards` reads it, without weights; default
+            ``Shapes``. The first decides the win rate (``Shapes``: by its strict verdict, the right picture against a
+            wrong one).
         samples_per_prompt: pictures per prompt, each with a seed of its own.
         num_inference_steps: sampler steps; null is the pipeline's own default.
         guidance_scale: guidance scale; null is the pipeline's own default.
@@ -49,7 +49,7 @@ class Comparison:
     """
 
     prompts: str = "shapes"
-    reward: list[str] = field(default_factory=lambda: ["Shapes"])
+    reward: list[RewardConfig] = field(default_factory=list)
     samples_per_prompt: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -57,13 +57,16 @@ class Comparison:
     batch_size: int = 64
     max_prompts: int | None = None
 
+    def __post_init__(self) -> None:
+        self.reward = parse_rewards(self.reward or "Shapes", weighted=False)
+
     def check(self) -> None:
         """Raises :class:`UserError` for counts below 1."""
         require_at_least(1, self, "samples_per_prompt", "num_inference_steps", "batch_size", "max_prompts")
 
     @property
     def deciding_reward(self) -> str:
-        return STRICT if self.reward[0] == "Shapes" else self.reward[0]
+        return STRICT if self.reward[0].title == "Shapes" else self.reward[0].title
 
     def read_prompts(self) -> tuple[list[str], list[str] | None]:
         """The prompts, evenly spaced where there are more than ``max_prompts``, and their tasks where all have one."""
@@ -78,8 +81,8 @@ class Comparison:
 
     def load_rewards(self) -> RewardSum:
         """The rewards, with ``Shapes`` its strict verdict too."""
-        scorers = {name: load_reward(name) for name in self.reward}
-        return RewardSum(scorers | ({STRICT: Shapes(mode="strict")} if "Shapes" in scorers else {}))
+        rewards = RewardSum.of(self.reward).rewards
+        return RewardSum(rewards | ({STRICT: Shapes(mode="strict")} if "Shapes" in rewards else {}))
 
     def texts_and_seeds(self, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
         """Prompt and seed of every picture."""

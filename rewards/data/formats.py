@@ -45,11 +45,11 @@ def open_input(
     place = Path(source).expanduser()
     if place.is_file():
         if place.suffix in RECORD_SUFFIXES:
-            found = records(place, caption, image_column)
+            rows = records(place, caption, image_column)
         elif place.suffix == ".parquet":
-            found = parquet(place.parent, [place], caption, image_column)
+            rows = parquet(place.parent, [place], caption, image_column)
         elif place.name.endswith(TARS):
-            found = tars(place.parent, [place], caption, image_column)
+            rows = tars(place.parent, [place], caption, image_column)
         else:
             raise DataError(f"{place} is no input that is understood; expected {LAYOUTS}")
     elif is_saved(place):  # the one, with the hub, that has splits
@@ -61,11 +61,11 @@ def open_input(
         archives = [place / file for file in files if file.endswith(TARS)]
         shards = [place / file for file in files if file.endswith(".parquet")]
         if images:
-            found = folder(place, images, files, prompts, caption)
+            rows = folder(place, images, files, prompts, caption)
         elif archives:
-            found = tars(place, archives, caption, image_column)
+            rows = tars(place, archives, caption, image_column)
         elif shards:
-            found = parquet(place, shards, caption, image_column)
+            rows = parquet(place, shards, caption, image_column)
         else:
             raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {place}; expected {LAYOUTS}")
     elif is_hub_id(source):
@@ -75,9 +75,9 @@ def open_input(
         raise DataError(f"no such folder or file: {place}; expected {LAYOUTS}")
     if split is not None:
         raise DataError(f"{place} has no splits, but --split {split} is given; leave it out")
-    if prompts is not None and found.identity["layout"] != "folder":
+    if prompts is not None and rows.identity["layout"] != "folder":
         raise DataError(f"--prompts is for a folder of images; {place} brings its own, see --caption_column")
-    return found
+    return rows
 
 
 def natural(text: str) -> list[tuple[bool, int, str]]:
@@ -118,7 +118,7 @@ def _folder_prompts(
     if source is None:
         if tables := [file for file in files if Path(file).name in METADATA]:  # imagefolder: names are relative to each
             pairs = [_by_name(folder / table, Path(table).parent, column) for table in tables]
-            return {file: text for found in pairs for file, text in found.items()}
+            return {file: text for texts in pairs for file, text in texts.items()}
         sidecars = {file: (folder / file).with_suffix(".txt") for file in images}
         return {file: (path.read_text("utf-8").strip(), {}) for file, path in sidecars.items() if path.is_file()}
     if not source.is_file():
@@ -135,12 +135,12 @@ def _folder_prompts(
 
 
 def _by_name(path: Path, below: Path, column: str | None) -> dict[str, Text]:
-    found: dict[str, Text] = {}
+    texts: dict[str, Text] = {}
     for where, record in read_objects(path):
         if not isinstance(record.get("file_name"), str):
             raise DataError(f"{where} has no string 'file_name'; it has {_keys(record)}")
-        found[(below / record["file_name"]).as_posix()] = (_text(path, where, record, column), record)
-    return found
+        texts[(below / record["file_name"]).as_posix()] = (_text(path, where, record, column), record)
+    return texts
 
 
 def records(path: Path, caption: str | None, image_column: str | None) -> ImageSource:
@@ -223,14 +223,14 @@ def _rows_of(
                 yield None
                 continue
             record = dict(table.record(number))
-            found, text = content(record.pop(image), table.home(number).parent), record.get(prompt) if prompt else None
-            if isinstance(found, str):
-                yield ImageRow(place(number), problem=f"column {image!r} holds {found}; expected bytes or a path")
+            cell, text = content(record.pop(image), table.home(number).parent), record.get(prompt) if prompt else None
+            if isinstance(cell, str):
+                yield ImageRow(place(number), problem=f"column {image!r} holds {cell}; expected bytes or a path")
             elif text is not None and not isinstance(text, str):
                 problem = f"column {prompt!r} holds {type(text).__name__}; expected a string"
                 yield ImageRow(place(number), problem=problem)
             else:
-                yield ImageRow(place(number), text, found, record)
+                yield ImageRow(place(number), text, cell, record)
 
     return ImageSource(identity, len(table), rows)
 

@@ -59,10 +59,10 @@ class PairRow:
 
 
 # Finding the layout. Each reader gives (layout, files read, rows).
-Found = tuple[str, list[Path], Iterable[PairRow]]
+Layout = tuple[str, list[Path], Iterable[PairRow]]
 
 
-def recognise(path: str, split: str | None, caption: str | None, root: Path | None) -> Found:
+def recognise(path: str, split: str | None, caption: str | None, root: Path | None) -> Layout:
     """What ``path`` (file, folder or hub id) holds. Raises :class:`DataError` for no layout, or more than one."""
     place = Path(path).expanduser()
     if not place.exists():
@@ -82,9 +82,10 @@ def recognise(path: str, split: str | None, caption: str | None, root: Path | No
     raise DataError(f"{place} is not a preference file that is understood. What is:\n{LAYOUTS}")
 
 
-def _folder(folder: Path, split: str | None, caption: str | None, root: Path | None) -> Found:
+def _folder(folder: Path, split: str | None, caption: str | None, root: Path | None) -> Layout:
     if is_saved(folder):
-        return _saved(folder, split, caption)
+        table = saved_table(folder, split)
+        return _table(f"save_to_disk folder, split {table.split}", table, folder, caption)
     shards = [(file, _split_of(file)) for file in sorted(folder.rglob("*.parquet"))]
     if split is not None:
         chosen = [file for file, label in shards if label == split or file.parent.name == split]
@@ -140,25 +141,18 @@ def _columns(path: object, names: Sequence[str], caption: str | None) -> Columns
 
 
 # Tables: parquet shards, Arrow data sets on disk, the hub.
-def _parquet(files: list[Path], caption: str | None) -> Found:
-    table = ParquetTable(files)
-    columns = _columns(files[0], sorted(table.names), caption)
-    return _table(f"{len(files)} parquet file{'s' if len(files) > 1 else ''}", table, columns, caption)
+def _parquet(files: list[Path], caption: str | None) -> Layout:
+    return _table(f"{len(files)} parquet file{'s' if len(files) > 1 else ''}", ParquetTable(files), files[0], caption)
 
 
-def _saved(folder: Path, split: str | None, caption: str | None) -> Found:
-    table = saved_table(folder, split)
-    return _table(f"save_to_disk folder, split {table.split}", table, _columns(folder, table.names, caption), caption)
-
-
-def _hub(name: str, split: str, caption: str | None) -> Found:
+def _hub(name: str, split: str, caption: str | None) -> Layout:
     if not is_hub_id(name):
         raise DataError(f"there is no file or folder {name}, and it is not a hub id of the form owner/name")
-    table = hub_table(name, split)
-    return _table(f"hub data set, split {split}", table, _columns(name, table.names, caption), caption)
+    return _table(f"hub data set, split {split}", hub_table(name, split), name, caption)
 
 
-def _table(what: str, table: Table, columns: Columns, caption: str | None) -> Found:
+def _table(what: str, table: Table, source: object, caption: str | None) -> Layout:
+    columns = _columns(source, sorted(table.names), caption)
     labelled = columns.first == "jpg_0"
     if caption is None:
         mention_columns(table, columns.text)
@@ -191,20 +185,20 @@ def _labelled(
     return PairRow(source, problem=f"label_0 is {label!r}, expected 1, 0 or 0.5")
 
 
-def _counts(found: object) -> tuple[float, float] | None:
+def _counts(value: object) -> tuple[float, float] | None:
     """Votes for the first and the second picture; what is no two numbers has another meaning."""
-    counts = _numbers(found, 2)
+    counts = _numbers(value, 2)
     return (counts[0], counts[1]) if counts else None
 
 
-def _numbers(found: object, count: int) -> list[float] | None:
-    if isinstance(found, list) and len(found) == count and all(isinstance(n, int | float) and n >= 0 for n in found):
-        return found
+def _numbers(value: object, count: int) -> list[float] | None:
+    if isinstance(value, list) and len(value) == count and all(isinstance(n, int | float) and n >= 0 for n in value):
+        return value
     return None
 
 
 # Files of records and folders of files.
-def _records(file: Path, caption: str | None, root: Path | None) -> Found:
+def _records(file: Path, caption: str | None, root: Path | None) -> Layout:
     records = read_records(file)
     root = root or file.parent
     names = sorted({str(key) for _, record in records[:100] if isinstance(record, dict) for key in record})
@@ -250,19 +244,19 @@ def _ranked(where: str, record: object, text: str, images: str, scores: str, roo
             yield _labelled(where, record.get(text), label, sides, votes if ranks else None)
 
 
-def _rankings(found: object, count: int) -> list[list[float]]:
+def _rankings(annotations: object, count: int) -> list[list[float]]:
     """HPDv2's raw annotations: each annotator's rank of each picture, 1 the best."""
-    entries = found if isinstance(found, list) else []
+    entries = annotations if isinstance(annotations, list) else []
     return [rank for one in entries if isinstance(one, dict) and (rank := _numbers(one.get("rank"), count))]
 
 
-def _siblings(folder: Path, winners: str, losers: str) -> Found:
+def _siblings(folder: Path, winners: str, losers: str) -> Layout:
     def stems(side: str, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
+        files: dict[str, list[Path]] = {}
         for file in sorted((folder / side).rglob("*")):
             if file.suffix.lower() in suffixes:
-                found.setdefault(str(file.relative_to(folder / side).with_suffix("")), []).append(file)
-        return found
+                files.setdefault(str(file.relative_to(folder / side).with_suffix("")), []).append(file)
+        return files
 
     won, lost, texts = (
         stems(winners, IMAGE_SUFFIXES),

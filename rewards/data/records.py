@@ -41,12 +41,12 @@ def read_records(file: Path) -> list[tuple[str, object]]:
 
 def read_objects(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """:func:`read_records` where every entry has to be an object. ``DataError`` names one that is not."""
-    found = []
+    objects = []
     for where, value in read_records(file):
         if not isinstance(value, dict):
             raise DataError(f"{where} is not a JSON object; expected one in each line, or a list of them")
-        found.append((where, value))
-    return found
+        objects.append((where, value))
+    return objects
 
 
 def _json(text: str) -> object:

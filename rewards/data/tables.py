@@ -68,16 +68,16 @@ class LazyImage:
         """A file, or encoded bytes. ``UnreadableError`` where the cell holds neither."""
         if self.table is None:
             return self.file
-        found = content(self.table.record(self.row)[self.column], self.file.parent)
-        if found is None or isinstance(found, str):
-            raise UnreadableError(f"expected image bytes or a path, found {found or 'nothing'}")
-        return found
+        image = content(self.table.record(self.row)[self.column], self.file.parent)
+        if image is None or isinstance(image, str):
+            raise UnreadableError(f"expected image bytes or a path, found {image or 'nothing'}")
+        return image
 
     def data(self) -> bytes:
         """The encoded bytes. Raises ``UnreadableError``."""
-        found = self.source()
+        image = self.source()
         try:
-            return found if isinstance(found, bytes) else found.read_bytes()
+            return image if isinstance(image, bytes) else image.read_bytes()
         except OSError as error:
             raise UnreadableError(f"cannot be opened: {error}") from error
 
@@ -113,11 +113,11 @@ class ParquetTable:
         self.groups: list[tuple[Path, int]] = []
         self.starts: list[int] = []  # the first row of each row group, counted over all files
         self.counts: list[int] = []
-        start = 0
+        schemas, start = [], 0
         try:
-            schemas = [pq.read_schema(file) for file in files]
             for file in files:
                 metadata = pq.read_metadata(file)
+                schemas.append(metadata.schema.to_arrow_schema())
                 self.counts.append(metadata.num_rows)
                 for group in range(metadata.num_row_groups):
                     self.groups.append((file, group))
@@ -213,8 +213,8 @@ def saved_table(folder: Path, split: str | None) -> ArrowTable:
     """What ``datasets`` wrote with ``save_to_disk``. ``DataError`` where it has several splits and none is named."""
     from datasets import DatasetDict, load_from_disk
 
-    found = load_from_disk(str(folder))
-    splits = dict(found) if isinstance(found, DatasetDict) else {str(found.split or "train"): found}
+    dataset = load_from_disk(str(folder))
+    splits = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
     if split is None and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from rewards.models.network import Network, find, loading, pretrained, published_head, read_weights, unit
+from rewards.models.network import Network, loading, pretrained, published_head, read_weights, unit
 from rewards.models.preprocess import normalise, square
 
 
@@ -17,9 +17,9 @@ class Aesthetic(Network):
 
     Heads: version 2, ``sac+logos+ava1-l14-linearMSE`` (Apache-2.0, christophschuhmann/improved-aesthetic-predictor;
     as safetensors in the hub repository ``ttj/sac-logos-ava1-l14-linearMSE``), five linear maps with nothing between
-    them; and version 1, ``sa_0_4_vit_l_14_linear.pth`` (MIT, LAION-AI/aesthetic-predictor), a single one. The file
-    shows which it is. Encoder: ``openai/clip-vit-large-patch14`` (MIT by OpenAI's repository, 0.43 B;
-    its text tower is dropped).
+    them; and version 1, ``sa_0_4_vit_l_14_linear.pth`` (MIT, LAION-AI/aesthetic-predictor), a
+    single one. The file shows which it is.
+    Encoder: ``openai/clip-vit-large-patch14`` (MIT by OpenAI's repository, 0.43 B; its text tower is dropped).
     Preprocessing: shorter edge to 224, bicubic, centre crop, CLIP's mean and deviation, embedding to length one;
     forgetting the last gives scores of 20 to 30.
     Range: about 1 to 10.
@@ -31,8 +31,7 @@ class Aesthetic(Network):
         model: folder or hub id of the CLIP checkpoint, in the layout of transformers.
         head: file, or folder or hub id that holds ``head_file``.
         head_file: the head's name there.
-        device: default CUDA where there is any.
-        dtype: of the encoder; the head is float32.
+        device, dtype: default CUDA where there is any; of the encoder; the head is float32.
     """
 
     needs_prompt: ClassVar[bool] = False
@@ -50,7 +49,7 @@ class Aesthetic(Network):
             clip = pretrained(CLIPModel, model)
         self.vision, self.projection = clip.vision_model, clip.visual_projection
         with loading("Aesthetic", head):
-            self.head = new_head(self.projection.out_features, read_weights(find(head, head_file)))
+            self.head = new_head(self.projection.out_features, read_weights(head, head_file))
         self.settle(device, dtype, self.vision, self.projection)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

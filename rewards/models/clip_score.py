@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from rewards import RewardError
-from rewards.models.network import Network, each_once, loading, pretrained, unit
+from rewards.models.network import Network, loading, pretrained, unit
 from rewards.models.preprocess import normalise, square
 
 
@@ -35,8 +35,7 @@ class CLIPScore(Network):
         library: whose layout the checkpoint has.
         scale: of the cosine.
         prefix: put before every prompt.
-        device: default CUDA where there is any.
-        dtype: of the network; cosines are float32.
+        device, dtype: default CUDA where there is any; of the network; cosines are float32.
     """
 
     def __init__(
@@ -56,11 +55,31 @@ class CLIPScore(Network):
         self.settle(device, dtype, self.clip)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        cosine = (self.clip.image(images) * self.clip.text([self.prefix + prompt for prompt in prompts])).sum(-1)
-        return (self.scale * cosine).clamp(min=0)
+        return (self.scale * self.clip.agreement(images, [self.prefix + prompt for prompt in prompts])).clamp(min=0)
 
 
-class TransformersCLIP(nn.Module):
+class CLIP(nn.Module):
+    """Both towers of a checkpoint."""
+
+    def image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D) of length one."""
+        raise NotImplementedError
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """B prompts -> (B, D) of length one. Each is encoded once: the images of a group share theirs."""
+        row = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        return unit(self.embed(list(row)))[[row[prompt] for prompt in prompts]]
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        """B prompts -> (B, D), of any length."""
+        raise NotImplementedError
+
+    def agreement(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The cosine of each image and its prompt: (B,)."""
+        return (self.image(images) * self.text(prompts)).sum(-1)
+
+
+class TransformersCLIP(CLIP):
     """Both towers of a transformers checkpoint; tokenizer and normalisation come from ``processor``."""
 
     def __init__(self, reward: str, model: str, processor: str | None = None) -> None:
@@ -74,23 +93,18 @@ class TransformersCLIP(nn.Module):
         self.mean, self.std = settings.image_mean, settings.image_std
 
     def image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, D) of length one."""
         side = self.network.config.vision_config.image_size
         pixels = normalise(square(images, side, "transformers"), self.mean, self.std).to(self.network.dtype)
         # transformers 5: an output object whose pooler_output is the projected embedding
         return unit(self.network.get_image_features(pixel_values=pixels).pooler_output)
 
-    def text(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, D) of length one."""
-        return each_once(self._text, prompts)
-
-    def _text(self, prompts: list[str]) -> Tensor:
+    def embed(self, prompts: list[str]) -> Tensor:
         length = self.network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return unit(self.network.get_text_features(**tokens.to(self.network.device)).pooler_output)
+        return self.network.get_text_features(**tokens.to(self.network.device)).pooler_output
 
 
-class OpenCLIP(nn.Module):
+class OpenCLIP(CLIP):
     """Both towers of an open_clip model."""
 
     def __init__(self, network: Any, tokenizer: Callable[[list[str]], Tensor]) -> None:
@@ -116,7 +130,6 @@ class OpenCLIP(nn.Module):
         return int(size if isinstance(size, int) else size[0])
 
     def image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, D) of length one."""
         pixels = square(images, self.side, "torchvision")
         return self.encode(normalise(pixels, self.settings["mean"], self.settings["std"]))
 
@@ -124,9 +137,5 @@ class OpenCLIP(nn.Module):
         """Normalised pixels -> (B, D) of length one."""
         return unit(self.network.encode_image(pixels.to(next(self.parameters()).dtype)))
 
-    def text(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, D) of length one."""
-        return each_once(self._text, prompts)
-
-    def _text(self, prompts: list[str]) -> Tensor:
-        return unit(self.network.encode_text(self.tokenizer(prompts).to(next(self.parameters()).device)))
+    def embed(self, prompts: list[str]) -> Tensor:
+        return self.network.encode_text(self.tokenizer(prompts).to(next(self.parameters()).device))

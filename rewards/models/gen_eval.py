@@ -17,7 +17,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 from rewards import RewardError
 from rewards.models.clip_score import TransformersCLIP
 from rewards.models.network import Network, loading, pretrained, unit
-from rewards.models.ocr import to_pil
+from rewards.models.preprocess import to_pil
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 SENTENCES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
@@ -58,8 +58,7 @@ class GenEvalStyle(Network):
         threshold: a box needs this score.
         counting_threshold: and this one where the tag is "counting".
         overlap: of two boxes of one class with at least this intersection over union, the surer one stays.
-        device: default CUDA where there is any.
-        dtype: of both networks.
+        device, dtype: default CUDA where there is any; of both networks.
     """
 
     differentiable: ClassVar[bool] = False
@@ -96,8 +95,8 @@ class GenEvalStyle(Network):
         scores = []
         with torch.autocast(self.device.type, enabled=False):
             for image, data, (include, exclude) in zip(images, metadata, rows, strict=True):
-                found = self.find(image, data["tag"], sorted({clause.name for clause in include + exclude}))
-                wrong = mistakes(found, include, exclude, partial(self.colours, image))
+                detections = self.find(image, data["tag"], sorted({clause.name for clause in include + exclude}))
+                wrong = mistakes(detections, include, exclude, partial(self.colours, image))
                 scores.append(float(not wrong))
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
@@ -111,14 +110,14 @@ class GenEvalStyle(Network):
         middle, size = answer.pred_boxes[0].float().mul(max(height, width)).split(2, -1)  # parts of the padded square
         low, high = (middle - size / 2).clamp(min=0), (middle + size / 2).minimum(middle.new_tensor([width, height]))
         least = self.counting_threshold if tag == "counting" else self.threshold
-        found: dict[str, list[Box]] = {name: [] for name in names}
+        detections: dict[str, list[Box]] = {name: [] for name in names}
         for number in sure.argsort(descending=True, stable=True).tolist():
             left, top, right, bottom = box = (*low[number].tolist(), *high[number].tolist())
-            boxes = found[names[int(which[number])]]
+            boxes = detections[names[int(which[number])]]
             inside = left < right and top < bottom
             if inside and sure[number] > least and all(shared(box, other) < self.overlap for other in boxes):
                 boxes.append(box)
-        return found
+        return detections
 
     def colours(self, image: Tensor, boxes: Sequence[Box], name: str) -> list[str]:
         """What CLIP calls the colour of each box."""
@@ -157,16 +156,16 @@ def positions(one: Box, other: Box) -> set[str]:
 
 
 def mistakes(
-    found: Mapping[str, Sequence[Box]],
+    detections: Mapping[str, Sequence[Box]],
     include: Sequence[Clause],
     exclude: Sequence[Clause],
     colours: Callable[[Sequence[Box], str], list[str]],
 ) -> list[str]:
-    """What is wrong with a picture, in words; nothing where it is right. ``found`` has the surest boxes first."""
+    """What is wrong with a picture, in words; nothing where it is right. ``detections`` has the surest boxes first."""
     wrong: list[str] = []
     matched: list[Sequence[Box] | None] = []
     for clause in include:
-        boxes = found.get(clause.name, ())[: clause.count]
+        boxes = detections.get(clause.name, ())[: clause.count]
         fault = ""
         if len(boxes) < clause.count:
             fault = f"expected {clause.count} {clause.name}, found {len(boxes)}"
@@ -182,7 +181,7 @@ def mistakes(
         matched.append(None if fault else boxes)
         wrong += [fault] if fault else []
     for clause in exclude:
-        if (number := len(found.get(clause.name, ()))) >= clause.count:
+        if (number := len(detections.get(clause.name, ()))) >= clause.count:
             wrong.append(f"expected fewer than {clause.count} {clause.name}, found {number}")
     return wrong
 
@@ -191,26 +190,26 @@ def clauses(data: Mapping[str, Any], row: int) -> tuple[list[Clause], list[Claus
     """``include`` and ``exclude`` of one row of the metadata."""
     if not isinstance(data.get("tag"), str) or not data.get("include"):
         raise RewardError(f"GenEval-style: no 'tag' or nothing in 'include' of the metadata {dict(data)}", row)
-    both: list[list[Clause]] = []
-    for part in ("include", "exclude"):
-        read = []
-        for number, entry in enumerate(data.get(part) or ()):
-            try:
-                place = entry.get("position")
-                clause = Clause(entry["class"], entry["count"], entry.get("color"), (*place,) if place else None)
-                good = isinstance(clause.name, str) and isinstance(clause.count, int) and clause.count > 0
-                good = good and (clause.colour is None or clause.colour in COLOURS)
-                if clause.position:
-                    where, other = clause.position
-                    good = good and where in POSITIONS and 0 <= other < number
-            except (TypeError, ValueError, LookupError, AttributeError):
-                good = False
-            if not good:
-                raise RewardError(
-                    f"GenEval-style: {part} {number} of the metadata is {entry!r}; expected a class, a count, a color "
-                    f"of {', '.join(COLOURS)}, a position such as ['left of', 0], 0 an earlier entry's number",
-                    row,
-                )
-            read.append(clause)
-        both.append(read)
-    return both[0], both[1]
+    include, exclude = (
+        [_clause(entry, part, number, row) for number, entry in enumerate(data.get(part) or ())]
+        for part in ("include", "exclude")
+    )
+    return include, exclude
+
+
+def _clause(entry: Any, part: str, number: int, row: int) -> Clause:
+    try:
+        place = entry.get("position")
+        clause = Clause(entry["class"], entry["count"], entry.get("color"), (*place,) if place else None)
+        where, earlier = clause.position or (POSITIONS[0], -1)
+        sound = isinstance(clause.name, str) and isinstance(clause.count, int) and clause.count > 0
+        sound = sound and clause.colour in (None, *COLOURS) and where in POSITIONS
+        if sound and (clause.position is None or 0 <= earlier < number):
+            return clause
+    except (TypeError, ValueError, LookupError, AttributeError):
+        pass
+    raise RewardError(
+        f"GenEval-style: {part} {number} of the metadata is {entry!r}; expected a class, a count, a color "
+        f"of {', '.join(COLOURS)}, a position such as ['left of', 0], 0 an earlier entry's number",
+        row,
+    )

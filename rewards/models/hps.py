@@ -13,14 +13,14 @@ from rewards.models.clip_score import OpenCLIP
 from rewards.models.network import Network, find, loading
 from rewards.models.preprocess import letterbox, normalise
 
-FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
+FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}  # as published
 
 
 class HPSv2(Network):
     """``cos(image, prompt)``, without any logit scale; the paper's tables are 100 times that.
 
-    Checkpoints: ``xswu/HPSv2`` (Apache-2.0, about 1 B), a file for each version; upstream's ``score()`` takes 2.0 and
-    its ``evaluate()`` 2.1 unless told, and the two are not comparable.
+    Checkpoints: ``xswu/HPSv2`` (Apache-2.0, about 1 B), a torch file for each version; upstream's ``score()`` takes 2.0
+    and its ``evaluate()`` 2.1 unless told, and the two are not comparable.
     Preprocessing: longer edge to 224 and black bars, not a crop; a bicubic of floats; CLIP's mean and deviation;
     prompts are cut at 77 tokens.
     Range: about 0.20 to 0.35.
@@ -30,12 +30,11 @@ class HPSv2(Network):
     torchvision 0.17 and was not before; ``antialias=False`` is the older arithmetic.
 
     Args:
-        model: folder or hub id that holds the version's file, or the file itself.
+        model: folder or hub id that holds the version's file, as safetensors, or the file itself.
         version: "2.0" or "2.1".
         antialias: of the resize.
         architecture: an open_clip model name.
-        device: default CUDA where there is any.
-        dtype: of the network; the cosine is float32.
+        device, dtype: default CUDA where there is any; of the network; the cosine is float32.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Qwen2VLModel
 
 from rewards import RewardError
-from rewards.models.network import Network, find, loading, read_weights
+from rewards.models.network import Network, loading, read_weights
 from rewards.models.preprocess import normalise, resize, to_levels
 
 AREA = 256 * 28 * 28  # pixels that every picture is brought to, as nearly as multiples of its patches allow
@@ -51,8 +51,7 @@ class HPSv3(Network):
         processor: folder or hub id of the Qwen2-VL that it was made from; its weights are not read.
         question: a text file with another question, for a network that was trained on one: ``{prompt}`` once, and the
             token ``<|Reward|>`` once after it. Default the published one.
-        device: default CUDA where there is any.
-        dtype: of the network; the head is float32.
+        device, dtype: default CUDA where there is any; of the network; the head is float32.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class HPSv3(Network):
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
         with loading("HPSv3", model):
-            self.network, self.head = build(read_weights(find(model, file)), config, len(self.processor.tokenizer))
+            self.network, self.head = build(read_weights(model, file), config, len(self.processor.tokenizer))
         self.settle(device, dtype, self.network)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -111,8 +110,8 @@ class HPSv3(Network):
         texts = [before + prompt + after for prompt in prompts]
         tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
         for token, expected in ((TOKEN, 1), (image, count)):
-            found = (tokens.input_ids == tokenizer.convert_tokens_to_ids(token)).sum(1)
-            if (wrong := (found != expected).nonzero()).numel():
+            counts = (tokens.input_ids == tokenizer.convert_tokens_to_ids(token)).sum(1)
+            if (wrong := (counts != expected).nonzero()).numel():
                 row = int(wrong[0])
                 raise RewardError(f"HPSv3: the prompt {prompts[row]!r} holds {token}, a mark of the network's own", row)
         return tokens

@@ -30,7 +30,7 @@ VISION = {  # upstream's names in the picture's tower -> transformers'
 class ImageReward(Network):
     """``(head(t) - 0.16717) / 1.03334``, t the state of the first token in BLIP's text encoder, which sees the picture.
 
-    Checkpoint: ``THUDM/ImageReward`` (Apache-2.0, 0.45 B, 1.8 GB), files ``ImageReward.pt`` and ``med_config.json``.
+    Checkpoint: ``THUDM/ImageReward`` (Apache-2.0, 0.45 B, 1.8 GB), files ``med_config.json`` and ``ImageReward.pt``.
     Preprocessing: shorter edge to 224, bicubic, centre crop, CLIP's mean and deviation; lower-case BERT tokens, cut at
     **35**: what a long prompt says last is not read.
     Range: about normal, mean 0 and deviation 1; 98 % lie in [-2, 2].
@@ -38,10 +38,9 @@ class ImageReward(Network):
     Caveats: trained on late and long, it is reported to corrupt pictures; keep a held-out reward.
 
     Args:
-        model: folder or hub id that holds both files.
+        model: folder or hub id that holds both files, the weights as safetensors.
         tokenizer: folder or hub id of a BERT tokenizer.
-        device: default CUDA where there is any.
-        dtype: of BLIP; the head is float32.
+        device, dtype: default CUDA where there is any; of BLIP; the head is float32.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class ImageReward(Network):
     ) -> None:
         super().__init__()
         with loading("ImageReward", model):
-            weights = read_weights(find(model, "ImageReward.pt"))
+            weights = read_weights(model, "ImageReward.pt")
             text = json.loads(find(model, "med_config.json").read_text("utf-8"))
             self.vision, self.text, self.head = build(weights, text)
         with loading("ImageReward", tokenizer):

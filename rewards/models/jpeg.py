@@ -25,15 +25,14 @@ def kilobytes(images: Tensor, quality: int) -> Tensor:
 
 
 @dataclass
-class JPEGCompressibility:
-    """Minus the file size in kB over 500, at JPEG ``quality`` 1..95: smooth, empty pictures score high (towards 0).
+class JPEGIncompressibility:
+    """The file size in kB (1000 bytes), at JPEG ``quality`` 1..95: busy, noisy pictures score high.
 
     No checkpoint; the encoder is Pillow's. Preprocessing: to 8 bits a channel, once; no resize, so that sizes only
     compare between pictures of one size.
-    Formula: ``-kB / 500``, kB in units of 1000 bytes; 500 is the scale of the DDPO code, for 512 x 512.
-    Range: below 0, about -1 to 0 at 512 x 512.
+    Range: above 0, to some hundreds at 512 x 512.
     Not differentiable; the prompt is not read.
-    Caveats: trained on alone, pictures lose what they show; meant to prove that a loop learns.
+    Caveats: trained on alone, pictures fill up with noise; meant to prove that a loop learns.
     """
 
     quality: int = 95
@@ -42,30 +41,8 @@ class JPEGCompressibility:
     needs_prompt: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_quality(self.quality)
-
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
-    ) -> Tensor:
-        """(B, 3, H, W) float in [0, 1] -> (B,) float32; the prompts are not read."""
-        return -kilobytes(images, self.quality) / 500
-
-
-@dataclass
-class JPEGIncompressibility:
-    """The file size in kB, at JPEG ``quality`` 1..95: busy, noisy pictures score high.
-
-    Everything else is as in :class:`JPEGCompressibility`, but that the size is not divided and so runs to some hundreds
-    at 512 x 512.
-    """
-
-    quality: int = 95
-
-    differentiable: ClassVar[bool] = False
-    needs_prompt: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        _check_quality(self.quality)
+        if not 1 <= self.quality <= 95:
+            raise ValueError(f"JPEG quality is {self.quality}; expected 1 to 95")
 
     def score(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -74,6 +51,15 @@ class JPEGIncompressibility:
         return kilobytes(images, self.quality)
 
 
-def _check_quality(quality: int) -> None:
-    if not 1 <= quality <= 95:
-        raise ValueError(f"JPEG quality is {quality}; expected 1 to 95")
+@dataclass
+class JPEGCompressibility(JPEGIncompressibility):
+    """Minus the size of :class:`JPEGIncompressibility` over 500: smooth, empty pictures score high (towards 0).
+
+    500 is the scale of the DDPO code, for 512 x 512, where the range is about -1 to 0. Trained on alone, pictures lose
+    what they show.
+    """
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        return -super().score(images=images, prompts=prompts, metadata=metadata) / 500

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
-from rewards.models.network import Network, find, loading, read_weights, unit
+from rewards.models.network import Network, loading, read_weights, unit
 from rewards.models.preprocess import normalise, square
 
 OVERALL = (
@@ -46,8 +46,7 @@ class MPS(Network):
         file: its name there.
         processor: folder or hub id of a CLIP's configuration, tokenizer and normalisation.
         condition: what is asked about.
-        device: default CUDA where there is any.
-        dtype: of the network; the cosine is float32.
+        device, dtype: default CUDA where there is any; of the network; the cosine is float32.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class MPS(Network):
             config = CLIPConfig.from_pretrained(processor)
         self.mean, self.std, self.condition = settings.image_mean, settings.image_std, condition
         with loading("MPS", model):
-            weights = read_weights(find(model, file))
+            weights = read_weights(model, file)
             clip = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
             cross = {name: value for name, value in weights.items() if name.startswith("cross_model.layers.")}
             self.clip = CLIPModel(config)
@@ -76,7 +75,7 @@ class MPS(Network):
             width = config.projection_dim
             heads = cross["cross_model.layers.0.0.fn.to_q.weight"].shape[0] // HEAD
             self.layers: Any = nn.ModuleList(
-                nn.ModuleList([Look(width, heads), Think(width, heads)]) for _ in range(layers)
+                nn.ModuleList([CrossAttention(width, heads), SelfAttention(width, heads)]) for _ in range(layers)
             )
             self.layers.load_state_dict(
                 {
@@ -97,9 +96,9 @@ class MPS(Network):
         close = (words @ about[0].mT).float().amax(-1)  # (B, tokens)
         hidden = close / close.amax(-1, keepdim=True) <= LEAST
         mask = torch.zeros_like(close, dtype=seen.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
-        for look, think in self.layers:
-            seen = seen + look(seen, words, mask)
-            seen = seen + think(seen)
+        for cross_attention, self_attention in self.layers:
+            seen = seen + cross_attention(seen, words, mask)
+            seen = seen + self_attention(seen)
         return self.logit_scale * (unit(whole) * unit(seen[:, 0])).sum(-1)
 
     def read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -110,7 +109,7 @@ class MPS(Network):
         return self.clip.text_projection(read.last_hidden_state), self.clip.text_projection(read.pooler_output)
 
 
-class Gate(nn.Module):
+class SwiGLU(nn.Module):
     """SwiGLU: the first half, times SiLU of the second."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ class Gate(nn.Module):
         return F.silu(gate) * x
 
 
-class Look(nn.Module):
+class CrossAttention(nn.Module):
     """Cross-attention of many query heads on one head of keys and values, and a feed-forward of what came in."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -128,7 +127,7 @@ class Look(nn.Module):
         self.to_kv = nn.Linear(width, 2 * HEAD, bias=False)
         self.to_out = nn.Linear(heads * HEAD, width, bias=False)
         self.ff = nn.Sequential(
-            nn.Linear(width, 8 * width, bias=False), Gate(), nn.Linear(4 * width, width, bias=False)
+            nn.Linear(width, 8 * width, bias=False), SwiGLU(), nn.Linear(4 * width, width, bias=False)
         )
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
@@ -137,7 +136,7 @@ class Look(nn.Module):
         return self.to_out(attend(self.to_q(x), k, v, mask)) + self.ff(x)
 
 
-class Think(nn.Module):
+class SelfAttention(nn.Module):
     """Self-attention of the same kind, with rotary positions, and a feed-forward beside it."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -146,7 +145,7 @@ class Think(nn.Module):
         self.parts = [heads * HEAD, HEAD, HEAD, 8 * width]
         self.fused_attn_ff_proj = nn.Linear(width, sum(self.parts), bias=False)
         self.attn_out = nn.Linear(heads * HEAD, width, bias=False)
-        self.ff_out = nn.Sequential(Gate(), nn.Linear(4 * width, width, bias=False))
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Linear(4 * width, width, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, ff = self.fused_attn_ff_proj(self.norm(x)).split(self.parts, dim=-1)

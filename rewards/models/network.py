@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,26 +76,40 @@ def loading(reward: str, source: str) -> Iterator[None]:
 def find(source: str, name: str) -> Path:
     """The file ``name`` in the folder or hub repository ``source``, or ``source`` itself where that is a file.
 
-    In a folder, a .safetensors file of the same stem goes first.
+    Where ``name`` is that of a torch file, as published, a .safetensors file of the same stem is taken first.
     """
     path = Path(source)
+    names = dict.fromkeys((str(Path(name).with_suffix(".safetensors")), name))
     if path.is_file():
         return path
     if path.is_dir():
-        files = [(path / name).with_suffix(".safetensors"), path / name]
-        if found := [file for file in files if file.is_file()]:
-            return found[0]
-        raise FileNotFoundError(f"there is no {name} in it")
+        if (found := next((path / one for one in names if (path / one).is_file()), None)) is None:
+            raise FileNotFoundError(f"there is no {name} in it")
+        return found
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    return Path(hf_hub_download(source, name))
+    for one in names:
+        try:
+            return Path(hf_hub_download(source, one))
+        except RemoteEntryNotFoundError:
+            if one == name:
+                raise
+    raise FileNotFoundError(f"there is no {name} in it")
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """A state dict from safetensors or, restricted to tensors, from a torch file."""
+def read_weights(source: str, name: str) -> dict[str, Tensor]:
+    """The state dict in the file that :func:`find` finds: safetensors, or a torch file as most scorers are published,
+    of which tensors alone are taken (``weights_only``: nothing in it can run)."""
+    path = find(source, name)
     if path.suffix == ".safetensors":
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError("it is no state dict")
+    return dict(content)
 
 
 def pretrained(cls: Any, source: str) -> Any:
@@ -126,9 +140,3 @@ def published_head(width: int) -> nn.Sequential:
 def unit(features: Tensor) -> Tensor:
     """To length one, in float32 or finer."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-
-def each_once(encode: Callable[[list[str]], Tensor], prompts: Sequence[str]) -> Tensor:
-    """``encode`` every distinct prompt once: the images of a group share theirs."""
-    row = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    return encode(list(row))[[row[prompt] for prompt in prompts]]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rewards import RewardError
 from rewards.models.network import loading
-from rewards.models.preprocess import to_levels
+from rewards.models.preprocess import to_pil
 
 QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
@@ -69,8 +69,8 @@ class OCR:
 
 def target(prompt: str, row: int | None = None) -> str:
     """The first quoted text of a prompt, without spaces and capitals."""
-    found = QUOTED.search(prompt)
-    text = plain(found[1] or found[2] or "") if found else ""
+    quoted = QUOTED.search(prompt)
+    text = plain(quoted[1] or quoted[2] or "") if quoted else ""
     if not text:
         raise RewardError(
             f'OCR: no text in double quotes in {prompt!r}; expected one like: a sign that says "OPEN"', row
@@ -99,9 +99,3 @@ def edits(one: str, other: str) -> int:
         for j, b in enumerate(other, start=1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
     return row[-1]
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) float in [0, 1] -> the pictures as 8-bit files hold them."""
-    levels = to_levels(images.detach()).to("cpu", torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(picture) for picture in levels.numpy()]

@@ -26,8 +26,7 @@ class PickScore(Network):
     Args:
         model: folder or hub id of the network.
         processor: folder or hub id of the tokenizer and the normalisation.
-        device: default CUDA where there is any.
-        dtype: of the network; the score is float32.
+        device, dtype: default CUDA where there is any; of the network; the score is float32.
     """
 
     def __init__(
@@ -42,4 +41,4 @@ class PickScore(Network):
         self.settle(device, dtype, self.clip)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.clip.logit_scale * (self.clip.image(images) * self.clip.text(prompts)).sum(-1)
+        return self.clip.logit_scale * self.clip.agreement(images, prompts)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +32,12 @@ def to_levels(images: Tensor) -> Tensor:
     """[0, 1] -> the levels 0 ... 255 that an 8-bit file of the picture holds; float32, or float64 if images are."""
     # contiguous: torch 2.13 resizes a channels-last picture to a width of 1 wrongly, and decoders give channels last
     return eight_bit(255 * images.to(torch.promote_types(images.dtype, torch.float32))).contiguous()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) float in [0, 1] -> the pictures as 8-bit files hold them."""
+    levels = to_levels(images.detach()).to("cpu", torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(picture) for picture in levels.numpy()]
 
 
 def resize(levels: Tensor, height: int, width: int) -> Tensor:

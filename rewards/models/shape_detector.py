@@ -26,7 +26,7 @@ _OVERSAMPLING = 8  # of a template's outline
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedObject:
     """An object seen in a picture. ``x, y`` is its centroid and ``area`` its area, in pixels of that picture;
     ``fit`` is the IoU with the best ideal shape. ``shape`` and ``colour`` may be ``"unknown"``."""
 
@@ -52,7 +52,7 @@ class Finder:
         self.shapes = tuple(shape for shape in outlines for _ in _TURNS)  # (K,)
         self.templates = np.stack([_template(corners, turn) for corners in outlines.values() for turn in _TURNS])
 
-    def __call__(self, image: Tensor) -> list[Found]:
+    def __call__(self, image: Tensor) -> list[DetectedObject]:
         """Objects in one picture (3, H, W), float in [0, 1]; the largest comes first.
 
         The ground is the median of the border, so it may have any colour that no object has.
@@ -62,10 +62,10 @@ class Finder:
         if scale != 1.0:
             size = [round(side * scale) for side in image.shape[-2:]]
             small = functional.interpolate(small[None], size, mode="bilinear", antialias=True)[0]
-        found = sorted(self._look(small.permute(1, 2, 0).numpy() * 255.0), key=lambda one: -one.area)
-        return [replace(one, x=one.x / scale, y=one.y / scale, area=one.area / scale**2) for one in found]
+        objects = sorted(self._detect(small.permute(1, 2, 0).numpy() * 255.0), key=lambda one: -one.area)
+        return [replace(one, x=one.x / scale, y=one.y / scale, area=one.area / scale**2) for one in objects]
 
-    def _look(self, pixels: np.ndarray) -> Iterator[Found]:
+    def _detect(self, pixels: np.ndarray) -> Iterator[DetectedObject]:
         """Objects in a picture (H, W, 3) with values 0..255 at the working size."""
         from scipy import ndimage
 
@@ -81,13 +81,13 @@ class Finder:
                 if mask.sum() < _SPECK or not core.any():  # dirt, or the seam where two touching colours mix
                     continue
                 level = np.median(coverage[window][core])
-                own = np.minimum(coverage[window] / level, 1.0) * ndimage.binary_dilation(mask)
-                area = float(own.sum())
-                y = float(own.sum(axis=1) @ np.arange(own.shape[0])) / area
-                x = float(own.sum(axis=0) @ np.arange(own.shape[1])) / area
-                shape, fit = self._name_shape(own, x, y, area)
+                alpha = np.minimum(coverage[window] / level, 1.0) * ndimage.binary_dilation(mask)
+                area = float(alpha.sum())
+                y = float(alpha.sum(axis=1) @ np.arange(alpha.shape[0])) / area
+                x = float(alpha.sum(axis=0) @ np.arange(alpha.shape[1])) / area
+                shape, fit = self._name_shape(alpha, x, y, area)
                 name = self._name_colour(pixels[window][core])
-                yield Found(shape, name, x + window[1].start + 0.5, y + window[0].start + 0.5, area, fit)
+                yield DetectedObject(shape, name, x + window[1].start + 0.5, y + window[0].start + 0.5, area, fit)
 
     def _unmix(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How much of which palette colour covers the ground at each pixel: coverage (H, W), colour index (H, W).

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from rewards import RewardError
-from rewards.models.shape_detector import SIDE, Finder, Found
+from rewards.models.shape_detector import SIDE, DetectedObject, Finder
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -89,9 +89,9 @@ def parse(caption: str) -> Spec:
         colour, shape = match.groups()
         return Spec("colours" if colour else "single_object", (Thing(shape, colour),))
     for joint in ("and", *RELATIONS):
-        left, found, right = text.partition(f" {joint} ")
-        pair = [_THING.match(left), _THING.match(right)] if found else []
-        if found and all(pair):
+        left, joined, right = text.partition(f" {joint} ")
+        pair = [_THING.match(left), _THING.match(right)] if joined else []
+        if joined and all(pair):
             things = tuple(Thing(m.group(2), m.group(1)) for m in pair if m)
             if joint != "and":
                 return Spec("position", things, joint)
@@ -114,25 +114,25 @@ OFFSET = 4.0  # pixels of a 64-pixel picture by which the centres must differ fo
 _finder = functools.cache(lambda: Finder(PALETTE, OUTLINES))  # built at the first look
 
 
-def find(image: Tensor) -> list[Found]:
+def find(image: Tensor) -> list[DetectedObject]:
     """Objects in one picture (3, H, W), float in [0, 1], the largest first; see :class:`Finder`."""
     return _finder()(image)
 
 
-def _credit(asked: Thing, found: Found) -> float:
-    shape = float(asked.shape == found.shape)
-    return shape if asked.colour is None else 0.5 * shape + 0.5 * (asked.colour == found.colour)
+def _credit(asked: Thing, detected: DetectedObject) -> float:
+    shape = float(asked.shape == detected.shape)
+    return shape if asked.colour is None else 0.5 * shape + 0.5 * (asked.colour == detected.colour)
 
 
-def _relation(relation: str, first: Found, second: Found, offset: float) -> float:
+def _relation(relation: str, first: DetectedObject, second: DetectedObject, offset: float) -> float:
     """1 where the centres differ by at least ``offset`` pixels in the asked direction, 0 where not at all."""
     sign_x, sign_y = RELATIONS[relation]
     along = sign_x * (first.x - second.x) + sign_y * (first.y - second.y)
     return min(max(along / offset, 0.0), 1.0)
 
 
-def grade(spec: Spec, found: Sequence[Found], offset: float = OFFSET) -> float:
-    """How well the objects ``found`` are what ``spec`` asks for, in [0, 1].
+def grade(spec: Spec, objects: Sequence[DetectedObject], offset: float = OFFSET) -> float:
+    """How well ``objects`` are what ``spec`` asks for, in [0, 1].
 
     Every asked thing is given its own found object, in the way that scores best. A thing is worth 1/2 for the
     right shape and 1/2 for the right colour, or 1 for the shape where the colour is open; something missing is
@@ -141,19 +141,19 @@ def grade(spec: Spec, found: Sequence[Found], offset: float = OFFSET) -> float:
     direction, or one of the two things is worth nothing) to 1 (the centres differ by ``offset`` pixels or more
     along the axis). Something that nobody asked for, once there are as many objects as asked, lowers the grade.
     """
-    if not found:
+    if not objects:
         return 0.0
-    credit = np.array([[_credit(asked, other) for other in found] for asked in spec.things])
+    credit = np.array([[_credit(asked, other) for other in objects] for asked in spec.things])
     count = float(min(credit.shape) / max(credit.shape))
     if spec.relation is None:
         from scipy.optimize import linear_sum_assignment
 
         return count * float(credit[linear_sum_assignment(credit, maximize=True)].sum()) / len(spec.things)
-    if len(found) == 1:
+    if len(objects) == 1:
         return count * 0.5 * float(credit.max()) / len(spec.things)
     return count * max(
-        _pair(credit[0, i], credit[1, j], _relation(spec.relation, found[i], found[j], offset))
-        for i, j in itertools.permutations(range(len(found)), 2)
+        _pair(credit[0, i], credit[1, j], _relation(spec.relation, objects[i], objects[j], offset))
+        for i, j in itertools.permutations(range(len(objects)), 2)
     )
 
 
@@ -197,31 +197,11 @@ class Shapes:
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B,) float32. ``RewardError`` names a prompt outside the grammar."""
-        strict, graded = zip(*_judge_all(images, prompts), strict=True)
-        return torch.tensor(strict if self.mode == "strict" else graded, dtype=torch.float32, device=images.device)
-
-
-def _judge_all(images: Tensor, prompts: Sequence[str]) -> list[tuple[float, float]]:
-    pictures = images.detach().float().cpu()
-    results = []
-    for row, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-        try:
-            results.append(judge(prompt, picture))
-        except ValueError as error:
-            raise RewardError(f"Shapes: row {row}: {error}", row=row) from error
-    return results
-
-
-def shapes_eval(images: Tensor, prompts: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Means by task, as GenEval reports them: ``{"strict": {task: mean, ..., "overall": mean}, "graded": {...}}``.
-
-    ``overall`` is the mean over the tasks that are present, not over the pictures. Images (B, 3, H, W) in [0, 1].
-    """
-    scores: dict[str, list[tuple[float, float]]] = {}
-    for prompt, both in zip(prompts, _judge_all(images, prompts), strict=True):
-        scores.setdefault(parse(prompt).task, []).append(both)
-    result: dict[str, dict[str, float]] = {}
-    for column, mode in enumerate(("strict", "graded")):
-        means = {task: float(np.mean([row[column] for row in scores[task]])) for task in TASKS if task in scores}
-        result[mode] = means | {"overall": float(np.mean(list(means.values())))}
-    return result
+        scores = []
+        for row, (prompt, image) in enumerate(zip(prompts, images.detach().float().cpu(), strict=True)):
+            try:
+                strict, graded = judge(prompt, image)
+            except ValueError as error:
+                raise RewardError(f"Shapes: row {row}: {error}", row=row) from error
+            scores.append(strict if self.mode == "strict" else graded)
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)

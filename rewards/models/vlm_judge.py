@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rewards import RewardError
 from rewards.models.network import Network
-from rewards.models.ocr import to_pil
+from rewards.models.preprocess import to_pil
 from rewards.models.vqa_score import Chat
 
 QUESTION = (
@@ -66,8 +66,8 @@ class Form:
         """The number after ``label``, which may be followed by a range in parentheses and by a colon."""
         # not the 1 of "Score: 1-5", and no part of a longer number
         number = r"(-?\d+(?:\.\d+)?)(?!\d|\.\d|\s*[-–]\s*\d)"
-        found = re.findall(rf"{re.escape(label)}(?:\s*\([^()]*\))?[\s*_]*[:=][\s*_]*{number}", reply, re.IGNORECASE)
-        values = {float(text) for text in found}
+        numbers = re.findall(rf"{re.escape(label)}(?:\s*\([^()]*\))?[\s*_]*[:=][\s*_]*{number}", reply, re.IGNORECASE)
+        values = {float(text) for text in numbers}
         if len(values) != 1:
             raise ValueError(f"expected one number after {label!r}, found {sorted(values) or 'none'}")
         if not self.low <= (value := values.pop()) <= self.high:
@@ -105,8 +105,7 @@ class Judge(Network):
         low: least number allowed.
         high: greatest number allowed.
         tokens: most tokens of a reply.
-        device: default CUDA where there is any.
-        dtype: of the network.
+        device, dtype: default CUDA where there is any; of the network.
     """
 
     differentiable: ClassVar[bool] = False
@@ -138,6 +137,7 @@ class Judge(Network):
         return torch.tensor(scores)
 
 
+@dataclass
 class EndpointJudge:
     """The score that a model behind an OpenAI-compatible endpoint writes, brought from ``low`` ... ``high`` to [0, 1].
 
@@ -163,39 +163,33 @@ class EndpointJudge:
         workers: questions under way at once.
     """
 
+    url: str
+    model: str
+    question: str = QUESTION
+    labels: Sequence[str] = ("Score",)
+    low: float = 1.0
+    high: float = 5.0
+    tokens: int = 1024
+    key_variable: str | None = None
+    timeout: float = 60.0
+    attempts: int = 4
+    pause: float = 1.0
+    workers: int = 8
+
     differentiable: ClassVar[bool] = False
     needs_prompt: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        question: str = QUESTION,
-        labels: Sequence[str] = ("Score",),
-        low: float = 1.0,
-        high: float = 5.0,
-        tokens: int = 1024,
-        key_variable: str | None = None,
-        timeout: float = 60.0,
-        attempts: int = 4,
-        pause: float = 1.0,
-        workers: int = 8,
-    ) -> None:
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise RewardError(f"judge: url is {url!r}; expected one like http://localhost:8000/v1")
-        if min(timeout, attempts, workers, tokens) <= 0 or pause < 0:
+    def __post_init__(self) -> None:
+        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+            raise RewardError(f"judge: url is {self.url!r}; expected one like http://localhost:8000/v1")
+        if min(self.timeout, self.attempts, self.workers, self.tokens) <= 0 or self.pause < 0:
             raise RewardError("judge: timeout, attempts, workers and tokens must be above 0, and pause not below")
-        self.url, self.model, self.form = (
-            url.rstrip("/") + "/chat/completions",
-            model,
-            Form(question, labels, low, high),
-        )
-        self.tokens, self.timeout, self.attempts = tokens, timeout, attempts
-        self.pause, self.workers = pause, workers
+        self.form = Form(self.question, self.labels, self.low, self.high)
+        self.address = f"{self.url.rstrip('/')}/chat/completions"
         self.headers = {"Content-Type": "application/json"}
-        if key_variable is not None:
-            if not (key := os.environ.get(key_variable)):
-                raise RewardError(f"judge: the environment variable {key_variable} holds no key")
+        if self.key_variable is not None:
+            if not (key := os.environ.get(self.key_variable)):
+                raise RewardError(f"judge: the environment variable {self.key_variable} holds no key")
             self.headers["Authorization"] = f"Bearer {key}"
 
     def score(
@@ -225,14 +219,14 @@ class EndpointJudge:
             reply, end = choice["message"]["content"], choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             told = shortened(answer.decode(errors="replace"))
-            raise RewardError(f"judge: {self.url} answered no chat completion: {told!r}", row) from error
+            raise RewardError(f"judge: {self.address} answered no chat completion: {told!r}", row) from error
         if end == "length" or not isinstance(reply, str):
             raise RewardError(f"judge: no whole reply in {self.tokens} tokens: {shortened(str(reply))!r}", row)
         return self.form.score(reply, row)
 
     def post(self, body: bytes, row: int) -> bytes:
         """The answer's bytes, after as many attempts as are allowed."""
-        request = urllib.request.Request(self.url, body, self.headers)
+        request = urllib.request.Request(self.address, body, self.headers)
         reason = ""
         for attempt in range(self.attempts):
             if attempt:
@@ -243,10 +237,10 @@ class EndpointJudge:
                 with error:
                     reason = f"status {error.code}: {shortened(error.read(LARGEST).decode(errors='replace'))}"
                 if error.code not in AGAIN:
-                    raise RewardError(f"judge: {self.url} refused with {reason}", row) from error
+                    raise RewardError(f"judge: {self.address} refused with {reason}", row) from error
             except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
                 reason = str(error) or type(error).__name__
-        raise RewardError(f"judge: {self.url} gave no answer in {self.attempts} attempts ({reason})", row)
+        raise RewardError(f"judge: {self.address} gave no answer in {self.attempts} attempts ({reason})", row)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

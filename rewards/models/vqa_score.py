@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 
 from rewards import RewardError
 from rewards.models.network import Network, loading, pretrained
-from rewards.models.ocr import to_pil
+from rewards.models.preprocess import to_pil
 
 
 class VQAScore(Network):
@@ -35,8 +35,7 @@ class VQAScore(Network):
         model: folder or hub id.
         question: with ``{}`` where the prompt goes.
         answer: the reply whose first token is looked at.
-        device: default CUDA where there is any.
-        dtype: of the network; the softmax is float32.
+        device, dtype: default CUDA where there is any; of the network; the softmax is float32.
     """
 
     differentiable: ClassVar[bool] = False

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from rewards.base import Reward, RewardConfig, checked, load_rewards, needs_prompt
+from rewards.base import RewardSum, needs_prompt
 from rewards.common.device import pick_device
 from rewards.common.errors import RewardError
+from rewards.config import RewardConfig
 from rewards.data.images import ImageRow, ImageSource
 from rewards.scoring.loader import BadImage, Batch, Decoder, Work, ahead
 from rewards.scoring.output import BadRows, ScoreShards, write_bad
@@ -26,7 +27,7 @@ class ScoringEngine:
     """Rewards on a device, the input that they score, and the shards that they write."""
 
     decoder: Decoder
-    rewards: Mapping[str, Reward]
+    rewards: RewardSum
     shards: ScoreShards
     bad_file: Path
     max_bad: int
@@ -45,32 +46,31 @@ class ScoringEngine:
         ``RewardError`` where a reward fails, and where ``bad`` passes ``max_bad``: then ``bad_file`` lists it.
         """
         self.shards.folder.mkdir(parents=True, exist_ok=True)
+
+        def ready(item: Work) -> Work:
+            return item.on(self.device) if isinstance(item, Batch) else item
+
         rows: dict[int, ImageRow] = {}
-        scores: dict[str, dict[int, float]] = {name: {} for name in self.rewards}
-        mine: BadRows = {}
+        scores: dict[str, dict[int, float]] = {name: {} for name in self.rewards.rewards}
+        new_bad: BadRows = {}
         # one thread decodes and batches, another brings the next batch to the device, both while the rewards compute
-        for item in ahead(map(self._ready, ahead(self.decoder.work(wanted, end), 4)), 1):
+        for item in ahead(map(ready, ahead(self.decoder.work(wanted, end), 4)), 1):
             if isinstance(item, Batch):
                 for name, values in score_batch(self.rewards, item).items():
                     scores[name].update(zip(item.rows, values, strict=True))
                 rows |= item.rows
                 progress(len(item.rows))
             elif isinstance(item, BadImage):
-                mine[item.row] = {"row": item.row, "file": item.file, "error": item.error}
+                new_bad[item.row] = {"row": item.row, "file": item.file, "error": item.error}
                 progress(1)
-                refuse_too_many(bad | mine, self.max_bad, self.bad_file)
+                refuse_too_many(bad | new_bad, self.max_bad, self.bad_file)
             elif item.shard is not None:
-                self.shards.write(item.shard, _table(rows, scores), mine)
-                bad |= mine
-                mine, rows, scores = {}, {}, {name: {} for name in self.rewards}
+                self.shards.write(item.shard, _table(rows, scores), new_bad)
+                bad |= new_bad
+                new_bad, rows, scores = {}, {}, {name: {} for name in scores}
             else:
                 return item.rows
         raise AssertionError("the last item of the work is its end")
-
-    def _ready(self, item: Work) -> Work:
-        if isinstance(item, Batch):
-            return replace(item, images=item.images.to(self.device).float().div_(255))
-        return item
 
 
 def open_scorer(
@@ -83,29 +83,36 @@ def open_scorer(
 ) -> ScoringEngine:
     """As the command's ``arguments`` say, on GPU number ``local`` unless they name a device."""
     device = pick_device(arguments.device, local)
-    rewards = load_rewards(named, device)
-    _check_prompts(source.listed[: arguments.limit], rewards)
+    rewards = RewardSum.of(named, device)
+    require_prompts(source.listed[: arguments.limit], rewards)
     decoder = Decoder(source, arguments.limit, arguments.shard_size, arguments.batch_size, arguments.threads)
     return ScoringEngine(decoder, rewards, shards, bad_file, arguments.max_bad, device)
 
 
-def score_batch(rewards: Mapping[str, Reward], batch: Batch) -> dict[str, list[float]]:
+def score_batch(rewards: RewardSum, batch: Batch) -> dict[str, list[float]]:
     """Scores by reward, in the batch's order. ``RewardError`` names the reward and the file."""
     rows = list(batch.rows.values())
-    bare = next((row.file for row in rows if not row.prompt), None)
-    if bare is not None and (reading := [name for name, reward in rewards.items() if needs_prompt(reward)]):
-        raise RewardError(f"{', '.join(reading)} needs prompts, but {bare} has none; see --caption_column")
+    require_prompts(rows, rewards)
     prompts = [row.prompt or "" for row in rows]
     metadata = [row.metadata for row in rows] if any(row.metadata for row in rows) else None
-    found = {}
-    for name, reward in rewards.items():
-        try:
-            with torch.no_grad():
-                found[name] = checked(reward, name, batch.images, prompts, metadata).tolist()
-        except RewardError as error:
-            where = f"the batch that begins with {rows[0].file}" if error.row is None else rows[error.row].file
-            raise RewardError(f"{where}: {error}") from error
-    return found
+    try:
+        with torch.no_grad():
+            scores = rewards.scores(images=batch.images, prompts=prompts, metadata=metadata)
+    except RewardError as error:
+        where = f"the batch that begins with {rows[0].file}" if error.row is None else rows[error.row].file
+        raise RewardError(f"{where}: {error}") from error
+    return {name: values.tolist() for name, values in scores.items()}
+
+
+def require_prompts(rows: Sequence[ImageRow], rewards: RewardSum) -> None:
+    """``RewardError`` where a row has no prompt, and a reward reads it."""
+    bare = [row.file for row in rows if not row.prompt]
+    readers = ", ".join(name for name, reward in rewards.rewards.items() if needs_prompt(reward))
+    if bare and readers:
+        raise RewardError(
+            f"{readers} needs prompts, but {len(bare)} of {len(rows)} images have none: {', '.join(bare[:5])}"
+            f"{', …' if len(bare) > 5 else ''}; give --prompts, metadata.jsonl or .txt files, or see --caption_column"
+        )
 
 
 def refuse_too_many(bad: BadRows, allowed: int, bad_file: Path) -> None:
@@ -128,12 +135,3 @@ def _table(rows: Mapping[int, ImageRow], scores: Mapping[str, Mapping[int, float
         "prompt": pa.array([rows[n].prompt for n in order], pa.string()),
     }
     return pa.table(columns | {k: pa.array([v[n] for n in order], pa.float32()) for k, v in scores.items()})
-
-
-def _check_prompts(rows: Sequence[ImageRow], rewards: Mapping[str, Reward]) -> None:
-    bare = [row.file for row in rows if not row.prompt]
-    if bare and (reading := [name for name, reward in rewards.items() if needs_prompt(reward)]):
-        raise RewardError(
-            f"{', '.join(reading)} needs prompts, but {len(bare)} of {len(rows)} images have none: "
-            f"{', '.join(bare[:5])}{', …' if len(bare) > 5 else ''}; give --prompts, metadata.jsonl or .txt files"
-        )

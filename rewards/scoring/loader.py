@@ -26,6 +26,10 @@ class Batch:
     rows: dict[int, ImageRow]
     images: Tensor
 
+    def on(self, device: str) -> Batch:
+        """As rewards take it: on ``device``, float in [0, 1]."""
+        return replace(self, images=self.images.to(device).float().div_(255))
+
 
 @dataclass(frozen=True)
 class BadImage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,11 @@ class ScoreShards:
         stems = (path.stem.removeprefix("scores-") for path in self.folder.glob("scores-*.parquet"))
         return {int(stem) for stem in stems if stem.isdigit()}
 
-    def bad(self, number: int) -> BadRows:
-        """Its unreadable files. ``RewardError`` names the settings that a shard was not written with."""
+    def bad(self, numbers: Iterable[int]) -> BadRows:
+        """The unreadable files of these shards. ``RewardError`` names the settings that one was not written with."""
+        return {entry["row"]: entry for number in numbers for entry in self._bad(number)}
+
+    def _bad(self, number: int) -> list[dict[str, Any]]:
         import pyarrow.parquet as pq
 
         path = self.path(number)
@@ -49,7 +52,7 @@ class ScoreShards:
             raise RewardError(
                 f"{self.folder} holds scores of other settings ({words}); give another --output or delete it"
             )
-        return {entry["row"]: entry for entry in bad}
+        return bad
 
     def read(self, number: int) -> pa.Table:
         import pyarrow.parquet as pq
@@ -58,7 +61,7 @@ class ScoreShards:
 
     def done(self, retry_bad: bool) -> set[int]:
         """The shards to leave as they are; with ``retry_bad``, those that have unreadable files are not among them."""
-        return {number for number in self.whole() if not (retry_bad and self.bad(number))}
+        return {number for number in self.whole() if not (retry_bad and self._bad(number))}
 
     def sweep(self) -> None:
         """Take away the drafts that killed processes have left."""
@@ -75,10 +78,10 @@ class ScoreShards:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
+    flat: dict[str, str] = {}
     for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: json.dumps(value)}
+    return flat
 
 
 def write_bad(path: Path, bad: BadRows) -> None:

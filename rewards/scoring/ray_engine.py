@@ -27,8 +27,8 @@ import ray.data
 from tqdm import tqdm
 
 from rewards import RewardError
-from rewards.base import RewardConfig
 from rewards.common.errors import UserError
+from rewards.config import RewardConfig
 from rewards.data.formats import open_input
 from rewards.data.images import ImageSource
 from rewards.scoring.engine import ScoringEngine, open_scorer, refuse_too_many
@@ -54,7 +54,7 @@ def score_there(
         total = sum(1 for _ in source.rows(lambda row: False))
     sizes = dict(enumerate(shard_sizes(total, arguments.limit, arguments.shard_size)))
     done = shards.done(arguments.retry_bad)
-    bad = {row: entry for number in done for row, entry in shards.bad(number).items()}
+    bad = shards.bad(done)
     missing = [number for number in sizes if number not in done]
     rows, ready = sum(sizes.values()), sum(size for number, size in sizes.items() if number in done)
     if not missing:
@@ -64,7 +64,7 @@ def score_there(
         for number, error in _scored(missing, share):
             if error:
                 raise RewardError(error)
-            bad |= shards.bad(number)
+            bad |= shards.bad([number])
             refuse_too_many(bad, arguments.max_bad, bad_file)
             bar.update(sizes[number])
     return rows

@@ -65,6 +65,7 @@ from transformers import (
 )
 
 from align.common.provenance import provenance
+from rewards.base import RewardSum
 from rewards.models.hps import FILES, HPSv2
 from rewards.models.image_reward import DEVIATION, MEAN, TOKENS, ImageReward
 from rewards.models.network import Network, published_head
@@ -465,7 +466,7 @@ def command(subject: Subject, source: Path, size: Size, device: str, *options: s
     said = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as place,
-        patch("rewards.scoring.engine.load_rewards", lambda named, device: {"score": Finished(subject.reward)}),
+        patch.object(RewardSum, "of", lambda named, device: RewardSum({"score": Finished(subject.reward)})),
         clocked(Finished, "score") as inside,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(said),

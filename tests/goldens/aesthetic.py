@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rewards.models.network import read_weights
+from tests.benchmarks.convert_weights import read_state
 
 FILE = Path(__file__).with_suffix(".safetensors")
 LINEAR, MLP = "sa_0_4_vit_l_14_linear.pth", "sac+logos+ava1-l14-linearMSE.pth"
@@ -24,7 +24,7 @@ LINEAR, MLP = "sa_0_4_vit_l_14_linear.pth", "sac+logos+ava1-l14-linearMSE.pth"
 
 def made(source: Path) -> dict[str, Tensor]:
     """``vectors`` (9, 768), and ``weight`` (1, 768) and ``bias`` (1,) of each head."""
-    linear, layers = (read_weights(source / name) for name in (LINEAR, MLP))
+    linear, layers = (read_state(source / name) for name in (LINEAR, MLP))
     weight, bias = torch.eye(768, dtype=torch.float64), torch.zeros(768, dtype=torch.float64)
     for number in (0, 2, 4, 6, 7):
         layer, shift = (layers[f"layers.{number}.{part}"].double() for part in ("weight", "bias"))

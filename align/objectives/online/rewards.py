@@ -4,58 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from align.common.errors import UserError
-from rewards import Reward, RewardConfig, RewardError, check_statistics, checked, load
+from rewards import Reward, RewardConfig, RewardError, RewardSum, checked
 
 
 class Scorer:
-    """Scores pictures by every reward of a run. One worker thread: rewards keep their order and never race.
+    """Scores pictures by every reward of a run: a :class:`rewards.RewardSum` with one worker thread, so that rewards
+    keep their order and never race.
 
     A reward that says ``concurrent = False`` (it shares the sampler's device and memory) is scored at once instead.
-    ``statistics`` are (mean, std) of the rewards that are normalised before they are summed.
+    One without a weight is only watched; ``normalize`` is that of the sum.
     """
 
     def __init__(
         self,
         rewards: Mapping[str, Reward],
         weights: Mapping[str, float],
-        statistics: Mapping[str, Sequence[float]] | None = None,
+        normalize: Mapping[str, tuple[float, float] | Literal["batch"]] | None = None,
     ) -> None:
-        self.rewards, self.statistics = dict(rewards), dict(statistics or {})
+        self._sum = RewardSum(dict(rewards), {name: weights.get(name, 0.0) for name in rewards}, dict(normalize or {}))
+        self.rewards = self._sum.rewards
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self._worker: ThreadPoolExecutor | None = None
 
     @classmethod
     def of(cls, settings: Sequence[RewardConfig]) -> Scorer:
-        """Load the rewards. Raises :class:`rewards.RewardError` on an unknown name, :class:`UserError` on
-        a name that comes twice."""
-        labels = [setting.title for setting in settings]
-        if twice := sorted({label for label in labels if labels.count(label) > 1}):
-            raise UserError(f"two rewards are called {twice[0]!r}; give one of them a label of its own")
-        named = dict(zip(labels, settings, strict=True))
-        statistics = {label: setting.normalize for label, setting in named.items() if setting.normalize is not None}
-        for label, found in statistics.items():
-            check_statistics(label, found)
-        loaded = {label: load(setting.name, setting.args) for label, setting in named.items()}
-        return cls(loaded, {label: setting.weight for label, setting in named.items()}, statistics)
+        """Load the rewards. Raises :class:`rewards.RewardError` on an unknown name, or a label that comes twice."""
+        total = RewardSum.of(settings)
+        return cls(total.rewards, total.weights or {}, total.normalize)
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> dict[str, Tensor]:
         """Every reward's scores by name, (B,) each, on the CPU."""
-        found = {}
+        scores = {}
         for name, reward in self.rewards.items():
             try:
-                found[name] = checked(reward, name, images, prompts, metadata).detach().cpu()
+                scores[name] = checked(reward, name, images, prompts, metadata).detach().cpu()
             except RewardError:
                 raise
             except Exception as error:  # anyone's reward may raise anything; say whose it was
                 raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
-        return found
+        return scores
 
     def submit(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -73,13 +66,8 @@ class Scorer:
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> Tensor:
         """(B,) the weighted sum with the gradient to ``images``, for rewards that have one."""
-        parts = {n: checked(self.rewards[n], n, images, prompts, metadata) for n in self.weights}
-        return self.total(parts)
+        return self.total({n: checked(self.rewards[n], n, images, prompts, metadata) for n in self.weights})
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """(N,) the weighted sum that is trained on, of scores that are normalised where that is set."""
-        total = 0 * next(iter(scores.values()))
-        for name, weight in self.weights.items():
-            mean, std = self.statistics.get(name, (0.0, 1.0))
-            total = total + weight * ((scores[name] - mean) / std)
-        return total
+        """(N,) the weighted sum that is trained on, of scores that are normalized where that is set."""
+        return self._sum.total(scores)

@@ -1,0 +1,126 @@
+"""How a user names rewards: the same on every command line and in every YAML file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import yaml
+
+from rewards.common.errors import RewardError
+
+EXPECTED = "expected NAME, NAME:KEY=VALUE,KEY=VALUE or '{name: NAME, weight: 1, label: LABEL, args: {KEY: VALUE}}'"
+TAKEN = ("file", "prompt", "total")  # names of other columns beside the rewards'
+
+
+@dataclass
+class RewardConfig:
+    """One reward as a user names it, on a command line or in YAML.
+
+    Args:
+        name: a built-in reward's name, or an import path.
+        weight: in a weighted sum; 0 only watches it, so that hacking of the others shows.
+        args: the reward's own arguments.
+        label: its name in logs and columns; default ``name``.
+        normalize: [mean, std] of its scores, measured beforehand: (score - mean) / std is what ``weight`` is of.
+    """
+
+    name: str
+    weight: float = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+    label: str | None = None
+    normalize: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.normalize is not None:
+            check_statistics(self.title, self.normalize)
+
+    @property
+    def title(self) -> str:
+        """The label, or the name where there is none."""
+        return self.label or self.name
+
+    def settings(self) -> dict[str, Any]:
+        """What may be written down: a token authorises, it changes no score."""
+        return {"name": self.name, "args": {key: value for key, value in self.args.items() if key != "token"}}
+
+
+Named = str | Mapping[str, Any] | RewardConfig
+
+
+def parse_rewards(given: Named | Sequence[Named], weighted: bool = True) -> list[RewardConfig]:
+    """The rewards of a command line or a YAML list.
+
+    An entry is ``NAME``, ``NAME:KEY=VALUE,KEY=VALUE`` (a VALUE is a YAML scalar without commas), a mapping with the
+    fields of :class:`RewardConfig`, or the YAML of such a mapping or of a list of entries. ``RewardError`` where it is
+    none of these, where two have one label, and, for a command in which rewards are not summed (``weighted`` is false),
+    where one has a weight.
+    """
+    entries = [given] if isinstance(given, str | Mapping | RewardConfig) else given
+    configs = [config for entry in entries for config in _read(entry)]
+    titles = [config.title for config in configs]
+    for config in configs:
+        if titles.count(config.title) > 1:
+            raise RewardError(
+                f"two rewards are called {config.title!r}; give one a label of its own: "
+                "'{name: .., label: .., args: ..}'"
+            )
+        if config.title in TAKEN:
+            raise RewardError(f"a reward cannot be called {config.title!r}, which is another column; give a label")
+        if not weighted and (config.weight != 1 or config.normalize is not None):
+            raise RewardError(
+                f"reward {config.title!r} has a weight or normalize, but this command tells each reward's scores by "
+                "themselves and sums none; leave both out"
+            )
+    return configs
+
+
+def plain_rewards(given: Named | Sequence[Named]) -> list[dict[str, Any]]:
+    """:func:`parse_rewards`, as plain values with every field."""
+    return [asdict(config) for config in parse_rewards(given)]
+
+
+def _read(entry: Named) -> list[RewardConfig]:
+    if isinstance(entry, RewardConfig):
+        return [entry]
+    content: Any = entry
+    try:
+        if isinstance(entry, str):
+            content = yaml.safe_load(entry) if entry.lstrip().startswith(("{", "[")) else _short(entry)
+    except yaml.YAMLError as error:
+        raise RewardError(f"--reward {entry} is not YAML ({' '.join(str(error).split())}); {EXPECTED}") from error
+    if isinstance(content, list):
+        return [config for one in content for config in _read(one)]
+    known = {one.name for one in fields(RewardConfig)}
+    if not isinstance(content, Mapping) or set(content) - known:
+        keys = f"the keys {', '.join(map(str, content))}" if isinstance(content, Mapping) else "no keys"
+        raise RewardError(f"--reward {entry} has {keys}; {EXPECTED}")
+    values = {key: value for key, value in content.items() if value is not None}
+    types = {"name": str, "label": str, "args": dict, "weight": int | float, "normalize": list}
+    sound = all(isinstance(value, types[key]) and not isinstance(value, bool) for key, value in values.items())
+    if not sound or not values.get("name") or values.get("label") == "":
+        raise RewardError(f"--reward {entry}: {EXPECTED}")
+    return [RewardConfig(**values)]
+
+
+def _short(text: str) -> dict[str, Any]:
+    """``NAME:KEY=VALUE,KEY=VALUE``."""
+    name, _, rest = text.partition(":")
+    args: dict[str, Any] = {}
+    for item in rest.split(",") if rest else []:
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier() or key in args:
+            raise RewardError(f"--reward {text}: {item!r} is no KEY=VALUE of its own; {EXPECTED}")
+        args[key] = yaml.safe_load(value)
+    return {"name": name, "args": args}
+
+
+def check_statistics(name: str, statistics: Sequence[float]) -> None:
+    """``RewardError`` unless these are the mean and the standard deviation of the scores of the reward ``name``."""
+    numbers = [value for value in statistics if isinstance(value, int | float) and math.isfinite(value)]
+    if len(statistics) != 2 or len(numbers) != 2 or numbers[1] <= 0:
+        raise RewardError(
+            f"reward {name!r} is to be normalized by {statistics}; expected (mean, std), finite, std above 0"
+        )
