@@ -32,7 +32,7 @@ from tqdm import tqdm
 from rewards.base import parse_rewards
 from rewards.common.command import OldName, new_parser, status
 from rewards.common.errors import RewardError
-from rewards.common.files import atomic, write_text
+from rewards.common.files import atomic, sweep, write_text
 from rewards.data.formats import open_input
 from rewards.data.images import ImageSource
 from rewards.scoring.engine import ScoringEngine, open_scorer
@@ -140,7 +140,7 @@ def _finish(
     bad_file: Path,
 ) -> int:
     """All shards are there: the list of bad files, the gallery, the summary, and the table if there is to be one."""
-    shards.sweep()
+    sweep(shards.folder, "scores-*")
     output = Path(arguments.output)
     single = shards.folder != output
     bad = {row: entry for number in range(count) for row, entry in shards.bad(number).items()}
@@ -178,7 +178,7 @@ def _merge(shards: ScoreShards, count: int, output: Path) -> None:
 def _clear(shards: ScoreShards) -> None:
     for path in shards.folder.glob("scores-*.parquet"):
         path.unlink()
-    shards.sweep()
+    sweep(shards.folder, "scores-*")
     shards.folder.rmdir()
 
 

@@ -1,9 +1,7 @@
-"""Images as files: one, a folder with captions, a captioned grid, or within a page."""
+"""Images as files: one, a folder with captions, or a captioned grid."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,13 +33,6 @@ def save_folder(images: Tensor, texts: Sequence[str], seeds: Sequence[int], fold
     for row, image in zip(rows, images, strict=True):
         save_image(image, folder / str(row["file_name"]))
     write_text(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def embedded(image: Tensor) -> str:
-    """One image (3, H, W) as a PNG within a page: the ``src`` of an ``img``."""
-    file = io.BytesIO()
-    to_pil(image).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def save_grid(

@@ -6,21 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from align.policy.policy import Policy
-
 if TYPE_CHECKING:
-    pass
+    from accelerate import Accelerator
 
+    from align.policy.policy import Policy
 
 WEIGHTS = "trained.safetensors"
-
-
 STATE = "state.json"
-
-
 MEMORY = "objective.safetensors"
 
 

@@ -13,7 +13,6 @@ heads, ``alex.pth`` and ``vgg.pth``, lie in ``weights/v0.1`` of PyPI's ``lpips``
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import re
 import sys
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewards import RewardError
+from rewards.common.files import atomic
 from rewards.models.network import find, loading, read_weights
 from rewards.models.preprocess import normalise
 
@@ -218,10 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RewardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    draft = arguments.output.with_name(f".{arguments.output.name}.{os.getpid()}.tmp")
-    save_file(weights, draft)
-    draft.replace(arguments.output)
+    with atomic(arguments.output) as draft:
+        save_file(weights, draft)
     print(f"{arguments.output}: {sum(value.numel() for value in weights.values()):,} weights")
     return 0
 
