@@ -11,7 +11,7 @@ from importlib.resources import files
 
 from PIL import Image
 
-SIDE = 384  # pixels of a thumbnail's longer edge: twice what the page gives it, for screens of double density
+SIDE = 352  # pixels of a thumbnail's longer edge: twice what the page gives it, for screens of double density
 
 
 @dataclass(frozen=True)
