@@ -153,7 +153,7 @@ class RolloutWriter:
         ]
         (folder.path / "images").mkdir(exist_ok=True)
         for image, line in zip(images, lines, strict=True):
-            gallery.save_image(image, folder.path / line.image)
+            gallery.save_png(gallery.to_pil(image), folder.path / line.image)
         captions = [f"{line.trajectory} {line.prompt}" for line in lines]
         gallery.save_grid(images, captions, folder.path / f"contact-sheet-{shard:05d}.png", k)
         kept = {"latents": latents.half() if self.record.half else latents, "log_probs": log_probs}

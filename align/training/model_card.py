@@ -105,17 +105,16 @@ def load_run(config: TrainConfig, policy: Policy) -> str:
     dtype = f"dtype={families.DTYPES[config.mixed_precision]}"
     named = {"revision": config.revision, "variant": config.variant}
     which = ", ".join([repr(base), dtype, *(f"{key}={value!r}" for key, value in named.items() if value)])
-    if policy.trained is not None:
-        head = f"from align import families\n\npipe = families.load({which}).pipe"
-        return f"import torch\n{head}\n{policy.trained.usage(folder)}"
-    if locate(base) != base or families.reader(base) is not None:
-        loaded = f"families.tuned(families.load({which}), {folder!r})"
-        return f"import torch\nfrom align import families\n\npipe = {loaded}.pipe"
-    pipeline = type(family.pipe).__name__
+    if policy.trained is not None or locate(base) != base or families.reader(base) is not None:
+        loaded = f"families.load({which})"
+        if policy.trained is None:
+            loaded = f"families.tuned({loaded}, {folder!r})"
+        after = f"\n{policy.trained.usage(folder)}" if policy.trained is not None else ""
+        return f"import torch\nfrom align import families\n\npipe = {loaded}.pipe{after}"
+    pipeline, denoiser, name = type(family.pipe).__name__, type(family.denoiser).__name__, family.denoiser_name
     if policy.lora:
-        head = f"from diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained({which})"
-        return f"import torch\n{head}\npipe.load_lora_weights({folder!r})"
-    denoiser, name = type(family.denoiser).__name__, family.denoiser_name
+        head = f"import torch\nfrom diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained({which})"
+        return f"{head}\npipe.load_lora_weights({folder!r})"
     return (
         f"import torch\nfrom diffusers import {denoiser}, {pipeline}\n\n"
         f"{name} = {denoiser}.from_pretrained({folder!r}, subfolder={name!r}, {dtype})\n"
