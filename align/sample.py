@@ -81,18 +81,9 @@ def sample(config: Sample) -> Path:
     claim(config.output_dir)
     texts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     seeds = [config.seed + k for k in range(len(texts))]
-    images = generate.sample_images(
-        family.predict,
-        family,
-        texts,
-        seeds,
-        config.num_inference_steps,
-        config.guidance_scale,
-        config.batch_size,
-        config.resolution,
-        "draw",
-        noise.initial if noise else generate.as_drawn,
-    )
+    sampler = config.num_inference_steps, config.guidance_scale, config.batch_size, config.resolution
+    start = noise.initial if noise else generate.as_drawn
+    images = generate.sample_images(family.predict, family, texts, seeds, *sampler, "draw", start)
     gallery.save_folder(images, texts, seeds, config.output_dir)
     gallery.save_grid(images[:64], texts[:64], config.output_dir / "grid.png", min(8, max(4, config.images_per_prompt)))
     print(f"{len(texts)} pictures in {config.output_dir}")

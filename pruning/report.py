@@ -80,14 +80,8 @@ def _now(family: Family) -> float:
 def peak(source: str, settings: Reporting) -> int:
     """Bytes of memory at the peak of loading ``source`` and drawing one batch, in a process of its own: of the GPU
     where there is one, else all that the process holds, which for a small model is mostly libraries."""
-    words = [
-        sys.executable,
-        "-m",
-        "pruning.report",
-        source,
-        str(min(8, settings.batch_size)),
-        str(settings.num_inference_steps or 4),
-    ]
+    batch, steps = min(8, settings.batch_size), settings.num_inference_steps or 4
+    words = [sys.executable, "-m", "pruning.report", source, str(batch), str(steps)]
     output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return int(json.loads(output.splitlines()[-1])["peak"])
 

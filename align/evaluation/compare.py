@@ -140,20 +140,11 @@ def draw_and_compare(
 ) -> Compared:
     """Every model, by name, on ``bench``. Models come one by one, so a later may use up an earlier."""
     texts, seeds = texts_and_seeds(settings, bench.prompts)
+    sampler = settings.num_inference_steps, settings.guidance_scale, settings.batch_size
     images: dict[str, Tensor] = {}
     scores: dict[str, dict[str, np.ndarray]] = {}
     for name, family in models:
-        images[name] = generate.sample_images(
-            family.predict,
-            family,
-            texts,
-            seeds,
-            settings.num_inference_steps,
-            settings.guidance_scale,
-            settings.batch_size,
-            resolution,
-            name,
-        )
+        images[name] = generate.sample_images(family.predict, family, texts, seeds, *sampler, resolution, name)
         components = bench.rewards.components(images=images[name], prompts=texts)
         scores[name] = {reward: components[reward].double().numpy() for reward in bench.rewards.rewards}
     report = compare(scores, bench.tasks, settings.samples_per_prompt, settings.deciding_reward)

@@ -131,15 +131,8 @@ class RolloutWriter:
         folder, k, numbers = self.folder, self.record.images_per_prompt, ctx.sample_indices
         steps = range(self.sampler.num_inference_steps)
         with self.policy.family.autocast():
-            rollout = collect(
-                ctx,
-                self.sampler,
-                self.prompts.batch(prompts),
-                k,
-                steps,
-                shared_noise=self.record.shared_noise,
-                images=True,
-            )
+            batch, shared = self.prompts.batch(prompts), self.record.shared_noise
+            rollout = collect(ctx, self.sampler, batch, k, steps, shared_noise=shared, images=True)
         latents, log_probs = rollout.trajectories.latents, rollout.trajectories.log_probs
         images = rollout.images
         assert log_probs is not None and images is not None, "collect was asked for both"
