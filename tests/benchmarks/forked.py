@@ -1,0 +1,116 @@
+"""Our commands in processes of their own, forked from one that has the imports done: a hundred starts in a minute.
+
+The target is the real ``main`` of the command; only what ``python -m`` would do before it is skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import rewards  # isort: skip  first of all: it makes torchvision importable beside a CPU torch
+
+import bitsandbytes  # noqa: F401  what the commands import when they need it
+import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import scipy.stats  # noqa: F401
+import torch
+
+import align.evaluate
+import align.rollout
+import align.sample
+import align.train
+import align.training.trainer
+import pruning.compress
+import pruning.quantize
+import rewards.agree
+import rewards.score  # noqa: F401
+from tests import pipelines  # noqa: F401
+from tests.helpers import launch
+
+NOBODY = 65534
+
+
+def serve() -> None:
+    """Start the process that the others are forked from."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    get_context("forkserver").set_forkserver_preload([__name__, "tests.benchmarks.fault_cases"])
+    forkserver.ensure_running()
+
+
+def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """What a process does: ``arguments`` are a module and its command line. In its ``environment``, ``ERRORS`` is a
+    file or fifo for stderr and ``FOLDER`` where it runs; ``FILE_SIZE`` is the largest file that it may write, in bytes;
+    with ``PIPE`` nobody reads its stdout, and with ``NOBODY`` it has no rights that a user has not."""
+    os.environ.update(environment | {"HOME": environment["FOLDER"], "PYTHONUNBUFFERED": "1"})
+    os.dup2(os.open(environment["ERRORS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    reading, writing = os.pipe()
+    os.dup2(writing if "PIPE" in environment else os.open(os.devnull, os.O_WRONLY), 1)
+    os.close(reading)
+    os.close(writing)
+    for name in ("stdout", "stderr"):
+        number = 1 if name == "stdout" else 2
+        setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="backslashreplace"))
+    os.chdir(environment["FOLDER"])
+    sys.path.insert(0, environment["FOLDER"])  # as `python -m` has it
+    torch.set_num_threads(1)
+    if "FILE_SIZE" in environment:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(environment["FILE_SIZE"]),) * 2)
+    if "NOBODY" in environment and os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    main = importlib.import_module(arguments[0]).main
+    status = main(list(arguments[1:]))
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def start(arguments: Sequence[str], folder: Path, errors: Path, **environment: str) -> ForkServerProcess:
+    """:func:`command` as a process that runs in ``folder`` and whose stderr goes to ``errors``."""
+    return launch(arguments, command, FOLDER=str(folder), ERRORS=str(errors), **environment)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit status, None where it had to be killed; stderr; the seconds that it took."""
+
+    status: int | None
+    errors: str
+    seconds: float
+
+
+def run(arguments: Sequence[str], folder: Path, patience: float, **environment: str) -> Ended:
+    """The command, waited for, ``patience`` seconds at most. Its stderr is read by a fifo, which no limit on the size
+    of files can silence."""
+    begin, text = time.monotonic(), b""
+    with tempfile.TemporaryDirectory() as place:
+        fifo = Path(place) / "stderr"
+        os.mkfifo(fifo)
+        for path in (Path(place), fifo):
+            path.chmod(0o777)
+        end = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 2**20)
+        process = start(arguments, folder, fifo, **environment)
+        while process.is_alive() and time.monotonic() - begin < patience:
+            process.join(0.02)
+            with contextlib.suppress(BlockingIOError):
+                text += os.read(end, 2**20)
+        ended = not process.is_alive()
+        process.kill()
+        process.join()
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(end, 2**20)
+        os.close(end)
+    return Ended(process.exitcode if ended else None, text.decode(errors="replace"), time.monotonic() - begin)
