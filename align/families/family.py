@@ -26,7 +26,7 @@ from align.diffusion.kernels import Kernel
 from align.diffusion.process import Grid, Prediction, PredictionType, append_dims, upcast
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLING_FILE = "sampling.json"  # a folder may say which guidance and steps its pipeline was made for
@@ -165,10 +165,10 @@ class Family(ABC):
         """The diffusers scheduler that :meth:`grid` and a deterministic step are; the pipeline may have another."""
         return type(self.pipe.scheduler).__name__
 
-    @property
-    def scheduler_options(self) -> Mapping[str, Any]:
-        """What that scheduler's ``from_config(pipe.scheduler.config, ...)`` is told besides, to step as we do."""
-        return {}
+    @classmethod
+    def stock_scheduler(cls, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """The diffusers scheduler by which a stock pipeline that came with ``scheduler`` draws what we draw."""
+        return scheduler
 
     @property
     def resolution(self) -> int:
@@ -280,19 +280,6 @@ class Family(ABC):
             "pictures": family | {"vae": vae, "scaling": scaling},
             "captions": family | {"weights": weights, "tokenizers": tokenizers},
         }
-
-
-def require_latents(source: str, name: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """Raise :class:`Unsupported` unless the denoiser ``name`` takes and gives the latents of the VAE, by config."""
-    channels = vae.get("latent_channels")
-    taken, given = denoiser.get("in_channels", channels), denoiser.get("out_channels", channels)
-    if channels is not None and taken != channels:
-        raise Unsupported(
-            f"{source}: the {name} takes {taken} channels and the VAE gives {channels}; a model for inpainting, "
-            "editing or upscaling draws from more than a prompt; take the text-to-image model that it was made from"
-        )
-    if channels is not None and (given or taken) != channels:
-        raise Unsupported(f"{source}: the {name} gives {given} channels and the VAE takes {channels}")
 
 
 def _digest(value: object) -> str:

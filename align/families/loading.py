@@ -153,6 +153,11 @@ def reader(folder: Path | str) -> Any | None:
     return next((found for found in readers if found.reads(folder)), None)
 
 
+def stock_scheduler(pipe: DiffusionPipeline) -> Any:
+    """The scheduler with which the stock ``pipe`` draws what its family draws. Raises :class:`Unsupported`."""
+    return _family(type(pipe).__name__, type(pipe).__name__).stock_scheduler(pipe.scheduler)
+
+
 def of(pipe: DiffusionPipeline, source: str) -> Family:
     """The family of a pipeline that is loaded already. Raises :class:`Unsupported`."""
     return _family(type(pipe).__name__, source)(pipe, source)

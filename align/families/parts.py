@@ -194,8 +194,22 @@ def _require_possible(path: Path, content: object, key: str = "") -> None:
             _require_possible(path, item, str(name))
     elif isinstance(content, int | float) and not isinstance(content, bool):
         endless = content > _MOST and ("layers" in key or "timesteps" in key)
-        if not math.isfinite(content) or endless or (content <= 0 and key in ("scaling_factor", "num_train_timesteps")):
+        finite = math.isfinite(content) or key == "lambda_min_clipped"  # DPM++ says -inf for no bound
+        if not finite or endless or (content <= 0 and key in ("scaling_factor", "num_train_timesteps")):
             raise Unsupported(f"{path}: {key} is {content}, which no model has; get the file again")
+
+
+def require_latents(source: str, name: str, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Raise :class:`Unsupported` unless the denoiser ``name`` takes and gives the latents of the VAE, by config."""
+    channels = vae.get("latent_channels")
+    taken, given = denoiser.get("in_channels", channels), denoiser.get("out_channels", channels)
+    if channels is not None and taken != channels:
+        raise Unsupported(
+            f"{source}: the {name} takes {taken} channels and the VAE gives {channels}; a model for inpainting, "
+            "editing or upscaling draws from more than a prompt; take the text-to-image model that it was made from"
+        )
+    if channels is not None and (given or taken) != channels:
+        raise Unsupported(f"{source}: the {name} gives {given} channels and the VAE takes {channels}")
 
 
 # what was read

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from align.diffusion.kernels import DDIM, Kernel
 from align.diffusion.process import Grid, PredictionType
-from align.families.family import Conditioning, Family, Unsupported, require_latents
+from align.families.family import Conditioning, Family, Unsupported
+from align.families.parts import require_latents
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -25,7 +26,7 @@ class SD(Family):
     def __init__(self, pipe: StableDiffusionPipeline, source: str) -> None:
         super().__init__(pipe, source)
         _require_schedule(source, {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
-        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **self.scheduler_options)
+        self.scheduler = self.stock_scheduler(pipe.scheduler)
         cumprod = self.scheduler.alphas_cumprod
         if not bool(((cumprod >= 0) & (cumprod <= 1)).all() and (cumprod.diff() <= 0).all() and cumprod[0] > 0):
             raise Unsupported(f"{source}: scheduler/scheduler_config.json has betas that are no schedule of noise")
@@ -50,17 +51,17 @@ class SD(Family):
 
     @property
     def scheduler_name(self) -> str:
-        return DDIMScheduler.__name__
+        return type(self.scheduler).__name__
 
-    @property
-    def scheduler_options(self) -> Mapping[str, Any]:
-        """Clipping to [-1, 1] is for pixels. Between times that are spaced evenly up to both ends (``linspace``, the
-        default of Euler and DPM++) stock DDIM steps to other times than it asks at; SD's published spacing stands in.
-        """
+    @classmethod
+    def stock_scheduler(cls, scheduler: SchedulerMixin) -> DDIMScheduler:
+        """DDIM of the scheduler's config. Clipping to [-1, 1] is for pixels. Of times that are spaced up to both ends
+        (``linspace``, the default of Euler and DPM++) stock DDIM steps to others than it asks at: SD's published
+        spacing stands in."""
         options: dict[str, Any] = {"clip_sample": False, "thresholding": False}
-        if self.pipe.scheduler.config.get("timestep_spacing") == "linspace":
+        if scheduler.config.get("timestep_spacing") == "linspace":
             options |= {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
-        return options
+        return DDIMScheduler.from_config(scheduler.config, **options)
 
     @property
     def prediction_type(self) -> PredictionType:

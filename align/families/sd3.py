@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from align.common.errors import UserError
 from align.diffusion.kernels import FlowSDE, Kernel
 from align.diffusion.process import Grid, PredictionType
-from align.families.family import Conditioning, Family, Unsupported, require_latents
+from align.families.family import Conditioning, Family, Unsupported
+from align.families.parts import require_latents
 
 T5_TOKENS = 256  # StableDiffusion3Pipeline's own default for max_sequence_length
 
@@ -41,7 +42,7 @@ class SD3(Family):
     def __init__(self, pipe: StableDiffusion3Pipeline, source: str) -> None:
         super().__init__(pipe, source)
         _require_flow(source, {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **self.scheduler_options)
+        self.scheduler = self.stock_scheduler(pipe.scheduler)
         self.text_tokens = T5_TOKENS
         t5 = pipe.text_encoder_3
         if t5 is None or not t5.encoder.final_layer_norm.weight.any():
@@ -65,14 +66,16 @@ class SD3(Family):
 
     @property
     def scheduler_name(self) -> str:
-        return FlowMatchEulerDiscreteScheduler.__name__
+        return type(self.scheduler).__name__
 
-    @property
-    def scheduler_options(self) -> Mapping[str, Any]:
-        """DPM++ and UniPC on a flow call the shift ``flow_shift``; noise in the steps is the kernel's to add."""
-        config = self.pipe.scheduler.config
-        shift = {"shift": config["flow_shift"]} if config.get("flow_shift") is not None else {}
-        return shift | ({"stochastic_sampling": False} if config.get("stochastic_sampling") else {})
+    @classmethod
+    def stock_scheduler(cls, scheduler: SchedulerMixin) -> FlowMatchEulerDiscreteScheduler:
+        """Euler of the scheduler's config. DPM++ and UniPC on a flow call the shift ``flow_shift``; noise in the steps
+        is the kernel's to add."""
+        options: dict[str, Any] = {"stochastic_sampling": False}
+        if "flow_shift" in scheduler.config:
+            options["shift"] = scheduler.config["flow_shift"]
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **options)
 
     @property
     def kernel(self) -> Kernel:

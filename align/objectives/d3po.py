@@ -88,23 +88,18 @@ class D3PO(Objective, KeepsState):
 
     @property
     def trained_steps(self) -> int:
-        """Steps of each trajectory that are trained, where each has noise."""
+        """Steps of each trajectory that are trained, where each has noise; see :func:`count_trained`."""
         return count_trained(self.sampler, self.window, self.timestep_fraction)
-
-    def trained_steps_of(self, family: Family) -> int:
-        """Those of them that have noise on the schedule of ``family``."""
-        return count_trained(self.sampler, self.window, self.timestep_fraction, family)
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
         each, steps = self.sampler.evaluations(family), self.sampler.num_inference_steps
-        trained = self.trained_steps_of(family)
+        trained = count_trained(self.sampler, self.window, self.timestep_fraction, family)
         bound = self.beta * torch.log(torch.tensor((1 + self.clip_range) / (1 - self.clip_range))).item()
         notes = {
             "sampler": self.sampler.describe(family, trained),
             "sigmoid's argument": f"within {bound:.3g} of 0 (beta {self.beta:g}, clamp {self.clip_range:g})",
             "trained": "once an image where train_batch_size holds the pairs of a prompt, else once a chunk",
-            "people's labels": f"a sample is a pair: at most {2 * trained * each} trained evaluations each, none "
-            "frozen but the reference's, once for each image",
+            "people's labels": f"a sample is a pair: at most {2 * trained * each} evaluations, and the reference's once",
         }
         return Cost(trained * each, (steps + trained) * each, None, notes, sampling=steps * each)
 
@@ -113,8 +108,7 @@ class D3PO(Objective, KeepsState):
             if self.window:
                 raise UserError("window chooses steps of images to be drawn; of labelled ones timestep_fraction does")
             batch.require(self.sampler, ctx.policy.family)
-            trained = batch.trajectories.first_steps(self.trained_steps_of(ctx.policy.family))
-            return self.rows_of(ctx, trained, batch.pairs, {}, batch.names)
+            return self.rows_of(ctx, batch.trajectories.first_steps(self.trained_steps), batch.pairs, {}, batch.names)
         window = self.window.steps(self.sampler.num_inference_steps, ctx.seed, ctx.step) if self.window else None
         keep = range(self.trained_steps) if window is None else window
         rollout = collect(ctx, self.sampler, batch, self.images_per_prompt, keep, window, self.shared_noise)

@@ -101,12 +101,8 @@ class PolicyGradient(Objective, KeepsState):
 
     @property
     def trained_steps(self) -> int:
-        """Steps of each image that are trained, where each has noise."""
+        """Steps of each image that are trained, where each has noise; see :func:`count_trained`."""
         return count_trained(self.sampler, self.window, self.timestep_fraction)
-
-    def trained_steps_of(self, family: Family) -> int:
-        """Those of them that have noise on the schedule of ``family``."""
-        return count_trained(self.sampler, self.window, self.timestep_fraction, family)
 
     @property
     def keeps_means(self) -> bool:  # of the steps as they were drawn
@@ -114,7 +110,7 @@ class PolicyGradient(Objective, KeepsState):
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
         size, each = math.prod(family.latent_shape(resolution)), self.sampler.evaluations(family)
-        rows = self.trained_steps_of(family)
+        rows = count_trained(self.sampler, self.window, self.timestep_fraction, family)
         frozen = (self.sampler.num_inference_steps + (rows if self.beta else 0)) * each
         nats = self.clip_range * (size if self.reduction == "mean" else 1)
         clip = f"{self.clip_range:g} ({self.reduction} over D={size}) = {nats:.3g} nats of a step's density"
