@@ -185,7 +185,10 @@ class Family(ABC):
         """(C, h, w) of one latent for a square picture of ``resolution`` pixels."""
         side = resolution or self.resolution
         if side % self.pipe.vae_scale_factor:
-            raise ValueError(f"resolution {side} is not a multiple of {self.pipe.vae_scale_factor}")
+            step = self.pipe.vae_scale_factor
+            raise UserError(
+                f"resolution: {side} is no multiple of {step}; the nearest is {max(1, round(side / step)) * step}"
+            )
         side //= self.pipe.vae_scale_factor
         return (self.denoiser.config.in_channels, side, side)
 

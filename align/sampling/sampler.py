@@ -98,9 +98,14 @@ class Sampler:
     keep_on: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps < 1 or self.batch_size < 1:
-            got = f"{self.num_inference_steps} and {self.batch_size}"
-            raise ValueError(f"sampler: num_inference_steps and batch_size must be at least 1, got {got}")
+        if not 1 <= self.num_inference_steps <= 1000:  # no schedule of a model has more
+            raise ValueError(
+                f"sampler: num_inference_steps must lie between 1 and 1000, got {self.num_inference_steps}"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"sampler: batch_size must be at least 1, got {self.batch_size}")
+        if self.guidance_scale is not None and self.guidance_scale < 0:
+            raise ValueError(f"sampler: guidance_scale must be at least 0, got {self.guidance_scale}")
 
     def kernel_of(self, family: Family) -> Kernel:
         if isinstance(self.kernel, FlowSDE) and family.prediction_type != "flow_prediction":

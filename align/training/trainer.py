@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -90,8 +91,10 @@ class Trainer:
         """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
         config, accelerator = self.config, self.accelerator
         source = self.folder.find(config.resume_from_checkpoint)
-        if accelerator.is_main_process:
-            self.folder.claim(resumed=source is not None)  # first of all: encoding a data set may take hours
+        if source is not None:
+            self.folder.require_same(source, self._settings())
+        if accelerator.is_main_process:  # first of all: encoding a data set may take hours
+            self.folder.claim(source is not None, config.overwrite_output_dir, self.family.denoiser_name)
         ranks = accelerator.process_index, accelerator.num_processes
         setup = Setup(self.family, config.seed, *ranks, accelerator.is_main_process, accelerator.wait_for_everyone)
         self.data = config.data.prepare(setup)
@@ -158,6 +161,7 @@ class Trainer:
             weights = self.policy.save(self.folder.path)
             self.folder.card(self.config, self.policy, self.sizes.describe(self.policy), self.step, held_out)
             print(f"saved {weights}")
+        accelerator.wait_for_everyone()  # one that leaves early takes the others' connections with it
         accelerator.end_training()
         return self.folder.path
 
@@ -280,6 +284,10 @@ class Trainer:
             self.folder.checkpoint(self._parts(), state, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
+    def _settings(self) -> dict[str, Any]:
+        rows = self.sizes.update * self.accelerator.num_processes
+        return (yaml.safe_load(self.resolved) or {}) | {"rows of an update": rows}
+
     def _parts(self) -> Parts:
         return Parts(self.policy, self.optimizer, self.scheduler, self.accelerator.scaler)
 
@@ -288,6 +296,7 @@ class Trainer:
             "step": self.step,
             "rollouts": self.rollouts,
             "evaluations": dict(self.policy.evaluations),
+            "settings": self._settings(),
             "objective": self.config.objective.state() if isinstance(self.config.objective, KeepsState) else {},
         }
 
