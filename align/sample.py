@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from align import families
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
@@ -24,6 +22,7 @@ from align.data.prompts import read_prompts
 from align.evaluation import gallery
 from align.policy.initial_noise import InitialNoise
 from align.sampling import generate
+from rewards.common.device import pick_device
 from rewards.common.files import claim
 
 
@@ -74,8 +73,7 @@ def sample(config: Sample) -> Path:
     for prompt in prompts if noise else []:
         noise.number(prompt)  # type: ignore[union-attr]  # none of the pictures may quietly start elsewhere
     source = config.pretrained_model_name_or_path or (noise.source if noise else "shapes-sd")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    family = families.load(source, families.DTYPES[config.mixed_precision], device)
+    family = families.load(source, families.DTYPES[config.mixed_precision], pick_device(config.device))
     if noise:
         noise.check(family, config.resolution)
     if config.weights is not None:
@@ -83,18 +81,9 @@ def sample(config: Sample) -> Path:
     claim(config.output_dir)
     texts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
     seeds = [config.seed + k for k in range(len(texts))]
-    images = generate.sample_images(
-        family.predict,
-        family,
-        texts,
-        seeds,
-        config.num_inference_steps,
-        config.guidance_scale,
-        config.batch_size,
-        config.resolution,
-        "draw",
-        noise.initial if noise else generate.as_drawn,
-    )
+    sampler = config.num_inference_steps, config.guidance_scale, config.batch_size, config.resolution
+    start = noise.initial if noise else generate.as_drawn
+    images = generate.sample_images(family.predict, family, texts, seeds, *sampler, "draw", start)
     gallery.save_folder(images, texts, seeds, config.output_dir)
     gallery.save_grid(images[:64], texts[:64], config.output_dir / "grid.png", min(8, max(4, config.images_per_prompt)))
     print(f"{len(texts)} pictures in {config.output_dir}")

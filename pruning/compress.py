@@ -88,7 +88,7 @@ def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
 def _save(config: Compress, pipe: Any, name: str, what: str, details: str = "", *, whole: bool = False) -> None:
     """Keep the pipeline ``name``, which is ``what``, with its card; ``whole`` is one that no plan applies to."""
     plan = None if whole else Plan.load(config.at("plan.json"))
-    text = card(config.pretrained_model_name_or_path, plan, what) + details
+    text = card(config.pretrained_model_name_or_path, plan, what, config.at(name), DTYPES[config.dtype], details)
     save_pipeline(pipe, config.at(name), sampling_settings(config.source) | {"README.md": text})
 
 
@@ -162,7 +162,7 @@ def _heal(config: Compress, *, before: str, run: str, after: str) -> None:
         pipe.to(dtype)
     else:
         pipe.register_modules(**{name: load(folder / name, dtype)})
-    _save(config, pipe, after, f"{before}, then healed by `{config.healing()[run]}`")
+    _save(config, pipe, after, f"{before}, then healed by {config.healing()[run]}")
     shutil.rmtree(folder / name, ignore_errors=True)  # the healed pipeline has the same weights
 
 
@@ -200,8 +200,7 @@ def _quantize(config: Compress, source: str, name: str) -> None:
         _all_named(config, models)  # what is pruned may lack what an entry names
     reports = [str(quantize(model, settings_for(model, config.quantize))) for model in models]
     print(*(text.splitlines()[0] for text in reports), sep="\n")
-    told = "\n".join(["", "```", *reports, "```", ""])
-    _save(config, pipe, name, "4-bit NF4 weights (bitsandbytes)", told, whole=whole)
+    _save(config, pipe, name, "4-bit NF4 weights (bitsandbytes)", "\n".join(reports), whole=whole)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
 import os
 import sys
@@ -32,12 +31,12 @@ from tqdm import tqdm
 
 from rewards.common.command import OldName, add_reading_options, check_at_least, new_parser, status
 from rewards.common.errors import RewardError
-from rewards.common.files import atomic, write_text
+from rewards.common.files import atomic, sweep, write_text
 from rewards.config import parse_rewards
 from rewards.data.formats import open_input
 from rewards.data.images import ImageSource
 from rewards.scoring.engine import ScoringEngine, open_scorer
-from rewards.scoring.gallery import Shown, page
+from rewards.scoring.gallery import gallery
 from rewards.scoring.loader import shard_sizes
 from rewards.scoring.output import BadRows, ScoreShards, wait_for, write_bad
 
@@ -70,30 +69,6 @@ def summarise(shards: ScoreShards, count: int, rewards: Sequence[str], bad: BadR
             spread = {"mean": float(values.mean()), "std": float(values.std()), "quantiles": quantiles}
             figures[name] = {"count": len(values), **spread}
     return {"rewards": figures, "bad": [bad[row] for row in sorted(bad)], "settings": shards.settings}
-
-
-def gallery(
-    shards: ScoreShards, count: int, source: ImageSource, rewards: Sequence[str], bad: BadRows, size: int
-) -> str:
-    """The page with the ``size`` best and, of the others, the ``size`` worst pictures by the first reward."""
-    import pyarrow as pa
-
-    order = rewards[0]
-    table = pa.concat_tables([shards.read(n) for n in range(count)])
-    numbers = [n for n in range(table.num_rows + len(bad)) if n not in bad]
-    ranked = np.argsort(-table[order].to_numpy(), kind="stable").tolist()
-    parts = {"best": ranked[:size], "worst": ranked[size:][-size:][::-1]}
-    wanted = {numbers[place]: place for places in parts.values() for place in places}
-    shown = {}
-    for number, row in enumerate(itertools.islice(source.rows(wanted.__contains__), max(wanted) + 1)):
-        if row is not None:
-            cells = {name: column[0] for name, column in table.slice(wanted[number], 1).to_pydict().items()}
-            scores = {name: cells[name] for name in rewards}
-            shown[wanted[number]] = Shown(cells["file"], cells["prompt"], scores, row.read())
-    return page(
-        f"{table.num_rows} images by {order}",
-        {f"{len(places)} {name}": [shown[place] for place in places] for name, places in parts.items() if places},
-    )
 
 
 # The command
@@ -150,7 +125,7 @@ def _finish(
     bad_file: Path,
 ) -> int:
     """All shards are there: the list of bad files, the gallery, the summary, and the table if there is to be one."""
-    shards.sweep()
+    sweep(shards.folder, "scores-*")
     output = Path(arguments.output)
     single = shards.folder != output
     bad = shards.bad(range(count))
@@ -188,7 +163,7 @@ def _merge(shards: ScoreShards, count: int, output: Path) -> None:
 def _clear(shards: ScoreShards) -> None:
     for path in shards.folder.glob("scores-*.parquet"):
         path.unlink()
-    shards.sweep()
+    sweep(shards.folder, "scores-*")
     shards.folder.rmdir()
 
 

@@ -145,8 +145,9 @@ class InitialNoise(Trained):
         return write(folder / NOISE_FILE, self, mean, log_std.exp())
 
     @classmethod
-    def load(cls, path: Path) -> InitialNoise:
+    def load(cls, path: Path | str) -> InitialNoise:
         """What :meth:`save` wrote. Raises :class:`UserError` for any other file."""
+        path = Path(path)
         path = path / NOISE_FILE if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"no noise at {path}; expected the {NOISE_FILE} of a FIND run, or its folder")
@@ -178,15 +179,14 @@ class InitialNoise(Trained):
         if wrong:
             raise UserError(f"this noise was learned for {'; '.join(wrong)}: noise does not carry over, learn it anew")
 
-    def card(self, pipeline: str) -> str:
-        """How a stock pipeline uses the file."""
-        return f'''from diffusers import {pipeline}, {self.scheduler}
-from align.policy.initial_noise import InitialNoise
+    def usage(self, folder: str) -> str:
+        prompt = repr(self.prompts[0])
+        return f"""from align.policy.initial_noise import InitialNoise
+from diffusers import {self.scheduler}
 
-pipe = {pipeline}.from_pretrained("{self.source}")
 pipe.scheduler = {self.scheduler}.from_config(pipe.scheduler.config)
-noise = InitialNoise.load("{NOISE_FILE}")
-pipe({self.prompts[0]!r}, latents=noise.latents(pipe, {self.prompts[0]!r}, seeds=[0])).images[0].save("0.png")'''
+noise = InitialNoise.load({folder!r})
+pipe({prompt}, latents=noise.latents(pipe, {prompt}, seeds=[0])).images[0].save("0.png")"""
 
     def latents(self, pipe: object, prompt: str, seeds: Sequence[int]) -> Tensor:
         """(len(seeds), C, h, w) drawn for ``prompt``, for the argument ``latents`` of a stock diffusers pipeline."""

@@ -16,6 +16,7 @@ from align.common.errors import UserError
 from align.families import LORA_FILE, Family, LoRAFile, read_lora
 from align.policy.lora import LoRA
 from align.policy.weights import Weights
+from rewards.common.files import atomic
 
 
 class LoRAWeights(Weights):
@@ -158,13 +159,14 @@ class LoRAWeights(Weights):
             b.zero_()
             a[:rank], b[:, :rank] = root[:, None] * vh[:rank], u[:, :rank] * root
 
-    def write(self, folder: Path) -> str:
+    def save(self, folder: Path) -> Path:
         """``pytorch_lora_weights.safetensors`` with rank and alpha in its metadata, for ``load_lora_weights``."""
-        name = self.family.denoiser_name
-        layers = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.denoiser).items()}
-        arguments = {
-            f"{name}_lora_layers": layers,
-            f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
-        }
-        type(self.family.pipe).save_lora_weights(folder, **arguments)
-        return LORA_FILE
+        name, target = self.family.denoiser_name, folder / LORA_FILE
+        with self.ema_scope(), atomic(target) as draft:
+            layers = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.denoiser).items()}
+            arguments = {
+                f"{name}_lora_layers": layers,
+                f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
+            }
+            type(self.family.pipe).save_lora_weights(draft.parent, weight_name=draft.name, **arguments)
+        return target

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from accelerate import Accelerator
-from huggingface_hub import ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.common.errors import UserError
 from align.common.provenance import provenance
-from align.policy.policy import Policy
 from align.training.checkpoint import MEMORY, STATE
-from rewards.common.files import claim, write_text
+from align.training.model_card import run_card
+from rewards.common.files import atomic, claim, discard, sweep, write_text
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from align.policy.policy import Policy
     from align.training.config import TrainConfig
 
 
@@ -43,8 +43,7 @@ class RunFolder:
 
     def start(self, resolved: str, resumed: bool) -> None:
         """The first files of a run; one that is not resumed clears the metrics."""
-        for leftover in self.path.glob("checkpoint-*.tmp"):
-            shutil.rmtree(leftover)
+        sweep(self.path)
         if not resumed:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
         write_text(self.path / "config.yaml", resolved)
@@ -91,28 +90,25 @@ class RunFolder:
         )
 
     def checkpoint(self, accelerator: Accelerator, state: dict[str, Any], limit: int | None) -> None:
-        """Save under a temporary name and rename, so that a kill at any moment leaves whole checkpoints only."""
-        final = self.path / f"checkpoint-{state['step']}"
-        temporary = final.with_name(final.name + ".tmp")
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            memory = {k: v.contiguous() for k, v in state["objective"].items() if isinstance(v, Tensor)}
-            if memory:
-                save_file(memory, temporary / MEMORY)
-            small = {k: v for k, v in state["objective"].items() if k not in memory}
-            write_text(temporary / STATE, json.dumps(state | {"objective": small}))
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
+        """Save what :meth:`restore` reads, whole or not at all, and keep the newest ``limit`` checkpoints."""
+        from accelerate.utils import broadcast_object_list
+
+        main, final = accelerator.is_main_process, self.path / f"checkpoint-{state['step']}"
+        with atomic(final) if main else nullcontext(final) as draft:
+            if main:
+                draft.mkdir()
+            folder = broadcast_object_list([str(draft)])[0]  # the name bears the main process's number
+            accelerator.save_state(folder)
+            accelerator.wait_for_everyone()
+            if main:
+                memory = {k: v.contiguous() for k, v in state["objective"].items() if isinstance(v, Tensor)}
+                if memory:
+                    save_file(memory, draft / MEMORY)
+                small = {k: v for k, v in state["objective"].items() if k not in memory}
+                write_text(draft / STATE, json.dumps(state | {"objective": small}))
+        if main:
             for old in self.checkpoints()[: -limit if limit else 0]:
-                doomed = old.with_name(old.name + ".tmp")  # a kill while deleting must not leave half a checkpoint
-                os.replace(old, doomed)
-                shutil.rmtree(doomed)
+                discard(old)
         accelerator.wait_for_everyone()
 
     def restore(self, accelerator: Accelerator, source: Path) -> dict[str, Any]:
@@ -124,47 +120,17 @@ class RunFolder:
 
     # what the run leaves
     def card(self, config: TrainConfig, policy: Policy, plan: str, steps: int, held_out: dict[str, float]) -> None:
-        """A model card: objective and its numbers, data, base model, seed, held-out scores, load snippet."""
-        family, objective = policy.family, type(config.objective).__name__
-        pipeline = type(family.pipe).__name__
-        base = config.pretrained_model_name_or_path
-        kind = "LoRA" if policy.lora else f"`{family.denoiser_name}`"
-        start = f'pipe = {pipeline}.from_pretrained("{base}"'
-        if policy.trained is not None:
-            kind, load = "initial noise", policy.trained.card(pipeline)
-        elif policy.lora:
-            load = f'from diffusers import {pipeline}\n\n{start})\npipe.load_lora_weights("{self.path.name}")'
-        else:
-            denoiser, name = type(family.denoiser).__name__, family.denoiser_name
-            load = (
-                f"from diffusers import {denoiser}, {pipeline}\n\n"
-                f'{name} = {denoiser}.from_pretrained("{self.path.name}", subfolder="{name}")\n{start}, {name}={name})'
-            )
-        scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in held_out.items())
-        table = f"\n## Held-out data, after training\n\n| metric | value |\n|---|---|\n{scores}\n" if held_out else ""
-        resolved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8") or "{}") or {}
-        numbers = yaml.safe_dump(resolved.get("objective", {}), sort_keys=False)
-        text = f"""# {objective} {kind} of {base}
+        """Write the model card, see :func:`align.training.model_card.run_card`."""
+        card = run_card(config, policy, _resolved(self.path), plan, steps, held_out)
+        write_text(self.path / "README.md", card.text())
 
-Made by t2i-align on `{getattr(config.data, "path", type(config.data).__name__)}`, {steps} steps, seed {config.seed}.
 
-```
-{plan}
-```
+def _resolved(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
 
-```yaml
-{numbers}```
-{table}
-## Load
 
-```python
-{load}
-```
-
-`config.yaml` in this folder reruns the training; `run.json` has the versions and the commit.
-"""
-        tags = ["diffusers", "diffusers-training", "text-to-image", objective.lower()] + ["lora"] * bool(policy.lora)
-        data = ModelCardData(
-            base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags, license="other"
-        )
-        write_text(self.path / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}")
+def base_of(folder: Path) -> str:
+    """The model that the run in ``folder`` started from. Raises :class:`UserError`."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run folder (no config.yaml); say which model to compare with: --base MODEL")
+    return str(_resolved(folder)["pretrained_model_name_or_path"])

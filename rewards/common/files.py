@@ -22,28 +22,37 @@ def atomic(path: Path) -> Iterator[Path]:
     machine for dead gives its work to another one. A folder in the place of a draft that is one is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    discard(draft)  # of an earlier process of this number
+    draft, old = _draft(path), _draft(path, "old.tmp")
+    for leftover in (draft, old):  # of an earlier process of this number
+        discard(leftover)
     try:
         yield draft
         if draft.is_dir() and path.is_dir():
-            shutil.rmtree(path)
+            path.replace(old)
         draft.replace(path)
+        discard(old)
     finally:
         discard(draft)
 
 
+def _draft(path: Path, kind: str = "tmp") -> Path:
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.{kind}")
+
+
 def discard(path: Path) -> None:
-    """Take away a file or a whole folder, where there is one."""
+    """Take away a file or a whole folder, where there is one: a folder by another name, so that a kill in the midst
+    leaves no half of it under its own."""
     if path.is_dir():
-        shutil.rmtree(path)
+        doomed = path if path.suffix == ".tmp" else path.replace(_draft(path, "old.tmp"))
+        shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Take away the drafts that killed processes have left in a folder that one process writes."""
-    for draft in folder.glob("*.tmp"):
+def sweep(folder: Path, of: str = "*") -> None:
+    """Take away the drafts, of files named like ``of``, that killed processes have left in a folder that one process
+    writes."""
+    for draft in folder.glob(f".{of}.tmp"):
         discard(draft)
 
 

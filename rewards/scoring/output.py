@@ -63,11 +63,6 @@ class ScoreShards:
         """The shards to leave as they are; with ``retry_bad``, those that have unreadable files are not among them."""
         return {number for number in self.whole() if not (retry_bad and self._bad(number))}
 
-    def sweep(self) -> None:
-        """Take away the drafts that killed processes have left."""
-        for path in self.folder.glob(".scores-*.tmp"):
-            path.unlink(missing_ok=True)
-
     def write(self, number: int, table: pa.Table, bad: BadRows) -> None:
         import pyarrow.parquet as pq
 
