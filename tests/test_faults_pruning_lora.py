@@ -85,9 +85,7 @@ def given(form: str, forms: Mapping[str, Path], pipe: Any) -> Any:
     return read_lora(forms[form], pipe) if form in ("peft", "kohya") else forms[form]
 
 
-@pytest.mark.parametrize(
-    "form", ["folder", "file", "peft", "kohya", "tensors with alpha", "older tensors with alpha"]
-)
+@pytest.mark.parametrize("form", ["folder", "file", "peft", "kohya", "tensors with alpha", "older tensors with alpha"])
 def test_a_remapped_lora_moves_the_pruned_model_as_it_moved_the_whole(
     form: str, forms: dict[str, Path], pipe: StableDiffusion3Pipeline
 ) -> None:
@@ -121,9 +119,7 @@ def test_every_form_is_merged_at_its_strength(
     assert type(pipe.transformer.transformer_blocks[1].attn.to_q) is nn.Linear
     after = pipe.transformer.state_dict()
     for name, delta in deltas(forms["file"]).items():
-        torch.testing.assert_close(
-            after[f"{name}.weight"] - before[f"{name}.weight"], delta, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(after[f"{name}.weight"] - before[f"{name}.weight"], delta, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["nowhere", "empty", "several", "pickle", "cut", "NaN", "other model"])
