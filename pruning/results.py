@@ -27,7 +27,7 @@ from rewards.common.files import discard, write_text
 if TYPE_CHECKING:
     from pruning.settings import Compress, Stage
 
-Recipe = Mapping[str, Any]
+Recipe = dict[str, Any]
 RECORD = "stages.json"
 FILES: dict[str, tuple[str, ...]] = {  # of each result, in the order in which they are made
     "merged": ("merged",),
