@@ -245,7 +245,7 @@ def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:
     except TypeError as error:
         raise RewardError(f"reward {name!r}: {error}; its arguments are {signature}") from error
     try:
-        reward = cls(**arguments)
+        reward: Any = cls(**arguments)
         sound = isinstance(reward, Reward)
     except UserError:
         raise

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from rewards.common.errors import RewardError
+from rewards.common.files import fingerprint
 
 EXPECTED = "expected NAME, NAME:KEY=VALUE,KEY=VALUE or '{name: NAME, weight: 1, label: LABEL, args: {KEY: VALUE}}'"
 TAKEN = ("file", "prompt", "total")  # names of other columns beside the rewards'
@@ -54,8 +55,11 @@ class RewardConfig:
         return {key: _secret(self.title, key, value) if is_secret(key) else value for key, value in self.args.items()}
 
     def settings(self) -> dict[str, Any]:
-        """What the scores depend on: a token authorises, it changes none."""
-        return {"name": self.name, "args": {key: value for key, value in self.args.items() if not is_secret(key)}}
+        """What the scores depend on, with the :func:`fingerprint` of files; a token authorises, it changes none."""
+        args = {key: value for key, value in self.args.items() if not is_secret(key)}
+        paths = {key: Path(value).expanduser() for key, value in args.items() if isinstance(value, str) and value}
+        files = {key: fingerprint(path) for key, path in paths.items() if _exists(path)}
+        return {"name": self.name, "args": args} | ({"files": files} if files else {})
 
     def record(self) -> dict[str, Any]:
         """What may be written down of it, with its place in a sum."""
@@ -116,7 +120,14 @@ def _read(entry: Named) -> list[RewardConfig]:
         raise RewardError(f"--reward {entry} has {keys}; {EXPECTED}")
     values = {key: value for key, value in content.items() if value is not None}
     number = int | float
-    types = {"name": str, "label": str, "args": dict, "weight": number, "normalize": list, "timeout": number}
+    types: dict[str, Any] = {
+        "name": str,
+        "label": str,
+        "args": dict,
+        "weight": number,
+        "normalize": list,
+        "timeout": number,
+    }
     sound = all(isinstance(value, types[key]) and not isinstance(value, bool) for key, value in values.items())
     if not sound or not values.get("name") or values.get("label") == "":
         raise RewardError(f"--reward {entry}: {EXPECTED}")
@@ -156,6 +167,13 @@ def without_secrets(content: Any) -> Any:
             for key, value in content.items()
         }
     return [without_secrets(item) for item in content] if isinstance(content, list) else content
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a long text, a NUL
+        return False
 
 
 def _secret(title: str, key: str, value: Any) -> Any:

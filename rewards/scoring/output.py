@@ -88,7 +88,8 @@ def write_bad(path: Path, bad: BadRows) -> None:
 
 
 def wait_for(shards: ScoreShards, count: int, patience: float) -> None:
-    """Until shards 0 .. count - 1 are there. ``RewardError`` where none has been added for ``patience`` seconds."""
+    """Until shards 0 .. count - 1 are there. ``RewardError`` where none has been added for ``patience`` seconds, of
+    which there are none where no other process writes."""
     missing, since = set(range(count)) - shards.whole(), time.monotonic()
     while missing:
         time.sleep(0.05)
@@ -97,6 +98,7 @@ def wait_for(shards: ScoreShards, count: int, patience: float) -> None:
             missing, since = left, time.monotonic()
         elif time.monotonic() - since > patience:
             raise RewardError(
-                f"{len(missing)} shards of other processes, the first {shards.path(min(missing)).name}, have not come "
-                f"within {patience:g} s; run the command again to score what is missing"
+                f"{len(missing)} shards, the first {shards.path(min(missing))}, "
+                + (f"have not come from other processes within {patience:g} s" if patience else "have gone since")
+                + "; run the command again to score what is missing"
             )
