@@ -34,6 +34,7 @@ class BatchPlan:
     config: TrainConfig
     family: Family
     world: int
+    precision: str = "no"  # in words
 
     @property
     def group(self) -> int:
@@ -97,6 +98,7 @@ class BatchPlan:
             "model": f"{config.pretrained_model_name_or_path} ({type(self.family).__name__}, "
             f"{self.family.prediction_type})",
             "objective": type(config.objective).__name__,
+            "mixed precision": self.precision,
             "samples per rollout": f"{samples // self.group} items x {self.group} = {samples}, over {world} processes",
             "rows per update": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated "
             f"x {world} processes = {update}",

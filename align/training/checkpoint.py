@@ -1,48 +1,137 @@
-"""Checkpoints of the trained parameters alone."""
+"""Checkpoints: what a resumed run needs, the trained weights and no frozen one, as JSON and safetensors. Nothing in one
+is unpickled, and every number in it comes back to the bit.
+
+| file | holds |
+|---|---|
+| ``state.json`` | step, rollouts, the settings of the run, what an objective remembers, the optimizer's plain numbers |
+| ``trained.safetensors`` | the trained parameters; ``ema-`` and ``reference-`` before it: their average and anchor |
+| ``optimizer.safetensors`` | the moments, as ``PARAMETER.NAME`` |
+| ``objective.safetensors`` | tensors that an objective remembers |
+
+There is no state of random generators: every draw is keyed by (seed, purpose, step, position).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from align.common.errors import UserError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torch import Tensor
-
     from align.policy.policy import Policy
 
-WEIGHTS = "trained.safetensors"
-STATE = "state.json"
-MEMORY = "objective.safetensors"
+STATE, WEIGHTS = "state.json", "trained.safetensors"
+OPTIMIZER, MEMORY = "optimizer.safetensors", "objective.safetensors"
+OLD_OPTIMIZER, OLD_SCHEDULER, OLD_SCALER = "optimizer.bin", "custom_checkpoint_0.pkl", "scaler.pt"  # of version 0.1
 
 
-def slim_checkpoints(accelerator: Accelerator, policy: Policy) -> None:
-    """Have ``accelerator.save_state`` keep the trained parameters only, as safetensors, and no frozen weight."""
+@dataclass(frozen=True)
+class Parts:
+    """What has a state of its own, as accelerate has prepared it."""
 
-    def beside() -> dict[str, list[Tensor]]:
+    policy: Policy
+    optimizer: Any
+    scheduler: Any
+    scaler: Any  # fp16's; None elsewhere
+
+    def beside(self) -> dict[str, list[Tensor]]:
         """Other values of the trained parameters, by the file that keeps them."""
-        average = policy.ema.shadow_params if policy.ema is not None else None
-        return {f"{n}-{WEIGHTS}": v for n, v in (("ema", average), ("reference", policy.ref_params)) if v is not None}
+        average = self.policy.ema.shadow_params if self.policy.ema is not None else None
+        values = (("ema", average), ("reference", self.policy.ref_params))
+        return {f"{name}-{WEIGHTS}": tensors for name, tensors in values if tensors is not None}
 
-    def save(models: list[Any], weights: list[Any], folder: str) -> None:
-        weights.clear()
-        if accelerator.is_main_process:
-            save_file(policy.state(), Path(folder) / WEIGHTS)
-            for name, values in beside().items():
-                save_file({str(k): p.cpu().contiguous() for k, p in enumerate(values)}, Path(folder) / name)
 
-    def load(models: list[Any], folder: str) -> None:
-        models.clear()
-        policy.load_state(load_file(Path(folder) / WEIGHTS))
-        for name, values in beside().items():
-            saved = load_file(Path(folder) / name)
+def write(folder: Path, parts: Parts, state: Mapping[str, Any]) -> None:
+    """Write the files of a checkpoint into ``folder``, which is there and empty."""
+    save_file(parts.policy.state(), folder / WEIGHTS)
+    for name, values in parts.beside().items():
+        save_file({str(k): p.cpu().contiguous() for k, p in enumerate(values)}, folder / name)
+    optimizer = parts.optimizer.state_dict()
+    moments: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
+    for k, entries in optimizer["state"].items():
+        for name, value in entries.items():
+            (moments if isinstance(value, Tensor) else numbers)[f"{k}.{name}"] = value
+    save_file({name: value.cpu().contiguous() for name, value in moments.items()}, folder / OPTIMIZER)
+    memory = {k: v.cpu().contiguous() for k, v in state["objective"].items() if isinstance(v, Tensor)}
+    if memory:
+        save_file(memory, folder / MEMORY)
+    plain = {
+        **state,
+        "objective": {k: v for k, v in state["objective"].items() if k not in memory},
+        "optimizer": {"groups": optimizer["param_groups"], "numbers": numbers},
+        "scheduler": parts.scheduler.state_dict(),
+        "scaler": parts.scaler.state_dict() if parts.scaler is not None else {},
+    }
+    (folder / STATE).write_text(json.dumps(plain), encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The state in a checkpoint, all of whose files have been opened. Raises :class:`UserError` saying what is wrong
+    with it."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} holds a {type(state).__name__}, not an object")
+        for name in ("step", "rollouts"):
+            if type(state.get(name)) is not int or state[name] < 0:
+                raise ValueError(f"{STATE}: {name} is {state.get(name)!r}, not a count")
+        wanted = {"evaluations": dict, "objective": dict}
+        if wrong := [name for name, kind in wanted.items() if not isinstance(state.get(name), kind)]:
+            raise ValueError(f"{STATE}: {wrong[0]} is missing or of another kind")
+        if not (folder / OLD_OPTIMIZER).is_file() and not (folder / OPTIMIZER).is_file():
+            raise ValueError(f"there is no {OPTIMIZER}")
+        for path in [folder / WEIGHTS, *folder.glob("*.safetensors")]:
+            with safe_open(path, "pt") as file:
+                file.keys()
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{folder} is no whole checkpoint: {error}") from error
+    return state
+
+
+@torch.no_grad()
+def load(folder: Path, parts: Parts) -> dict[str, Any]:
+    """Give ``parts`` back what :func:`write` kept, and return the state. Raises :class:`UserError`."""
+    state = read(folder)
+    try:
+        parts.policy.load_state(load_file(folder / WEIGHTS))
+        for name, values in parts.beside().items():
+            saved = load_file(folder / name)
             for k, parameter in enumerate(values):
                 parameter.copy_(saved[str(k)])
-        if policy.ema is not None:
-            policy.ema.optimization_step = json.loads((Path(folder) / STATE).read_text())["step"]
+        if parts.policy.ema is not None:
+            parts.policy.ema.optimization_step = state["step"]
+        old = not (folder / OPTIMIZER).is_file()
+        parts.optimizer.load_state_dict(_old(folder / OLD_OPTIMIZER) if old else _optimizer(folder, state))
+        parts.scheduler.load_state_dict(_old(folder / OLD_SCHEDULER) if old else state["scheduler"])
+        if parts.scaler is not None:
+            parts.scaler.load_state_dict(_old(folder / OLD_SCALER) if old else state["scaler"])
+        if (folder / MEMORY).is_file():
+            state["objective"] |= load_file(folder / MEMORY)
+    except UserError:
+        raise
+    except Exception as error:  # torch's, accelerate's and an objective's for what does not fit
+        raise UserError(f"{folder} does not fit this run: {error or type(error).__name__}") from error
+    return state
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+
+def _optimizer(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in {**load_file(folder / OPTIMIZER), **state["optimizer"]["numbers"]}.items():
+        number, _, name = key.partition(".")
+        entries.setdefault(int(number), {})[name] = value
+    return {"state": entries, "param_groups": state["optimizer"]["groups"]}
+
+
+def _old(path: Path) -> Any:
+    """A file of version 0.1, of which tensors and plain values alone are taken: nothing in it can run."""
+    return torch.load(path, map_location="cpu", weights_only=True)

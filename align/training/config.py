@@ -73,7 +73,8 @@ class TrainConfig:
         max_grad_norm: gradients are clipped to this norm.
         ema_decay: keep a moving average of the trained weights and save that; 0 keeps none.
         gradient_checkpointing: recompute activations in backward; less memory, more time.
-        mixed_precision: autocast; frozen weights are kept in this precision too.
+        mixed_precision: autocast; frozen weights are kept in this precision too; ``auto`` is what accelerate is
+            configured with.
         allow_tf32: TF32 matrix products on Ampere and later.
         attention_backend: a diffusers attention backend (``native``, ``xformers``, ``flash``, ...); null leaves it.
         checkpointing_steps: optimiser steps between checkpoints; 0 writes none.
@@ -117,7 +118,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     allow_tf32: bool = False
     attention_backend: str | None = None
     checkpointing_steps: int = 500
@@ -167,6 +168,11 @@ class TrainConfig:
         for data in (self.data, self.validation_data):
             if data is not None:
                 data.check()
+
+    @property
+    def precision(self) -> str:
+        """``mixed_precision``, once it is known."""
+        return "no" if self.mixed_precision == "auto" else self.mixed_precision
 
     @property
     def updates(self) -> float:

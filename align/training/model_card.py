@@ -102,7 +102,7 @@ def load_run(config: TrainConfig, policy: Policy) -> str:
     from align.common.assets import locate
 
     family, folder, base = policy.family, str(config.output_dir), config.pretrained_model_name_or_path
-    dtype = f"dtype={families.DTYPES[config.mixed_precision]}"
+    dtype = f"dtype={families.DTYPES[config.precision]}"
     named = {"revision": config.revision, "variant": config.variant}
     which = ", ".join([repr(base), dtype, *(f"{key}={value!r}" for key, value in named.items() if value)])
     if policy.trained is not None or locate(base) != base or families.reader(base) is not None:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import nullcontext
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from align.common.errors import UserError
 from align.common.provenance import provenance
-from align.training.checkpoint import MEMORY, STATE
+from align.training import checkpoint
 from align.training.model_card import run_card
 from rewards.common.files import atomic, claim, discard, sweep, write_text
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from align.policy.policy import Policy
+    from align.training.checkpoint import Parts
     from align.training.config import TrainConfig
 
 
@@ -76,47 +74,40 @@ class RunFolder:
         return self.checkpoints()[-1] if self.checkpoints() else None
 
     def find(self, wanted: str | None) -> Path | None:
-        """The checkpoint to resume from: ``latest`` (None where there is none yet) or a folder, which must be one."""
+        """The checkpoint to resume from: a folder, which must be a whole one, or ``latest``, the newest that is whole
+        (None where there is none yet). Raises :class:`UserError`."""
         if wanted is None:
             return None
         if wanted == "latest":
-            return self.latest()
-        for path in (Path(wanted), self.path / wanted):
-            if (path / STATE).is_file():
+            for path in reversed(self.checkpoints()):
+                try:
+                    checkpoint.read(path)
+                    return path
+                except UserError as error:
+                    print(f"warning: {error}; going back to the one before", file=sys.stderr)
+            return None
+        places = (Path(wanted), self.path / wanted)
+        for path in places:
+            if path.is_dir() and (path / checkpoint.STATE).exists():
+                checkpoint.read(path)
                 return path
         raise UserError(
             f"resume_from_checkpoint: {wanted!r} is not a checkpoint folder; use 'latest' or one of "
             f"{[path.name for path in self.checkpoints()]} in {self.path}"
         )
 
-    def checkpoint(self, accelerator: Accelerator, state: dict[str, Any], limit: int | None) -> None:
-        """Save what :meth:`restore` reads, whole or not at all, and keep the newest ``limit`` checkpoints."""
-        from accelerate.utils import broadcast_object_list
-
-        main, final = accelerator.is_main_process, self.path / f"checkpoint-{state['step']}"
-        with atomic(final) if main else nullcontext(final) as draft:
-            if main:
+    def checkpoint(self, parts: Parts, state: dict[str, Any], limit: int | None) -> None:
+        """Save what :func:`align.training.checkpoint.load` reads, whole or not at all, and keep the newest ``limit``
+        checkpoints. Raises :class:`UserError` where the disk takes no more."""
+        final, last = self.path / f"checkpoint-{state['step']}", self.latest()
+        try:
+            with atomic(final) as draft:
                 draft.mkdir()
-            folder = broadcast_object_list([str(draft)])[0]  # the name bears the main process's number
-            accelerator.save_state(folder)
-            accelerator.wait_for_everyone()
-            if main:
-                memory = {k: v.contiguous() for k, v in state["objective"].items() if isinstance(v, Tensor)}
-                if memory:
-                    save_file(memory, draft / MEMORY)
-                small = {k: v for k, v in state["objective"].items() if k not in memory}
-                write_text(draft / STATE, json.dumps(state | {"objective": small}))
-        if main:
-            for old in self.checkpoints()[: -limit if limit else 0]:
-                discard(old)
-        accelerator.wait_for_everyone()
-
-    def restore(self, accelerator: Accelerator, source: Path) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((source / STATE).read_text())
-        if (source / MEMORY).is_file():
-            state["objective"] |= load_file(source / MEMORY)
-        accelerator.load_state(str(source))
-        return state
+                checkpoint.write(draft, parts, state)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {final}: {error}; last good checkpoint: {last or 'none'}") from error
+        for old in self.checkpoints()[: -limit if limit else 0]:
+            discard(old)
 
     # what the run leaves
     def card(self, config: TrainConfig, policy: Policy, plan: str, steps: int, held_out: dict[str, float]) -> None:
