@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,9 +21,8 @@ import yaml
 from fastapi.testclient import TestClient
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor
 
-from align import sample
+from align import evaluate, rollout, sample
 from align.common.command import command, dumped, parse
 from align.evaluation.rollout_writer import RolloutSettings
 from align.objectives.online.rewards import Scorer
@@ -39,61 +37,12 @@ from rewards.config import parse_rewards, without_secrets
 from rewards.serving.batching import Limits
 from rewards.serving.server import application
 from tests.helpers import errors
+from tests.odd_rewards import Odd
 
 ROOT = Path(__file__).parents[1]
-HERE = "tests.test_faults_rewards"
+HERE = "tests.odd_rewards"
 IMAGES = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
 PROMPTS = ["a red star", "a blue circle"]
-
-
-class Odd:
-    """A reward that does ``what``; each is what somebody's reward did."""
-
-    differentiable: ClassVar[bool] = False
-    needs_prompt: ClassVar[bool] = False
-
-    def __init__(self, what: str = "", token: str | None = None, model: str | None = None) -> None:
-        self.what, self.token = what, token
-        if what.startswith("never "):
-            {"never exit": sys.exit, "never break": lambda: {}["absent"]}[what]()
-
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
-    ) -> Tensor:
-        mean = images.mean((1, 2, 3))
-        if self.what == "write":
-            images.zero_()
-        elif self.what == "write numpy":
-            images.numpy()[:] = 0
-        elif self.what == "write texts":
-            prompts[0] = "another"  # type: ignore[index]
-            (metadata or [{}])[0].clear()  # type: ignore[attr-defined]
-        elif self.what == "hang":
-            time.sleep(3600)
-        elif self.what == "spin":
-            while True:
-                pass
-        results: dict[str, Any] = {
-            "exit": lambda: sys.exit(0),
-            "quit": lambda: exit("bye"),
-            "raise": lambda: {}["absent"],
-            "raise lines": lambda: (_ for _ in ()).throw(RuntimeError("first\n" + "line\n" * 50)),
-            "complex": lambda: torch.complex(mean, mean),
-            "nan": lambda: mean * float("nan"),
-            "infinite": lambda: mean / 0,
-            "beyond float32": lambda: mean.double() * 0 + 1e300,
-            "column": lambda: mean[:, None],
-            "scalar": lambda: mean.mean(),
-            "one more": lambda: torch.cat([mean, mean[:1]]),
-            "sparse": lambda: mean.to_sparse(),
-            "number": lambda: 3,
-            "list": lambda: mean.tolist(),
-            "array": lambda: mean.numpy(),
-            "nothing": lambda: None,
-            "whole": lambda: (mean * 10).round().long(),
-            "truth": lambda: mean > 0.5,
-        }
-        return results.get(self.what, lambda: mean)()
 
 
 ODD = {
@@ -192,19 +141,6 @@ def test_whole_numbers_and_truths_are_scores(what: str, scores: list[float]) -> 
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
-
-
-class Mode:
-    """Tells in which mode of torch it is asked, and whether a gradient can go through."""
-
-    differentiable: ClassVar[bool] = True
-    concurrent: ClassVar[bool] = False
-
-    def score(
-        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
-    ) -> Tensor:
-        half = torch.is_autocast_enabled("cpu")
-        return images.mean((1, 2, 3)) + 10.0 * half + 100.0 * torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("seconds", [None, 60.0])
@@ -402,15 +338,25 @@ def test_the_holder_is_named_and_a_dead_ones_lock_is_taken_over(tmp_path: Path, 
     assert [path.name for path in folder.iterdir()] == ["result"]
 
 
+@pytest.mark.parametrize("name", ["score", "sample", "rollout", "evaluate"])
 def test_every_command_leaves_a_folder_that_is_written_alone(
-    folder: Path, tmp_path: Path, held: Any, capsys: pytest.CaptureFixture[str]
+    tiny_folders: dict[str, Path], folder: Path, held: Any, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    output = str(tmp_path / "out")
-    assert score.main([str(folder), "--reward", "JPEGCompressibility", "--output", output]) == 2
-    assert sample.main(["--prompts", "a red star", "--output_dir", output]) == 2
-    told = errors(capsys.readouterr().err)
-    assert len(told) == 2 and all(f"is written by process {held.pid}" in line for line in told)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+    output, model = str(folder.parent / "out"), str(tiny_folders["epsilon"])
+    (folder.parent / "p.txt").write_text("a red star\n")
+    prompts, drawn = str(folder.parent / "p.txt"), ["--num_inference_steps", "2", "--output_dir", output]
+    base = ["--pretrained_model_name_or_path", model]
+    line = {
+        "score": [str(folder), "--reward", "JPEGCompressibility", "--output", output],
+        "sample": ["--prompts", prompts, *base, *drawn],
+        "rollout": ["--prompts", prompts, *base, "--output_dir", output],
+        "evaluate": ["--tuned", model, "--base", model, "--prompts", prompts, *drawn],
+    }[name]
+    module = {"score": score, "sample": sample, "rollout": rollout, "evaluate": evaluate}[name]
+    assert module.main(line) == 2
+    (told,) = errors(capsys.readouterr().err)
+    assert f"is written by process {held.pid}" in told
+    assert [path.name for path in (folder.parent / "out").iterdir()] == [LOCK]
 
 
 def test_a_process_does_not_lock_twice(tmp_path: Path) -> None:
@@ -513,7 +459,7 @@ def test_a_folder_that_vanishes_while_it_is_scored_is_told(
     started = time.monotonic()
     output = str(folder.parent / "s")
     assert score.main([str(folder), "--reward", "JPEGCompressibility", "--output", output]) == 2
-    assert "scores-00000.parquet, have gone since" in errors(capsys.readouterr().err)[0]
+    assert "scores-00000.parquet, have gone from" in errors(capsys.readouterr().err)[0]
     assert time.monotonic() - started < 20  # nobody else writes: there is nothing to wait for
 
 

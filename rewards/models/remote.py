@@ -53,7 +53,7 @@ class Remote:
     ) -> None:
         parts = urlsplit(url)
         if parts.query or parts.username:  # it is written down with the scores
-            raise RewardError("Remote: url holds a query or a name and password; expected none: give token")
+            raise RewardError("Remote: url holds a query or a password; expected http://host:port alone: give token")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RewardError(f"Remote: url is {url!r}; expected http://host:port or https://host:port")
         if timeout <= 0 or retries < 0:

@@ -97,8 +97,9 @@ def wait_for(shards: ScoreShards, count: int, patience: float) -> None:
         if left != missing:
             missing, since = left, time.monotonic()
         elif time.monotonic() - since > patience:
+            first, others = shards.path(min(missing)), " of other processes" if patience else ""
+            how = f"not come within {patience:g} s" if patience else f"gone from {first.parent}"
             raise RewardError(
-                f"{len(missing)} shards, the first {shards.path(min(missing))}, "
-                + (f"have not come from other processes within {patience:g} s" if patience else "have gone since")
-                + "; run the command again to score what is missing"
+                f"{len(missing)} shards{others}, the first {first.name}, have {how}; "
+                "run the command again to score what is missing"
             )
