@@ -257,7 +257,7 @@ def _quantize(config: Compress, results: Results, source: str, name: str) -> Non
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, resolved = parse(Compress, "pruning.compress", __doc__, argv)
-    return command(lambda: compress(config, resolved))
+    return command(lambda: compress(config, resolved), argv)
 
 
 if __name__ == "__main__":
