@@ -1,4 +1,4 @@
-"""Bad inputs and accidents, made by kind: tables of what can be wrong, each crossed with the commands that it can reach.
+"""Bad inputs and accidents, made by kind: tables of what can be wrong, each crossed with the commands it can reach.
 
 A case is a command line whose inputs are made in a folder of its own. ``controls`` are the same command lines with
 nothing wrong, so that a command which refuses everything would be seen.
@@ -619,10 +619,10 @@ def prompt_files() -> Iterator[Case]:
                 names.append("bad.txt")
             if member in ("cut", "deep", "numbers", "a fifo"):
                 names.append("bad.json")
-            for name in names:
+            for name, write in ((name, make(name)) for name in names):
 
                 def words(
-                    place: Place, base: str = base, key: str = key, write: Callable[[Place], Path] = make(name)
+                    place: Place, base: str = base, key: str = key, write: Callable[[Place], Path] = write
                 ) -> list[str]:
                     return line(base, place, {key: str(write(place))})
 
@@ -849,7 +849,7 @@ LORAS: dict[str, Callable[[Path], object]] = {
     "settings that are no JSON": _told({"lora_adapter_metadata": "{no JSON"}),
     "settings that are a list": _told({"lora_adapter_metadata": "[1]"}),
     "settings that are deep": _told({"lora_adapter_metadata": "[" * 10_000}),
-    "alpha NaN": _told({"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": NaN, "transformer.lora_alpha": NaN}'}),
+    "alpha NaN": _told({"lora_adapter_metadata": '{"unet.lora_alpha": NaN, "transformer.lora_alpha": NaN}'}),
     "of another model": lambda at: None,
 }  # fmt: skip
 LORA_KEYS = {
@@ -941,9 +941,7 @@ def of_run(place: Place, resume: str | None, changes: Mapping[str, Any]) -> list
 def checkpoints() -> Iterator[Case]:
     for member, spoil in CHECKPOINTS.items():
 
-        def words(
-            place: Place, spoil: Callable[[Path], object] = spoil, resume: str = "checkpoint-4"
-        ) -> list[str]:
+        def words(place: Place, spoil: Callable[[Path], object] = spoil, resume: str = "checkpoint-4") -> list[str]:
             spoil(place.copy("run", "out") / "checkpoint-4")
             return of_run(place, resume, {})
 

@@ -114,8 +114,12 @@ def jobs(shared: Shared) -> dict[str, Job]:
         return training("online", processes, share, **more)
 
     many = shared.root / "many.parquet"
-    pairs = [{"caption": CAPTIONS[k % 5], "jpg_0": png(k % 90), "jpg_1": png(k % 90 + 1 + k % 7)} for k in range(1200)]
-    pq.write_table(pa.Table.from_pylist([p | {"label_0": k % 2, "label_1": 1 - k % 2} for k, p in enumerate(pairs)]), many)
+    pairs = [
+        {"caption": CAPTIONS[k % 5], "jpg_0": png(k % 90), "jpg_1": png(k % 90 + 1 + k % 7)}
+        | {"label_0": k % 2, "label_1": 1 - k % 2}
+        for k in range(1200)
+    ]
+    pq.write_table(pa.Table.from_pylist(pairs), many)
     images = shared.root / "many"
     images.mkdir()
     for k in range(240):

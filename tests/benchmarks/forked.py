@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import fcntl
 import importlib
+import io
 import os
 import resource
 import sys
@@ -20,31 +21,22 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import rewards  # isort: skip  first of all: it makes torchvision importable beside a CPU torch
-
-import bitsandbytes  # noqa: F401  what the commands import when they need it
-import datasets  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
-import scipy.stats  # noqa: F401
 import torch
 
-import align.evaluate
-import align.rollout
-import align.sample
-import align.train
-import align.training.trainer
-import pruning.compress
-import pruning.quantize
-import rewards.agree
-import rewards.score  # noqa: F401
-from tests import pipelines  # noqa: F401
 from tests.helpers import launch
+
+IMPORTED = (  # by the first process; also what the commands import when they come to need it
+    "rewards",  # first of all: it makes torchvision importable beside a CPU torch
+    "align.train", "align.training.trainer", "align.sample", "align.evaluate", "align.rollout", "pruning.compress",
+    "pruning.quantize", "rewards.score", "rewards.agree", "tests.pipelines", "tests.benchmarks.fault_cases",
+    "bitsandbytes", "datasets", "matplotlib.pyplot", "scipy.stats",
+)  # fmt: skip
 
 
 def serve() -> None:
     """Start the process that the others are forked from."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    get_context("forkserver").set_forkserver_preload([__name__, "tests.benchmarks.fault_cases"])
+    get_context("forkserver").set_forkserver_preload([*IMPORTED])
     forkserver.ensure_running()
     first = launch([], nothing)  # it waits for the imports, so that no measured one does
     first.join()
@@ -56,8 +48,8 @@ def nothing(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
 
 def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """What a process does: ``arguments`` are a module and its command line. In its ``environment``, ``ERRORS`` is a
-    file or fifo for stderr and ``FOLDER`` where it runs, with ``home`` in it; ``FILE_SIZE`` is the largest file that it may
-    write, in bytes; with ``PIPE`` nobody reads its stdout, and with ``PLAIN`` modes of files bind root too."""
+    file or fifo for stderr and ``FOLDER`` where it runs, with ``home`` in it; ``FILE_SIZE`` is the largest file that it
+    may write, in bytes; with ``PIPE`` nobody reads its stdout, and with ``PLAIN`` modes of files bind root too."""
     os.environ.update(environment | {"HOME": f"{environment['FOLDER']}/home"})
     os.dup2(os.open(environment["ERRORS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     reading, writing = os.pipe()
@@ -78,7 +70,7 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        sys.stdout, status = open(os.devnull, "w"), 120  # what Python makes of it
+        sys.stdout, status = io.StringIO(), 120  # what Python makes of it
     sys.exit(status)
 
 

@@ -5,7 +5,7 @@ A test fails when the two are out of step."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -495,6 +495,42 @@ def _scoring_gpu() -> str:
     return "\n".join(lines)
 
 
+def _faults() -> str:
+    found = load("faults")
+    lines = []
+    if bad := found.get("bad_input"):
+        count, passed = (sum(kind[of] for kind in bad["kinds"].values()) for of in ("count", "passed"))
+        lines += [
+            f"**Bad input and accidents** ({bad['date']}): {passed:,} of {count:,} cases end by themselves with the "
+            "status that their kind asks for (2, mostly), in at most three lines that name what is wrong, without a "
+            "traceback, and leave no file half-written and no folder that looks like a run. `controls` have nothing "
+            "wrong.",
+            "",
+            "| kind | cases | passed |",
+            "|---|---|---|",
+            *(f"| {name} | {kind['count']} | {kind['passed']} |" for name, kind in bad["kinds"].items()),
+            "",
+        ]
+    if kills := found.get("kills"):
+        jobs = kills["jobs"]
+        lines += [
+            f"**Kills at random moments** ({kills['date']}): {_killed(jobs.values()):,} in all, in "
+            f"{kills['seconds'] / 60:.0f} minutes of two cores; each run was killed up to four times and then left to "
+            "end. *Same* counts the runs that ended with the bits, or the rows, of one that nobody killed.",
+            "",
+            "| run | SIGKILL | SIGTERM | runs | same |",
+            "|---|---|---|---|---|",
+        ]
+        for name, job in jobs.items():
+            same = job["chains"] - len(job["failures"])
+            lines.append(f"| {name} | {job['SIGKILL']} | {job['SIGTERM']} | {job['chains']} | {same} |")
+    return "\n".join(lines).rstrip()
+
+
+def _killed(jobs: Iterable[Mapping[str, Any]]) -> int:
+    return sum(job["SIGKILL"] + job["SIGTERM"] for job in jobs)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd", "Diffusion-DPO"),
     "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3", "Diffusion-DPO without guidance"),
@@ -521,6 +557,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "pretrain": _pretrain,
     "overhead": _overhead,
     "overhead_online": _overhead_online,
+    "faults": _faults,
 }
 
 
