@@ -8,7 +8,6 @@ until there are kills enough. Moments are uniform over the time that the whole r
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -19,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -185,30 +183,25 @@ class Group:
             environment = common | {"ACCELERATE_USE_CPU": "true"}
         words = [job.command, *job.words(folder)]
         ranks = [{"RANK": str(k), "LOCAL_RANK": str(k)} if environment else {} for k in range(job.processes)]
-        self.processes: list[ForkServerProcess] = [
-            forked.start(words, folder, self.errors, **environment, **rank) for rank in ranks
-        ]
-
-    def ended(self) -> bool:
-        return not any(process.is_alive() for process in self.processes)
-
-    def wait(self, patience: float) -> None:
-        """Until all have ended, as a launcher waits: where one ends badly the others are ended. What has not ended
-        after ``patience`` seconds is killed."""
-        end = time.monotonic() + patience
-        while not self.ended() and time.monotonic() < end:
-            if any(process.exitcode for process in self.processes):
-                end = min(end, time.monotonic() + TOGETHER)
-                for process in self.processes:
-                    process.join(max(0.0, end - time.monotonic()) if process.exitcode is None else 0)
-            time.sleep(0.005)
-        for process in self.processes:
-            process.kill()
-            process.join()
+        self.processes = [forked.Started(words, folder, self.errors, **environment, **rank) for rank in ranks]
 
     @property
     def statuses(self) -> list[int | None]:
-        return [process.exitcode for process in self.processes]
+        return [process.status for process in self.processes]
+
+    def ended(self) -> bool:
+        return None not in self.statuses
+
+    def wait(self, patience: float) -> None:
+        """Until all have ended, as a launcher waits: where one ends badly the others are ended a while later. What has
+        not ended after ``patience`` seconds is killed."""
+        end, told = time.monotonic() + patience, False
+        while not self.ended() and time.monotonic() < end:
+            if any(self.statuses) and not told:
+                end, told = min(end, time.monotonic() + TOGETHER), True
+            time.sleep(0.005)
+        for process in self.processes:
+            process.kill()
 
     def said(self) -> str:
         lines = self.errors.read_text(errors="replace").splitlines() if self.errors.exists() else []
@@ -245,7 +238,7 @@ def chain(job: Job, root: Path, moments: random.Random, tally: Tally, expected: 
         victims = [moments.choice(group.processes)] if moments.random() < 0.5 else group.processes
         name = "SIGTERM" if term else "SIGKILL"
         for victim in victims:
-            os.kill(victim.pid or 0, signal.SIGTERM if term else signal.SIGKILL)
+            victim.signal(signal.SIGTERM if term else signal.SIGKILL)
         group.wait(PATIENCE)
         history.append(f"{name} after {moment:.2f} s: {group.statuses}")
         if all(status == 0 for status in group.statuses):

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import importlib
 import io
 import os
 import resource
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, get_context
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
@@ -82,9 +82,40 @@ def give_up_capabilities() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def start(arguments: Sequence[str], folder: Path, errors: Path, **environment: str) -> ForkServerProcess:
-    """:func:`command` as a process that runs in ``folder`` and whose stderr goes to ``errors``."""
-    return launch(arguments, command, FOLDER=str(folder), ERRORS=str(errors), **environment)
+class Started:
+    """A command that runs. Of multiprocessing's processes any thread may read how any of them ended, and only the first
+    one gets an answer, so they are asked one at a time."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, arguments: Sequence[str], folder: Path, errors: Path, **environment: str) -> None:
+        """:func:`command` in ``folder``, its stderr in ``errors``."""
+        with self._lock:
+            self._process = launch(arguments, command, FOLDER=str(folder), ERRORS=str(errors), **environment)
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        with self._lock:
+            return self._process.exitcode
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid or 0, number)
+
+    def wait(self, patience: float) -> int | None:
+        """The exit status, if there is one after ``patience`` seconds."""
+        end = time.monotonic() + patience
+        while (status := self.status) is None and time.monotonic() < end:
+            time.sleep(0.005)
+        return status
+
+    def kill(self) -> None:
+        """End it, if it still runs."""
+        while self.status is None:
+            self.signal(signal.SIGKILL)
+            self.wait(1.0)
 
 
 @dataclass(frozen=True)
@@ -99,23 +130,17 @@ class Ended:
 def run(arguments: Sequence[str], folder: Path, patience: float, **environment: str) -> Ended:
     """The command, waited for, ``patience`` seconds at most. Its stderr is read by a fifo, which no limit on the size
     of files can silence."""
-    begin, text = time.monotonic(), b""
+    begin, text, status = time.monotonic(), b"", None
     with tempfile.TemporaryDirectory() as place:
         fifo = Path(place) / "stderr"
         os.mkfifo(fifo)
-        for path in (Path(place), fifo):
-            path.chmod(0o777)
         end = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 2**20)
-        process = start(arguments, folder, fifo, **environment)
-        while process.is_alive() and time.monotonic() - begin < patience:
-            process.join(0.02)
+        process = Started(arguments, folder, fifo, **environment)
+        while status is None and time.monotonic() - begin < patience:
+            status = process.wait(0.05)
             with contextlib.suppress(BlockingIOError):
-                text += os.read(end, 2**20)
-        ended = not process.is_alive()
+                while part := os.read(end, 2**16):
+                    text += part
         process.kill()
-        process.join()
-        with contextlib.suppress(BlockingIOError):
-            text += os.read(end, 2**20)
         os.close(end)
-    return Ended(process.exitcode if ended else None, text.decode(errors="replace"), time.monotonic() - begin)
+    return Ended(status, text.decode(errors="replace"), time.monotonic() - begin)
