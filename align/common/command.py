@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+
+class OnceLoader(yaml.SafeLoader):
+    """YAML of which no key comes twice: the later would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for k, key in enumerate(keys) if key in keys[:k]]:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"the key {twice[0]!r} comes twice in the mapping from line {line} on")
+        return super().construct_mapping(node, deep)
 
 
 class OneLine(ArgumentParser):
@@ -67,6 +79,11 @@ def parse(
         except UserError as error:
             parser.error(str(error))
         namespace: Namespace = parser.parse_args(arguments)
+    for key, value in namespace.as_flat().__dict__.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"{key} must be a finite number, got {value}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            parser.error(f"{key} must be a number of at most 63 bits, got one of {value.bit_length()}")
     namespace.pop("config", None)
     try:
         values = settings(**vars(parser.instantiate(namespace)))
@@ -149,6 +166,17 @@ def _plain_reward_lists(config: dict[str, Any], reward_keys: Sequence[str]) -> N
                 section[name] = plain_rewards(section.pop(spelling))
 
 
+def _at_home(value: Any) -> Any:
+    """``~/`` at the start of a text is the user's home, in YAML and after ``=`` as where the shell sees to it."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    if isinstance(value, str) and value.startswith("--") and "=~/" in value:
+        return value.replace("=~/", f"={Path.home()}/", 1)
+    return str(Path.home() / value[2:]) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) -> list[str]:
     """Config files in today's names, with rewards in full, and without what the line replaces.
 
@@ -159,7 +187,7 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
         name, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and not name.endswith(".help"):
             chosen[name.removesuffix(".class_path")] = value if equals else "".join(arguments[at + 1 : at + 2])
-    cleaned = list(arguments)
+    cleaned = [_at_home(argument) for argument in arguments]
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != "--config" or not (equals or at + 1 < len(arguments)):
@@ -167,11 +195,11 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
         path = Path(value if equals else arguments[at + 1])
         if not path.is_file():
             continue  # jsonargparse says so
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
         if not isinstance(content, dict):
             continue
         told: list[str] = []
-        new = upgrade(content, told=told)
+        new = _at_home(upgrade(content, told=told))
         tell(told, str(path))
         _plain_reward_lists(new, reward_keys)
         for key, entry in list(new.items()):
