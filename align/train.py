@@ -14,13 +14,19 @@ from align.training.config import TrainConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, resolved = parse(TrainConfig, "align.train", __doc__, argv)
-    return command(lambda: run(config, resolved))
+    return command(lambda: run(config, resolved), argv)
 
 
-def run(config: TrainConfig, resolved: str) -> None:
+def run(config: TrainConfig, resolved: str) -> int:
+    from align.training.preemption import STATUS, Preempted
     from align.training.trainer import train  # accelerate: not for --help or a wrong key
 
-    train(config, resolved)
+    try:
+        train(config, resolved)
+    except Preempted:
+        print(f"stopped by a signal; go on with --resume_from_checkpoint latest (status {STATUS})", file=sys.stderr)
+        return STATUS
+    return 0
 
 
 if __name__ == "__main__":

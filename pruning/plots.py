@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from rewards.common.files import atomic
+from align.evaluation.gallery import save_png
 
 if TYPE_CHECKING:
     from pruning.plan import Plan
@@ -49,7 +49,7 @@ def stack(plan: Plan, path: Path) -> None:
             pen.rectangle((cut, y + 2, end, y + _LINE - 2), _FATES["goes"], "black")
             pen.line((cut, y + _LINE // 2, end, y + _LINE // 2), "#b03020", 2)
         pen.text((margin + full + 12, y + 1), notes[name], fill="black", font=font)
-    _save(sheet, path)
+    save_png(sheet, path)
 
 
 def heatmap(profile: Mapping[str, Any], path: Path) -> None:
@@ -84,15 +84,10 @@ def heatmap(profile: Mapping[str, Any], path: Path) -> None:
             x, y = margin + cell * c, _LINE * (k + 2)
             pen.rectangle((x, y, x + cell - 2, y + _LINE - 2), _shade(dark))
             pen.text((x + 6, y + 1), f"{value:.4g}", fill="white" if dark > 0.6 else "black", font=font)
-    _save(sheet, path)
+    save_png(sheet, path)
 
 
 def _shade(dark: float) -> tuple[int, int, int]:
     light, deep = (245, 240, 225), (120, 20, 50)
     red, green, blue = (round(a + (b - a) * dark) for a, b in zip(light, deep, strict=True))
     return red, green, blue
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    with atomic(path) as draft:
-        sheet.save(draft, "PNG")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import resource
 import statistics
@@ -14,20 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 import pruning
 from align import families
 from align.common.assets import locate
 from align.common.provenance import provenance
-from align.evaluation import compare, gallery
-from align.evaluation.compare import STRICT, Comparison, draw_and_score, overall
+from align.evaluation import compare
+from align.evaluation.compare import STRICT, Comparison, overall
 from align.families import Family
 from align.sampling import generate
 from pruning.graph import weights
 from rewards.common.files import write_text
+from rewards.common.page import Table
 
 
 @dataclass
@@ -82,14 +80,8 @@ def _now(family: Family) -> float:
 def peak(source: str, settings: Reporting) -> int:
     """Bytes of memory at the peak of loading ``source`` and drawing one batch, in a process of its own: of the GPU
     where there is one, else all that the process holds, which for a small model is mostly libraries."""
-    words = [
-        sys.executable,
-        "-m",
-        "pruning.report",
-        source,
-        str(min(8, settings.batch_size)),
-        str(settings.num_inference_steps or 4),
-    ]
+    batch, steps = min(8, settings.batch_size), settings.num_inference_steps or 4
+    words = [sys.executable, "-m", "pruning.report", source, str(batch), str(steps)]
     output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return int(json.loads(output.splitlines()[-1])["peak"])
 
@@ -109,9 +101,7 @@ def _measure(source: str, batch: int, steps: int) -> int:
 def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str:
     """Measure the pipelines of ``folders`` (name to folder or model, the original first), write ``report.json``,
     ``report.md``, ``gallery.png`` and ``gallery.html`` into ``output``, and return the tables."""
-    settings.check()
-    prompts, tasks = settings.read_prompts()
-    rewards = settings.load_rewards()
+    bench = settings.bench()
     opened: dict[str, Family] = {}
 
     def models() -> Iterator[tuple[str, Family]]:
@@ -119,21 +109,19 @@ def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str
             opened[name] = open_pipeline(source)
             yield name, opened[name]
 
-    images, scores = draw_and_score(models(), settings, prompts, rewards)
-    comparison = compare.compare(scores, tasks, settings.samples_per_prompt, settings.deciding_reward)
+    compared = compare.draw_and_compare(models(), settings, bench)
     seconds = latencies(opened, min(settings.batch_size, 64), settings.repeats)
     pipelines = {
         name: sizes(source, opened[name])
         | {"peak_bytes": peak(source, settings) if settings.memory else None}
-        | quality(comparison, name)
+        | quality(compared.report, name)
         | {"latency": seconds[name]}
         for name, source in folders.items()
     }
-    text = table(pipelines)
-    if len(folders) > 1:
-        text += f"\n\n{compare.table(comparison)}"
-    _gallery(output, settings.texts_and_seeds(prompts)[0], images, pipelines)
-    figures = {"pipelines": pipelines, "comparison": comparison}
+    tables = [table(pipelines), *([compare.table(compared.report)] if len(folders) > 1 else [])]
+    text = "\n\n".join(each.markdown() for each in tables)
+    compared.show(output, "Original and compressed", tables)
+    figures = {"pipelines": pipelines, "comparison": compared.report}
     write_text(output / "report.json", json.dumps(figures | provenance(), indent=2) + "\n")
     write_text(output / "report.md", text + "\n")
     return text
@@ -160,43 +148,19 @@ def quality(comparison: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"rewards": means | {STRICT: overall(entries[STRICT], name)}, "tasks": tasks}
 
 
-def table(pipelines: Mapping[str, Mapping[str, Any]]) -> str:
-    """The comparison as Markdown. Latency is relative to the original's, in one run."""
+def table(pipelines: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Sizes, speed and scores. Latency is relative to the original's, in one run."""
     first = next(iter(pipelines.values()))
     names = list(first["rewards"])
-    lines = ["| | parameters | denoiser MB | pipeline MB | peak MB | latency | " + " | ".join(names) + " |"]
-    lines.append("|---" * (6 + len(names)) + "|")
+    rows = []
     for name, entry in pipelines.items():
         sizes = [entry[key] for key in ("denoiser_bytes", "pipeline_bytes", "peak_bytes")]
-        scores = " | ".join(f"{entry['rewards'][reward]:.3f}" for reward in names)
-        lines.append(
-            f"| {name} | {entry['parameters']:,} | "
-            + " | ".join("" if size is None else f"{size / 1e6:.2f}" for size in sizes)
-            + f" | {entry['latency'] / first['latency']:.2f} | {scores} |"
+        megabytes = ("" if size is None else f"{size / 1e6:.2f}" for size in sizes)
+        scores = (f"{entry['rewards'][reward]:.3f}" for reward in names)
+        rows.append(
+            [name, f"{entry['parameters']:,}", *megabytes, f"{entry['latency'] / first['latency']:.2f}", *scores]
         )
-    return "\n".join(lines)
-
-
-def _gallery(
-    output: Path, texts: list[str], pictures: Mapping[str, Tensor], found: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Evenly spaced prompts through every pipeline, from the same noise: nobody picked the good ones."""
-    chosen = np.linspace(0, len(texts) - 1, min(12, len(texts))).round().astype(int)
-    both = torch.stack([pictures[name][k] for k in chosen for name in pictures])
-    gallery.save_grid(both, [texts[k] for k in chosen], output / "gallery.png", 12, list(pictures))
-
-    more = np.linspace(0, len(texts) - 1, min(48, len(texts))).round().astype(int)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in pictures)
-    rows = ""
-    for k in more:
-        cells = "".join(f'<td><img src="{gallery.embedded(drawn[k])}"></td>' for drawn in pictures.values())
-        rows += f"<tr><td>{html.escape(texts[k])}</td>{cells}</tr>"
-    page = f"""<!doctype html><meta charset="utf-8"><title>compressed</title><style>
-body{{font:15px system-ui;margin:2em}}
-td,th{{padding:4px 10px;text-align:left}}img{{width:110px;image-rendering:auto;border:1px solid #eee}}
-pre{{background:#f5f5f5;padding:1em}}</style><h1>Original and compressed</h1>
-<pre>{html.escape(table(found))}</pre><table><tr><th></th>{head}</tr>{rows}</table>"""
-    write_text(output / "gallery.html", page)
+    return Table(["", "parameters", "denoiser MB", "pipeline MB", "peak MB", "latency", *names], rows)
 
 
 if __name__ == "__main__":

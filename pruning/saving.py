@@ -7,15 +7,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCardData
-
 from align.common.assets import locate
 from align.common.errors import UserError
 from align.families import SAMPLING_FILE
+from align.training.model_card import ModelCard, code
 from pruning.plan import Plan
 from rewards.common.files import atomic
+from rewards.common.page import escape
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 _ONE_FILE = "1000GB"  # diffusers' own loader fails where a shard ends between a weight's codes and its scales
@@ -51,14 +52,17 @@ def sampling_settings(source: str) -> dict[str, str]:
     return {SAMPLING_FILE: path.read_text()} if path.is_file() else {}
 
 
-def card(base: str, plan: Plan | None, what: str) -> str:
-    """The model card of a pipeline made from ``base``: ``what`` was done, what the plan removed, how to load it."""
-    data = ModelCardData(base_model=base, library_name="diffusers", pipeline_tag="text-to-image")
-    lines = [f"# {base}, compressed by t2i-align\n", f"{what[0].upper()}{what[1:]}.\n"]
+def card(base: str, plan: Plan | None, what: str, folder: Path, dtype: torch.dtype, details: str = "") -> str:
+    """The model card of the pipeline in ``folder``, made from ``base``: ``what`` was done, what the plan removed."""
+    lines = [f"{what[0].upper()}{what[1:]}."]
     if plan is not None:
-        lines.append(f"Removed from the denoiser, by the original's names: {', '.join(plan.dropped)}.\n")
-        lines.append(f"{plan.after:,} of {plan.before:,} parameters are left.\n")
-    lines.append(
-        '```python\nimport pruning\n\npipe = pruning.load("this folder")  # on a GPU stock diffusers does\n```\n'
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+        lines.append(f"Removed from the denoiser, by the original's names: {', '.join(plan.dropped)}.")
+        lines.append(f"{plan.after:,} of {plan.before:,} parameters are left.")
+    lines.append("Where there is a GPU, stock diffusers loads it as well, unless parts of blocks were removed.")
+    return ModelCard(
+        title=f"{base}, compressed by t2i-align",
+        base_model=base,
+        introduction="\n\n".join(map(escape, lines)),
+        load=f"import torch\nimport pruning\n\npipe = pruning.load({str(folder)!r}, {dtype})",
+        sections={"Details": code(details)} if details else {},
+    ).text()

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
 import os
 import sys
@@ -31,13 +30,13 @@ import numpy as np
 from tqdm import tqdm
 
 from rewards.common.command import OldName, add_reading_options, check_at_least, new_parser, status
-from rewards.common.errors import RewardError
-from rewards.common.files import atomic, write_text
+from rewards.common.errors import RewardError, WriteError
+from rewards.common.files import atomic, locked, sweep, write_text
 from rewards.config import parse_rewards
 from rewards.data.formats import open_input
 from rewards.data.images import ImageSource
 from rewards.scoring.engine import ScoringEngine, open_scorer
-from rewards.scoring.gallery import Shown, page
+from rewards.scoring.gallery import gallery
 from rewards.scoring.loader import shard_sizes
 from rewards.scoring.output import BadRows, ScoreShards, wait_for, write_bad
 
@@ -72,30 +71,6 @@ def summarise(shards: ScoreShards, count: int, rewards: Sequence[str], bad: BadR
     return {"rewards": figures, "bad": [bad[row] for row in sorted(bad)], "settings": shards.settings}
 
 
-def gallery(
-    shards: ScoreShards, count: int, source: ImageSource, rewards: Sequence[str], bad: BadRows, size: int
-) -> str:
-    """The page with the ``size`` best and, of the others, the ``size`` worst pictures by the first reward."""
-    import pyarrow as pa
-
-    order = rewards[0]
-    table = pa.concat_tables([shards.read(n) for n in range(count)])
-    numbers = [n for n in range(table.num_rows + len(bad)) if n not in bad]
-    ranked = np.argsort(-table[order].to_numpy(), kind="stable").tolist()
-    parts = {"best": ranked[:size], "worst": ranked[size:][-size:][::-1]}
-    wanted = {numbers[place]: place for places in parts.values() for place in places}
-    shown = {}
-    for number, row in enumerate(itertools.islice(source.rows(wanted.__contains__), max(wanted) + 1)):
-        if row is not None:
-            cells = {name: column[0] for name, column in table.slice(wanted[number], 1).to_pydict().items()}
-            scores = {name: cells[name] for name in rewards}
-            shown[wanted[number]] = Shown(cells["file"], cells["prompt"], scores, row.read())
-    return page(
-        f"{table.num_rows} images by {order}",
-        {f"{len(places)} {name}": [shown[place] for place in places] for name, places in parts.items() if places},
-    )
-
-
 # The command
 def run(arguments: argparse.Namespace) -> int:
     """The command; ``RewardError`` where the user has something to put right."""
@@ -127,18 +102,25 @@ def run(arguments: argparse.Namespace) -> int:
     shards = ScoreShards(output.with_name(f".{output.name}.parts") if single else output, settings)
     shards.bad(shards.whole())  # refuses other settings
     bad_file = output.with_name(f"{output.name}.errors.jsonl") if single else output / "bad.jsonl"
-    if arguments.engine == "ray":
-        rows = _ray().score_there(arguments, source, named, shards, bad_file)
-    else:
-        scorer = open_scorer(arguments, source, named, shards, bad_file, local)
-        rows = score_here(scorer, arguments.retry_bad, rank, world)
-    if rank:
-        return 0
-    if rows == 0:
-        raise RewardError(f"{arguments.source} holds no rows; expected at least one image")
-    count = -(-rows // arguments.shard_size)
-    wait_for(shards, count, arguments.patience)
-    return _finish(arguments, shards, count, source, labels, bad_file)
+    with locked(shards.folder, passing=single):
+        try:
+            if arguments.engine == "ray":
+                rows = _ray().score_there(arguments, source, named, shards, bad_file)
+            else:
+                scorer = open_scorer(arguments, source, named, shards, bad_file, local)
+                rows = score_here(scorer, arguments.retry_bad, rank, world)
+            if rank:
+                return 0
+            if rows == 0:
+                raise RewardError(f"{arguments.source} holds no rows; expected at least one image")
+            count = -(-rows // arguments.shard_size)
+            wait_for(shards, count, arguments.patience if world > 1 else 0)
+            return _finish(arguments, shards, count, source, labels, bad_file)
+        except WriteError as error:
+            whole = len(shards.whole())
+            raise WriteError(
+                f"{error}; {whole} whole shards are in {shards.folder}, the same command goes on"
+            ) from error
 
 
 def _finish(
@@ -150,7 +132,7 @@ def _finish(
     bad_file: Path,
 ) -> int:
     """All shards are there: the list of bad files, the gallery, the summary, and the table if there is to be one."""
-    shards.sweep()
+    sweep(shards.folder, "scores-*")
     output = Path(arguments.output)
     single = shards.folder != output
     bad = shards.bad(range(count))
@@ -176,7 +158,7 @@ def _finish(
 
 
 def _merge(shards: ScoreShards, count: int, output: Path) -> None:
-    """The shards as one table, and then without their folder."""
+    """The shards as one table, in their stead."""
     import pyarrow.parquet as pq
 
     with atomic(output) as draft, pq.ParquetWriter(draft, shards.read(0).schema) as writer:
@@ -188,8 +170,7 @@ def _merge(shards: ScoreShards, count: int, output: Path) -> None:
 def _clear(shards: ScoreShards) -> None:
     for path in shards.folder.glob("scores-*.parquet"):
         path.unlink()
-    shards.sweep()
-    shards.folder.rmdir()
+    sweep(shards.folder, "scores-*")
 
 
 def _ray() -> ModuleType:
@@ -225,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gallery", type=int, nargs="?", const=50, metavar="N", help="write a page: N best, N worst")
     parser.add_argument("--patience", type=float, default=1800, help="seconds to wait for other processes' next shard")
     arguments = parser.parse_args(argv)
-    return status(lambda: run(arguments))
+    return status(lambda: run(arguments), argv)
 
 
 if __name__ == "__main__":

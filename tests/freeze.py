@@ -43,6 +43,13 @@ DATA = Path(__file__).resolve().parent / "v0_1"
 EXPECTED: dict[str, str] = {
     "objective.init_args.reference": "every objective that has a reference may have the weights the run starts from",
     "objective.init_args.update.init_args.reference": "the same",
+    "mixed_precision": "auto is what accelerate is configured with; no where it is not",
+    "overwrite_output_dir": "what another run left is replaced on request alone",
+    "objective.init_args.timesteps": "DiffusionNFT can be set to the authors' run",
+    "objective.init_args.loss_scale": "the same",
+    "objective.init_args.kl_weight": "the same",
+    "flow_grpo_sd35.yaml:adam_weight_decay": "1e-4 in the official run",
+    "flow_grpo_sd35.yaml:ema_decay": "0.9 every 8 updates in the official run",
     "flow_grpo_smoke.yaml[1]": "the rows of a group whose rewards are equal do not train: they would dilute the rest",
 }
 # a metric's old name -> its new name

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
+from html.parser import HTMLParser
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,38 @@ from tests.pipelines import Build
 from tests.test_policy import disturb
 
 TEXTS = ["two red stars", "a star", "a blue circle left of a green square", "a red circle"]
+
+
+HOSTILE = (  # captions and names that would like to be more than text
+    "<script>alert(1)</script>",
+    '"><img src=x onerror="alert(1)">',
+    "[a star](javascript:alert(1)) {{ 7 * 7 }} {% raw %}",
+    "../../a 'red' & `blue` | star *and* </figcaption>",
+)
+
+
+def texts_of(page: str) -> list[str]:
+    """What a page says, once it is seen to hold our own tags and attributes only, and no image from elsewhere."""
+    texts = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert tag in (
+                "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "thead", "tbody",
+                "tr", "th", "td", "main", "article", "figure", "img", "figcaption", "span", "b",
+            )  # fmt: skip
+            given = {name: value or "" for name, value in attrs}
+            if tag == "img":
+                assert given.keys() == {"src", "alt"} and given["src"].startswith("data:image/jpeg;base64,")
+                texts.append(given["alt"])
+            elif tag != "meta":
+                assert given.keys() <= {"lang", "class", "scope"}
+
+        def handle_data(self, data: str) -> None:
+            texts.append(data)
+
+    Reader().feed(page)
+    return texts
 
 
 # runs by the command
@@ -68,20 +102,20 @@ def errors(text: str) -> list[str]:
 
 def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """What a process of :func:`launch` does. With ``HOLD_IN`` in its environment it stands still in the midst of saving
-    into the folder of that name, so that a kill surely falls there."""
+    into a folder that this pattern fits, so that a kill surely falls there."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     from align.train import main
-    from align.training import run_folder
+    from align.training import checkpoint
 
-    whole = run_folder.write_text
+    whole = checkpoint.write_text
 
     def held(path: Path, text: str) -> None:
-        if path.parent.name == environment.get("HOLD_IN"):
+        if fnmatch(path.parent.name, environment.get("HOLD_IN", "")):
             time.sleep(60)
         whole(path, text)
 
-    run_folder.write_text = held
+    checkpoint.write_text = held
     sys.exit(main(list(arguments)))
 
 

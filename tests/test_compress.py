@@ -27,7 +27,8 @@ from pruning.distill import Heal, sensitivity
 from pruning.graph import BlockGraph
 from pruning.linear4bit import Linear4bit
 from pruning.plan import from_ranges, make_plan
-from tests.helpers import errors, lines
+from pruning.report import Reporting, report
+from tests.helpers import HOSTILE, errors, lines, texts_of
 
 PROMPTS = ["two red stars", "a star", "a red circle", "a blue circle left of a green square"]
 
@@ -237,6 +238,17 @@ def test_the_whole_command(config: dict[str, Any], tiny_folders: dict[str, Path]
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == times
 
 
+def test_hostile_names_and_prompts_are_text_on_the_page(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(HOSTILE) + "\n")
+    prompts, reward = str(tmp_path / "prompts.txt"), ["tests.helpers.Bright"]
+    settings = Reporting(prompts, reward, num_inference_steps=1, guidance_scale=1.0, memory=False, repeats=1)
+    folders = {name: str(tiny_folders["flow"]) for name in HOSTILE}
+    report(folders, settings, tmp_path)
+    shown = texts_of((tmp_path / "gallery.html").read_text())
+    assert all(shown.count(text) >= 1 + 2 * len(HOSTILE) for text in HOSTILE)  # as a prompt, and below its images
+    assert shown.count("tests.helpers.Bright") == 2  # a column of one table, a row of the other
+
+
 def test_the_pruned_folder_is_the_skipped_model_bit_by_bit(config: dict[str, Any], tmp_path: Path) -> None:
     assert run(config | {"heal": None, "blocks": "1", "budget": None}, tmp_path, "--stages", "[plan,remove]") == 0
     whole = families.load(config["pretrained_model_name_or_path"])
@@ -334,7 +346,7 @@ def test_another_plan_in_the_same_folder_is_refused(
     by_hand = config | {"budget": None, "heal": None, "blocks": "1"}
     assert run(by_hand, tmp_path, "--stages", "[plan,remove]") == 0
     assert run(by_hand | {"blocks": "0"}, tmp_path, "--stages", "[plan,remove]") == 2
-    assert "another plan" in capsys.readouterr().err
+    assert 'plan (blocks was "1", is "0"); pruned, which follows' in capsys.readouterr().err
 
 
 def test_a_healed_run_is_a_run_of_the_loop(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from align.evaluation.compare import bootstrap, compare
 from align.families import LORA_FILE
 from align.policy.policy import LoRA, Policy
 from align.sampling import generate
+from rewards.common.page import Table
+from tests.helpers import HOSTILE, texts_of
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
@@ -109,6 +112,31 @@ def test_prompt_files(tuned: Path) -> None:
     (tuned / "prompts.txt").write_text("a star\ntwo red stars\n")
     assert evaluate(tuned, "--prompts", str(tuned / "prompts.txt"), "--reward", "[JPEGCompressibility]") == 0
     assert json.loads((tuned / "evaluation/scores.json").read_text())["prompts"] == 2
+
+
+def test_hostile_prompts_are_text_on_the_page_and_in_the_card(tuned: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": text, "task": text} for text in HOSTILE]
+    (tuned / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / HOSTILE[1].replace("/", "_")
+    options = ["--prompts", str(tuned / "prompts.jsonl"), "--reward", "[JPEGCompressibility]"]
+    assert evaluate(tuned, *options, "--output_dir", str(output)) == 0
+    shown = texts_of((output / "gallery.html").read_text())
+    assert all(text in shown for text in HOSTILE)
+    assert all(f"JPEGCompressibility: {text}" in shown for text in HOSTILE)
+    card = (tuned / "README.md").read_text()
+    assert not re.search(r"(?<!\\)(<script|<img|\[a star)", card)
+    table = [line for line in card.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5} and len(table) == 2 + 1 + len(HOSTILE) + 1
+
+
+def test_a_table_reads_as_its_cells_do() -> None:
+    text = Table(("", "a|b"), [[r"one \ two_", "`x` | <b>*y*</b>"], ["[z](javascript:0)"]]).markdown()
+    assert text.splitlines() == [
+        r"|  | a\|b |",
+        "|---|---|",
+        r"| one \\ two\_ | \`x\` \| \<b\>\*y\*\</b\> |",
+        r"| \[z\](javascript:0) |  |",
+    ]
 
 
 @pytest.mark.parametrize(

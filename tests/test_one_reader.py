@@ -18,6 +18,7 @@ from align.data.latent_cache import cut
 from align.data.preferences import PreferencePairs
 from align.data.prompts import read_prompts
 from rewards import agree
+from rewards.common import files
 from rewards.common.files import atomic
 from rewards.data import images
 from rewards.data.formats import open_input
@@ -116,4 +117,21 @@ def test_a_draft_goes_where_writing_fails(tmp_path: Path) -> None:
         draft.mkdir()
         (draft / "a").write_text("a")
     assert path.read_text() == "whole" and (tmp_path / "folder/a").read_text() == "a"
+    with atomic(tmp_path / "folder") as draft:
+        draft.mkdir()
+        assert (tmp_path / "folder/a").read_text() == "a"  # until the new one is whole
+        (draft / "b").write_text("b")
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["b"]
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_folder_half_taken_away_has_no_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "notes.tmp").write_text("a user's")
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path: None)  # killed before a file of it is gone
+    files.discard(tmp_path / "checkpoint-1")
+    monkeypatch.undo()
+    assert not (tmp_path / "checkpoint-1").exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    files.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.tmp"]

@@ -121,7 +121,7 @@ def column(table: OPDRows, name: str) -> Tensor:
 
 # closed forms
 @pytest.mark.parametrize("steps", [4, 10])
-def test_i2_i3_the_divergence_of_a_flow(steps: int) -> None:
+def test_the_divergence_of_a_flow(steps: int) -> None:
     """KL_j against torch's, against eta² |dv|² / (2 s²) with the paper's eta, and the conventions among each other."""
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     t = 3 * t / (1 + 2 * t)  # SD3's shift
@@ -150,7 +150,7 @@ def test_i2_i3_the_divergence_of_a_flow(steps: int) -> None:
             torch.testing.assert_close(divergence(one, one, kernel, grid, i, form, "paper"), torch.zeros(2).double())
 
 
-def test_i2_the_divergence_of_ddim(tiny: Build) -> None:
+def test_the_divergence_of_ddim(tiny: Build) -> None:
     grid, kernel = tiny("epsilon").grid(4), DDIM(1.0)
     x, e_s, e_t = (normal(2, *SHAPE, seed=k).double() for k in range(3))
     for i in range(4):
@@ -183,7 +183,7 @@ def test_rows_of_several_steps_are_those_of_each() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["ode", "sde"])
-def test_i1_a_student_that_is_its_teacher_has_nothing_to_learn(
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(
     tiny: Build, kind: str, form: Form, schools: dict[str, Path]
 ) -> None:
     """Loss and gradient 0 for every step, in every convention; of another teacher they are not."""
@@ -214,7 +214,7 @@ def surrogate(policy_mean: Tensor, teacher_mean: Tensor, std: Tensor, eps: Tenso
     return -(ratio * advantage).mean()
 
 
-def test_i4_the_policy_gradient_of_a_toy_averages_to_the_closed_form() -> None:
+def test_the_policy_gradient_of_a_toy_averages_to_the_closed_form() -> None:
     """And scatters, where the closed form is one number; in float64, N(theta, s²) against N(0.4, s²)."""
     theta = torch.tensor([[0.1, -0.2, 0.9]], dtype=torch.float64, requires_grad=True)
     target, std, count = torch.full((1, 3), 0.4, dtype=torch.float64), 0.5, 20_000
@@ -239,7 +239,7 @@ def test_i4_the_policy_gradient_of_a_toy_averages_to_the_closed_form() -> None:
 Z = (torch.zeros(()), torch.ones(()))
 
 
-def test_i4_the_policy_gradient_of_a_policy_averages_to_the_closed_form(tiny: Build, schools: dict[str, Path]) -> None:
+def test_the_policy_gradient_of_a_policy_averages_to_the_closed_form(tiny: Build, schools: dict[str, Path]) -> None:
     """Of a real network's parameters, at one state that the student visited, along random directions."""
     objective = OPD([LoRATeacher(path=schools["flow"] / "a")], Sampler(3, 1.0), form="sde")
     objective.normalize = "paper"
@@ -269,7 +269,7 @@ def test_i4_the_policy_gradient_of_a_policy_averages_to_the_closed_form(tiny: Bu
 
 
 # frozen teachers
-def test_i5_teachers_are_not_among_what_trains(tiny: Build, tmp_path: Path, schools: dict[str, Path]) -> None:
+def test_teachers_are_not_among_what_trains(tiny: Build, tmp_path: Path, schools: dict[str, Path]) -> None:
     objective = OPD(experts(schools["flow"]), Sampler(2, 1.0))
     torch.manual_seed(0)
     policy = Policy(tiny("flow"), LoRA(2), ema_decay=0.5)
@@ -330,7 +330,7 @@ def test_using_a_teacher_leaves_no_trace(tiny: Build, kind: str, schools: dict[s
 
 
 @pytest.mark.parametrize("form", ["ode", "sde"])
-def test_i5_states_are_given(tiny: Build, form: Form, schools: dict[str, Path]) -> None:
+def test_states_are_given(tiny: Build, form: Form, schools: dict[str, Path]) -> None:
     """No graph leads from a step's loss to the step before, and one row asks the network once."""
     objective = OPD(experts(schools["flow"]), Sampler(3, 1.0), form=form)
     policy = student(tiny, "flow", objective, moved=3)
@@ -346,7 +346,7 @@ def test_i5_states_are_given(tiny: Build, form: Form, schools: dict[str, Path]) 
 
 # who is asked what
 @pytest.mark.parametrize("kind", KINDS)
-def test_i6_each_picture_is_answered_by_the_teacher_of_its_task(
+def test_each_picture_is_answered_by_the_teacher_of_its_task(
     tiny: Build, kind: str, monkeypatch: pytest.MonkeyPatch, schools: dict[str, Path]
 ) -> None:
     """Once a step, by that teacher alone, in whatever sampler batches; the target is what it alone says there."""
@@ -385,7 +385,7 @@ def test_a_task_without_a_teacher_is_named(tiny: Build, schools: dict[str, Path]
         taught(objective, policy)
 
 
-def test_i6_extrapolation(tiny: Build, schools: dict[str, Path]) -> None:
+def test_extrapolation(tiny: Build, schools: dict[str, Path]) -> None:
     """lambda 1 is the teacher; else as far beyond it, away from the base, as lambda says."""
     found = {}
     for extrapolation in (None, 1.0, 1.5):
@@ -678,7 +678,7 @@ def distilling(pipeline: Path, folder: Path, school: Path, **arguments: Any) -> 
 
 
 @pytest.mark.parametrize(("kind", "form"), [("epsilon", "sde"), ("flow", "ode")])
-def test_i5_i6_a_run_trains_the_student_and_nothing_else(
+def test_a_run_trains_the_student_and_nothing_else(
     tiny: Build,
     tiny_folders: dict[str, Path],
     tmp_path: Path,

@@ -40,7 +40,7 @@ def scores(seed: int = 0) -> Tensor:
 
 # advantages
 @pytest.mark.parametrize("spread", ["group", "batch", "none"])
-def test_r7_group_advantages_are_the_plain_loop(spread: Literal["group", "batch", "none"]) -> None:
+def test_group_advantages_are_the_plain_loop(spread: Literal["group", "batch", "none"]) -> None:
     rewards = scores()
     expected = []
     for k in range(8):
@@ -53,7 +53,7 @@ def test_r7_group_advantages_are_the_plain_loop(spread: Literal["group", "batch"
     assert (found[6:] == 0).all()
 
 
-def test_r7_mean_0_std_1_and_the_order_of_pictures_does_not_matter() -> None:
+def test_mean_0_std_1_and_the_order_of_pictures_does_not_matter() -> None:
     rewards, order = scores(), torch.randperm(8, generator=torch.Generator().manual_seed(2))
     found = advantages.group_advantages(rewards, GROUPS, "group", eps=0)
     for group in (3, 5):
@@ -216,7 +216,7 @@ def test_what_is_only_watched_teaches_nothing(tiny: Build) -> None:
 # the loss
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_r1_ratio_is_1_and_the_gradient_reinforces(tiny: Build, kind: str, guidance_scale: float) -> None:
+def test_ratio_is_1_and_the_gradient_reinforces(tiny: Build, kind: str, guidance_scale: float) -> None:
     """Before any update the gradient is that of -A log p, the REINFORCE estimate."""
     policy, objective = moved(tiny, kind), PolicyGradient(Sampler(3, guidance_scale, batch_size=4), 3)
     ctx, table = rolled(objective, policy)
@@ -382,7 +382,7 @@ def test_guard_ratio_is_1_before_any_update(tiny: Build, kind: str) -> None:
 
 # the reference
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
-def test_r5_exact_kl_and_flow_grpos(tiny: Build, kind: str) -> None:
+def test_exact_kl_and_flow_grpos(tiny: Build, kind: str) -> None:
     """Exact: |mu - mu_ref|^2 / 2 s^2 as a mean; Flow-GRPO's code leaves the step's length out: 1 / |dt| smaller."""
     policy = moved(tiny, kind)
     ctx, table = rolled(PolicyGradient(Sampler(3, 1.0), 2), policy, 1)

@@ -57,7 +57,7 @@ def test_gaussian_is_torch_distributions_normal(eta: float) -> None:
 
 
 def test_expected_log_prob_is_the_entropy() -> None:
-    """R4: E[log_prob, mean] = -(1 + ln 2 pi) / 2 - ln s."""
+    """E[log_prob, mean] = -(1 + ln 2 pi) / 2 - ln s."""
     torch.manual_seed(2)
     step = Gaussian(torch.zeros(400, 1000), torch.tensor(0.3))
     found = step.log_prob(step.sample(torch.randn(400, 1000))).mean()
@@ -73,7 +73,7 @@ def test_deterministic_step_has_no_density() -> None:
 
 
 def test_ddim_eta_one_is_the_ddpm_posterior() -> None:
-    """D3PO invariant I5, from Ho et al. 2020 eq. 7 on the strided chain."""
+    """From Ho et al. 2020 eq. 7 on the strided chain."""
     torch.manual_seed(3)
     cumprod = torch.tensor([0.1, 0.45, 0.9], dtype=torch.float64)
     grid = Grid(torch.arange(2, -1, -1).double(), cumprod.sqrt(), (1 - cumprod).sqrt())
@@ -88,7 +88,7 @@ def test_ddim_eta_one_is_the_ddpm_posterior() -> None:
 
 
 def test_flow_without_noise_is_euler() -> None:
-    """R2, and DDIM(0) on a flow grid is the same step."""
+    """Without noise, and DDIM(0) on a flow grid, is the same step."""
     torch.manual_seed(4)
     x, velocity = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
     grid = flow_grid(4)
@@ -157,7 +157,7 @@ def toy_end(kernel: Kernel, steps: int) -> torch.Tensor:
     ],
 )
 def test_marginals_of_a_gaussian_toy(kernel: Kernel, steps: int, std: float) -> None:
-    """R3: the SDE keeps the marginal that the ODE has."""
+    """The SDE keeps the marginal that the ODE has."""
     x = toy_end(kernel, steps)
     assert x.mean().item() == pytest.approx(1.5, abs=0.01)
     assert x.std().item() == pytest.approx(std, abs=0.006)
@@ -165,7 +165,7 @@ def test_marginals_of_a_gaussian_toy(kernel: Kernel, steps: int, std: float) -> 
 
 @pytest.mark.parametrize(("steps", "std"), [(10, 0.277), (300, 0.318)])
 def test_cps_keeps_no_marginal(steps: int, std: float) -> None:
-    """R3 can fail: with any number of steps the data comes out too narrow."""
+    """That can fail: with any number of steps the data comes out too narrow."""
     found = toy_end(CPS(), steps).std().item()
     assert found == pytest.approx(std, abs=0.006)
     assert abs(found - 0.400) > 0.07
@@ -211,7 +211,7 @@ def test_within_is_the_kernel_inside_and_deterministic_outside() -> None:
 
 # likelihood ratios
 def test_kl_is_the_mean_log_ratio_of_samples() -> None:
-    """R5 by Monte Carlo, within three standard errors."""
+    """By Monte Carlo, within three standard errors."""
     torch.manual_seed(10)
     mean, other = torch.randn(2, 1, 6, dtype=torch.float64).unbind()
     std = torch.tensor(0.8, dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_kl_is_the_mean_log_ratio_of_samples() -> None:
 
 
 def test_the_mean_log_ratio_is_biased() -> None:
-    """R6, why GRPO-Guard exists: E[ratio] = exp(-k (1 - 1/D)) with k the KL as a mean over D, not 1."""
+    """Why GRPO-Guard exists: E[ratio] = exp(-k (1 - 1/D)) with k the KL as a mean over D, not 1."""
     torch.manual_seed(11)
     size, k = 64, 0.3
     std = torch.tensor(0.5, dtype=torch.float64)

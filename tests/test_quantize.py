@@ -734,5 +734,5 @@ def test_merging_comes_before_quantising(tiny_folders: dict[str, Path], tmp_path
     )
     torch.testing.assert_close(SD3(merged, "tiny").call(merged.transformer, x, t, cond), expected, rtol=1e-4, atol=1e-4)
     quantize(merged.transformer)
-    with pytest.raises(UserError, match=r"transformer of this pipeline are quantised.*; no .*elsewhere"):
+    with pytest.raises(UserError, match=r"transformer of this pipeline are quantised"):
         q.merge_lora(merged, tmp_path / "elsewhere")

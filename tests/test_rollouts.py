@@ -1,4 +1,4 @@
-"""Drawing and replaying trajectories: substrate invariants R1, R2, R9 and R10, windows, keyed draws, diversity."""
+"""Drawing and replaying trajectories: ratios of 1, no density without noise, windows, keyed draws, diversity."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def latents(rollout: Rollout) -> Tensor:
     ("kind", "kernel"),
     [("epsilon", DDIM(1.0)), ("epsilon", DDIM(0.5)), ("v", DDIM(1.0)), ("flow", FlowSDE(0.7)), ("flow", DDIM(1.0))],
 )
-def test_r1_replay_gives_the_stored_log_probs(tiny: Build, kind: str, kernel: Kernel, guidance_scale: float) -> None:
+def test_replay_gives_the_stored_log_probs(tiny: Build, kind: str, kernel: Kernel, guidance_scale: float) -> None:
     """Drawn 4 at a time with one step for all, replayed 5 at a time with steps mixed. On a flow grid the posterior's
     last step ends at sigma 0 and is deterministic, so it is not kept."""
     policy, sampler = moved(tiny, kind), Sampler(4, guidance_scale, kernel, batch_size=4)
@@ -61,7 +61,7 @@ def test_r1_replay_gives_the_stored_log_probs(tiny: Build, kind: str, kernel: Ke
     assert torch.equal(y, latents(rollout)[[5, 0, 3], [3, 1, 2]])
 
 
-def test_r1_fails_for_other_weights_guidance_or_reference(tiny: Build) -> None:
+def test_fails_for_other_weights_guidance_or_reference(tiny: Build) -> None:
     policy, sampler = moved(tiny, "epsilon"), Sampler(3, 3.0)
     rollout, ctx = drawn(policy, sampler), Context(policy, 0, 0, range(6))
     stored = rollout.trajectories.log_probs
@@ -74,7 +74,7 @@ def test_r1_fails_for_other_weights_guidance_or_reference(tiny: Build) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_r10_log_probs_do_not_depend_on_the_chunk(tiny: Build, kind: str) -> None:
+def test_log_probs_do_not_depend_on_the_chunk(tiny: Build, kind: str) -> None:
     policy, sampler = moved(tiny, kind), Sampler(3, 3.0)
     rollout, ctx = drawn(policy, sampler), Context(policy, 0, 0, range(6))
     one, eight = (log_probs(ctx, sampler, rollout.trajectories, chunk) for chunk in (1, 8))
@@ -203,7 +203,7 @@ def test_a_window_that_does_not_fit_is_refused(window: SDEWindow) -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
-def test_r9_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build, kind: str) -> None:
+def test_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build, kind: str) -> None:
     policy, sampler, window = moved(tiny, kind), Sampler(4, 1.0, batch_size=8), range(1, 3)
     pictures: list[Tensor] = []
 

@@ -31,7 +31,7 @@ from rewards.data.images import decode_tensor as decode
 from rewards.score import main
 from rewards.scoring import loader
 from rewards.scoring.loader import Batch, Decoder, ahead
-from tests.helpers import launch
+from tests.helpers import HOSTILE, launch, texts_of
 
 COUNT = 10
 FILES = [f"{number}.png" for number in range(COUNT)]
@@ -421,6 +421,19 @@ def test_gallery_shows_best_and_worst(tmp_path: Path, layout: str) -> None:
     for data, number in shown:  # the picture itself, told by its height
         assert Image.open(io.BytesIO(base64.b64decode(data))).height == 8 + int(number) % 3
     assert "<b>picture" not in page and ("&lt;b&gt;picture 9" in page) == (layout == "sidecar")
+
+
+def test_hostile_captions_and_names_are_text_on_the_page(tmp_path: Path) -> None:
+    names = [f"{k}{text.replace('/', '_')}" for k, text in enumerate(HOSTILE)]
+    (tmp_path / "in").mkdir()
+    for k, (name, text) in enumerate(zip(names, HOSTILE, strict=True)):
+        (tmp_path / "in" / f"{name}.png").write_bytes(encoded(k))
+        (tmp_path / "in" / f"{name}.txt").write_text(text)
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "in"), "--reward", REWARD, "--output", str(out), "--gallery", "4"]) == 0
+    shown = texts_of((out / "gallery.html").read_text())
+    assert all(shown.count(text) == 1 for text in HOSTILE)
+    assert all(shown.count(f"{name}.png") == 2 for name in names)  # what is seen, and where no image can be
 
 
 def test_sizes_that_fill_no_batch_leave_before_memory_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

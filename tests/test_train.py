@@ -115,13 +115,13 @@ def test_killed_and_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp
     config |= {"ema_decay": 0.9, "max_train_steps": 8, "lr_scheduler": "cosine"}
     assert main(["--config", write(config, output_dir=str(tmp_path / "whole"))]) == 0
     folder = tmp_path / "run"
-    # the temporary folder exists only while a checkpoint is being written
-    process = launch(["--config", write(config)], **({"HOLD_IN": "checkpoint-6.tmp"} if "inside" in moment else {}))
-    seen = {"before": "metrics.jsonl", "between": "checkpoint-3", "inside": "checkpoint-6.tmp"}
+    draft = ".checkpoint-6.*.tmp"  # exists only while the checkpoint is being written
+    process = launch(["--config", write(config)], **({"HOLD_IN": draft} if "inside" in moment else {}))
+    seen = {"before": "metrics.jsonl", "between": "checkpoint-3", "inside": draft}
     kill_when(process, folder, seen[moment.partition(" ")[0]])
     assert not (folder / LORA_FILE).exists()
     if "inside" in moment:
-        assert (folder / "checkpoint-6.tmp").exists() and not (folder / "checkpoint-6").exists()
+        assert list(folder.glob(draft)) and not (folder / "checkpoint-6").exists()
     assert main(["--config", write(config), "--resume_from_checkpoint", "latest"]) == 0
     assert not list(folder.glob("*.tmp"))
     assert same(weights(tmp_path / "whole"), weights(folder))
@@ -131,12 +131,13 @@ def test_killed_and_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp
 def test_a_half_written_checkpoint_is_never_picked(config: dict[str, Any], tmp_path: Path) -> None:
     folder = Path(config["output_dir"])
     assert main(["--config", write(config, max_train_steps=4)]) == 0
-    half = folder / "checkpoint-9.tmp"
+    half = folder / ".checkpoint-9.host.1.tmp"
     half.mkdir()
     (half / "trained.safetensors").write_bytes(b"half")
     (folder / "metrics.jsonl").open("a").write('{"step": 5, "lo')
     assert main(["--config", write(config, output_dir=str(tmp_path / "whole"))]) == 0
     assert main(["--config", write(config), "--resume_from_checkpoint", "latest"]) == 0
+    assert not half.exists()
     # the first run's schedule was the same: constant after warm-up
     assert same(weights(folder), weights(tmp_path / "whole"))
 
@@ -325,13 +326,13 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_data_is_encoded
     assert "cannot write into" in capsys.readouterr().err
     (Path(config["output_dir"]) / "checkpoint-3").mkdir(parents=True)
     assert main(["--config", write(config)]) == 2
-    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+    assert "holds checkpoint-3 of an earlier run" in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_not_overwritten(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", write(config, max_train_steps=3)]) == 0
     assert main(["--config", write(config, max_train_steps=3)]) == 2
-    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+    assert "holds checkpoint-3 of an earlier run" in capsys.readouterr().err
 
 
 OTHER = """

@@ -1,7 +1,7 @@
 """Models side by side: the same prompts and noise through each, scored, and what the scores say of the differences.
 
-:func:`draw_and_score` runs the models; :func:`compare`, :func:`diversity` and :func:`table` only read its results. The
-first model is the baseline that every other is held against.
+:func:`draw_and_compare` runs the models, the first of which is the baseline that every other is held against;
+:func:`compare`, :func:`diversity` and :func:`table` only read its results.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from align.common.errors import require_at_least
 from align.data.prompts import read_prompt_rows
+from align.evaluation.gallery import save_grid, to_pil
 from align.families import Family
 from align.sampling import generate
 from align.sampling.diversity import Features, pairwise, thumbnails
 from align.shapes.world import held_out_prompts
 from rewards import RewardConfig, RewardSum, parse_rewards
+from rewards.common.files import write_text
+from rewards.common.page import Card, Figure, Page, Table
 from rewards.models.shapes import Shapes
 from rewards.models.shapes import parse as parse_caption
 
@@ -60,16 +64,14 @@ class Comparison:
     def __post_init__(self) -> None:
         self.reward = parse_rewards(self.reward or "Shapes", weighted=False)
 
-    def check(self) -> None:
-        """Raises :class:`UserError` for counts below 1."""
-        require_at_least(1, self, "samples_per_prompt", "num_inference_steps", "batch_size", "max_prompts")
-
     @property
     def deciding_reward(self) -> str:
         return STRICT if self.reward[0].title == "Shapes" else self.reward[0].title
 
-    def read_prompts(self) -> tuple[list[str], list[str] | None]:
-        """The prompts, evenly spaced where there are more than ``max_prompts``, and their tasks where all have one."""
+    def bench(self) -> Bench:
+        """Read the prompts, evenly spaced where there are more than ``max_prompts``, and load the rewards, with
+        ``Shapes`` its strict verdict too. Raises :class:`UserError`, also for counts below 1."""
+        require_at_least(1, self, "samples_per_prompt", "num_inference_steps", "batch_size", "max_prompts")
         if self.prompts == "shapes":
             rows = [{"prompt": prompt, "task": parse_caption(prompt).task} for prompt in held_out_prompts()]
         else:
@@ -77,45 +79,79 @@ class Comparison:
         if self.max_prompts and self.max_prompts < len(rows):
             rows = [rows[k] for k in evenly_spaced(len(rows), self.max_prompts)]
         tasks = [str(row["task"]) for row in rows] if all("task" in row for row in rows) else None
-        return [row["prompt"] for row in rows], tasks
-
-    def load_rewards(self) -> RewardSum:
-        """The rewards, with ``Shapes`` its strict verdict too."""
-        rewards = RewardSum.of(self.reward).rewards
-        return RewardSum(rewards | ({STRICT: Shapes(mode="strict")} if "Shapes" in rewards else {}))
-
-    def texts_and_seeds(self, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
-        """Prompt and seed of every picture."""
-        texts = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
-        return texts, list(range(self.seed, self.seed + len(texts)))
+        named = RewardSum.of(self.reward).rewards
+        rewards = RewardSum(named | ({STRICT: Shapes(mode="strict")} if "Shapes" in named else {}))
+        return Bench([row["prompt"] for row in rows], tasks, rewards)
 
 
-def draw_and_score(
-    models: Iterable[tuple[str, Family]],
-    settings: Comparison,
-    prompts: Sequence[str],
-    rewards: RewardSum,
-    resolution: int | None = None,
-) -> tuple[dict[str, Tensor], dict[str, dict[str, np.ndarray]]]:
-    """Images and scores of every model, by name. Models come one by one, so a later may use up an earlier."""
-    texts, seeds = settings.texts_and_seeds(prompts)
+@dataclass(frozen=True)
+class Bench:
+    """The prompts that models are compared on, their tasks where all have one, and the rewards that judge."""
+
+    prompts: Sequence[str]
+    tasks: Sequence[str] | None
+    rewards: RewardSum
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What models drew of the same prompts and noise, how that was scored, and what :func:`compare` says of it."""
+
+    settings: Comparison
+    prompts: Sequence[str]
+    images: dict[str, Tensor]
+    scores: dict[str, dict[str, np.ndarray]]
+    report: dict[str, Any]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Prompt, seed and every model's scores of each image."""
+        return [
+            {"prompt": text, "seed": seed}
+            | {f"{model}/{reward}": float(v[k]) for model in self.scores for reward, v in self.scores[model].items()}
+            for k, (text, seed) in enumerate(zip(*texts_and_seeds(self.settings, self.prompts), strict=True))
+        ]
+
+    def show(self, folder: Path, title: str, tables: Sequence[Table]) -> None:
+        """Write ``gallery.png`` and, with ``tables``, ``gallery.html``: the first image of evenly spaced prompts."""
+        samples, models = self.settings.samples_per_prompt, list(self.images)
+        few = evenly_spaced(len(self.prompts), 16)
+        images = torch.stack([self.images[model][k * samples] for k in few for model in models])
+        save_grid(images, [self.prompts[k] for k in few], folder / "gallery.png", 8, models)
+
+        def figure(model: str, k: int) -> Figure:
+            return Figure(to_pil(self.images[model][k]), model, {r: v[k] for r, v in self.scores[model].items()})
+
+        cards = [
+            Card(self.prompts[k], [figure(model, k * samples) for model in models])
+            for k in evenly_spaced(len(self.prompts), 48)
+        ]
+        introduction = (
+            "The same prompts and seeds through each; evenly spaced prompts, the first image of each. "
+            f"{self.settings.deciding_reward} decides; ties count one half."
+        )
+        write_text(folder / "gallery.html", Page(title, introduction, tables, cards).html())
+
+
+def texts_and_seeds(settings: Comparison, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Prompt and seed of every image."""
+    texts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
+    return texts, list(range(settings.seed, settings.seed + len(texts)))
+
+
+def draw_and_compare(
+    models: Iterable[tuple[str, Family]], settings: Comparison, bench: Bench, resolution: int | None = None
+) -> Compared:
+    """Every model, by name, on ``bench``. Models come one by one, so a later may use up an earlier."""
+    texts, seeds = texts_and_seeds(settings, bench.prompts)
+    sampler = settings.num_inference_steps, settings.guidance_scale, settings.batch_size
     images: dict[str, Tensor] = {}
     scores: dict[str, dict[str, np.ndarray]] = {}
     for name, family in models:
-        images[name] = generate.sample_images(
-            family.predict,
-            family,
-            texts,
-            seeds,
-            settings.num_inference_steps,
-            settings.guidance_scale,
-            settings.batch_size,
-            resolution,
-            name,
-        )
-        components = rewards.components(images=images[name], prompts=texts)
-        scores[name] = {reward: components[reward].double().numpy() for reward in rewards.rewards}
-    return images, scores
+        images[name] = generate.sample_images(family.predict, family, texts, seeds, *sampler, resolution, name)
+        components = bench.rewards.components(images=images[name], prompts=texts)
+        scores[name] = {reward: components[reward].double().numpy() for reward in bench.rewards.rewards}
+    report = compare(scores, bench.tasks, settings.samples_per_prompt, settings.deciding_reward)
+    return Compared(settings, bench.prompts, images, scores, report)
 
 
 def compare(scores: Scores, tasks: Sequence[str] | None, samples: int, decides: str) -> dict[str, Any]:
@@ -170,25 +206,20 @@ def diversity(images: Images, samples: int, features: Features | None) -> dict[s
     return distances
 
 
-def table(report: Mapping[str, Any]) -> str:
-    """:func:`compare`'s report, with ``diversity`` where it was added, as a Markdown table."""
+def table(report: Mapping[str, Any]) -> Table:
+    """:func:`compare`'s report, with ``diversity`` where it was added."""
     models, several = report["models"], len(report["models"]) > 2
     rates = {f"{model}_win_rate": f"{model}, win rate" for model in models[1:]} if several else {"win_rate": "win rate"}
-    heads = [*models, *(f"{title} (95 % interval)" for title in rates.values())]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-
-    def line(*cells: str) -> None:
-        lines.append(f"| {' | '.join(cells)} |" + " |" * (len(heads) + 1 - len(cells)))
-
+    rows = []
     for reward, entry in report["rewards"].items():
         intervals = [(entry[rate], *entry[f"{rate}_ci"]) for rate in rates]
         cells = [f"{rate:.3f} ({low:.3f}–{high:.3f})" for rate, low, high in intervals]
-        line(f"**{reward}**", *(f"{overall(entry, model):.3f}" for model in models), *cells)
+        rows.append([reward, *(f"{overall(entry, model):.3f}" for model in models), *cells])
         for task, means in entry.get("tasks", {}).items():
-            line(task.replace("_", " "), *(f"{means[model]:.3f}" for model in models))
+            rows.append([f"{reward}: {task.replace('_', ' ')}", *(f"{means[model]:.3f}" for model in models)])
     for name, means in report.get("diversity", {}).items():
-        line(f"diversity, {name}", *(f"{means[model]:.4f}" for model in models))
-    return "\n".join(lines)
+        rows.append([f"diversity, {name}", *(f"{means[model]:.4f}" for model in models)])
+    return Table(["", *models, *(f"{title} (95 % interval)" for title in rates.values())], rows)
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Images as files: one, a folder with captions, a captioned grid, or within a page."""
+"""Images as files: one, a folder with captions, or a captioned grid."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +18,10 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def save_image(image: Tensor, path: Path) -> None:
-    """Write one image (3, H, W) as a PNG, whole or not at all."""
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write one image, whole or not at all."""
     with atomic(path) as draft:
-        to_pil(image).save(draft, "PNG")
+        image.save(draft, "PNG")
 
 
 def save_folder(images: Tensor, texts: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
@@ -33,15 +32,8 @@ def save_folder(images: Tensor, texts: Sequence[str], seeds: Sequence[int], fold
         for k, (text, seed) in enumerate(zip(texts, seeds, strict=True))
     ]
     for row, image in zip(rows, images, strict=True):
-        save_image(image, folder / str(row["file_name"]))
+        save_png(to_pil(image), folder / str(row["file_name"]))
     write_text(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def embedded(image: Tensor) -> str:
-    """One image (3, H, W) as a PNG within a page: the ``src`` of an ``img``."""
-    file = io.BytesIO()
-    to_pil(image).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def save_grid(
@@ -67,15 +59,6 @@ def save_grid(
             sheet.paste(tile, (x, y + label + d * side))
             if rows_of and k % columns == 0:
                 pen.text((2, y + label + d * side + side // 2 - 6), rows_of[d], fill="black")
-        pen.text((x + 2, y), "\n".join(_wrap(caption, side // 6)), fill="black", spacing=1)
-    with atomic(path) as draft:
-        sheet.save(draft, "PNG")
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines[:2]
+        label_lines = textwrap.wrap(caption, side // 6, break_long_words=False)[:2]
+        pen.text((x + 2, y), "\n".join(label_lines), fill="black", spacing=1)
+    save_png(sheet, path)

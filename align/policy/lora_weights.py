@@ -16,6 +16,7 @@ from align.common.errors import UserError
 from align.families import LORA_FILE, Family, LoRAFile, read_lora
 from align.policy.lora import LoRA
 from align.policy.weights import Weights
+from rewards.common.files import atomic
 
 
 class LoRAWeights(Weights):
@@ -33,11 +34,21 @@ class LoRAWeights(Weights):
             target_modules=lora.targets or list(family.lora_targets),
             init_lora_weights="gaussian",
         )
+        widest = max(getattr(module, "in_features", 0) for module in self.denoiser.modules())
+        if lora.rank > widest:
+            raise UserError(f"lora.rank: {lora.rank} is more than the width of any layer of this model, {widest}")
         try:
             self.denoiser.add_adapter(config)
         except ValueError as error:  # peft's for targets that fit nothing
             known = ", ".join(family.lora_targets)
             raise UserError(f"lora.targets: {error} The family's own are {known}") from error
+        names = [name for name, module in self.denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
+        fitting = {target for target in lora.targets or () for name in names if f".{name}".endswith(f".{target}")}
+        if missed := [target for target in lora.targets or () if target not in fitting]:
+            known = ", ".join(family.lora_targets)
+            raise UserError(
+                f"lora.targets: no layer is called {', '.join(map(repr, missed))}; the family's own are {known}"
+            )
         self.layers = self._layers()
         self.upcast()
         if initial is not None:
@@ -158,13 +169,14 @@ class LoRAWeights(Weights):
             b.zero_()
             a[:rank], b[:, :rank] = root[:, None] * vh[:rank], u[:, :rank] * root
 
-    def write(self, folder: Path) -> str:
+    def save(self, folder: Path) -> Path:
         """``pytorch_lora_weights.safetensors`` with rank and alpha in its metadata, for ``load_lora_weights``."""
-        name = self.family.denoiser_name
-        layers = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.denoiser).items()}
-        arguments = {
-            f"{name}_lora_layers": layers,
-            f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
-        }
-        type(self.family.pipe).save_lora_weights(folder, **arguments)
-        return LORA_FILE
+        name, target = self.family.denoiser_name, folder / LORA_FILE
+        with self.ema_scope(), atomic(target) as draft:
+            layers = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.denoiser).items()}
+            arguments = {
+                f"{name}_lora_layers": layers,
+                f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
+            }
+            type(self.family.pipe).save_lora_weights(draft.parent, weight_name=draft.name, **arguments)
+        return target

@@ -41,8 +41,8 @@ class Trained(nn.Module, ABC):
         """Write what was trained into ``folder``; returns the file."""
 
     @abstractmethod
-    def card(self, pipeline: str) -> str:
-        """Python that loads what was saved into the stock ``pipeline`` class."""
+    def usage(self, folder: str) -> str:
+        """Python that draws with what was saved in ``folder`` by a stock pipeline, ``pipe``."""
 
 
 class Policy:

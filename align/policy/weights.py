@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from align.common.errors import UserError
 from align.families import Family
+from rewards.common.files import atomic
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -129,26 +129,18 @@ class Weights(ABC):
                 f"checkpoint and policy differ in {len(named.keys() ^ state.keys())} parameters, for example "
                 f"{sorted(named.keys() ^ state.keys())[0]!r}; was it written with another rank, target list or model?"
             )
+        if wrong := [name for name, tensor in named.items() if tensor.shape != state[name].shape]:
+            raise ValueError(
+                f"checkpoint and policy differ in the shape of {len(wrong)} parameters: {wrong[0]!r} is "
+                f"{tuple(state[wrong[0]].shape)}, expected {tuple(named[wrong[0]].shape)}"
+            )
         for name, parameter in named.items():
             parameter.copy_(state[name])
 
     # what stock diffusers loads
-    def save(self, folder: Path) -> Path:
-        """Write the (averaged) weights and return what was written."""
-        temporary = folder / ".saving"
-        shutil.rmtree(temporary, ignore_errors=True)
-        with self.ema_scope():
-            name = self.write(temporary)
-        target = folder / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        (temporary / name).replace(target)
-        shutil.rmtree(temporary)
-        return target
-
     @abstractmethod
-    def write(self, folder: Path) -> str:
-        """Write the weights in force into ``folder``, new; returns the name of the file or folder in it."""
+    def save(self, folder: Path) -> Path:
+        """Write the (averaged) weights, whole or not at all, and return what was written."""
 
 
 class FullWeights(Weights):
@@ -203,11 +195,12 @@ class FullWeights(Weights):
             raise RuntimeError("this policy was built without a reference (reference=False)")
         yield self.frozen
 
-    def write(self, folder: Path) -> str:
+    def save(self, folder: Path) -> Path:
         """``unet/`` or ``transformer/``, for ``from_pretrained(folder, subfolder=...)``."""
-        name = self.family.denoiser_name
-        self.denoiser.save_pretrained(folder / name)
-        return name
+        target = folder / self.family.denoiser_name
+        with self.ema_scope(), atomic(target) as draft:
+            self.denoiser.save_pretrained(draft)
+        return target
 
 
 class ModuleWeights(Weights):
@@ -237,6 +230,3 @@ class ModuleWeights(Weights):
     def save(self, folder: Path) -> Path:
         with self.ema_scope():
             return self.trained.save(folder)
-
-    def write(self, folder: Path) -> str:
-        return self.trained.save(folder).name

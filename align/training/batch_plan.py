@@ -12,6 +12,8 @@ from align.families import Family
 from align.policy.policy import Policy
 from align.training.config import TrainConfig
 
+BARREN = 20  # rollouts without a row after which a run gives up
+
 
 def shares(counts: Sequence[int], batch_size: int, accumulation: int, updates: int | None = None) -> list[list[slice]]:
     """For every update, which of its ``counts[p]`` rows each process p trains on: every row of every process, once.
@@ -27,6 +29,15 @@ def shares(counts: Sequence[int], batch_size: int, accumulation: int, updates: i
     return [[slice(n * a // most, n * b // most) for n in counts] for a, b in pairwise(edges)]
 
 
+def require_rows(barren: int) -> None:
+    """Raise :class:`UserError` after too many rollouts, ``barren``, without a row: such a run would never end."""
+    if barren >= BARREN:
+        raise UserError(
+            f"{barren} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
+            "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
+        )
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """The numbers of a run of ``config`` on ``world`` processes."""
@@ -34,6 +45,7 @@ class BatchPlan:
     config: TrainConfig
     family: Family
     world: int
+    precision: str = "no"  # in words
 
     @property
     def group(self) -> int:
@@ -97,6 +109,7 @@ class BatchPlan:
             "model": f"{config.pretrained_model_name_or_path} ({type(self.family).__name__}, "
             f"{self.family.prediction_type})",
             "objective": type(config.objective).__name__,
+            "mixed precision": self.precision,
             "samples per rollout": f"{samples // self.group} items x {self.group} = {samples}, over {world} processes",
             "rows per update": f"{config.train_batch_size} x {config.gradient_accumulation_steps} accumulated "
             f"x {world} processes = {update}",

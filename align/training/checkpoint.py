@@ -1,56 +1,189 @@
-"""Checkpoints of the trained parameters alone."""
+"""Checkpoints: what a resumed run needs, the trained weights and no frozen one, as JSON and safetensors. Nothing in one
+is unpickled, and every number in it comes back to the bit.
+
+| file | holds |
+|---|---|
+| ``state.json`` | step, rollouts, the settings of the run, what an objective remembers, the optimizer's plain numbers |
+| ``pytorch_lora_weights.safetensors`` | of a LoRA run, what stock ``load_lora_weights`` reads |
+| ``trained.safetensors`` | the trained parameters; ``ema-`` and ``reference-`` before it: their average and anchor |
+| ``optimizer.safetensors`` | the moments, as ``PARAMETER.NAME`` |
+| ``objective.safetensors`` | tensors that an objective remembers |
+
+There is no state of random generators: every draw is keyed by (seed, purpose, step, position).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from align.policy.policy import Policy
+from align.common.errors import UserError
+from align.objectives.objective import KeepsState, Objective
+from rewards.common.files import write_text
 
 if TYPE_CHECKING:
-    pass
+    from align.policy.policy import Policy
+
+STATE, WEIGHTS = "state.json", "trained.safetensors"
+OPTIMIZER, MEMORY = "optimizer.safetensors", "objective.safetensors"
+OLD_OPTIMIZER, OLD_SCHEDULER, OLD_SCALER = "optimizer.bin", "custom_checkpoint_0.pkl", "scaler.pt"  # of version 0.1
 
 
-WEIGHTS = "trained.safetensors"
+# settings that a resumed run may have otherwise: where it writes, how long it goes on, what it shows, how it computes
+MAY_CHANGE = frozenset(
+    [
+        "output_dir",
+        "overwrite_output_dir",
+        "max_train_steps",
+        "max_rollouts",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+        "samples",
+        "validation_data",
+        "validation_steps",
+        "logging_steps",
+        "report_to",
+        "dry_run",
+        "gradient_checkpointing",
+        "allow_tf32",
+        "attention_backend",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "data.init_args.cache_dir",
+    ]
+)
 
 
-STATE = "state.json"
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """What two settings of a run differ in but for :data:`MAY_CHANGE`: ``learning_rate: 0.001, was 0.0001``. A setting
+    that only one of them knows is of another version, and none."""
+    lines = []
+    for name in before.keys() & now.keys():
+        key, old, new = path + name, before[name], now[name]
+        if key in MAY_CHANGE:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{key}.")
+        elif old != new:
+            lines.append(f"{key}: {new}, was {old}")
+    return sorted(lines)
 
 
-MEMORY = "objective.safetensors"
+@dataclass(frozen=True)
+class Parts:
+    """What has a state of its own, as accelerate has prepared it."""
+
+    policy: Policy
+    optimizer: Any
+    scheduler: Any
+    scaler: Any  # fp16's; None elsewhere
+    objective: Objective
+
+    def beside(self) -> dict[str, list[Tensor]]:
+        """Other values of the trained parameters, by the file that keeps them."""
+        average = self.policy.ema.shadow_params if self.policy.ema is not None else None
+        values = (("ema", average), ("reference", self.policy.ref_params))
+        return {f"{name}-{WEIGHTS}": tensors for name, tensors in values if tensors is not None}
 
 
-def slim_checkpoints(accelerator: Accelerator, policy: Policy) -> None:
-    """Have ``accelerator.save_state`` keep the trained parameters only, as safetensors, and no frozen weight."""
+def write(folder: Path, parts: Parts, state: Mapping[str, Any]) -> None:
+    """Write the files of a checkpoint into ``folder``, which is there and empty."""
+    save_file(parts.policy.state(), folder / WEIGHTS)
+    if parts.policy.lora is not None:
+        parts.policy.save(folder)  # for ``load_lora_weights``: a checkpoint is a LoRA as well
+    for name, values in parts.beside().items():
+        save_file({str(k): p.cpu().contiguous() for k, p in enumerate(values)}, folder / name)
+    optimizer = parts.optimizer.state_dict()
+    moments: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
+    for k, entries in optimizer["state"].items():
+        for name, value in entries.items():
+            (moments if isinstance(value, Tensor) else numbers)[f"{k}.{name}"] = value
+    save_file({name: value.cpu().contiguous() for name, value in moments.items()}, folder / OPTIMIZER)
+    memory = {k: v.cpu().contiguous() for k, v in state["objective"].items() if isinstance(v, Tensor)}
+    if memory:
+        save_file(memory, folder / MEMORY)
+    plain = {
+        **state,
+        "objective": {k: v for k, v in state["objective"].items() if k not in memory},
+        "optimizer": {"groups": optimizer["param_groups"], "numbers": numbers},
+        "scheduler": parts.scheduler.state_dict(),
+        "scaler": parts.scaler.state_dict() if parts.scaler is not None else {},
+    }
+    write_text(folder / STATE, json.dumps(plain))
 
-    def save(models: list[Any], weights: list[Any], folder: str) -> None:
-        weights.clear()
-        if accelerator.is_main_process:
-            save_file(policy.state(), Path(folder) / WEIGHTS)
-            if policy.ema is not None:
-                average = {str(k): p.cpu().contiguous() for k, p in enumerate(policy.ema.shadow_params)}
-                save_file(average, Path(folder) / f"ema-{WEIGHTS}")
-            if policy.ref_params is not None:
-                anchor = {str(k): p.cpu().contiguous() for k, p in enumerate(policy.ref_params)}
-                save_file(anchor, Path(folder) / f"reference-{WEIGHTS}")
 
-    def load(models: list[Any], folder: str) -> None:
-        models.clear()
-        policy.load_state(load_file(Path(folder) / WEIGHTS))
-        if policy.ema is not None:
-            average = load_file(Path(folder) / f"ema-{WEIGHTS}")
-            state = json.loads((Path(folder) / STATE).read_text())
-            for k, parameter in enumerate(policy.ema.shadow_params):
-                parameter.copy_(average[str(k)])
-            policy.ema.optimization_step = state["step"]
-        if policy.ref_params is not None:
-            anchor = load_file(Path(folder) / f"reference-{WEIGHTS}")
-            for k, parameter in enumerate(policy.ref_params):
-                parameter.copy_(anchor[str(k)])
+def read(folder: Path) -> dict[str, Any]:
+    """The state in a checkpoint, all of whose files have been opened. Raises :class:`UserError` saying what is wrong
+    with it."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} holds a {type(state).__name__}, not an object")
+        for name in ("step", "rollouts"):
+            if type(state.get(name)) is not int or state[name] < 0:
+                raise ValueError(f"{STATE}: {name} is {state.get(name)!r}, not a count")
+        wanted = {"evaluations": dict, "objective": dict}
+        if wrong := [name for name, kind in wanted.items() if not isinstance(state.get(name), kind)]:
+            raise ValueError(f"{STATE}: {wrong[0]} is missing or of another kind")
+        if not (folder / OLD_OPTIMIZER).is_file() and not (folder / OPTIMIZER).is_file():
+            raise ValueError(f"there is no {OPTIMIZER}")
+        for path in [folder / WEIGHTS, *folder.glob("*.safetensors")]:
+            with safe_open(path, "pt") as file:
+                file.keys()
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{folder} is no whole checkpoint: {error}") from error
+    return state
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+
+@torch.no_grad()
+def load(folder: Path, parts: Parts) -> dict[str, Any]:
+    """Give ``parts`` back what :func:`write` kept, and return the state. Raises :class:`UserError`."""
+    state = read(folder)
+    try:
+        parts.policy.load_state(load_file(folder / WEIGHTS))
+        for name, values in parts.beside().items():
+            saved = load_file(folder / name)
+            for k, parameter in enumerate(values):
+                parameter.copy_(saved[str(k)].reshape(parameter.shape))
+        if parts.policy.ema is not None:
+            parts.policy.ema.optimization_step = state["step"]
+        old = not (folder / OPTIMIZER).is_file()
+        parts.optimizer.load_state_dict(_old(folder / OLD_OPTIMIZER) if old else _optimizer(folder, state))
+        parts.scheduler.load_state_dict(_old(folder / OLD_SCHEDULER) if old else state["scheduler"])
+        if parts.scaler is not None:
+            parts.scaler.load_state_dict(_old(folder / OLD_SCALER) if old else state["scaler"])
+        if (folder / MEMORY).is_file():
+            state["objective"] |= load_file(folder / MEMORY)
+        if isinstance(parts.objective, KeepsState):
+            parts.objective.load_state(state["objective"])
+        elif state["objective"]:
+            name = type(parts.objective).__name__
+            raise ValueError(f"{name} keeps no state, but the checkpoint has {sorted(state['objective'])}")
+    except UserError:
+        raise
+    except Exception as error:  # torch's, accelerate's and an objective's for what does not fit
+        raise UserError(f"{folder} does not fit this run: {error or type(error).__name__}") from error
+    return state
+
+
+def _optimizer(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in {**load_file(folder / OPTIMIZER), **state["optimizer"]["numbers"]}.items():
+        number, _, name = key.partition(".")
+        entries.setdefault(int(number), {})[name] = value
+    return {"state": entries, "param_groups": state["optimizer"]["groups"]}
+
+
+def _old(path: Path) -> Any:
+    """A file of version 0.1, of which tensors and plain values alone are taken: nothing in it can run."""
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from accelerate import Accelerator
-from huggingface_hub import ModelCardData
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from align.common.errors import UserError
 from align.common.provenance import provenance
-from align.policy.policy import Policy
-from align.training.checkpoint import MEMORY, STATE
-from rewards.common.files import claim, write_text
+from align.families import LORA_FILE
+from align.policy.initial_noise import NOISE_FILE
+from align.training import checkpoint
+from align.training.model_card import run_card
+from rewards.common.files import atomic, claim, discard, sweep, write_text
 
 if TYPE_CHECKING:
+    from align.policy.policy import Policy
+    from align.training.checkpoint import Parts
     from align.training.config import TrainConfig
 
 
@@ -31,22 +31,42 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def claim(self, resumed: bool) -> None:
-        """Make the folder. Raises :class:`UserError` where it cannot be written, or holds the checkpoints of another
-        run than the one that is resumed."""
-        if not resumed and self.checkpoints():
+    def claim(self, resumed: bool, overwrite: bool, denoiser: str) -> None:
+        """Make the folder. Raises :class:`UserError` where it cannot be written, or where a run that is not resumed
+        would replace the weights or checkpoints of another, unless ``overwrite``. A pipeline's own folder
+        (``model_index.json``) is never written into."""
+        if (self.path / "model_index.json").exists():
             raise UserError(
-                f"{self.path} holds checkpoints of an earlier run; give another output_dir, delete it, or "
-                "set resume_from_checkpoint: latest"
+                f"{self.path} is a pipeline's own folder, whose weights a run would replace; give another output_dir"
             )
+        names = (LORA_FILE, NOISE_FILE, denoiser)
+        left = [path for path in (*self.checkpoints(), *(self.path / name for name in names)) if path.exists()]
+        if left and not resumed:
+            if not overwrite:
+                raise UserError(
+                    f"{self.path} holds {left[0].name} of an earlier run; give another output_dir, go on with it by "
+                    "resume_from_checkpoint: latest, or replace it by overwrite_output_dir: true"
+                )
+            for path in left:
+                discard(path)
         claim(self.path)
 
-    def start(self, resolved: str, resumed: bool) -> None:
-        """The first files of a run; one that is not resumed clears the metrics."""
-        for leftover in self.path.glob("checkpoint-*.tmp"):
-            shutil.rmtree(leftover)
-        if not resumed:
+    def require_same(self, source: Path, settings: dict[str, Any]) -> None:
+        """Raise :class:`UserError` where the run of the checkpoint ``source`` had other settings that matter."""
+        before = checkpoint.read(source).get("settings")
+        if isinstance(before, dict) and (lines := checkpoint.differences(before, settings)):
+            raise UserError(
+                f"{source} is of a run with other settings: {'; '.join(lines)}. Set them back, or start a run of its "
+                "own from these weights: initial_weights"
+            )
+
+    def start(self, resolved: str, step: int | None) -> None:
+        """The first files of a run; one that is not resumed, at ``step``, clears the metrics."""
+        sweep(self.path)
+        if step is None:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            self._forget_after(step)
         write_text(self.path / "config.yaml", resolved)
         write_text(self.path / "run.json", json.dumps(provenance(), indent=2) + "\n")
 
@@ -54,7 +74,7 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run will take again, and a line cut short by a kill."""
         path = self.path / "metrics.jsonl"
         kept = []
@@ -77,94 +97,54 @@ class RunFolder:
         return self.checkpoints()[-1] if self.checkpoints() else None
 
     def find(self, wanted: str | None) -> Path | None:
-        """The checkpoint to resume from: ``latest`` (None where there is none yet) or a folder, which must be one."""
+        """The checkpoint to resume from: a folder, which must be a whole one, or ``latest``, the newest that is whole
+        (None where there is none yet). Raises :class:`UserError`."""
         if wanted is None:
             return None
         if wanted == "latest":
-            return self.latest()
-        for path in (Path(wanted), self.path / wanted):
-            if (path / STATE).is_file():
+            for path in reversed(self.checkpoints()):
+                try:
+                    checkpoint.read(path)
+                    return path
+                except UserError as error:
+                    print(f"warning: {error}; going back to the one before", file=sys.stderr)
+            return None
+        places = (Path(wanted), self.path / wanted)
+        for path in places:
+            if path.is_dir() and (path / checkpoint.STATE).exists():
+                checkpoint.read(path)
                 return path
         raise UserError(
             f"resume_from_checkpoint: {wanted!r} is not a checkpoint folder; use 'latest' or one of "
             f"{[path.name for path in self.checkpoints()]} in {self.path}"
         )
 
-    def checkpoint(self, accelerator: Accelerator, state: dict[str, Any], limit: int | None) -> None:
-        """Save under a temporary name and rename, so that a kill at any moment leaves whole checkpoints only."""
-        final = self.path / f"checkpoint-{state['step']}"
-        temporary = final.with_name(final.name + ".tmp")
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            memory = {k: v.contiguous() for k, v in state["objective"].items() if isinstance(v, Tensor)}
-            if memory:
-                save_file(memory, temporary / MEMORY)
-            small = {k: v for k, v in state["objective"].items() if k not in memory}
-            write_text(temporary / STATE, json.dumps(state | {"objective": small}))
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            for old in self.checkpoints()[: -limit if limit else 0]:
-                doomed = old.with_name(old.name + ".tmp")  # a kill while deleting must not leave half a checkpoint
-                os.replace(old, doomed)
-                shutil.rmtree(doomed)
-        accelerator.wait_for_everyone()
-
-    def restore(self, accelerator: Accelerator, source: Path) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((source / STATE).read_text())
-        if (source / MEMORY).is_file():
-            state["objective"] |= load_file(source / MEMORY)
-        accelerator.load_state(str(source))
-        return state
+    def checkpoint(self, parts: Parts, state: dict[str, Any], limit: int | None) -> None:
+        """Save what :func:`align.training.checkpoint.load` reads, whole or not at all, and keep the newest ``limit``
+        checkpoints. Raises :class:`UserError` where the disk takes no more."""
+        final, last = self.path / f"checkpoint-{state['step']}", self.latest()
+        try:
+            with atomic(final) as draft:
+                draft.mkdir()
+                checkpoint.write(draft, parts, state)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {final}: {error}; last good checkpoint: {last or 'none'}") from error
+        for old in self.checkpoints()[: -limit if limit else 0]:
+            discard(old)
 
     # what the run leaves
     def card(self, config: TrainConfig, policy: Policy, plan: str, steps: int, held_out: dict[str, float]) -> None:
-        """A model card: objective and its numbers, data, base model, seed, held-out scores, load snippet."""
-        family, objective = policy.family, type(config.objective).__name__
-        pipeline = type(family.pipe).__name__
-        base = config.pretrained_model_name_or_path
-        kind = "LoRA" if policy.lora else f"`{family.denoiser_name}`"
-        start = f'pipe = {pipeline}.from_pretrained("{base}"'
-        if policy.trained is not None:
-            kind, load = "initial noise", policy.trained.card(pipeline)
-        elif policy.lora:
-            load = f'from diffusers import {pipeline}\n\n{start})\npipe.load_lora_weights("{self.path.name}")'
-        else:
-            denoiser, name = type(family.denoiser).__name__, family.denoiser_name
-            load = (
-                f"from diffusers import {denoiser}, {pipeline}\n\n"
-                f'{name} = {denoiser}.from_pretrained("{self.path.name}", subfolder="{name}")\n{start}, {name}={name})'
-            )
-        scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in held_out.items())
-        table = f"\n## Held-out data, after training\n\n| metric | value |\n|---|---|\n{scores}\n" if held_out else ""
-        resolved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8") or "{}") or {}
-        numbers = yaml.safe_dump(resolved.get("objective", {}), sort_keys=False)
-        text = f"""# {objective} {kind} of {base}
+        """Write the model card, see :func:`align.training.model_card.run_card`."""
+        card = run_card(config, policy, _resolved(self.path), plan, steps, held_out)
+        write_text(self.path / "README.md", card.text())
 
-Made by t2i-align on `{getattr(config.data, "path", type(config.data).__name__)}`, {steps} steps, seed {config.seed}.
 
-```
-{plan}
-```
+def _resolved(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
 
-```yaml
-{numbers}```
-{table}
-## Load
 
-```python
-{load}
-```
-
-`config.yaml` in this folder reruns the training; `run.json` has the versions and the commit.
-"""
-        tags = ["diffusers", "diffusers-training", "text-to-image", objective.lower()] + ["lora"] * bool(policy.lora)
-        data = ModelCardData(
-            base_model=str(base), library_name="diffusers", pipeline_tag="text-to-image", tags=tags, license="other"
-        )
-        write_text(self.path / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}")
+def base_of(folder: Path) -> str:
+    """The model that the run in ``folder`` started from. Raises :class:`UserError`."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run folder (no config.yaml); say which model to compare with: --base MODEL")
+    return str(_resolved(folder)["pretrained_model_name_or_path"])

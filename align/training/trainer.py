@@ -9,54 +9,54 @@ step -> log, sample, checkpoint. The loop knows nothing of timesteps or papers.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
-import statistics
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from align import families
 from align.common import rng
 from align.common.command import dumped
-from align.common.errors import UserError
 from align.data.dataset import Setup, shuffled
-from align.data.prompts import PromptSet
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
 from align.objectives.rows import Rows
 from align.policy.policy import Policy
 from align.sampling.diversity import Features
 from align.training import checkpoint, run_folder
-from align.training.batch_plan import BatchPlan
+from align.training.batch_plan import BatchPlan, require_rows
+from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
 from align.training.finite import require_finite
 from align.training.gather import gather_of, gather_text_of, merged
+from align.training.launch import describe_precision, launch, start_trackers
 from align.training.optimizer import build_optimizer, build_scheduler
+from align.training.preemption import Preempted, Preemption
 from align.training.progress import drawing
-from align.training.validation import sample_grid, validation_metrics, validation_scores
+from align.training.validation import held_out_values, sample_grid
 
 TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
-BARREN = 20  # rollouts without a row after which a run gives up
 
 
 class Trainer:
     """The state of one training run; :func:`train` builds it and calls :meth:`run`."""
 
     def __init__(self, config: TrainConfig, resolved: str) -> None:
-        self.config, self.resolved = config, resolved
+        self.config = config
         self.folder = run_folder.RunFolder(config.output_dir)
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, project_dir=str(config.output_dir))
-        set_seed(config.seed)  # LoRA's initial weights; every draw after that is keyed
-        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        frozen = families.DTYPES[config.mixed_precision] if config.lora else torch.float32
+        precision = describe_precision(config)
+        self.accelerator = launch(config)
+        self.resolved = re.sub("(?m)^(mixed_precision): auto$", rf"\1: '{config.precision}'", resolved)
+        frozen = families.DTYPES[config.precision] if config.lora else torch.float32
         self.family = families.load(
             config.pretrained_model_name_or_path, frozen, self.accelerator.device, config.revision, config.variant
         )
@@ -80,41 +80,49 @@ class Trainer:
         # also where nothing is scaled: an average of weights begins at what prepare() has put in
         self.policy.set_lr_scales(objective.lr_scale if isinstance(objective, ScalesLearningRates) else lambda _: 1.0)
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
-        self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes)
+        self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes, precision)
+        self.preemption = Preemption()
         self.step = self.rollouts = self.barren = 0  # barren: rollouts since the last that gave rows
+        self.preempted = False
 
     def start(self) -> None:
         """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
         config, accelerator = self.config, self.accelerator
         source = self.folder.find(config.resume_from_checkpoint)
-        if accelerator.is_main_process:
-            self.folder.claim(resumed=source is not None)  # first of all: encoding a data set may take hours
+        if source is not None:
+            self.folder.require_same(source, self._settings())
+        if accelerator.is_main_process:  # first of all: encoding a data set may take hours
+            self.folder.claim(source is not None, config.overwrite_output_dir, self.family.denoiser_name)
         ranks = accelerator.process_index, accelerator.num_processes
         setup = Setup(self.family, config.seed, *ranks, accelerator.is_main_process, accelerator.wait_for_everyone)
         self.data = config.data.prepare(setup)
         self.held_out = config.validation_data.prepare(Setup(self.family)) if config.validation_data else None
-        self._optimise()
-        if accelerator.is_main_process:
-            self.folder.start(self.resolved, resumed=source is not None)
-        if config.report_to != "none":
-            accelerator.log_with = _trackers(accelerator, config.report_to)
-            accelerator.init_trackers("t2i-align")
+        rate = config.learning_rate * (self.sizes.update * accelerator.num_processes if config.scale_lr else 1)
+        optimizer = build_optimizer(config, self.policy, rate)
+        self.policy.model, self.optimizer = accelerator.prepare(self.policy.model, optimizer)
+        self.scheduler = build_scheduler(config, optimizer)  # not prepared: accelerate steps it once per process
         if source is not None:
-            state = self.folder.restore(accelerator, source)
+            state = checkpoint.load(source, self._parts())
             self.step, self.rollouts = state["step"], state["rollouts"]
             self.policy.evaluations = state["evaluations"]
-            if isinstance(config.objective, KeepsState):
-                config.objective.load_state(state["objective"])
-            elif state["objective"]:
-                name = type(config.objective).__name__
-                raise ValueError(f"{name} keeps no state, but the checkpoint has {sorted(state['objective'])}")
-            if accelerator.is_main_process:
-                self.folder.forget_after(self.step)
             accelerator.print(f"resumed from {source} at step {self.step}")
+        if accelerator.is_main_process:
+            self.folder.start(self.resolved, self.step if source is not None else None)
+        start_trackers(accelerator, config.report_to)
 
     def run(self) -> Path:
-        config, accelerator = self.config, self.accelerator
+        """Train. Raises :class:`Preempted` where a signal ended that; a checkpoint was saved then."""
         self.start()
+        with self.preemption.heard():
+            try:
+                return self._run()
+            except Preempted:
+                if not self.preempted:  # in the midst of a rollout
+                    self.checkpoint(self.last)
+                raise
+
+    def _run(self) -> Path:
+        config, accelerator = self.config, self.accelerator
         if self.step == 0:
             self.validate()
         by_rollout = not math.isfinite(config.updates)
@@ -132,13 +140,17 @@ class Trainer:
                 bar.update(by_rollout)
                 if _crossed(before, self.step, config.validation_steps) and not self.done:
                     self.validate()
-                if _crossed(before, self.step, config.checkpointing_steps):
-                    self.folder.checkpoint(accelerator, self._state(), config.checkpoints_total_limit)
+                self.preempted |= self.preemption.asked and accelerator.num_processes == 1
+                if _crossed(before, self.step, config.checkpointing_steps) or self.preempted:
+                    self.checkpoint(self._state())
+                if self.preempted:
+                    raise Preempted
         held_out = self.validate()
         if accelerator.is_main_process:
             weights = self.policy.save(self.folder.path)
             self.folder.card(self.config, self.policy, self.sizes.describe(self.policy), self.step, held_out)
             print(f"saved {weights}")
+        accelerator.wait_for_everyone()  # one that leaves early takes the others' connections with it
         accelerator.end_training()
         return self.folder.path
 
@@ -159,7 +171,7 @@ class Trainer:
             self.scorer,
             gather_of(accelerator),
             gather_text_of(accelerator),
-            tolerance=TOLERANCES[config.mixed_precision],
+            tolerance=TOLERANCES[config.precision],
             features=self.features,
             resolution=config.data.resolution,
             progress=drawing(bar, mine) if bar is not None and self.scorer is not None else None,
@@ -168,22 +180,21 @@ class Trainer:
         chosen = shuffled(len(self.data), self.sizes.samples // self.sizes.group, config.seed, self.rollouts)
         views = (rng.uniform(ctx.generators("view")) * config.data.variants).long().tolist()
         batch = self.data.batch([chosen[item] for item in items], views[: len(items)])
-        with torch.no_grad(), accelerator.autocast():
+        self.last = copy.deepcopy(self._state())  # what a rollout that is given up goes back to
+        alone = accelerator.num_processes == 1  # several give up together, at the end of it
+        with torch.no_grad(), accelerator.autocast(), self.preemption.at_once(alone):
             table = config.objective.rollout(ctx, batch)
         self.rollouts += 1
-        counts = ctx.gather(torch.tensor([len(table)])).tolist()  # the rows of every process, which may differ
+        told = ctx.gather(torch.tensor([[len(table), self.preemption.asked]]))
+        counts, self.preempted = told[:, 0].tolist(), bool(told[:, 1].any())  # rows of every process, which may differ
         measured = {f"rollout/{name}": value for name, value in table.metrics.items()}
         if measured:  # those of this rollout, and of all training before it
             everywhere = ctx.gather(torch.tensor([list(self.policy.evaluations.values())])).sum(0).tolist()
             measured |= {f"evaluations/{k}": n for k, n in zip(self.policy.evaluations, everywhere, strict=True)}
-        self.barren = 0 if any(counts) else self.barren + 1
-        if self.barren:
+        if not any(counts):
             self.log(measured | {"rollout": self.rollouts})
-        if self.barren == BARREN:
-            raise UserError(
-                f"{BARREN} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
-                "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
-            )
+        self.barren = 0 if any(counts) else self.barren + 1
+        require_rows(self.barren)
         for epoch in range(config.inner_epochs if any(counts) else 0):
             shuffle = rng.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
             order = table.shuffled(shuffle)
@@ -233,18 +244,9 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Draw the sample grid, and the objective's metrics on held-out data with draws that never change."""
         config, accelerator = self.config, self.accelerator
-        values: dict[str, float] = {}
         before = dict(self.policy.evaluations)  # looking is not training
         with self.policy.ema_scope(), accelerator.autocast():
-            if isinstance(self.held_out, PromptSet):
-                if self.scorer is None:
-                    raise UserError("validation_data holds prompts: set rewards, to score their pictures")
-                rank, world = accelerator.process_index, accelerator.num_processes
-                own = validation_scores(config, self.policy, self.scorer, self.held_out, rank, world)
-                gather = gather_text_of(accelerator)
-                values = {name: statistics.fmean(gather(scores)) for name, scores in own.items()}
-            elif self.held_out is not None:
-                values = validation_metrics(config.objective, self.policy, self.held_out, config.train_batch_size)
+            values = held_out_values(config, self.policy, self.scorer, self.held_out, accelerator)
             if config.samples.prompts and accelerator.is_main_process:
                 path = self.folder.path / f"samples/step-{self.step:06d}.png"
                 images = sample_grid(config, self.policy, self.family, path)
@@ -261,33 +263,31 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.log({"step": self.step, "time": round(time.time(), 3), **metrics})
 
-    def _optimise(self) -> None:
-        config, accelerator = self.config, self.accelerator
-        rate = config.learning_rate * (self.sizes.update * accelerator.num_processes if config.scale_lr else 1)
-        optimizer = build_optimizer(config, self.policy, rate)
-        self.policy.model, self.optimizer = accelerator.prepare(self.policy.model, optimizer)
-        # not prepared: accelerate would step it once per process
-        self.scheduler = build_scheduler(config, optimizer)
-        accelerator.register_for_checkpointing(self.scheduler)
-        checkpoint.slim_checkpoints(accelerator, self.policy)
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Save all that a resumed run needs; processes have the same, and wait for the one that writes."""
+        if self.accelerator.is_main_process:
+            self.folder.checkpoint(self._parts(), state, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _settings(self) -> dict[str, Any]:
+        rows = self.sizes.update * self.accelerator.num_processes
+        return (yaml.safe_load(self.resolved) or {}) | {"rows of an update": rows}
+
+    def _parts(self) -> Parts:
+        return Parts(self.policy, self.optimizer, self.scheduler, self.accelerator.scaler, self.config.objective)
 
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "rollouts": self.rollouts,
             "evaluations": dict(self.policy.evaluations),
+            "settings": self._settings(),
             "objective": self.config.objective.state() if isinstance(self.config.objective, KeepsState) else {},
         }
 
 
 def _crossed(before: int, after: int, every: int) -> bool:
     return every > 0 and before // every != after // every
-
-
-def _trackers(accelerator: Accelerator, report_to: str) -> list[Any]:
-    from accelerate.tracking import filter_trackers
-
-    return filter_trackers(report_to, accelerator.project_configuration.logging_dir)
 
 
 def train(config: TrainConfig, resolved: str = "") -> Path:

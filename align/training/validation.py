@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
+from accelerate import Accelerator
 from torch import Tensor
 
+from align.common.errors import UserError
 from align.data.dataset import Dataset
 from align.data.prompts import PromptSet
 from align.evaluation.gallery import save_grid
@@ -15,6 +18,26 @@ from align.objectives.online.rewards import Scorer
 from align.policy.policy import Policy
 from align.sampling.generate import sample_images
 from align.training.config import TrainConfig
+from align.training.gather import gather_text_of
+
+
+def held_out_values(
+    config: TrainConfig,
+    policy: Policy,
+    scorer: Scorer | None,
+    held_out: Dataset | PromptSet | None,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """The metrics of held-out pairs, or the mean scores of held-out prompts over all processes; nothing without any."""
+    if isinstance(held_out, PromptSet):
+        if scorer is None:
+            raise UserError("validation_data holds prompts: set rewards, to score their images")
+        rank, gather = accelerator.process_index, gather_text_of(accelerator)
+        scores = validation_scores(config, policy, scorer, held_out, rank, accelerator.num_processes)
+        return {name: statistics.fmean(gather(values)) for name, values in scores.items()}
+    if held_out is None:
+        return {}
+    return validation_metrics(config.objective, policy, held_out, config.train_batch_size)
 
 
 def validation_metrics(objective: Objective, policy: Policy, data: Dataset, batch_size: int) -> dict[str, float]:

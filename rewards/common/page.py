@@ -1,0 +1,80 @@
+"""What commands show of their results: tables, and one HTML page of images with nothing outside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from PIL import Image
+
+SIDE = 352  # pixels of a thumbnail's longer edge: twice what the page gives it, for screens of double density
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns by ``head``, rows of cells; a row may end early."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The table as GitHub's Markdown, every cell as it reads here."""
+        rows = [list(map(escape, row)) + [""] * (len(self.head) - len(row)) for row in (self.head, *self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([lines[0], "|---" * len(self.head) + "|", *lines[1:]])
+
+
+def escape(text: str) -> str:
+    """Markdown that reads as ``text`` does, on one line."""
+    return re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]<>|~#&$]", r"\\\g<0>", " ".join(text.split()))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An image with what is written below it: scores, a text, and whose it is, a file's or a model's name."""
+
+    image: Image.Image
+    name: str
+    scores: Mapping[str, float]
+    text: str = ""
+
+    @property
+    def source(self) -> str:
+        """The image's thumbnail as the ``src`` of an ``img``."""
+        thumbnail = self.image.convert("RGB")
+        thumbnail.thumbnail((SIDE, SIDE))
+        buffer = io.BytesIO()
+        thumbnail.save(buffer, "JPEG", quality=90, subsampling=0)
+        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """Figures under one heading."""
+
+    title: str
+    figures: Sequence[Figure]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page: heading, introduction, tables, then cards in the order given."""
+
+    title: str
+    introduction: str = ""
+    tables: Sequence[Table] = ()
+    cards: Sequence[Card] = ()
+
+    def html(self) -> str:
+        """The page by ``page.html.j2``, which escapes every text."""
+        import jinja2
+
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        template = files("rewards.common").joinpath("page.html.j2").read_text(encoding="utf-8")
+        return environment.from_string(template).render(page=self)
