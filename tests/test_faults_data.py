@@ -197,7 +197,9 @@ def test_a_text_that_is_not_utf_8_in_parquet_is_named(tmp_path: Path) -> None:
 
 
 # folders of images
-SUFFIXES = "a.png b.JPG c.JPEG d.WebP e.bmp f.gif g.tif h.jfif i.avif j.tiff k.ppm l.jpe".split()
+SUFFIXES = [
+    *("a.png", "b.JPG", "c.JPEG", "d.WebP", "e.bmp", "f.gif", "g.tif", "h.jfif", "i.avif", "j.tiff", "k.ppm", "l.jpe")
+]
 
 
 def test_every_suffix_is_read_and_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -572,8 +574,15 @@ def test_two_columns_and_a_label(tmp_path: Path, columns: tuple[str, str], label
     assert won(found) == [*wanted, ("e", "a.png", "b.png")]
 
 
-@pytest.mark.parametrize(("columns", "label"), [(("image0", "image1"), 2), (("image0", "image1"), 0.7),
-                                                (("image_a", "image_b"), 1), (("image_a", "image_b"), "perhaps")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("columns", "label"),
+    [
+        (("image0", "image1"), 2),
+        (("image0", "image1"), 0.7),
+        (("image_a", "image_b"), 1),
+        (("image_a", "image_b"), "perhaps"),
+    ],
+)
 def test_a_label_that_could_mean_either_is_refused(tmp_path: Path, columns: tuple[str, str], label: object) -> None:
     images(tmp_path, "a.png", "b.png")
     write(tmp_path / "m.json", [dict(zip(columns, ("a.png", "b.png"), strict=True)) | {"caption": "c", "label": label}])

@@ -91,8 +91,8 @@ class Reader:
         if isinstance(first, dict) and first.keys() >= {"image", "score"}:
             return [self._score(file, where, entry) for where, entry in entries]
         raise DataError(
-            f"{file} begins with {brief(first)}; expected .jsonl or .csv with image_a, image_b, label or with image, score, "
-            "or .json with a list of lists of numbers"
+            f"{file} begins with {brief(first)}; expected .jsonl or .csv with image_a, image_b, label or with image, "
+            "score, or .json with a list of lists of numbers"
         )
 
     def _matrix(self, file: Path, entries: Sequence[tuple[str, Any]]) -> list[Vote]:
@@ -144,8 +144,8 @@ class Reader:
         folder, text = self.rollout.folder, self._known(str(name))
         if text not in self.numbers:
             raise DataError(
-                f"{where}: the image {brief(name)} is unknown to {folder.manifest}, so it has no trajectory to train on; "
-                "label what align.rollout drew, or train images of other origin by the objective DPO on "
+                f"{where}: the image {brief(name)} is unknown to {folder.manifest}, so it has no trajectory to train "
+                "on; label what align.rollout drew, or train images of other origin by the objective DPO on "
                 "PreferencePairs"
             )
         return self.numbers[text]

@@ -77,6 +77,6 @@ class PreferencePairs(EncodedData):
 
 
 def contradicted(pairs: Iterable[Example]) -> int:
-    """How many of ``pairs`` are there with the other winner too: the same caption and images, named by where they lie."""
+    """How many of ``pairs`` are there with the other winner too: the same caption and images, by where these lie."""
     counts = Counter((pair.caption, *map(str, pair.images)) for pair in pairs)
     return sum(count for (caption, won, lost), count in counts.items() if (caption, lost, won) in counts)

@@ -13,8 +13,8 @@ EXPECTED = frozenset({".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".m
 
 
 def locate_file(root: Path, name: str) -> Path:
-    """The file that a row calls ``name``, relative to ``root``. Windows' back-slashes are understood, and accents spelled
-    in another Unicode form, as macOS does. Where no such file is there: ``root / name``, for :func:`no_such_file`."""
+    """The file that a row calls ``name``, relative to ``root``. Windows' back-slashes are understood, and accents in
+    another Unicode form, as macOS spells them. Where no file is there: ``root / name``, for :func:`no_such_file`."""
     path = root / name
     if os.path.isfile(path):
         return path

@@ -68,8 +68,8 @@ SPLITS = frozenset(
 
 @dataclass(frozen=True)
 class PairRow:
-    """One row as a reader found it, winner first; without sides it is a tie, ``unlabelled`` (why nobody could choose), or
-    bad when it has a ``problem``.
+    """One row as a reader found it, winner first; without sides it is a tie, ``unlabelled`` (why nobody could choose),
+    or bad when it has a ``problem``.
 
     ``votes`` is how many annotators were for the winner and for the loser, where the data says so. ``root`` is where
     its paths start.
@@ -91,7 +91,8 @@ class PairRow:
             return fault
         for side in self.sides:
             if side.table is None and not os.path.isfile(side.file):
-                return no_such_file(side.file, self.root)
+                told = no_such_file(side.file, self.root)
+                return f"{told}; relative paths start from {self.root}, image_root names another folder"
         return "both images are the same" if self.sides[0] == self.sides[1] else ""
 
 
@@ -331,7 +332,7 @@ def _lists(table: Table, root: Path | None, text: str, images: str, mark: str) -
     table.select([images], others=False)
     spread = Spread(table, images)
     columns = [_column(table, name) for name in (text, mark, "raw_annotations")]
-    for row, (caption, marks, annotations), cells in zip(
+    for row, (caption, marks, raw), cells in zip(
         range(len(table)), zip(*columns, strict=True), _cells(table, images), strict=True
     ):
         if row in table.problems:
@@ -348,7 +349,7 @@ def _lists(table: Table, root: Path | None, text: str, images: str, mark: str) -
             continue
         pictures = [source.image(row, f"{images}[{k}]", cell, spread) for k, cell in enumerate(cells)]
         worth = [MARKS[mark] * gain for gain in gains if gain is not None]
-        ranks = _rankings(annotations, len(cells))
+        ranks = _rankings(raw, len(cells))
         for i, j in itertools.combinations(range(len(cells)), 2):
             if mark == "best" and worth[i] == worth[j]:
                 continue  # nobody compared these
@@ -363,7 +364,7 @@ def _order(one: float, other: float) -> float:
 
 
 def _best(best: object, images: list[Any]) -> list[float | None]:
-    """1 for the best of ``images``, which is named, or numbered from 0; 0 for the others; nothing where it is neither."""
+    """1 for the best of ``images``, which is named, or numbered from 0, and 0 for the others; nothing for neither."""
     place = images.index(best) if best in images else number(best)
     if isinstance(best, bool) or place not in range(len(images)):
         return []

@@ -41,7 +41,7 @@ class Table(Protocol):
     files: list[Path]
     names: list[str]
     texts: frozenset[str]
-    problems: Mapping[int, str]
+    problems: dict[int, str]
 
     def __len__(self) -> int: ...
     def select(self, images: Sequence[str], others: bool) -> None:

@@ -68,9 +68,9 @@ def _resize_width(levels: Tensor, width: int, columns: range) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def weights(old: int, new: int, start: int, stop: int, device: torch.device) -> tuple[int, Tensor]:
-    """What PIL makes new pixels ``start`` to ``stop`` of ``new`` from: the first of ``old`` pixels that counts, and what
-    it and those after it are multiplied with, (stop - start, n) float64, multiples of 2 ** -22. Made on the CPU, so that
-    they are the same on any device, and kept: a data set has few sizes."""
+    """What PIL makes the pixels ``start`` to ``stop`` of ``new`` from: the first of ``old`` pixels that counts, and
+    what it and those after it are multiplied with, (stop - start, n) float64, multiples of 2 ** -22. Made on the CPU,
+    so that they are the same on any device, and kept: a data set has few sizes."""
     step = old / new
     wide = max(step, 1.0)
     centre = (torch.arange(start, stop, dtype=torch.float64)[:, None] + 0.5) * step
