@@ -683,7 +683,7 @@ def _filled(value: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 
 def _narrow(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor[: max(1, len(tensor) // 2)].contiguous() for name, tensor in state.items()}
+    return {name: t[: max(1, len(t) // 2)].contiguous() if t.ndim else t for name, t in state.items()}
 
 
 def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:
