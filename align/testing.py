@@ -23,7 +23,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import diffusers
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -75,7 +74,7 @@ class FamilyCase:
         """The pipeline as diffusers loads it, with the scheduler by which ``family`` samples."""
         stock = type(family.pipe).from_pretrained(self.folder)
         stock.set_progress_bar_config(disable=True)
-        stock.scheduler = getattr(diffusers, family.scheduler_name).from_config(stock.scheduler.config)
+        stock.scheduler = family.stock_scheduler(stock.scheduler)
         return stock
 
     def draw(self, stock: DiffusionPipeline, x: Tensor, guidance_scale: float, output_type: str) -> Tensor:

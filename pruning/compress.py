@@ -31,11 +31,11 @@ from pruning import importance, load, plots, reads
 from pruning.graph import BlockGraph
 from pruning.plan import Plan, from_ranges, key, parse_ranges, require_reachable, to_budget
 from pruning.report import report
-from pruning.results import FILES, MAKES, Results, recipes, told
+from pruning.results import FILES, MAKES, Results, recipes
 from pruning.saving import card, sampling_settings, save_pipeline
 from pruning.settings import DTYPES, STAGES, Compress, Stage
 from rewards import RewardSum
-from rewards.common.files import claim, discard, sweep
+from rewards.common.files import discard, locked, sweep
 
 PIPELINES = ("pruned", "healed", "int4-alone", "int4", "int4-tuned")  # in the order of the report
 
@@ -51,17 +51,11 @@ def compress(config: Compress, resolved: str = "") -> Path:
     stale = results.require_fresh(config.overwrite)
     _require_needed(config, results, stages, stale)
     _check_model(config, stages)
-    made = not config.output_dir.exists()
-    claim(config.output_dir)
-    sweep(config.output_dir)
-    try:
+    with locked(config.output_dir):
+        sweep(config.output_dir)
         results.discard(stale)
         for stage in ("merge", *stages):
-            with told(stage, config.output_dir):
-                _run(stage, config, results, prompts)
-    finally:
-        if made and not any(config.output_dir.iterdir()):
-            config.output_dir.rmdir()
+            _run(stage, config, results, prompts)
     return config.output_dir
 
 
@@ -258,7 +252,7 @@ def _quantize(config: Compress, results: Results, source: str, name: str) -> Non
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, resolved = parse(Compress, "pruning.compress", __doc__, argv)
-    return command(lambda: _until_stopped(config, resolved))
+    return command(lambda: _until_stopped(config, resolved), argv)
 
 
 def _until_stopped(config: Compress, resolved: str) -> int:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
-from errno import EACCES, EDQUOT, EFBIG, EIO, ENOENT, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +49,6 @@ _NOT_HEALING = (
     "data.init_args.vae_batch", "validation_data", "validation_steps", "samples", "logging_steps", "report_to",
     "dry_run", "checkpointing_steps", "checkpoints_total_limit", "diversity_features",
 )  # fmt: skip
-_FULL = (ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM, EIO)
 
 
 def recipes(config: Compress, prompts: Sequence[str]) -> dict[str, Recipe]:
@@ -225,22 +222,3 @@ class Results:
     def keep_settings(self) -> None:
         if self.settings:
             write_text(self.folder / "config.yaml", self.settings)
-
-
-@contextmanager
-def told(stage: str, folder: Path) -> Iterator[None]:
-    """Within, a disk that is full or cannot be written ends ``stage`` with a :class:`UserError` of one line."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        here = str(folder) in str(getattr(error, "filename", ""))
-        written = isinstance(error, OSError) and (error.errno in _FULL or (error.errno == ENOENT and here))
-        if not written and "os error" not in reason and "PytorchStreamWriter" not in reason:
-            raise
-        raise UserError(
-            f"{stage} stopped: {reason}; what stages finished is whole in {folder}, and the same command goes on from "
-            "there once it can be written"
-        ) from error

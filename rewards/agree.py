@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--human_ties", choices=("drop", "half"), default="drop", help="(default: %(default)s)")
     parser.add_argument("--agreement", type=float, default=1.0, help="share of votes (default: %(default)s, unanimous)")
     arguments = parser.parse_args(argv)
-    return status(lambda: run(arguments))
+    return status(lambda: run(arguments), argv)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ EXPECTED: dict[str, str] = {
     "objective.init_args.reference": "every objective that has a reference may have the weights the run starts from",
     "objective.init_args.update.init_args.reference": "the same",
     "mixed_precision": "auto is what accelerate is configured with; no where it is not",
+    "overwrite_output_dir": "what another run left is replaced on request alone",
     "objective.init_args.timesteps": "DiffusionNFT can be set to the authors' run",
     "objective.init_args.loss_scale": "the same",
     "objective.init_args.kl_weight": "the same",

@@ -106,16 +106,16 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     from align.train import main
-    from align.training import run_folder
+    from align.training import checkpoint
 
-    whole = run_folder.write_text
+    whole = checkpoint.write_text
 
     def held(path: Path, text: str) -> None:
         if fnmatch(path.parent.name, environment.get("HOLD_IN", "")):
             time.sleep(60)
         whole(path, text)
 
-    run_folder.write_text = held
+    checkpoint.write_text = held
     sys.exit(main(list(arguments)))
 
 

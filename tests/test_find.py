@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PNDMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -551,9 +551,13 @@ def test_the_scheduler_of_the_file_is_the_one_that_draws(tiny: Build, tmp_path: 
     family = tiny("epsilon")
     family.pipe.register_modules(scheduler=PNDMScheduler.from_config(family.pipe.scheduler.config))
     noise = FIND().trains(type(family)(family.pipe, "x"), Prompts(prompt_file(tmp_path, TEXTS)))
-    noise.latents(tiny("epsilon").pipe, TEXTS[0], [0])
     with pytest.raises(UserError, match="scheduler"):
         noise.latents(family.pipe, TEXTS[0], [0])
+    family.pipe.register_modules(scheduler=DDIMScheduler.from_config(family.pipe.scheduler.config, clip_sample=True))
+    with pytest.raises(UserError, match="clip_sample True.*stock_scheduler"):
+        noise.latents(family.pipe, TEXTS[0], [0])
+    family.pipe.register_modules(scheduler=families.stock_scheduler(family.pipe))
+    noise.latents(family.pipe, TEXTS[0], [0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

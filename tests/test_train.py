@@ -326,13 +326,13 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_the_data_is_encoded
     assert "cannot write into" in capsys.readouterr().err
     (Path(config["output_dir"]) / "checkpoint-3").mkdir(parents=True)
     assert main(["--config", write(config)]) == 2
-    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+    assert "holds checkpoint-3 of an earlier run" in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_not_overwritten(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", write(config, max_train_steps=3)]) == 0
     assert main(["--config", write(config, max_train_steps=3)]) == 2
-    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+    assert "holds checkpoint-3 of an earlier run" in capsys.readouterr().err
 
 
 OTHER = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +17,24 @@ from jsonargparse import ArgumentParser, Namespace
 
 from align.common.errors import UserError
 from align.common.renames import tell, upgrade, upgrade_arguments
-from rewards.common.command import status
-from rewards.config import RewardConfig, plain_rewards
+from rewards.common.command import DEBUG, status
+from rewards.config import RewardConfig, plain_rewards, without_secrets
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+
+class OnceLoader(yaml.SafeLoader):
+    """YAML of which no key comes twice: the later would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for k, key in enumerate(keys) if key in keys[:k]]:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"the key {twice[0]!r} comes twice in the mapping from line {line} on")
+        return super().construct_mapping(node, deep)
 
 
 class OneLine(ArgumentParser):
@@ -40,7 +52,8 @@ class OneLine(ArgumentParser):
 
 def parser_for(settings: type[T], prog: str, description: str | None) -> OneLine:
     """A parser whose options are the fields of the dataclass ``settings``, plus ``--config FILE``."""
-    parser = OneLine(prog=prog, description=description, parser_mode="yaml", allow_abbrev=False)
+    traces = f"{DEBUG} shows the traceback of an error too"
+    parser = OneLine(prog=prog, description=description, epilog=traces, parser_mode="yaml", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; options after it on the line win")
     parser.add_class_arguments(settings, None, fail_untyped=True)
     return parser
@@ -50,11 +63,12 @@ def parse(
     settings: type[T], prog: str, description: str | None, argv: Sequence[str] | None, leaves: bool = True
 ) -> tuple[T, str]:
     """Settings from the command line, and the resolved YAML that alone gives the same settings. What is wrong with them
-    leaves the process by status 2, or raises :class:`UserError`."""
+    leaves the process by status 2, or raises :class:`UserError`. For secrets the YAML has where they are to lie."""
     parser = parser_for(settings, prog, description)
     parser.leaves = leaves
     told: list[str] = []
-    arguments = upgrade_arguments(_bare_flags(list(sys.argv[1:] if argv is None else argv), settings), told)
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != DEBUG]
+    arguments = upgrade_arguments(_bare_flags(words, settings), told)
     tell(told, "command line")
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -65,17 +79,25 @@ def parse(
         except UserError as error:
             parser.error(str(error))
         namespace: Namespace = parser.parse_args(arguments)
+    for key, value in namespace.as_flat().__dict__.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"{key} must be a finite number, got {value}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            parser.error(f"{key} must be a number of at most 63 bits, got one of {value.bit_length()}")
     namespace.pop("config", None)
     try:
         values = settings(**vars(parser.instantiate(namespace)))
     except ValueError as error:  # how settings, objectives and data refuse a value
         parser.error(str(error))
-    return values, parser.dump(namespace, skip_none=False)
+    resolved = parser.dump(namespace, skip_none=False)
+    plain = yaml.safe_load(resolved)
+    open_to_all = without_secrets(plain)
+    return values, resolved if open_to_all == plain else yaml.safe_dump(open_to_all, sort_keys=False)
 
 
 def dumped(settings: object) -> str:
     """The YAML of settings that were made in Python: the file from which :func:`parse` makes them again."""
-    return yaml.safe_dump(_plain(settings), sort_keys=False)
+    return yaml.safe_dump(without_secrets(_plain(settings)), sort_keys=False)
 
 
 def _plain(value: object) -> object:
@@ -144,6 +166,17 @@ def _plain_reward_lists(config: dict[str, Any], reward_keys: Sequence[str]) -> N
                 section[name] = plain_rewards(section.pop(spelling))
 
 
+def _at_home(value: Any) -> Any:
+    """``~/`` at the start of a text is the user's home, in YAML and after ``=`` as where the shell sees to it."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    if isinstance(value, str) and value.startswith("--") and "=~/" in value:
+        return value.replace("=~/", f"={Path.home()}/", 1)
+    return str(Path.home() / value[2:]) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) -> list[str]:
     """Config files in today's names, with rewards in full, and without what the line replaces.
 
@@ -154,7 +187,7 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
         name, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and not name.endswith(".help"):
             chosen[name.removesuffix(".class_path")] = value if equals else "".join(arguments[at + 1 : at + 2])
-    cleaned = list(arguments)
+    cleaned = [_at_home(argument) for argument in arguments]
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name != "--config" or not (equals or at + 1 < len(arguments)):
@@ -162,11 +195,11 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
         path = Path(value if equals else arguments[at + 1])
         if not path.is_file():
             continue  # jsonargparse says so
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
         if not isinstance(content, dict):
             continue
         told: list[str] = []
-        new = upgrade(content, told=told)
+        new = _at_home(upgrade(content, told=told))
         tell(told, str(path))
         _plain_reward_lists(new, reward_keys)
         for key, entry in list(new.items()):
@@ -180,7 +213,7 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
     return cleaned
 
 
-def command(run: Callable[[], Any]) -> int:
+def command(run: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
     """Run a command quietly; its exit status is that of :func:`rewards.common.command.status`."""
     from diffusers.utils import logging as diffusers_logging  # here: --help and a wrong key need neither library
     from transformers.utils import logging as transformers_logging
@@ -188,4 +221,4 @@ def command(run: Callable[[], Any]) -> int:
     for library in (diffusers_logging, transformers_logging):  # their loading bars and hints would bury ours
         library.disable_progress_bar()
         library.set_verbosity_error()
-    return status(run)
+    return status(run, argv)

@@ -45,6 +45,11 @@ class RolloutRecord:
     half: bool
     rewards: list[dict[str, Any]]
 
+    @property
+    def kept_steps(self) -> int:
+        """Steps of each trajectory that are kept: all, or those that have noise."""
+        return int(self.sampler.get("kept_steps", self.sampler["num_inference_steps"]))
+
     def prompts_of(self, shard: int) -> range:
         """The numbers of the prompts in a shard; the last shard may have fewer."""
         first = shard * self.prompts_per_shard
@@ -72,6 +77,9 @@ def describe(sampler: Sampler, family: Family) -> dict[str, Any]:
         "guidance_scale": sampler.guidance_scale_of(family),
         "kernel": {"class_path": f"{type(kernel).__module__}.{type(kernel).__qualname__}", "init_args": vars(kernel)},
     }
+    total = sampler.num_inference_steps
+    if (kept := len(sampler.with_noise(family, range(total)))) < total:  # the others have no log-density to keep
+        description["kept_steps"] = kept
     return dict(json.loads(json.dumps(description, default=repr)))
 
 
@@ -125,7 +133,7 @@ class RolloutFolder:
 
     def fault(self, record: RolloutRecord, number: int) -> str | None:
         """What is wrong with a shard, by its header; None where nothing is."""
-        file, steps = self.shard(number), record.sampler["num_inference_steps"]
+        file, steps = self.shard(number), record.kept_steps
         if not file.is_file():
             return f"{file} is missing"
         try:
@@ -241,7 +249,7 @@ class TrajectoryPairs:
 
         trajectories = Trajectories(
             latents=stored("latents"),
-            kept_steps=torch.arange(self.rollout.record.sampler["num_inference_steps"]),
+            kept_steps=torch.arange(self.rollout.record.kept_steps),
             prompt_index=torch.tensor([prompts.index(line.prompt) for line in lines]),
             cond=self._prompts.encode(prompts).to(self.family.device),
             log_probs=stored("log_probs"),

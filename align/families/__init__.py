@@ -10,21 +10,12 @@ from align.families.loading import (
     of,
     pipeline_class,
     reader,
+    stock_scheduler,
     tuned,
     what_is_tuned,
 )
 from align.families.lora_file import LoRAFile, load_lora, lora_path, read_lora
 
-__all__ = [
-    "DTYPES",
-    "FAMILIES",
-    "LORA_FILE",
-    "READERS",
-    "SAMPLING_FILE",
-    "Conditioning",
-    "Family",
-    "LoRAFile",
-    "Unsupported",
-]
-__all__ += ["find", "load", "load_lora", "lora_path", "of", "pipeline_class", "read_lora", "reader", "tuned"]
-__all__ += ["what_is_tuned"]
+__all__ = ["DTYPES", "FAMILIES", "LORA_FILE", "READERS", "SAMPLING_FILE", "Conditioning", "Family", "LoRAFile"]
+__all__ += ["Unsupported", "find", "load", "load_lora", "lora_path", "of", "pipeline_class", "read_lora", "reader"]
+__all__ += ["stock_scheduler", "tuned", "what_is_tuned"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from align.diffusion.kernels import Kernel
 from align.diffusion.process import Grid, Prediction, PredictionType, append_dims, upcast
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLING_FILE = "sampling.json"  # a folder may say which guidance and steps its pipeline was made for
@@ -83,6 +84,11 @@ class Family(ABC):
     @abstractmethod
     def read(cls, path: str, options: dict[str, Any]) -> DiffusionPipeline:
         """The family's pipeline from a folder or hub id; ``options`` are diffusers' ``from_pretrained`` ones."""
+
+    @classmethod  # noqa: B027  # a family may refuse nothing
+    def require_supported(cls, source: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise :class:`Unsupported` for a pipeline of the right class that this family does not run, by the config
+        files of its parts, before a weight is read."""
 
     @property
     @abstractmethod
@@ -144,25 +150,45 @@ class Family(ABC):
 
     def _recommended(self, name: str) -> float:
         path = Path(locate(self.source)) / SAMPLING_FILE
-        recommended = upgrade(json.loads(path.read_text())) if path.is_file() else {}
         default = inspect.signature(type(self.pipe).__call__).parameters[name].default
-        return float(recommended.get(name, default))
+        try:
+            recommended = upgrade(json.loads(path.read_text())) if path.is_file() else {}
+            value = float(recommended.get(name, default))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise Unsupported(f"{path} is no JSON object of numbers: {error}") from error
+        if not math.isfinite(value) or value < (1 if name == "num_inference_steps" else 0):
+            raise Unsupported(f"{path}: {name} is {value}; expected a guidance scale of at least 0 and a step or more")
+        return value
 
     @property
     def scheduler_name(self) -> str:
         """The diffusers scheduler that :meth:`grid` and a deterministic step are; the pipeline may have another."""
         return type(self.pipe.scheduler).__name__
 
+    @classmethod
+    def stock_scheduler(cls, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """The diffusers scheduler by which a stock pipeline that came with ``scheduler`` draws what we draw."""
+        return scheduler
+
     @property
     def resolution(self) -> int:
-        """The side, in pixels, of the square picture that the model was trained on."""
-        return self.denoiser.config.sample_size * self.pipe.vae_scale_factor
+        """The side, in pixels, of the square picture that the model was trained on. Raises :class:`Unsupported`."""
+        side = self.denoiser.config.sample_size
+        if not isinstance(side, int) or side < 1:
+            raise Unsupported(
+                f"{self.source}: {self.denoiser_name}/config.json has sample_size {side}; expected the side of a "
+                "square latent"
+            )
+        return side * self.pipe.vae_scale_factor
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of one latent for a square picture of ``resolution`` pixels."""
         side = resolution or self.resolution
         if side % self.pipe.vae_scale_factor:
-            raise ValueError(f"resolution {side} is not a multiple of {self.pipe.vae_scale_factor}")
+            step = self.pipe.vae_scale_factor
+            raise UserError(
+                f"resolution: {side} is no multiple of {step}; the nearest is {max(1, round(side / step)) * step}"
+            )
         side //= self.pipe.vae_scale_factor
         return (self.denoiser.config.in_channels, side, side)
 
@@ -216,16 +242,23 @@ class Family(ABC):
         null, mask = self.uncond, empty.to(self.device)
         return Conditioning({k: torch.where(append_dims(mask, v), null[k].to(v), v) for k, v in cond.tensors.items()})
 
+    @property
+    def _scaling(self) -> tuple[float, float]:
+        """The VAE's shift and scale; only some classes have a shift."""
+        config = self.pipe.vae.config
+        return config.get("shift_factor") or 0.0, config.scaling_factor
+
     def to_latent(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] to latents: the posterior's mean, in the denoiser's scale, float32."""
-        vae = self.pipe.vae
-        mean = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode().float()
-        return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        vae, (shift, scale) = self.pipe.vae, self._scaling
+        encoded = vae.encode((images * 2 - 1).to(vae.device, vae.dtype))
+        mean = encoded["latents"] if "latents" in encoded else encoded.latent_dist.mode()  # AutoencoderTiny's, others'
+        return (mean.float() - shift) * scale
 
     def to_image(self, x0: Tensor) -> Tensor:
         """Latents to pictures (B, 3, H, W) in [0, 1], float32; differentiable."""
-        vae = self.pipe.vae
-        latents = x0 / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        vae, (shift, scale) = self.pipe.vae, self._scaling
+        latents = x0 / scale + shift
         return (vae.decode(latents.to(vae.device, vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
     def identity(self) -> Mapping[str, Mapping[str, object]]:
@@ -244,7 +277,7 @@ class Family(ABC):
             for name, part in parts.items()
             if isinstance(part, PreTrainedTokenizerBase)
         }
-        scaling = [self.pipe.vae.config.scaling_factor, self.pipe.vae.config.shift_factor]
+        scaling = [self.pipe.vae.config.scaling_factor, self.pipe.vae.config.get("shift_factor")]
         family, vae = {"family": type(self).__name__}, weights.pop("vae")
         return {
             "pictures": family | {"vae": vae, "scaling": scaling},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,8 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from align.common.assets import EMBEDDED, locate
+from align.common.errors import UserError
 from align.families.family import LORA_FILE, Family, Unsupported
 from align.families.lora_file import load_lora, lora_path
+from align.families.parts import (
+    configs,
+    read_json,
+    read_part,
+    read_parts,
+    require_finite,
+    require_finite_module,
+    require_tokenizers,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,10 +54,14 @@ def pipeline_class(source: str, revision: str | None = None) -> str:
             raise Unsupported(f"{source!r} is neither a folder nor a reachable hub pipeline: {error}") from error
     if not index.is_file():
         raise Unsupported(
-            f"no model_index.json in {str(folder)!r}; expected a diffusers pipeline folder, a hub id "
-            f"or one of {', '.join(EMBEDDED[:2])}"
+            f"no model_index.json in {str(folder)!r}; expected a diffusers pipeline folder, a hub id or one of "
+            f"{', '.join(EMBEDDED[:2])}; a single file becomes a folder by the pipeline class's from_single_file(file)"
+            ".save_pretrained(folder)"
         )
-    return str(json.loads(index.read_text())["_class_name"])
+    name = read_json(index).get("_class_name")
+    if not isinstance(name, str):
+        raise Unsupported(f"{index} has no _class_name; expected the index of a diffusers pipeline")
+    return name
 
 
 def find(source: str, revision: str | None = None) -> type[Family]:
@@ -86,21 +99,48 @@ def load(
     """Load a diffusers folder, hub id or embedded pipeline as the family that fits it; also a folder that stock
     diffusers does not read, where an installed package does (:func:`reader`).
 
-    Raises :class:`Unsupported` naming the pipeline class and those that are supported.
+    Raises :class:`Unsupported` naming the pipeline class and those that are supported, or the part or file that is
+    missing, damaged or another model's; :class:`UserError` for a device or precision that is not to be had here.
     """
     family = find(source, revision)
-    if (other := reader(locate(source))) is not None:
-        return family(other.load(locate(source), dtype).to(device), source)
-    # use_safetensors: a pickled checkpoint is refused rather than run
-    options = {"dtype": dtype, "revision": revision, "variant": variant, "use_safetensors": True}
-    pipe = family.read(locate(source), options)
-    denoiser = getattr(pipe, family.denoiser_name)
-    if empty := [name for name, tensor in denoiser.named_parameters() if tensor.is_meta]:
-        raise Unsupported(
-            f"'{source}' lacks {empty[0]} and {len(empty) - 1} more weights of its {family.denoiser_name}; a model "
-            "that lost parts of blocks is read from a local folder, by an installed t2i-align (pip install -e .)"
+    require_device(device, dtype)
+    folder = _local(source, revision, variant)
+    family.require_supported(source, configs(folder))
+    if (other := reader(folder)) is not None:
+        pipe = other.load(folder, dtype)
+    else:
+        pipe = family.read(str(folder), {"dtype": dtype, **read_parts(folder, dtype, variant)})
+    require_tokenizers(pipe, source)
+    pipe.to(device)
+    require_finite(pipe, source)
+    loaded = family(pipe, source)
+    loaded.latent_shape(), loaded.default_guidance_scale, loaded.default_num_inference_steps  # now, not after an hour
+    return loaded
+
+
+def require_device(device: torch.device | str, dtype: torch.dtype) -> None:
+    """Raise :class:`UserError` for a device that is not there, and for half precision where it does not run."""
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU here, or torch was built without CUDA; set device: cpu")
+    if kind == "cpu" and dtype == torch.float16:
+        raise UserError(
+            "fp16 needs a GPU: on a CPU layers mix it with float32 and fail; set mixed_precision: bf16 or no"
         )
-    return family(pipe.to(device), source)
+
+
+def _local(source: str, revision: str | None, variant: str | None) -> Path:
+    """The folder of ``source``, which is brought here from the hub where it has to be."""
+    folder = Path(locate(source))
+    if folder.is_dir():
+        return folder
+    from diffusers import DiffusionPipeline
+
+    options = {"revision": revision, "variant": variant, "use_safetensors": True}  # no pickle
+    try:
+        return Path(DiffusionPipeline.download(source, safety_checker=None, **options))
+    except (OSError, ValueError) as error:
+        raise Unsupported(f"{source!r} cannot be had from the hub: {' '.join(str(error).split())[:300]}") from error
 
 
 def reader(folder: Path | str) -> Any | None:
@@ -111,6 +151,11 @@ def reader(folder: Path | str) -> Any | None:
     """
     readers = (entry.load() for entry in entry_points(group=READERS)) if Path(folder).is_dir() else ()
     return next((found for found in readers if found.reads(folder)), None)
+
+
+def stock_scheduler(pipe: DiffusionPipeline) -> Any:
+    """The scheduler with which the stock ``pipe`` draws what its family draws. Raises :class:`Unsupported`."""
+    return _family(type(pipe).__name__, type(pipe).__name__).stock_scheduler(pipe.scheduler)
 
 
 def of(pipe: DiffusionPipeline, source: str) -> Family:
@@ -149,6 +194,7 @@ def tuned(family: Family, source: str) -> Family:
     if (other := reader(folder / name)) is not None:
         denoiser = other.load(folder / name, family.dtype)
     else:
-        denoiser = type(family.denoiser).from_pretrained(folder, subfolder=name, dtype=family.dtype)
+        denoiser = read_part(folder / name, type(family.denoiser), family.dtype)
+    require_finite_module(denoiser, f"{folder / name}:")
     family.pipe.register_modules(**{name: denoiser.to(family.device)})
     return type(family)(family.pipe, family.source)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from align.diffusion.kernels import DDIM, Kernel
 from align.diffusion.process import Grid, PredictionType
 from align.families.family import Conditioning, Family, Unsupported
+from align.families.parts import require_latents
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -24,11 +25,21 @@ class SD(Family):
 
     def __init__(self, pipe: StableDiffusionPipeline, source: str) -> None:
         super().__init__(pipe, source)
-        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        if self.scheduler.config.prediction_type not in PREDICTION_TYPES:
+        _require_schedule(source, {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+        self.scheduler = self.stock_scheduler(pipe.scheduler)
+        cumprod = self.scheduler.alphas_cumprod
+        if not bool(((cumprod >= 0) & (cumprod <= 1)).all() and (cumprod.diff() <= 0).all() and cumprod[0] > 0):
+            raise Unsupported(f"{source}: scheduler/scheduler_config.json has betas that are no schedule of noise")
+
+    @classmethod
+    def require_supported(cls, source: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        _require_schedule(source, configs.get("scheduler", {}))
+        unet, vae, text = (configs.get(part, {}) for part in ("unet", "vae", "text_encoder"))
+        require_latents(source, "unet", unet, vae)
+        if "hidden_size" in text and text["hidden_size"] != unet.get("cross_attention_dim", text["hidden_size"]):
             raise Unsupported(
-                f"{source!r} predicts {self.scheduler.config.prediction_type!r}; supported: "
-                f"{', '.join(PREDICTION_TYPES)}"
+                f"{source}: the unet expects prompts of {unet['cross_attention_dim']} channels and the text encoder "
+                f"gives {text['hidden_size']}; one of them is another model's"
             )
 
     @classmethod
@@ -41,6 +52,16 @@ class SD(Family):
     @property
     def scheduler_name(self) -> str:
         return type(self.scheduler).__name__
+
+    @classmethod
+    def stock_scheduler(cls, scheduler: SchedulerMixin) -> DDIMScheduler:
+        """DDIM of the scheduler's config. Clipping to [-1, 1] is for pixels. Of times that are spaced up to both ends
+        (``linspace``, the default of Euler and DPM++) stock DDIM steps to others than it asks at: SD's published
+        spacing stands in."""
+        options: dict[str, Any] = {"clip_sample": False, "thresholding": False}
+        if scheduler.config.get("timestep_spacing") == "linspace":
+            options |= {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+        return DDIMScheduler.from_config(scheduler.config, **options)
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -85,3 +106,15 @@ class SD(Family):
         return denoiser(
             x_t, t, encoder_hidden_states=cond["prompt_embeds"], timestep_cond=embedding, return_dict=False
         )[0]
+
+
+def _require_schedule(source: str, config: Mapping[str, Any]) -> None:
+    """Raise :class:`Unsupported` for a scheduler config that DDIM cannot be made from."""
+    name, predicts = config.get("_class_name", "the scheduler"), config.get("prediction_type", "epsilon")
+    if predicts not in PREDICTION_TYPES:
+        raise Unsupported(f"{source!r} predicts {predicts!r}; supported: {', '.join(PREDICTION_TYPES)}")
+    if config and not {"beta_schedule", "beta_start", "trained_betas"} & config.keys():
+        raise Unsupported(
+            f"{source}: {name} has no betas, so this is no Stable Diffusion 1.x or 2.x; save it with the scheduler "
+            "that the model was trained for, such as DDIMScheduler"
+        )

@@ -88,18 +88,18 @@ class D3PO(Objective, KeepsState):
 
     @property
     def trained_steps(self) -> int:
-        """Steps of each trajectory that are trained."""
+        """Steps of each trajectory that are trained, where each has noise; see :func:`count_trained`."""
         return count_trained(self.sampler, self.window, self.timestep_fraction)
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
-        each, steps, trained = self.sampler.evaluations(family), self.sampler.num_inference_steps, self.trained_steps
+        each, steps = self.sampler.evaluations(family), self.sampler.num_inference_steps
+        trained = count_trained(self.sampler, self.window, self.timestep_fraction, family)
         bound = self.beta * torch.log(torch.tensor((1 + self.clip_range) / (1 - self.clip_range))).item()
         notes = {
             "sampler": self.sampler.describe(family, trained),
             "sigmoid's argument": f"within {bound:.3g} of 0 (beta {self.beta:g}, clamp {self.clip_range:g})",
             "trained": "once an image where train_batch_size holds the pairs of a prompt, else once a chunk",
-            "people's labels": f"a sample is a pair: at most {2 * trained * each} trained evaluations each, none "
-            "frozen but the reference's, once for each image",
+            "people's labels": f"a sample is a pair: at most {2 * trained * each} evaluations; the reference once",
         }
         return Cost(trained * each, (steps + trained) * each, None, notes, sampling=steps * each)
 

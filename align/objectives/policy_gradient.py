@@ -101,7 +101,7 @@ class PolicyGradient(Objective, KeepsState):
 
     @property
     def trained_steps(self) -> int:
-        """Steps of each image that are trained."""
+        """Steps of each image that are trained, where each has noise; see :func:`count_trained`."""
         return count_trained(self.sampler, self.window, self.timestep_fraction)
 
     @property
@@ -110,7 +110,7 @@ class PolicyGradient(Objective, KeepsState):
 
     def cost(self, family: Family, resolution: int | None) -> Cost:
         size, each = math.prod(family.latent_shape(resolution)), self.sampler.evaluations(family)
-        rows = self.trained_steps
+        rows = count_trained(self.sampler, self.window, self.timestep_fraction, family)
         frozen = (self.sampler.num_inference_steps + (rows if self.beta else 0)) * each
         nats = self.clip_range * (size if self.reduction == "mean" else 1)
         clip = f"{self.clip_range:g} ({self.reduction} over D={size}) = {nats:.3g} nats of a step's density"
@@ -121,7 +121,7 @@ class PolicyGradient(Objective, KeepsState):
         window = self.window.steps(total, ctx.seed, ctx.step) if self.window else None
         keep, means = window if window is not None else range(self.trained_steps), self.keeps_means
         rollout = collect(ctx, self.sampler, batch, group_size, keep, window, self.shared_noise, means=means)
-        step = torch.arange(len(keep)).expand(len(rollout.groups), len(keep))
+        step = torch.arange(len(rollout.trajectories.kept_steps)).expand(len(rollout.groups), -1)
         rule = AdvantageRule(self.advantage, self.scale_rewards, self.rewards == "each", self.history_min_count)
         advantage, metrics = rule(ctx, rollout, self.history)
         advantage = advantage.clamp(-self.adv_clip_max, self.adv_clip_max).float()

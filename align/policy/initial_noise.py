@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 from align.common import rng
 from align.common.errors import UserError
 from align.diffusion.process import Reduction, reduce_dims
-from align.families import Family
+from align.families import Family, stock_scheduler
 from align.policy.policy import Trained
 from rewards.common.files import atomic
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 NOISE_FILE = "find.safetensors"
 FLOOR = 1e-4  # the least standard deviation
@@ -152,18 +156,28 @@ class InitialNoise(Trained):
         if not path.is_file():
             raise UserError(f"no noise at {path}; expected the {NOISE_FILE} of a FIND run, or its folder")
         try:
-            opened = safe_open(path, "pt")
-        except SafetensorError as error:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") != "t2i-align initial noise":
+                    raise UserError(f"{path} is no {NOISE_FILE}: its metadata does not say so; was it written by FIND?")
+                mean, std = file.get_tensor("mean").float(), file.get_tensor("std").float()
+            shape, prompts = json.loads(about["shape"]), json.loads(about["prompts"])
+            model, scheduler = about["model"], about["scheduler"]
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is no safetensors file ({error}); expected a FIND run's {NOISE_FILE}") from error
-        with opened as file:
-            about = file.metadata() or {}
-            if about.get("format") != "t2i-align initial noise":
-                raise UserError(f"{path} is no {NOISE_FILE}: its metadata does not say so; was it written by FIND?")
-            mean, std = file.get_tensor("mean"), file.get_tensor("std")
-        shape = tuple(json.loads(about["shape"]))
-        if tuple(mean.shape[1:]) != shape or mean.shape != std.shape:
-            raise UserError(f"{path}: mean {tuple(mean.shape)} and std {tuple(std.shape)} are not of its shape {shape}")
-        found = cls(json.loads(about["prompts"]), shape, about["model"], about["scheduler"])
+        except (KeyError, RecursionError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: its metadata are not as FIND wrote them ({error}); train it anew") from error
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(f"{path}: the prompts in its metadata are no list of texts")
+        expected = [len(prompts), *shape] if isinstance(shape, list) else shape
+        if not list(mean.shape) == list(std.shape) == expected:
+            raise UserError(
+                f"{path}: mean {tuple(mean.shape)} and std {tuple(std.shape)} are not of its prompts and "
+                f"shape, {expected}"
+            )
+        if not bool(mean.isfinite().all() and std.isfinite().all() and (std >= 0).all()):
+            raise UserError(f"{path} has NaN, infinite or negative numbers; was it saved after training diverged?")
+        found = cls(prompts, tuple(shape), model, scheduler)
         found.left["mean"].data, found.left["log_std"].data = mean, std.clamp(min=FLOOR).log()
         return found
 
@@ -182,21 +196,22 @@ class InitialNoise(Trained):
     def usage(self, folder: str) -> str:
         prompt = repr(self.prompts[0])
         return f"""from align.policy.initial_noise import InitialNoise
-from diffusers import {self.scheduler}
 
-pipe.scheduler = {self.scheduler}.from_config(pipe.scheduler.config)
+pipe.scheduler = families.stock_scheduler(pipe)
 noise = InitialNoise.load({folder!r})
 pipe({prompt}, latents=noise.latents(pipe, {prompt}, seeds=[0])).images[0].save("0.png")"""
 
-    def latents(self, pipe: object, prompt: str, seeds: Sequence[int]) -> Tensor:
+    def latents(self, pipe: DiffusionPipeline, prompt: str, seeds: Sequence[int]) -> Tensor:
         """(len(seeds), C, h, w) drawn for ``prompt``, for the argument ``latents`` of a stock diffusers pipeline."""
         self.number(prompt)
         noise = rng.normal(self.shape, [torch.Generator().manual_seed(seed) for seed in seeds])
-        scheduler = type(pipe.scheduler).__name__  # type: ignore[attr-defined]
-        if scheduler != self.scheduler:
+        ours, theirs = stock_scheduler(pipe), pipe.scheduler
+        differing = (key for key, value in ours.config.items() if key[0] != "_" and theirs.config.get(key) != value)
+        wrong = [f"{key} {theirs.config.get(key)}" for key in differing]
+        if type(ours) is not type(theirs) or type(ours).__name__ != self.scheduler or wrong:
             raise UserError(
-                f"this noise was learned for scheduler {self.scheduler}, the pipeline has {scheduler}: set "
-                f"pipe.scheduler = {self.scheduler}.from_config(pipe.scheduler.config)"
+                f"this noise was learned for scheduler {self.scheduler}, the pipeline has {type(theirs).__name__} "
+                f"({', '.join(wrong)}): set pipe.scheduler = align.families.stock_scheduler(pipe)"
             )
         return self.initial([prompt] * len(seeds), noise)
 

@@ -14,5 +14,9 @@ class LoRA:
     targets: list[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.targets == []:
+            raise ValueError(
+                "lora: targets is empty, which trains nothing; leave it out for the family's attention layers"
+            )
         if self.rank < 1 or (self.alpha is not None and self.alpha <= 0):
             raise ValueError(f"lora: rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}")

@@ -34,11 +34,21 @@ class LoRAWeights(Weights):
             target_modules=lora.targets or list(family.lora_targets),
             init_lora_weights="gaussian",
         )
+        widest = max(getattr(module, "in_features", 0) for module in self.denoiser.modules())
+        if lora.rank > widest:
+            raise UserError(f"lora.rank: {lora.rank} is more than the width of any layer of this model, {widest}")
         try:
             self.denoiser.add_adapter(config)
         except ValueError as error:  # peft's for targets that fit nothing
             known = ", ".join(family.lora_targets)
             raise UserError(f"lora.targets: {error} The family's own are {known}") from error
+        names = [name for name, module in self.denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
+        fitting = {target for target in lora.targets or () for name in names if f".{name}".endswith(f".{target}")}
+        if missed := [target for target in lora.targets or () if target not in fitting]:
+            known = ", ".join(family.lora_targets)
+            raise UserError(
+                f"lora.targets: no layer is called {', '.join(map(repr, missed))}; the family's own are {known}"
+            )
         self.layers = self._layers()
         self.upcast()
         if initial is not None:

@@ -129,6 +129,11 @@ class Weights(ABC):
                 f"checkpoint and policy differ in {len(named.keys() ^ state.keys())} parameters, for example "
                 f"{sorted(named.keys() ^ state.keys())[0]!r}; was it written with another rank, target list or model?"
             )
+        if wrong := [name for name, tensor in named.items() if tensor.shape != state[name].shape]:
+            raise ValueError(
+                f"checkpoint and policy differ in the shape of {len(wrong)} parameters: {wrong[0]!r} is "
+                f"{tuple(state[wrong[0]].shape)}, expected {tuple(named[wrong[0]].shape)}"
+            )
         for name, parameter in named.items():
             parameter.copy_(state[name])
 

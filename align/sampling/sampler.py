@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -35,9 +35,16 @@ class SDEWindow:
     stride: int = 1
     start: int = 0
 
+    def _until(self, total: int) -> int:
+        return self.until if self.until is not None else total if self.every else -(-total // 2)
+
+    def reach(self, total: int) -> range:
+        """The steps that are in the window of some rollout."""
+        return range(self.start, self._until(total))
+
     def steps(self, total: int, seed: int, rollout: int) -> range:
         """The window of this rollout, of a sampler of ``total`` steps."""
-        last = (self.until if self.until is not None else total if self.every else -(-total // 2)) - self.size
+        last = self._until(total) - self.size
         if not 0 <= self.start <= last or last + self.size > total:
             after = f"from step {self.start} on and " if self.start else ""
             raise ValueError(
@@ -51,17 +58,24 @@ class SDEWindow:
         return range(first, first + self.size)
 
 
-def count_trained(sampler: Sampler, window: SDEWindow | None, timestep_fraction: float) -> int:
-    """Steps of each image that train: those of the window, or this fraction of all.
+def count_trained(
+    sampler: Sampler, window: SDEWindow | None, timestep_fraction: float, family: Family | None = None
+) -> int:
+    """Steps of each image that train: those of the window, or this fraction of all; on ``family``, without those at the
+    end that :meth:`Sampler.with_noise` leaves out.
 
     Raises ValueError for a fraction outside (0, 1], for both at once, and for a window that does not fit."""
     if not 0 < timestep_fraction <= 1:
         raise ValueError(f"timestep_fraction must be in (0, 1], got {timestep_fraction}")
+    total = sampler.num_inference_steps
     if window is None:
-        return max(1, int(sampler.num_inference_steps * timestep_fraction))
+        count = max(1, int(total * timestep_fraction))
+        return count if family is None else len(sampler.with_noise(family, range(count)))
     if timestep_fraction < 1:
         raise ValueError("window and timestep_fraction both choose the trained steps: give one of them")
-    window.steps(sampler.num_inference_steps, 0, 0)
+    window.steps(total, 0, 0)
+    if family is not None:
+        sampler.require_noise(family, window.reach(total))
     return window.size
 
 
@@ -84,9 +98,14 @@ class Sampler:
     keep_on: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps < 1 or self.batch_size < 1:
-            got = f"{self.num_inference_steps} and {self.batch_size}"
-            raise ValueError(f"sampler: num_inference_steps and batch_size must be at least 1, got {got}")
+        if not 1 <= self.num_inference_steps <= 1000:  # no schedule of a model has more
+            raise ValueError(
+                f"sampler: num_inference_steps must lie between 1 and 1000, got {self.num_inference_steps}"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"sampler: batch_size must be at least 1, got {self.batch_size}")
+        if self.guidance_scale is not None and self.guidance_scale < 0:
+            raise ValueError(f"sampler: guidance_scale must be at least 0, got {self.guidance_scale}")
 
     def kernel_of(self, family: Family) -> Kernel:
         if isinstance(self.kernel, FlowSDE) and family.prediction_type != "flow_prediction":
@@ -96,16 +115,34 @@ class Sampler:
             )
         return self.kernel or family.kernel
 
-    def require_noise(self, family: Family, steps: Iterable[int]) -> None:
+    def _has_noise(self, family: Family, i: int) -> bool:
+        grid, zero = grid_of(family, self.num_inference_steps), torch.zeros(1, 1, 1, 1)
+        prediction = Prediction(zero, zero, grid.alpha[i], grid.sigma[i], family.prediction_type)
+        return bool((self.kernel_of(family)(prediction, grid, i).std > 0).all())
+
+    def with_noise(self, family: Family, steps: Sequence[int]) -> Sequence[int]:
+        """``steps`` without those at the end that the kernel takes without noise, and which have no likelihood to train
+        on. Of a schedule that ends in the data itself (``set_alpha_to_one``) that is the last one, whatever eta is.
+        Raises :class:`UserError` where that leaves none, or one before them has no noise."""
+        count = len(steps)
+        while count > 1 and not self._has_noise(family, steps[count - 1]):
+            count -= 1
+        self.require_noise(family, steps[:count])
+        return steps[:count]
+
+    def require_noise(self, family: Family, steps: Sequence[int]) -> None:
         """Raise :class:`UserError` where the kernel takes one of ``steps`` without noise, which has no likelihood."""
-        grid, kernel, zero = grid_of(family, self.num_inference_steps), self.kernel_of(family), torch.zeros(1, 1, 1, 1)
-        for i in steps:
-            prediction = Prediction(zero, zero, grid.alpha[i], grid.sigma[i], family.prediction_type)
-            if not bool((kernel(prediction, grid, i).std > 0).all()):
-                raise UserError(
-                    f"{kernel} takes step {i} of {self.num_inference_steps} without noise, so it has no likelihood to "
-                    "train on; set eta or noise of objective.sampler.kernel above 0, or leave that step out"
-                )
+        silent = next((i for i in steps if not self._has_noise(family, i)), None)
+        if silent is None:
+            return
+        kernel, total = self.kernel_of(family), self.num_inference_steps
+        if any(self._has_noise(family, i) for i in range(total)):
+            remedy = "it ends in the data or goes nowhere on this pipeline's schedule, whatever eta is; leave it out"
+        else:
+            remedy = "set eta or noise of objective.sampler.kernel above 0"
+        raise UserError(
+            f"{kernel} takes step {silent} of {total} without noise, so it has no likelihood to train on: {remedy}"
+        )
 
     def guidance_scale_of(self, family: Family) -> float:
         return family.default_guidance_scale if self.guidance_scale is None else self.guidance_scale

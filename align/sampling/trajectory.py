@@ -45,7 +45,7 @@ class Trajectories:
         )
 
     def first_steps(self, count: int) -> Trajectories:
-        """The same trajectories with the first ``count`` of the kept steps."""
+        """The same trajectories with the first ``count`` of the kept steps, or all where there are fewer."""
         return replace(
             self,
             latents=self.latents[:, : count + 1],

@@ -4,6 +4,7 @@ is unpickled, and every number in it comes back to the bit.
 | file | holds |
 |---|---|
 | ``state.json`` | step, rollouts, the settings of the run, what an objective remembers, the optimizer's plain numbers |
+| ``pytorch_lora_weights.safetensors`` | of a LoRA run, what stock ``load_lora_weights`` reads |
 | ``trained.safetensors`` | the trained parameters; ``ema-`` and ``reference-`` before it: their average and anchor |
 | ``optimizer.safetensors`` | the moments, as ``PARAMETER.NAME`` |
 | ``objective.safetensors`` | tensors that an objective remembers |
@@ -25,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.common.errors import UserError
+from align.objectives.objective import KeepsState, Objective
+from rewards.common.files import write_text
 
 if TYPE_CHECKING:
     from align.policy.policy import Policy
@@ -32,6 +35,47 @@ if TYPE_CHECKING:
 STATE, WEIGHTS = "state.json", "trained.safetensors"
 OPTIMIZER, MEMORY = "optimizer.safetensors", "objective.safetensors"
 OLD_OPTIMIZER, OLD_SCHEDULER, OLD_SCALER = "optimizer.bin", "custom_checkpoint_0.pkl", "scaler.pt"  # of version 0.1
+
+
+# settings that a resumed run may have otherwise: where it writes, how long it goes on, what it shows, how it computes
+MAY_CHANGE = frozenset(
+    [
+        "output_dir",
+        "overwrite_output_dir",
+        "max_train_steps",
+        "max_rollouts",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+        "samples",
+        "validation_data",
+        "validation_steps",
+        "logging_steps",
+        "report_to",
+        "dry_run",
+        "gradient_checkpointing",
+        "allow_tf32",
+        "attention_backend",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "data.init_args.cache_dir",
+    ]
+)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """What two settings of a run differ in but for :data:`MAY_CHANGE`: ``learning_rate: 0.001, was 0.0001``. A setting
+    that only one of them knows is of another version, and none."""
+    lines = []
+    for name in before.keys() & now.keys():
+        key, old, new = path + name, before[name], now[name]
+        if key in MAY_CHANGE:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{key}.")
+        elif old != new:
+            lines.append(f"{key}: {new}, was {old}")
+    return sorted(lines)
 
 
 @dataclass(frozen=True)
@@ -42,6 +86,7 @@ class Parts:
     optimizer: Any
     scheduler: Any
     scaler: Any  # fp16's; None elsewhere
+    objective: Objective
 
     def beside(self) -> dict[str, list[Tensor]]:
         """Other values of the trained parameters, by the file that keeps them."""
@@ -53,6 +98,8 @@ class Parts:
 def write(folder: Path, parts: Parts, state: Mapping[str, Any]) -> None:
     """Write the files of a checkpoint into ``folder``, which is there and empty."""
     save_file(parts.policy.state(), folder / WEIGHTS)
+    if parts.policy.lora is not None:
+        parts.policy.save(folder)  # for ``load_lora_weights``: a checkpoint is a LoRA as well
     for name, values in parts.beside().items():
         save_file({str(k): p.cpu().contiguous() for k, p in enumerate(values)}, folder / name)
     optimizer = parts.optimizer.state_dict()
@@ -72,7 +119,7 @@ def write(folder: Path, parts: Parts, state: Mapping[str, Any]) -> None:
         "scheduler": parts.scheduler.state_dict(),
         "scaler": parts.scaler.state_dict() if parts.scaler is not None else {},
     }
-    (folder / STATE).write_text(json.dumps(plain), encoding="utf-8")
+    write_text(folder / STATE, json.dumps(plain))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -107,7 +154,7 @@ def load(folder: Path, parts: Parts) -> dict[str, Any]:
         for name, values in parts.beside().items():
             saved = load_file(folder / name)
             for k, parameter in enumerate(values):
-                parameter.copy_(saved[str(k)])
+                parameter.copy_(saved[str(k)].reshape(parameter.shape))
         if parts.policy.ema is not None:
             parts.policy.ema.optimization_step = state["step"]
         old = not (folder / OPTIMIZER).is_file()
@@ -117,6 +164,11 @@ def load(folder: Path, parts: Parts) -> dict[str, Any]:
             parts.scaler.load_state_dict(_old(folder / OLD_SCALER) if old else state["scaler"])
         if (folder / MEMORY).is_file():
             state["objective"] |= load_file(folder / MEMORY)
+        if isinstance(parts.objective, KeepsState):
+            parts.objective.load_state(state["objective"])
+        elif state["objective"]:
+            name = type(parts.objective).__name__
+            raise ValueError(f"{name} keeps no state, but the checkpoint has {sorted(state['objective'])}")
     except UserError:
         raise
     except Exception as error:  # torch's, accelerate's and an objective's for what does not fit

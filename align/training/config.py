@@ -50,6 +50,7 @@ class TrainConfig:
         revision: hub revision.
         variant: weight variant, such as ``fp16``.
         output_dir: the run folder.
+        overwrite_output_dir: replace what an earlier run left in ``output_dir``.
         seed: names every random draw.
         lora: rank, alpha and targets; ``null`` trains every weight of the denoiser.
         initial_weights: a run or LoRA folder to start from, such as the last round's.
@@ -96,6 +97,7 @@ class TrainConfig:
     revision: str | None = None
     variant: str | None = None
     output_dir: Path = Path("outputs/run")
+    overwrite_output_dir: bool = False
     seed: int = 0
     lora: LoRA | None = field(default_factory=LoRA)
     initial_weights: Path | None = None
@@ -149,6 +151,11 @@ class TrainConfig:
             raise UserError(f"lr_scheduler {self.lr_scheduler!r} has to know its end: set max_train_steps")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name, least, below in (("adam_beta1", 0, 1), ("adam_beta2", 0, 1), ("adam_weight_decay", 0, math.inf)):
+            if not least <= (value := getattr(self, name)) < below:
+                raise UserError(f"{name} must be at least {least} and below {below}, got {value}")
+        if self.adam_epsilon <= 0:
+            raise UserError(f"adam_epsilon must be positive, got {self.adam_epsilon}")
         if self.sgd_momentum is not None and not 0 < self.sgd_momentum < 1:
             raise UserError(f"sgd_momentum must lie between 0 and 1, got {self.sgd_momentum}")
         if self.use_8bit_adam and not torch.cuda.is_available():
@@ -167,6 +174,7 @@ class TrainConfig:
         families.find(self.pretrained_model_name_or_path, self.revision)
         for data in (self.data, self.validation_data):
             if data is not None:
+                require_at_least(1, data, "resolution")
                 data.check()
 
     @property

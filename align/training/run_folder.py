@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 
 from align.common.errors import UserError
 from align.common.provenance import provenance
+from align.families import LORA_FILE
+from align.policy.initial_noise import NOISE_FILE
 from align.training import checkpoint
 from align.training.model_card import run_card
 from rewards.common.files import atomic, claim, discard, sweep, write_text
@@ -29,21 +31,42 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def claim(self, resumed: bool) -> None:
-        """Make the folder. Raises :class:`UserError` where it cannot be written, or holds the checkpoints of another
-        run than the one that is resumed."""
-        if not resumed and self.checkpoints():
+    def claim(self, resumed: bool, overwrite: bool, denoiser: str) -> None:
+        """Make the folder. Raises :class:`UserError` where it cannot be written, or where a run that is not resumed
+        would replace the weights or checkpoints of another, unless ``overwrite``. A pipeline's own folder
+        (``model_index.json``) is never written into."""
+        if (self.path / "model_index.json").exists():
             raise UserError(
-                f"{self.path} holds checkpoints of an earlier run; give another output_dir, delete it, or "
-                "set resume_from_checkpoint: latest"
+                f"{self.path} is a pipeline's own folder, whose weights a run would replace; give another output_dir"
             )
+        names = (LORA_FILE, NOISE_FILE, denoiser)
+        left = [path for path in (*self.checkpoints(), *(self.path / name for name in names)) if path.exists()]
+        if left and not resumed:
+            if not overwrite:
+                raise UserError(
+                    f"{self.path} holds {left[0].name} of an earlier run; give another output_dir, go on with it by "
+                    "resume_from_checkpoint: latest, or replace it by overwrite_output_dir: true"
+                )
+            for path in left:
+                discard(path)
         claim(self.path)
 
-    def start(self, resolved: str, resumed: bool) -> None:
-        """The first files of a run; one that is not resumed clears the metrics."""
+    def require_same(self, source: Path, settings: dict[str, Any]) -> None:
+        """Raise :class:`UserError` where the run of the checkpoint ``source`` had other settings that matter."""
+        before = checkpoint.read(source).get("settings")
+        if isinstance(before, dict) and (lines := checkpoint.differences(before, settings)):
+            raise UserError(
+                f"{source} is of a run with other settings: {'; '.join(lines)}. Set them back, or start a run of its "
+                "own from these weights: initial_weights"
+            )
+
+    def start(self, resolved: str, step: int | None) -> None:
+        """The first files of a run; one that is not resumed, at ``step``, clears the metrics."""
         sweep(self.path)
-        if not resumed:
+        if step is None:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            self._forget_after(step)
         write_text(self.path / "config.yaml", resolved)
         write_text(self.path / "run.json", json.dumps(provenance(), indent=2) + "\n")
 
@@ -51,7 +74,7 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run will take again, and a line cut short by a kill."""
         path = self.path / "metrics.jsonl"
         kept = []

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from align import families
 from align.common import rng
 from align.common.command import dumped
-from align.common.errors import UserError
 from align.data.dataset import Setup, shuffled
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
@@ -33,19 +33,18 @@ from align.objectives.rows import Rows
 from align.policy.policy import Policy
 from align.sampling.diversity import Features
 from align.training import checkpoint, run_folder
-from align.training.batch_plan import BatchPlan
+from align.training.batch_plan import BatchPlan, require_rows
 from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
 from align.training.finite import require_finite
 from align.training.gather import gather_of, gather_text_of, merged
-from align.training.launch import describe_precision, launch, trackers
+from align.training.launch import describe_precision, launch, start_trackers
 from align.training.optimizer import build_optimizer, build_scheduler
 from align.training.preemption import Preempted, Preemption
 from align.training.progress import drawing
 from align.training.validation import held_out_values, sample_grid
 
 TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
-BARREN = 20  # rollouts without a row after which a run gives up
 
 
 class Trainer:
@@ -90,8 +89,10 @@ class Trainer:
         """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
         config, accelerator = self.config, self.accelerator
         source = self.folder.find(config.resume_from_checkpoint)
-        if accelerator.is_main_process:
-            self.folder.claim(resumed=source is not None)  # first of all: encoding a data set may take hours
+        if source is not None:
+            self.folder.require_same(source, self._settings())
+        if accelerator.is_main_process:  # first of all: encoding a data set may take hours
+            self.folder.claim(source is not None, config.overwrite_output_dir, self.family.denoiser_name)
         ranks = accelerator.process_index, accelerator.num_processes
         setup = Setup(self.family, config.seed, *ranks, accelerator.is_main_process, accelerator.wait_for_everyone)
         self.data = config.data.prepare(setup)
@@ -100,23 +101,14 @@ class Trainer:
         optimizer = build_optimizer(config, self.policy, rate)
         self.policy.model, self.optimizer = accelerator.prepare(self.policy.model, optimizer)
         self.scheduler = build_scheduler(config, optimizer)  # not prepared: accelerate steps it once per process
-        if accelerator.is_main_process:
-            self.folder.start(self.resolved, resumed=source is not None)
-        if config.report_to != "none":
-            accelerator.log_with = trackers(accelerator, config.report_to)
-            accelerator.init_trackers("t2i-align")
         if source is not None:
             state = checkpoint.load(source, self._parts())
             self.step, self.rollouts = state["step"], state["rollouts"]
             self.policy.evaluations = state["evaluations"]
-            if isinstance(config.objective, KeepsState):
-                config.objective.load_state(state["objective"])
-            elif state["objective"]:
-                name = type(config.objective).__name__
-                raise ValueError(f"{name} keeps no state, but the checkpoint has {sorted(state['objective'])}")
-            if accelerator.is_main_process:
-                self.folder.forget_after(self.step)
             accelerator.print(f"resumed from {source} at step {self.step}")
+        if accelerator.is_main_process:
+            self.folder.start(self.resolved, self.step if source is not None else None)
+        start_trackers(accelerator, config.report_to)
 
     def run(self) -> Path:
         """Train. Raises :class:`Preempted` where a signal ended that; a checkpoint was saved then."""
@@ -158,6 +150,7 @@ class Trainer:
             weights = self.policy.save(self.folder.path)
             self.folder.card(self.config, self.policy, self.sizes.describe(self.policy), self.step, held_out)
             print(f"saved {weights}")
+        accelerator.wait_for_everyone()  # one that leaves early takes the others' connections with it
         accelerator.end_training()
         return self.folder.path
 
@@ -198,14 +191,10 @@ class Trainer:
         if measured:  # those of this rollout, and of all training before it
             everywhere = ctx.gather(torch.tensor([list(self.policy.evaluations.values())])).sum(0).tolist()
             measured |= {f"evaluations/{k}": n for k, n in zip(self.policy.evaluations, everywhere, strict=True)}
-        self.barren = 0 if any(counts) else self.barren + 1
-        if self.barren:
+        if not any(counts):
             self.log(measured | {"rollout": self.rollouts})
-        if self.barren == BARREN:
-            raise UserError(
-                f"{BARREN} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
-                "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
-            )
+        self.barren = 0 if any(counts) else self.barren + 1
+        require_rows(self.barren)
         for epoch in range(config.inner_epochs if any(counts) else 0):
             shuffle = rng.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
             order = table.shuffled(shuffle)
@@ -280,14 +269,19 @@ class Trainer:
             self.folder.checkpoint(self._parts(), state, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
+    def _settings(self) -> dict[str, Any]:
+        rows = self.sizes.update * self.accelerator.num_processes
+        return (yaml.safe_load(self.resolved) or {}) | {"rows of an update": rows}
+
     def _parts(self) -> Parts:
-        return Parts(self.policy, self.optimizer, self.scheduler, self.accelerator.scaler)
+        return Parts(self.policy, self.optimizer, self.scheduler, self.accelerator.scaler, self.config.objective)
 
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "rollouts": self.rollouts,
             "evaluations": dict(self.policy.evaluations),
+            "settings": self._settings(),
             "objective": self.config.objective.state() if isinstance(self.config.objective, KeepsState) else {},
         }
 

@@ -86,7 +86,8 @@ def collect(
         sampler: how.
         batch: the prompts of these images, in order.
         group_size: images a prompt over all processes; image p is of prompt ``p // group_size``.
-        keep: consecutive steps whose states and log-probabilities are kept for training; may be empty.
+        keep: consecutive steps whose states and log-probabilities are kept for training; may be empty. Where
+            all steps are drawn from the kernel, those at the end that it takes without noise are left out.
         stochastic: the steps that are drawn from the kernel; default all.
         shared_noise: the images of a prompt start from one noise (D3PO, DanceGRPO).
         start: begin at these states instead of at noise.
@@ -100,8 +101,10 @@ def collect(
     shape = family.latent_shape(ctx.resolution)
     grid, guidance_scale = family.grid(sampler.num_inference_steps), sampler.guidance_scale_of(family)
     kernel = sampler.kernel_of(family)
-    if likelihood:
+    if likelihood and stochastic is not None:
         sampler.require_noise(family, keep)
+    elif likelihood:
+        keep = sampler.with_noise(family, keep)
     if stochastic is not None:
         kernel = WindowedKernel(kernel, list(stochastic))
     groups = torch.tensor([position // group_size for position in ctx.sample_indices])
