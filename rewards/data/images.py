@@ -22,6 +22,7 @@ import contextlib
 import functools
 import io
 import logging
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,10 @@ from rewards.common.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".apng"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga"),
+)
 # what Pillow raises on damaged files
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -85,6 +89,8 @@ def decode(source: Path | bytes, formats: tuple[str, ...] | None = None, max_pix
     ``UnreadableError`` where it cannot be opened or read, is not among Pillow's ``formats``, or has more than
     ``max_pixels``, which is looked at before any pixel is decoded.
     """
+    if isinstance(source, Path):
+        require_plain(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
             if max_pixels is not None and opened.width * opened.height > max_pixels:
@@ -96,8 +102,6 @@ def decode(source: Path | bytes, formats: tuple[str, ...] | None = None, max_pix
             return image
     except UnreadableError:
         raise
-    except FileNotFoundError as error:
-        raise UnreadableError(f"cannot be opened: {error}") from error
     except BROKEN as error:
         raise UnreadableError(f"not a readable image: {error}") from error
 
@@ -109,6 +113,16 @@ def decode_tensor(
     pixels = np.array(decode(source, formats, max_pixels))
     # by numpy: in every one of the decoding threads torch would start a pool of threads of its own
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def require_plain(file: Path) -> None:
+    """``UnreadableError`` where there is no such file, or it is a pipe or a device, which may never end."""
+    try:
+        plain = stat.S_ISREG(file.stat().st_mode)
+    except (OSError, ValueError) as error:  # ValueError: NUL in its name
+        raise UnreadableError(f"cannot be opened: {str(error)[:300]}") from error
+    if not plain:
+        raise UnreadableError(f"cannot be opened: {file} is no plain file")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
