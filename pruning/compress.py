@@ -35,7 +35,7 @@ from pruning.results import FILES, MAKES, Results, recipes, told
 from pruning.saving import card, sampling_settings, save_pipeline
 from pruning.settings import DTYPES, STAGES, Compress, Stage
 from rewards import RewardSum
-from rewards.common.files import claim, discard
+from rewards.common.files import claim, discard, sweep
 
 PIPELINES = ("pruned", "healed", "int4-alone", "int4", "int4-tuned")  # in the order of the report
 
@@ -53,6 +53,7 @@ def compress(config: Compress, resolved: str = "") -> Path:
     _check_model(config, stages)
     made = not config.output_dir.exists()
     claim(config.output_dir)
+    sweep(config.output_dir)
     try:
         results.discard(stale)
         for stage in ("merge", *stages):
@@ -257,7 +258,18 @@ def _quantize(config: Compress, results: Results, source: str, name: str) -> Non
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, resolved = parse(Compress, "pruning.compress", __doc__, argv)
-    return command(lambda: compress(config, resolved), argv)
+    return command(lambda: _until_stopped(config, resolved), argv)
+
+
+def _until_stopped(config: Compress, resolved: str) -> int:
+    from align.training.preemption import STATUS, Preempted
+
+    try:
+        compress(config, resolved)
+    except Preempted:  # healing saved a checkpoint
+        print(f"stopped by a signal; the same command goes on (status {STATUS})", file=sys.stderr)
+        return STATUS
+    return 0
 
 
 if __name__ == "__main__":

@@ -164,6 +164,7 @@ class Compress:
             "objective.init_args.profile": self.at("profile.json"),
             "output_dir": self.at(name),
             "resume_from_checkpoint": "latest",
+            "dry_run": False,
         }
         words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
         return parse(TrainConfig, "align.train", None, ["--config", str(self.healing()[name]), *words], leaves=False)

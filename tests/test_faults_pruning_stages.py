@@ -4,9 +4,11 @@ stages without their input leave nothing, and a disk that cannot be written leav
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from align import families
 from align.families import LORA_FILE
 from align.policy.policy import LoRA, Policy
+from align.training.preemption import STATUS
+from align.training.trainer import Trainer
 from pruning import compress
 from pruning.plan import Plan
 from tests.helpers import errors
@@ -172,6 +176,28 @@ def test_a_run_that_stopped_halfway_does_not_go_on_with_other_settings(
     assert yaml.safe_load((tmp_path / "out/heal/config.yaml").read_text())["learning_rate"] == 1e-2
 
 
+def test_a_signal_while_healing_keeps_a_checkpoint_and_the_same_command_goes_on(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config |= {"budget": None, "blocks": "1", "tune": None}
+    edited("heal.yaml", max_train_steps=3)
+    update = Trainer.update
+
+    def stopped(self: Trainer, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", stopped)
+        assert run(config, stages="[plan,remove,heal]") == STATUS
+    assert "the same command goes on" in capsys.readouterr().err
+    assert (tmp_path / "out/heal/checkpoint-1").is_dir() and not (tmp_path / "out/healed").exists()
+    (tmp_path / "out/.healed.host.1.tmp").mkdir()  # of a process that was killed
+    assert run(config, stages="[plan,remove,heal]") == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert (tmp_path / "out/healed").is_dir() and not list((tmp_path / "out").glob(".*.tmp"))
+
+
 def test_results_without_a_record_are_refused(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,7 +284,7 @@ def test_a_full_disk_ends_a_stage_in_a_line_and_leaves_nothing_partial(
     with largest_file(size):
         assert run(config, stages=stages) == 2
     (told,) = errors(capsys.readouterr().err)
-    assert stages.strip("[]") in told and "too large" in told
+    assert "cannot write" in told and "too large" in told
     assert not list((tmp_path / "out").rglob("*.tmp"))
     whole = {"analyze": "profile.json", "plan": "plan.json", "remove": "pruned", "heal": "healed", "quantize": "int4"}
     assert not (tmp_path / "out" / whole[stages.strip("[]")]).exists()

@@ -279,6 +279,20 @@ def test_a_bug_keeps_its_traceback() -> None:
         status(failing(ZeroDivisionError()), [])
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "meta", "mps", "xla", "gpu", "cpu:x"])
+def test_a_device_that_is_not_there_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if device == "cuda" and torch.version.cuda is not None:
+        pytest.skip("this torch may have a GPU")
+    output = folder.parent / "s"
+    arguments = [str(folder), "--reward", "JPEGCompressibility", "--device", device, "--output", str(output)]
+    assert score.main(arguments) == 2
+    assert f"--device is {device}; expected cpu" in errors(capsys.readouterr().err)[0]
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("name", ["rewards.score", "rewards.agree", "rewards.serve"])
 def test_a_wrong_option_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = __import__(name, fromlist=["main"])

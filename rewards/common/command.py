@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ from rewards.common.errors import DataError, RewardError, UserError, shortened
 
 MISTAKE = 2  # exit status where the user has something to put right
 DEBUG = "--debug"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class OneLine(argparse.ArgumentParser):
@@ -111,10 +113,10 @@ def _told(error: Exception) -> str | None:
     if isinstance(error, BrokenPipeError) and error.filename is None:
         return "nobody reads the output any more; the files that were written are whole"
     if isinstance(error, OSError):
-        what = (
-            f"{error.filename}: {error.strerror}" if error.filename and error.strerror else shortened(str(error), 600)
-        )
-        return f"{what} (the files that were written are whole; {DEBUG} shows where)"
+        named = error.filename and error.strerror
+        what = f"{error.filename}: {error.strerror}" if named else shortened(str(error), 600)
+        kept = "the files that were written are whole; " if error.errno in UNWRITABLE else ""
+        return f"{what} ({kept}{DEBUG} shows where)"
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return f"out of memory: {shortened(str(error)) or 'no more is given'}; lower the batch size or the resolution"
     return None
