@@ -7,8 +7,8 @@ Every stage leaves its result in ``output_dir`` and is skipped where that is the
 and a stage can be run by itself: ``profile.json`` (``.png``), ``plan.json`` (``.png``), the pipelines ``pruned``,
 ``healed``, ``int4`` (the last of these, quantised), ``int4-alone`` (the original, quantised) and ``int4-tuned``
 (``int4`` with its biases healed), and ``report.json``, ``report.md``, ``gallery.png``, ``gallery.html``. Results that
-other settings made are refused, or with ``--overwrite`` made anew (:mod:`pruning.results`). Pipelines of whole-block
-plans load with stock ``DiffusionPipeline.from_pretrained``, quantised ones where there is a GPU; :func:`pruning.load`
+other settings made are refused, or made anew with ``--overwrite_output_dir`` (:mod:`pruning.results`). Pipelines of
+whole-block plans load with stock ``DiffusionPipeline.from_pretrained``, quantised ones where there is a GPU; :func:`pruning.load`
 reads all of them anywhere.
 """
 
@@ -48,7 +48,7 @@ def compress(config: Compress, resolved: str = "") -> Path:
     prompts = read_prompts(config.prompts)[: config.calibration_prompts]
     stages = [stage for stage in STAGES if stage in config.stages]
     results = Results(config.output_dir, recipes(config, prompts), resolved)
-    stale = results.require_fresh(config.overwrite)
+    stale = results.require_fresh(config.overwrite_output_dir)
     _require_needed(config, results, stages, stale)
     _check_model(config, stages)
     with locked(config.output_dir):

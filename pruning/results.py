@@ -160,9 +160,11 @@ class Results:
             try:
                 self.made = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError) as error:
-                raise UserError(f"cannot read {path} ({error}); remove it and set overwrite: true") from error
+                raise UserError(
+                    f"cannot read {path} ({error}); remove it and set overwrite_output_dir: true"
+                ) from error
             if not isinstance(self.made, dict) or not all(isinstance(recipe, dict) for recipe in self.made.values()):
-                raise UserError(f"{path} is no record of stages; remove it and set overwrite: true")
+                raise UserError(f"{path} is no record of stages; remove it and set overwrite_output_dir: true")
 
     def path(self, name: str) -> Path:
         """The file or folder that a result is."""
@@ -202,7 +204,7 @@ class Results:
             told.append(f"{name} ({', '.join(differences[:5])}{more})" if differences else f"{name}, which follows")
         raise UserError(
             f"{self.folder} holds results of other settings: {'; '.join(told)}; name another output_dir, or set "
-            "overwrite: true to make these anew"
+            "overwrite_output_dir: true to make these anew"
         )
 
     def discard(self, names: Sequence[str]) -> None:
