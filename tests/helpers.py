@@ -148,6 +148,7 @@ def launch_together(arguments: Sequence[str], world: int = 2) -> list[int | None
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    common["OMP_NUM_THREADS"] = "1"  # or accelerate gives each process as many threads as there are cores
     running = [launch(arguments, RANK=str(k), LOCAL_RANK=str(k), **common) for k in range(world)]
     for process in running:
         process.join(120)

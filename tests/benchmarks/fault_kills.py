@@ -180,7 +180,7 @@ class Group:
                 one.bind(("127.0.0.1", 0))
                 port = str(one.getsockname()[1])
             common = {"WORLD_SIZE": str(job.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = common | {"ACCELERATE_USE_CPU": "true"}
+            environment = common | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # or accelerate takes more
         words = [job.command, *job.words(folder)]
         ranks = [{"RANK": str(k), "LOCAL_RANK": str(k)} if environment else {} for k in range(job.processes)]
         self.processes = [forked.Started(words, folder, self.errors, **environment, **rank) for rank in ranks]

@@ -3,9 +3,9 @@
     python tests/benchmarks/faults.py [--quick] [--part bad_input|kills] [--kinds "LoRA files"]
 
 Bad input: every case of :mod:`tests.benchmarks.fault_cases` runs the real command, and passes if it ends by itself with
-the status that its kind asks for (2, mostly), says so in at most three lines on stderr, from an ``error:`` on and
-beside rows that it lists, that name what is wrong, without a traceback, and leaves every file as it was: nothing half-written, no run folder that
-looks like a run. Kills: see :mod:`tests.benchmarks.fault_kills`.
+the status that its kind asks for (2, mostly), names what is wrong in at most three lines of stderr, from ``error:`` on
+and beside the rows that it lists, without a traceback, and leaves every file as it was: nothing half-written, no run
+folder that looks like a run. Kills: see :mod:`tests.benchmarks.fault_kills`.
 """
 
 from __future__ import annotations
