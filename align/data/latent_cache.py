@@ -2,8 +2,7 @@
 
 A cache folder is named by everything that its contents depend on: latents by the images, how they are cut, and the
 VAE; embeddings by the captions and the text encoders. So models of one VAE, such as a model and its quantised copy,
-share latents. A folder holds shards of 256 examples or captions, written whole or not at all, so that an interrupted
-run goes on at the first shard that is missing.
+share latents. A folder holds shards of 256 examples or captions, each whole or not there: a killed run goes on there.
 """
 
 from __future__ import annotations
