@@ -24,7 +24,7 @@ from align.sampling.diversity import Features
 from align.training.model_card import add_section
 from align.training.run_folder import base_of
 from rewards.common.device import pick_device
-from rewards.common.files import claim, write_text
+from rewards.common.files import locked, write_text
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,6 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     family = families.load(base, families.DTYPES[config.mixed_precision], device)
     families.what_is_tuned(family, config.tuned)  # now, not after the base's images
     output = config.output_dir or config.tuned / "evaluation"
-    claim(output)
     guidance_scale = family.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
     config = replace(config, guidance_scale=guidance_scale)  # the base's own for both
 
@@ -66,24 +65,25 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         yield "base", family
         yield "tuned", families.tuned(family, str(config.tuned))
 
-    compared, samples = draw_and_compare(models(), config, bench, config.resolution), config.samples_per_prompt
-    report = dict(compared.report)
-    if samples > 1:
-        features = Features(config.diversity_features, device) if config.diversity_features else None
-        report["diversity"] = diversity(compared.images, samples, features)
-    report |= {
-        "base": base,
-        "tuned": str(config.tuned),
-        "prompts": len(bench.prompts),
-        "samples_per_prompt": samples,
-        "num_inference_steps": config.num_inference_steps or family.default_num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "gallery": str(output / "gallery.html"),
-    }
-    compared.show(output, f"{base} against {config.tuned}", [table(report)])
-    write_text(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in compared.rows()))
-    write_text(output / "scores.json", json.dumps(report | provenance(), indent=2) + "\n")
-    add_section(config.tuned / "README.md", "Held-out prompts, base against tuned", table(report).markdown())
+    with locked(output):
+        compared, samples = draw_and_compare(models(), config, bench, config.resolution), config.samples_per_prompt
+        report = dict(compared.report)
+        if samples > 1:
+            features = Features(config.diversity_features, device) if config.diversity_features else None
+            report["diversity"] = diversity(compared.images, samples, features)
+        report |= {
+            "base": base,
+            "tuned": str(config.tuned),
+            "prompts": len(bench.prompts),
+            "samples_per_prompt": samples,
+            "num_inference_steps": config.num_inference_steps or family.default_num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "gallery": str(output / "gallery.html"),
+        }
+        compared.show(output, f"{base} against {config.tuned}", [table(report)])
+        write_text(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in compared.rows()))
+        write_text(output / "scores.json", json.dumps(report | provenance(), indent=2) + "\n")
+        add_section(config.tuned / "README.md", "Held-out prompts, base against tuned", table(report).markdown())
     return report
 
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(report).markdown())
         print(json.dumps(summary(report)))
 
-    return command(run)
+    return command(run, argv)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from align.evaluation.rollout_writer import RolloutSettings, RolloutWriter, reco
 from align.objectives.online.rewards import Scorer
 from align.policy.policy import Policy
 from rewards.common.device import pick_device
+from rewards.common.files import locked
 
 
 def rollout(config: RolloutSettings) -> Path:
@@ -37,21 +38,22 @@ def rollout(config: RolloutSettings) -> Path:
     require_at_least(1, config, "prompts_per_shard")
     rows = Prompts(config.prompts, config.limit).read()
     scorer = Scorer.of(config.rewards) if config.rewards else None
-    dtype = families.DTYPES[config.mixed_precision]
-    family = families.load(config.pretrained_model_name_or_path, dtype, pick_device(config.device))
-    if config.weights is not None:
-        family = families.tuned(family, str(config.weights))
-    policy = Policy(family, None, reference=False)
-    policy.denoiser.requires_grad_(False).to(family.dtype)  # nothing trains here, so nothing has to be float32
-    folder, record = RolloutFolder(config.output_dir), record_of(config, rows, family)
-    RolloutWriter(folder, record, policy, PromptSet(family, rows), config.sampler, scorer).write()
+    with locked(config.output_dir):
+        dtype = families.DTYPES[config.mixed_precision]
+        family = families.load(config.pretrained_model_name_or_path, dtype, pick_device(config.device))
+        if config.weights is not None:
+            family = families.tuned(family, str(config.weights))
+        policy = Policy(family, None, reference=False)
+        policy.denoiser.requires_grad_(False).to(family.dtype)  # nothing trains here, so nothing has to be float32
+        folder, record = RolloutFolder(config.output_dir), record_of(config, rows, family)
+        RolloutWriter(folder, record, policy, PromptSet(family, rows), config.sampler, scorer).write()
     print(f"{record.images} pictures of {record.prompts} prompts in {folder.path}")
     return folder.path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, _ = parse(RolloutSettings, "align.rollout", __doc__, argv)
-    return command(lambda: rollout(config))
+    return command(lambda: rollout(config), argv)
 
 
 if __name__ == "__main__":

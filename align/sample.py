@@ -4,7 +4,7 @@
     python -m align.sample --noise outputs/find/find.safetensors --images_per_prompt 16
 
 writes ``00000.png``, .. and ``metadata.jsonl`` (``file_name``, ``prompt``, ``seed``), the layout of datasets' image
-folders that ``python -m rewards.score`` reads, and ``grid.png`` to look at.
+folders that ``python -m rewards.score`` reads, and ``gallery.html`` to look at: every image in it is one of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from align import families
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
@@ -23,7 +25,8 @@ from align.evaluation import gallery
 from align.policy.initial_noise import InitialNoise
 from align.sampling import generate
 from rewards.common.device import pick_device
-from rewards.common.files import claim
+from rewards.common.files import locked, write_text
+from rewards.common.page import Card, Figure, Page
 
 
 @dataclass
@@ -73,21 +76,32 @@ def sample(config: Sample) -> Path:
     for prompt in prompts if noise else []:
         noise.number(prompt)  # type: ignore[union-attr]  # none of the pictures may quietly start elsewhere
     source = config.pretrained_model_name_or_path or (noise.source if noise else "shapes-sd")
-    family = families.load(source, families.DTYPES[config.mixed_precision], pick_device(config.device))
-    if noise:
-        noise.check(family, config.resolution)
-    if config.weights is not None:
-        family = families.tuned(family, str(config.weights))
-    claim(config.output_dir)
-    texts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
-    seeds = [config.seed + k for k in range(len(texts))]
-    sampler = config.num_inference_steps, config.guidance_scale, config.batch_size, config.resolution
-    start = noise.initial if noise else generate.as_drawn
-    images = generate.sample_images(family.predict, family, texts, seeds, *sampler, "draw", start)
-    gallery.save_folder(images, texts, seeds, config.output_dir)
-    gallery.save_grid(images[:64], texts[:64], config.output_dir / "grid.png", min(8, max(4, config.images_per_prompt)))
+    with locked(config.output_dir):
+        family = families.load(source, families.DTYPES[config.mixed_precision], pick_device(config.device))
+        if noise:
+            noise.check(family, config.resolution)
+        if config.weights is not None:
+            family = families.tuned(family, str(config.weights))
+        texts = [prompt for prompt in prompts for _ in range(config.images_per_prompt)]
+        seeds = [config.seed + k for k in range(len(texts))]
+        sampler = config.num_inference_steps, config.guidance_scale, config.batch_size, config.resolution
+        start = noise.initial if noise else generate.as_drawn
+        images = generate.sample_images(family.predict, family, texts, seeds, *sampler, "draw", start)
+        gallery.save_folder(images, texts, seeds, config.output_dir)
+        _show(config.output_dir, images, prompts)
     print(f"{len(texts)} pictures in {config.output_dir}")
     return config.output_dir
+
+
+def _show(folder: Path, images: Tensor, prompts: Sequence[str]) -> None:
+    """The page of the first prompts' images."""
+    each = len(images) // len(prompts)
+    cards = []
+    for number, prompt in enumerate(prompts[: max(1, 64 // each)]):
+        shown = range(number * each, (number + 1) * each)[:64]
+        cards.append(Card(prompt, [Figure(gallery.to_pil(images[k]), f"{k:05d}.png", {}) for k in shown]))
+    introduction = f"{len(cards)} of {len(prompts)} prompts." if len(cards) < len(prompts) else ""
+    write_text(folder / "gallery.html", Page(f"{len(images)} images", introduction, cards=cards).html())
 
 
 def _prompts(given: str | None, noise: InitialNoise | None) -> list[str]:
@@ -100,7 +114,7 @@ def _prompts(given: str | None, noise: InitialNoise | None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, _ = parse(Sample, "align.sample", __doc__, argv)
-    return command(lambda: sample(config))
+    return command(lambda: sample(config), argv)
 
 
 if __name__ == "__main__":

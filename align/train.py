@@ -14,7 +14,7 @@ from align.training.config import TrainConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, resolved = parse(TrainConfig, "align.train", __doc__, argv)
-    return command(lambda: run(config, resolved))
+    return command(lambda: run(config, resolved), argv)
 
 
 def run(config: TrainConfig, resolved: str) -> int:

@@ -17,7 +17,7 @@ __all__ = ["load", "reads"]
 
 def load(folder: Path | str, dtype: Any = None) -> Any:
     """The pipeline in ``folder``, or a single denoiser or text encoder: whole, pruned, in 4 bit, or both; what is not
-    packed in ``dtype``, or as it was saved. See :func:`pruning.loading.load`."""
+    packed in ``dtype`` (``"float32"`` or torch's), or as it was saved. See :func:`pruning.loading.load`."""
     from pruning.loading import load as load_any  # bitsandbytes takes a second to import
 
     return load_any(folder, dtype)
@@ -30,9 +30,9 @@ def reads(folder: Path | str) -> bool:
     for path in filter(Path.is_file, (folder / "config.json", *folder.glob("*/config.json"))):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return False  # stock diffusers will say so
-        if "pruning" in config or "quantization_config" in config:
+        if isinstance(config, dict) and ("pruning" in config or "quantization_config" in config):
             from pruning.loading import stock_reads  # bitsandbytes, as above
 
             if not stock_reads(config):

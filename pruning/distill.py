@@ -11,6 +11,7 @@ up for the rounding of the rest, and costs no byte more.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,8 +99,8 @@ class Heal(Objective, Prepares, ScalesLearningRates):
 
     def __post_init__(self) -> None:
         weights, steps = (self.task_weight, self.output_weight, self.feature_weight), self.sampler.num_inference_steps
-        if min(weights) < 0 or not 0 <= self.proportion_empty_prompts < 1:
-            raise ValueError("weights must be at least 0 and proportion_empty_prompts in [0, 1)")
+        if not all(0 <= weight < math.inf for weight in weights) or not 0 <= self.proportion_empty_prompts < 1:
+            raise ValueError("weights must be finite and at least 0, and proportion_empty_prompts in [0, 1)")
         if not 1 <= self.count <= steps:
             raise ValueError(f"draws_per_image must be between 1 and the sampler's {steps} steps")
         if self.sensitivity != "none" and self.profile is None:

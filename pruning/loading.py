@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -14,8 +16,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,37 +25,77 @@ from pruning.architectures import CLASSES
 from pruning.graph import BlockGraph
 from pruning.linear4bit import BLOCK, STATE, Linear4bit, empty_layer, piece_of
 from pruning.nf4 import COMPUTE, NF4
-from pruning.quantize import Model, mark, skip_list, split
+from pruning.quantize import Model, mark, quantised, skip_list, split
 
 
-def load(folder: Path | str, dtype: torch.dtype | None = None) -> DiffusionPipeline | Model:
-    """The pipeline in ``folder``, or the single component; what is not packed in ``dtype``, or as it was saved. Built
-    here, packed weights are multiplied in that dtype too: many CPUs take ten times as long in half precision.
+def load(folder: Path | str, dtype: torch.dtype | str | None = None) -> DiffusionPipeline | Model:
+    """The pipeline in ``folder``, or the single component; what is not packed in ``dtype`` (``torch.float32`` or
+    ``"float32"``), or as it was saved. Built here, packed weights are multiplied in that dtype too: many CPUs take ten
+    times as long in half precision. ``.to(dtype)`` of a pipeline does the same later.
 
     Where a GPU is, stock ``from_pretrained`` reads it, and puts the quantised parts on the GPU and the rest on the CPU:
     ``.to("cuda")`` brings them together, as with any pipeline of diffusers. Built here, on the CPU, is what it cannot
     read: quantised parts where there is no GPU, which diffusers refuses ("No GPU found"), and denoisers that lost parts
     of blocks. They are the stock classes, but for their Linears and for what is gone. Raises
-    :class:`UserError` with all that is missing, unexpected or of the wrong size.
+    :class:`UserError` with all that is missing, unexpected, damaged or of the wrong size.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), named_dtype(dtype)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         return _component(folder, dtype)
-    index = json.loads(index_file.read_text(encoding="utf-8"))
+    index = _json(index_file)
     cls = _class(diffusers, index.get("_class_name"), index_file)
-    parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    parts = [name for name, value in index.items() if isinstance(value, list) and value and value[0]]
     if absent := [name for name in parts if not (folder / name).is_dir()]:
         raise UserError(f"{folder} lacks {', '.join(absent)}, which its model_index.json names")
     models = [folder / name for name in parts if (folder / name / "config.json").is_file()]
-    built = {part.name: build(part, dtype) for part in models if not stock_reads(_config(part))}
+    ours = [part for part in models if not stock_reads(_config(part))]
+    for part in models:
+        if part not in ours and "quantization_config" in _config(part):
+            _require_sound(part)
+    built = {part.name: build(part, dtype) for part in ours}
     dtypes = {part.name: dtype or _stored_dtype(part) for part in models} | {"default": torch.float32}
-    return cls.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **built)
+    pipe = cls.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **built)
+    if quantised(pipe):
+        pipe.to = MethodType(_to, pipe)
+    return pipe
+
+
+def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name; :class:`UserError` for what is none."""
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in COMPUTE:
+        return getattr(torch, dtype.removeprefix("torch."))
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise UserError(f"dtype is {dtype!r}; expected {' or '.join(map(repr, COMPUTE))}, or torch's, or none as saved")
+
+
+def _to(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> DiffusionPipeline:
+    """``.to`` of a pipeline with packed parts: diffusers moves these but leaves their dtype, which then is not that of
+    the other parts; here, what is not packed of them is cast as well."""
+    dtypes = [value for value in (*args, kwargs.pop("dtype", None)) if isinstance(value, torch.dtype)]
+    type(pipe).to(pipe, *(value for value in args if not isinstance(value, torch.dtype)), **kwargs)
+    packed = quantised(pipe)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and dtypes:
+            _cast(part, dtypes[0]) if name in packed else part.to(dtypes[0])
+    return pipe
+
+
+def _cast(model: Model, dtype: torch.dtype) -> None:
+    """Bring what is not packed, and products with what is, to ``dtype``."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = dtype
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and not isinstance(tensor, bnb.nn.Params4bit):
+            tensor.data = tensor.data.to(dtype)
 
 
 def _component(folder: Path, dtype: torch.dtype | None) -> Model:
     if not _gpu() or not stock_reads(_config(folder)):
         return build(folder, dtype)
+    _require_sound(folder)
     return _model_class(folder).from_pretrained(folder, dtype=dtype or _stored_dtype(folder), use_safetensors=True)
 
 
@@ -64,7 +105,8 @@ def stock_reads(config: Mapping[str, Any]) -> bool:
 
 
 def _lost_parts(config: Mapping[str, Any]) -> bool:
-    return bool((config.get("pruning") or {}).get("removed"))
+    entry = config.get("pruning")
+    return bool(entry.get("removed") if isinstance(entry, dict) else entry)
 
 
 def _gpu() -> bool:
@@ -85,23 +127,21 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Model:
         packed = {layer.name: {} for layer in split(model, reasons) if layer.kept is None}
     for name in packed:
         model.set_submodule(name, empty_layer(model.get_submodule(name), settings))
-    tensors = {key: tensor for file in _files(folder) for key, tensor in load_file(file).items()}
+    files = _files(folder)
+    tensors = {key: tensor for file in files for key, tensor in _read(file)}
     for key in list(tensors):
         layer, piece = piece_of(key)
         if layer in packed:
             packed[layer][piece] = tensors.pop(key)
     problems = [problem for name in packed for problem in _torn(model.get_submodule(name), name, packed[name])]
     problems += _fill(model, tensors, {f"{name}.weight" for name in packed})
-    if problems:
-        raise UserError(f"{folder} does not fit {type(model).__name__}: " + "; ".join(problems))
+    _require_none(problems, files, f"does not fit {type(model).__name__}")
     for name, pieces in packed.items():
         linear = model.get_submodule(name)
         codes = pieces.pop("")
         linear.weight = bnb.nn.Params4bit.from_prequantized(codes, pieces, device="cpu", module=linear)
-        linear.compute_dtype = dtype or linear.compute_dtype
-    for tensor in (*model.parameters(), *model.buffers()) if dtype else ():
-        if tensor.is_floating_point() and not isinstance(tensor, bnb.nn.Params4bit):
-            tensor.data = tensor.data.to(dtype)
+    if dtype:
+        _cast(model, dtype)
     if saved:
         mark(model, settings)
     return model.eval()
@@ -112,10 +152,13 @@ def outline(folder: Path) -> Model:
     cls, config = _model_class(folder), _config(folder)
     if _lost_parts(config):
         return skeleton({key: value for key, value in config.items() if key != "quantization_config"})
-    with init_empty_weights(include_buffers=False):
-        if issubclass(cls, ModelMixin):
-            return cls.from_config(cls.load_config(folder))
-        return cls(cls.config_class.from_pretrained(folder))
+    try:
+        with init_empty_weights(include_buffers=False):
+            if issubclass(cls, ModelMixin):
+                return cls.from_config(cls.load_config(folder))
+            return cls(cls.config_class.from_pretrained(folder))
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise _no_model(folder / "config.json", cls.__name__, error) from error
 
 
 def skeleton(config: Mapping[str, Any]) -> ModelMixin:
@@ -124,11 +167,22 @@ def skeleton(config: Mapping[str, Any]) -> ModelMixin:
     name = config.get("_class_name")
     if name not in CLASSES:
         raise UserError(f"config.json is of a {name}; expected {', '.join(CLASSES)}")
-    removed = (config.get("pruning") or {}).get("removed", [])
+    entry = config.get("pruning") or {}
+    removed = entry.get("removed", []) if isinstance(entry, dict) else None
+    if not isinstance(removed, list) or not all(isinstance(part, str) for part in removed):
+        raise UserError(f"config.json: pruning is {entry!r}; expected removed, a list of names of blocks and parts")
     stock = {key: value for key, value in config.items() if key != "pruning"}
-    with init_empty_weights(include_buffers=False):
-        denoiser = getattr(diffusers, name).from_config(stock)
+    try:
+        with init_empty_weights(include_buffers=False):
+            denoiser = getattr(diffusers, name).from_config(stock)
+    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise _no_model("config.json", name, error) from error
     return BlockGraph.of(denoiser).remove(removed)
+
+
+def _no_model(where: Path | str, name: str, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(f"{where} makes no {name}: {reason[:300]}")
 
 
 def _settings(saved: Mapping[str, Any], folder: Path) -> NF4:
@@ -150,8 +204,8 @@ def _settings(saved: Mapping[str, Any], folder: Path) -> NF4:
 
 
 def _fill(model: Model, tensors: Mapping[str, Tensor], elsewhere: set[str]) -> list[str]:
-    """Put in what is not packed, in the dtype it has; returns what is missing, unexpected or of another size. The keys
-    ``elsewhere`` are not looked for."""
+    """Put in what is not packed, in the dtype it has; returns what is missing, unexpected, of another size or damaged.
+    The keys ``elsewhere`` are not looked for."""
     expected = {key: tensor for key, tensor in model.state_dict().items() if key not in elsewhere}
     fits = {key: tensor for key, tensor in tensors.items() if key in expected and tensor.shape == expected[key].shape}
     model.load_state_dict(fits, strict=False, assign=True)
@@ -167,6 +221,7 @@ def _fill(model: Model, tensors: Mapping[str, Tensor], elsewhere: set[str]) -> l
             for key, tensor in expected.items()
             if key in tensors and key not in fits
         ),
+        *(f"{key} {reason}" for key, tensor in fits.items() if (reason := _unsound(tensor))),
     ]
 
 
@@ -179,22 +234,94 @@ def _torn(layer: Linear4bit, name: str, pieces: Mapping[str, Tensor]) -> list[st
     problems += [f"{full[piece]} is unexpected" for piece in sorted(pieces.keys() - needed)]
     if problems:
         return problems
+    state = _state(pieces[STATE])
     size, weights = [layer.out_features, layer.in_features], layer.out_features * layer.in_features
-    state = json.loads(bytes(pieces[STATE].tolist()))
+    if state is None:
+        return [f"{full[STATE]} is damaged"]
     if (state["shape"], state["blocksize"]) != (size, BLOCK):
         return [f"{name} was {state['shape']} in blocks of {state['blocksize']}, expected {size} in blocks of {BLOCK}"]
-    counts = {"": -(-weights // 2), "absmax": -(-weights // BLOCK)}
+    blocks = -(-weights // BLOCK)
+    counts = {"": -(-weights // 2), "absmax": blocks, "quant_map": 16, "nested_quant_map": 256}
+    if "nested_absmax" in needed:
+        if not state.keys() >= {"nested_blocksize", "nested_offset", "nested_dtype"}:
+            return [f"{full[STATE]} is damaged"]
+        counts["nested_absmax"] = -(-blocks // state["nested_blocksize"])
+    bytes_in = {"", STATE} | ({"absmax"} if "nested_absmax" in needed else set())
     return [
-        f"{full[piece]} holds {pieces[piece].numel()} values, expected {count}"
-        for piece, count in counts.items()
-        if pieces[piece].numel() != count
+        *(
+            f"{full[piece]} holds {pieces[piece].numel()} values, expected {count}"
+            for piece, count in counts.items()
+            if piece in pieces and pieces[piece].numel() != count
+        ),
+        *(
+            f"{full[piece]} is {tensor.dtype}, expected {'bytes' if piece in bytes_in else 'floats'}"
+            for piece, tensor in pieces.items()
+            if (tensor.dtype == torch.uint8) != (piece in bytes_in)
+        ),
+        *(f"{full[piece]} {reason}" for piece, tensor in pieces.items() if (reason := _unsound(tensor))),
     ]
+
+
+def _state(tensor: Tensor) -> dict[str, Any] | None:
+    """What bitsandbytes keeps of a packed weight as JSON; None where that is damaged."""
+    try:
+        state = json.loads(bytes(tensor.tolist()))
+        dtypes = {str(state["dtype"]), str(state.get("nested_dtype", "float32"))}
+        sizes = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 256)]
+        sound = dtypes <= set(COMPUTE) and state["quant_type"] == "nf4" and min(sizes) > 0
+        return state if sound and math.isfinite(state.get("nested_offset", 0.0)) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _unsound(tensor: Tensor) -> str | None:
+    return "holds NaN or infinity" if tensor.is_floating_point() and not bool(tensor.isfinite().all()) else None
+
+
+def _require_sound(folder: Path) -> None:
+    """Refuse damaged numbers that stock loading would take: of a packed weight its scales, and what is not packed."""
+    files = _files(folder)
+    problems = []
+    for file in files:
+        for key, tensor in _read(file, codes=False):
+            damaged = piece_of(key)[1] == STATE and _state(tensor) is None
+            if reason := "is damaged" if damaged else _unsound(tensor):
+                problems.append(f"{key} {reason}")
+    _require_none(problems, files, "is damaged")
+
+
+def _require_none(problems: Sequence[str], files: Sequence[Path], wrong: str) -> None:
+    if problems:
+        where = files[0] if len(files) == 1 else files[0].parent
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{where} {wrong}: {'; '.join(problems[:8])}{more}")
+
+
+def _read(file: Path, codes: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file; without ``codes``, not those of whole numbers that are no state."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  it is no dict
+                if codes or piece_of(key)[1] == STATE or tensors.get_slice(key).get_dtype() not in ("U8", "I8"):
+                    yield key, tensors.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}; expected the settings of a model")
+    return content
 
 
 def _config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise UserError(f"no model_index.json and no config.json in {folder}; expected a pipeline or one part of it")
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return _json(folder / "config.json")
 
 
 def _model_class(folder: Path) -> Any:
@@ -202,12 +329,13 @@ def _model_class(folder: Path) -> Any:
     config = _config(folder)
     if "_class_name" in config:
         return _class(diffusers, config["_class_name"], folder / "config.json")
-    return _class(transformers, (config.get("architectures") or [None])[0], folder / "config.json")
+    names = config.get("architectures")
+    return _class(transformers, names[0] if isinstance(names, list) and names else None, folder / "config.json")
 
 
-def _class(library: Any, name: str | None, where: Path) -> Any:
-    cls = getattr(library, name or "", None)
-    if cls is None:
+def _class(library: Any, name: object, where: Path) -> Any:
+    cls = getattr(library, name, None) if isinstance(name, str) else None
+    if not isinstance(cls, type):
         raise UserError(f"{where} names the class {name!r}, which the installed {library.__name__} does not have")
     return cls
 
@@ -216,8 +344,10 @@ def _files(folder: Path) -> list[Path]:
     """The safetensors that hold the weights: one, or the shards that an index names."""
     for stem in ("diffusion_pytorch_model", "model"):
         if (index := folder / f"{stem}.safetensors.index.json").is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = [folder / name for name in dict.fromkeys(names)]
+            named = _json(index).get("weight_map")
+            if not isinstance(named, dict) or not all(Path(str(name)).name == name for name in named.values()):
+                raise UserError(f"{index} has no weight_map of tensors to files beside it")
+            files = [folder / name for name in dict.fromkeys(named.values())]
             if absent := [file.name for file in files if not file.is_file()]:
                 raise UserError(f"{folder} lacks {', '.join(absent)}, which {index.name} names")
             return files
@@ -231,9 +361,12 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     count: Counter[torch.dtype] = Counter()
     for file in _files(folder):
-        with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  it is no dict
-                kind = tensors.get_slice(key).get_dtype()
-                if not piece_of(key)[1] and kind in kinds:
-                    count[kinds[kind]] += 1
+        try:
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118  it is no dict
+                    kind = tensors.get_slice(key).get_dtype()
+                    if not piece_of(key)[1] and kind in kinds:
+                        count[kinds[kind]] += 1
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is no whole safetensors file: {error}") from error
     return count.most_common(1)[0][0] if count else torch.float32

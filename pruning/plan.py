@@ -22,7 +22,7 @@ from align.common.errors import UserError
 from pruning.graph import BlockGraph
 from rewards.common.files import write_text
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?(?:\.(\w+))?")
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?:\.(\w+))?")
 
 
 def key(unit: Iterable[str]) -> str:
@@ -52,7 +52,11 @@ class Budget:
         several = f", not {' and '.join(given)}" if given else ""
         wrong = [] if len(given) == 1 else [f"give one of parameters, bytes and latency{several}"]
         values = {name: getattr(self, name) for name in (*given, "bits")}
-        wrong += [f"{name} is {value}; expected more than 0" for name, value in values.items() if value <= 0]
+        wrong += [
+            f"{name} is {value}; expected a number above 0"
+            for name, value in values.items()
+            if not (math.isfinite(value) and value > 0)
+        ]
         if self.latency is not None and self.latency >= 1:
             wrong.append(f"latency is {self.latency}; expected a share below 1")
         return [f"budget: {text}" for text in wrong]
@@ -161,7 +165,7 @@ def parse_ranges(text: str, graph: BlockGraph) -> tuple[str, ...]:
         if not match:
             names.append(token)
             if token not in graph:
-                wrong.append(f"{token!r} is neither a block's name nor a range such as 25-28")
+                wrong.append(f"{_short(token)} is neither a block's name nor a range such as 25-28")
             continue
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
@@ -176,6 +180,21 @@ def parse_ranges(text: str, graph: BlockGraph) -> tuple[str, ...]:
     if wrong:
         raise UserError("ranges: " + "; ".join(wrong))
     return tuple(dict.fromkeys(names))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
+
+
+def require_reachable(graph: BlockGraph, budget: Budget, components: bool) -> None:
+    """Raise :class:`UserError` where a budget would not be met though every block and part went that can go by itself:
+    known before anything is measured, but for a latency."""
+    names = {name for unit in graph.units(components) for name in unit}
+    most = {name for name in names if graph[name].part_of not in names}
+    if budget.latency is None and budget.missing(graph, most, {}) > 0:
+        asked = " at ".join(f"{name} {value:g}" for name, value in budget.asked().items())
+        share = 1 - graph.parameters(most) / graph.parameters()
+        raise UserError(f"budget: {asked} is out of reach: all that can go is {share:.1%} of the parameters")
 
 
 def costs(graph: BlockGraph, importance: Mapping[str, float], position_weighting: bool = True) -> dict[str, float]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from align.common.errors import UserError
-from align.families import LORA_FILE
+from align.families import read_lora
 from pruning.linear4bit import bytes_of, pack
 from pruning.nf4 import NF4
 
@@ -209,25 +209,20 @@ def quantised(pipe: DiffusionPipeline) -> list[str]:
     ]
 
 
-def merge_lora(pipe: DiffusionPipeline, folder: Path | str) -> None:
-    """Add the LoRA in ``folder`` (a run folder of ours, or any that diffusers loads) to the pipeline's own weights.
+def merge_lora(pipe: DiffusionPipeline, source: Path | str) -> None:
+    """Add the LoRA at ``source`` (a file, a run folder of ours, or any that :func:`align.families.read_lora` reads) to
+    the pipeline's own weights, at its own strength.
 
     Before quantising: four bits round a weight by some 9 %, more than a LoRA changes it. A LoRA for a quantised
     pipeline is loaded with ``pipe.load_lora_weights`` and stays beside the weights (QLoRA). Raises
     :class:`UserError`.
     """
-    problems = []
     if names := quantised(pipe):
-        problems.append(
-            f"{', '.join(names)} of this pipeline are quantised, and 4-bit weights would round most of a LoRA away: "
-            "merge into the unquantised pipeline and quantize that, or leave the LoRA unmerged (pipe.load_lora_weights)"
+        raise UserError(
+            f"cannot merge: {', '.join(names)} of this pipeline are quantised, and 4-bit weights would round most of a "
+            "LoRA away: merge into the unquantised pipeline and quantize that, or leave the LoRA unmerged "
+            "(pipe.load_lora_weights)"
         )
-    if not (Path(folder) / LORA_FILE).is_file():
-        problems.append(f"no {Path(folder) / LORA_FILE}; expected the folder of a LoRA run")
-    if problems:
-        raise UserError("cannot merge: " + "; ".join(problems))
-    pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
-    if not pipe.get_active_adapters():
-        raise UserError(f"cannot merge: nothing in {Path(folder) / LORA_FILE} fits {type(pipe).__name__}")
+    pipe.load_lora_weights(read_lora(Path(source), pipe).state_dict())
     pipe.fuse_lora(safe_fusing=True)
     pipe.unload_lora_weights()

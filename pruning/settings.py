@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,7 +13,8 @@ import torch
 from align import families
 from align.common.command import parse
 from align.common.errors import UserError
-from align.families import LORA_FILE
+from align.data.prompts import read_prompt_rows
+from align.families import LORA_FILE, lora_path
 from align.training.config import TrainConfig
 from pruning import importance
 from pruning.nf4 import NF4
@@ -30,8 +33,10 @@ class Compress:
 
     Args:
         pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``.
-        weights: a LoRA run's folder, merged first, in full precision.
+        weights: a LoRA, merged first, in full precision: a run's folder, or a .safetensors file of any tool.
         output_dir: where every stage leaves its result.
+        overwrite_output_dir: make results of other settings in ``output_dir`` anew, and what follows from them; else
+            they are refused.
         stages: which to run.
         prompts: a prompt file or ``shapes-prompts``, to measure importance on; the first ``calibration_prompts``.
         calibration_prompts: how many.
@@ -61,6 +66,7 @@ class Compress:
     pretrained_model_name_or_path: str = "shapes-sd3"
     weights: Path | None = None
     output_dir: Path = Path("outputs/compress")
+    overwrite_output_dir: bool = False
     stages: list[Stage] = field(default_factory=lambda: list(STAGES))
     prompts: str = "shapes-prompts"
     calibration_prompts: int = 32
@@ -87,34 +93,42 @@ class Compress:
 
     def check(self) -> None:
         """Everything that can be known to be wrong before a weight is loaded, at once."""
-        wrong = []
+        wrong = [] if self.stages else [f"stages is empty; give some of {', '.join(STAGES)}"]
         if (self.budget is None) == (self.blocks is None):
             wrong.append("give either a budget or blocks by hand")
         wrong += self.budget.check() if self.budget else []
         if self.measure == "drop" and not self.reward and self.blocks is None:
             wrong.append("measure: drop needs a reward")
-        if self.calibration_prompts < 1:
-            wrong.append(f"calibration_prompts must be at least 1, got {self.calibration_prompts}")
+        sampling = {"num_inference_steps": (1, 1000), "guidance_scale": (0, 1000), "seed": (0, 2**63 - 1)}
+        wrong += _outside(self, calibration_prompts=(1, 2**31), batch_size=(1, 2**31), **sampling)
         for name, file in self.healing().items():
-            if not file.is_file():
-                wrong.append(f"{name}: no config {file}")
-            elif {name, "analyze"} & set(self.stages):
-                wrong += self._check_run(name)
-        if self.weights is not None and not (self.weights / LORA_FILE).is_file():
-            wrong.append(f"weights: no {LORA_FILE} in {self.weights}")
+            wrong += self._check_run(name) if file.is_file() else [f"{name}: no config {file}"]
+        if "report" in self.stages:
+            counts = dict.fromkeys(("samples_per_prompt", "batch_size", "max_prompts", "repeats"), (1, 2**31))
+            wrong += [f"report: {text}" for text in _outside(self.report, **counts, **sampling)]
+            wrong += _refusal("report", self._check_report)
+        wrong += _refusal("weights", self._check_weights)
         if wrong:
             raise UserError("; ".join(wrong))
         families.find(self.pretrained_model_name_or_path)
 
+    def _check_weights(self) -> None:
+        if self.weights is not None and lora_path(self.weights) is None:
+            raise UserError(f"no LoRA at {self.weights}; expected a file or a folder with {LORA_FILE}")
+
+    def _check_report(self) -> None:
+        if self.report.prompts != "shapes":
+            read_prompt_rows(self.report.prompts)
+
     def _check_run(self, name: str) -> list[str]:
-        try:
-            settings, _ = self.run(name)
-            settings.check()
-        except UserError as error:
-            return [f"{name}: {error}"]
-        if name == "tune" and settings.lora is not None:
-            return [f"tune: {self.tune} trains a LoRA, which cannot be merged into 4 bit; set lora: null"]
-        return []
+        runs: list[TrainConfig] = []
+        if wrong := _refusal(name, lambda: runs.append(self.run(name)[0])):
+            return wrong
+        if {name, "analyze"} & set(self.stages):
+            wrong = _refusal(name, runs[0].check)
+        if name == "tune" and runs[0].lora is not None:
+            wrong.append(f"tune: {self.tune} trains a LoRA, which cannot be merged into 4 bit; set lora: null")
+        return wrong
 
     def at(self, name: str) -> Path:
         return self.output_dir / name
@@ -123,10 +137,22 @@ class Compress:
         """The runs that heal, with their configs."""
         return {run: file for run, file in (("heal", self.heal), ("tune", self.tune)) if file is not None}
 
+    def heals_by_profile(self) -> bool:
+        """Whether healing wants the profile, though blocks are given by hand."""
+        from pruning.distill import Heal
+
+        objectives = (self.run(run)[0].objective for run in self.healing())
+        return any(isinstance(objective, Heal) and objective.sensitivity != "none" for objective in objectives)
+
     @property
     def source(self) -> str:
         """The original: the model's name, or the folder where the LoRA is merged into it."""
         return self.pretrained_model_name_or_path if self.weights is None else str(self.at("merged"))
+
+    @property
+    def smallest(self) -> str:
+        """What is quantised."""
+        return "pruned" if self.heal is None else "healed"
 
     def run(self, name: str, student: str | None = None) -> tuple[TrainConfig, str]:
         """The settings of a run that heals, with what this command knows filled in, and their YAML; until there is a
@@ -135,10 +161,28 @@ class Compress:
             "pretrained_model_name_or_path": student or self.pretrained_model_name_or_path,
             "objective.init_args.teacher.path": self.source,
             "objective.init_args.plan_path": self.at("plan.json"),
+            "objective.init_args.profile": self.at("profile.json"),
             "output_dir": self.at(name),
             "resume_from_checkpoint": "latest",
+            "dry_run": False,
         }
-        if "analyze" in self.stages or self.at("profile.json").is_file():
-            filled["objective.init_args.profile"] = self.at("profile.json")
         words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
         return parse(TrainConfig, "align.train", None, ["--config", str(self.healing()[name]), *words], leaves=False)
+
+
+def _refusal(name: str, check: Callable[[], object]) -> list[str]:
+    """What ``check`` has against the setting ``name``."""
+    try:
+        check()
+    except UserError as error:
+        return [f"{name}: {error}"]
+    return []
+
+
+def _outside(settings: object, **bounds: tuple[int, int]) -> list[str]:
+    """The numbers that do not lie between their bounds, in words; NaN does not, and None is no number."""
+    return [
+        f"{name} is {value}; expected {low} to {high}"
+        for name, (low, high) in bounds.items()
+        if (value := getattr(settings, name)) is not None and not (math.isfinite(value) and low <= value <= high)
+    ]

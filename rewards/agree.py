@@ -37,6 +37,7 @@ from rewards.config import parse_rewards
 from rewards.data.images import ImageRow, ImageSource, UnreadableError
 from rewards.data.preferences import recognise
 from rewards.data.tables import LazyImage
+from rewards.data.text import clean
 from rewards.scoring.engine import score_batch
 from rewards.scoring.loader import BadImage, Batch, Decoder, ahead
 
@@ -56,13 +57,14 @@ class Choice:
 @dataclass(frozen=True)
 class Choices:
     """What people said of the distinct ``pictures``, each with its prompt; the prompts of the pairs they were tied on;
-    and the rows that cannot be used."""
+    the rows that cannot be used, and those that nobody labelled."""
 
     layout: str
     pictures: list[tuple[LazyImage, str]]
     choices: list[Choice]
     ties: list[str]
     bad: BadEntries
+    unlabelled: list[str]
 
 
 # Reading and scoring
@@ -72,12 +74,15 @@ def read(
     """The first ``limit`` rows at ``path``. ``RewardError`` where it has no layout that is understood, or no pair."""
     layout, _, rows = recognise(path, split, caption_column, image_root)
     numbers: dict[tuple[str, str], int] = {}
-    pairs = Choices(layout, [], [], [], [])
+    pairs = Choices(layout, [], [], [], [], [])
     for row in itertools.islice(rows, limit):
         if fault := row.fault():
             pairs.bad.append({"source": row.source, "error": fault})
             continue
-        prompt = str(row.caption).strip()
+        if row.unlabelled:
+            pairs.unlabelled.append(row.source)
+            continue
+        prompt = clean(str(row.caption))
         if row.sides is None:
             pairs.ties.append(prompt)
             continue
@@ -88,9 +93,9 @@ def read(
         pairs.choices.append(Choice(prompt, chosen, rejected, row.votes))
     if not pairs.choices:
         first = f", the first: {pairs.bad[0]['source']}: {pairs.bad[0]['error']}" if pairs.bad else ""
-        raise RewardError(
-            f"{path} ({layout}) holds no pair with a winner: {len(pairs.ties)} ties, {len(pairs.bad)} bad{first}"
-        )
+        unlabelled = f", {len(pairs.unlabelled)} unlabelled" if pairs.unlabelled else ""
+        counts = f"{len(pairs.ties)} ties, {len(pairs.bad)} bad{unlabelled}"
+        raise RewardError(f"{path} ({layout}) holds no pair with a winner: {counts}{first}")
     return pairs
 
 
@@ -161,6 +166,7 @@ def compare(pairs: Choices, scores: Mapping[str, np.ndarray], human_ties: str, a
         "prompts": len(set(prompts)),
         "pictures": int(readable.sum()),
         "human_ties": {"found": len(pairs.ties), "counted": human_ties},
+        "unlabelled": len(pairs.unlabelled),
         "agreement": agreement,
         "rewards": figures,
         "between": [
@@ -227,6 +233,8 @@ def table(report: Mapping[str, Any]) -> str:
     ties = report["human_ties"]
     told = f"{ties['found']} human ties {'left out' if ties['counted'] == 'drop' else 'counted one half'}"
     lines += ["", f"{report['layout']}: {report['pairs']} pairs of {report['prompts']} prompts; {told}"]
+    if report["unlabelled"]:
+        lines.append(f"{report['unlabelled']} rows that nobody labelled left out")
     if report["bad"]:
         lines.append(f"{len(report['bad'])} rows or pictures cannot be used, see the JSON file")
     return "\n".join(lines)
@@ -270,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--human_ties", choices=("drop", "half"), default="drop", help="(default: %(default)s)")
     parser.add_argument("--agreement", type=float, default=1.0, help="share of votes (default: %(default)s, unanimous)")
     arguments = parser.parse_args(argv)
-    return status(lambda: run(arguments))
+    return status(lambda: run(arguments), argv)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rewards.common.errors import RewardError, UserError
+from rewards.common.errors import RewardError, RewardFailure, UserError, one_line, shortened
 from rewards.config import RewardConfig, check_statistics, parse_rewards
+from rewards.time_limit import TimeLimited
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,14 +65,29 @@ def checked(
 ) -> Tensor:
     """Call ``reward`` and make sure that both sides kept the contract: (B,) float32, on the device of ``images``.
 
-    ``RewardError`` names the reward, what arrived and what was expected, and the row where there is one.
+    The reward gets copies, so that one which writes into its images changes nobody else's. ``RewardError`` names the
+    reward, what arrived and what was expected, and the row where there is one; it is a ``RewardFailure`` where the
+    reward raised something else than a mistake of the user, or tried to end the process.
     """
     _check_input(name, images, prompts, metadata)
-    scores = reward.score(images=images, prompts=prompts, metadata=metadata)
-    if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
-        arrived = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise RewardError(f"reward {name!r} returned {arrived}; expected a tensor of shape ({len(prompts)},)")
-    finite = torch.isfinite(scores)
+    copies = None if metadata is None else [dict(record) for record in metadata]
+    try:
+        scores = reward.score(images=images.clone(), prompts=list(prompts), metadata=copies)
+    except UserError:
+        raise
+    except SystemExit as error:  # which would end a run as if it had succeeded
+        raise RewardFailure(f"reward {name!r} called sys.exit({error.code!r}); expected scores or an error") from error
+    except Exception as error:  # anyone's reward may raise anything; say whose it was
+        raise RewardFailure(f"reward {name!r} failed: {one_line(error)}") from error
+    expected = f"expected a tensor of shape ({len(prompts)},)"
+    if not isinstance(scores, Tensor):
+        raise RewardError(f"reward {name!r} returned {type(scores).__name__}; {expected}")
+    if scores.is_complex() or scores.layout != torch.strided or scores.is_quantized:
+        raise RewardError(f"reward {name!r} returned {scores.dtype}, {scores.layout}; expected dense real numbers")
+    if scores.shape != (len(prompts),):
+        raise RewardError(f"reward {name!r} returned {tuple(scores.shape)}; {expected}")
+    kept = scores.to(images.device, torch.float32)
+    finite = torch.isfinite(kept)  # of what is kept: float32 has no room for 1e300
     if not finite.all():
         row = int((~finite).nonzero()[0])
         raise RewardError(
@@ -79,7 +95,7 @@ def checked(
             "expected a finite number",
             row=row,
         )
-    return scores.to(images.device, torch.float32)
+    return kept
 
 
 def _check_input(
@@ -141,13 +157,11 @@ class RewardSum:
         """The rewards by label, networks on ``device``. ``RewardError`` says which cannot be had, and why."""
         rewards: dict[str, Reward] = {}
         for config in parse_rewards(configs):
-            try:
-                reward = load(config.name, config.args)
-            except TypeError as error:  # what constructors say to a wrong argument
-                raise RewardError(f"reward {config.title!r}: {error}") from error
+            reward = load(config.name, config.arguments())
             if device is not None and isinstance(reward, torch.nn.Module):
                 reward.to(device)
-            rewards[config.title] = reward
+            limit = config.timeout
+            rewards[config.title] = reward if limit is None else TimeLimited(reward, config.title, limit)
         normalize = {one.title: (one.normalize[0], one.normalize[1]) for one in configs if one.normalize is not None}
         return cls(rewards, {one.title: one.weight for one in configs}, dict(normalize))
 
@@ -220,6 +234,8 @@ def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise RewardError(f"cannot load reward {name!r}: {error}; known are {', '.join(available())}") from error
+    except (Exception, SystemExit) as error:  # anyone's module may do anything
+        raise RewardFailure(f"cannot load reward {name!r}: {one_line(error)}") from error
     if not inspect.isclass(cls) or not callable(getattr(cls, "score", None)):
         raise RewardError(f"{name!r} is no reward: expected a class with a method 'score'")
     arguments = dict(init_args or {})
@@ -229,11 +245,14 @@ def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:
     except TypeError as error:
         raise RewardError(f"reward {name!r}: {error}; its arguments are {signature}") from error
     try:
-        reward = cls(**arguments)
+        reward: Any = cls(**arguments)
+        sound = isinstance(reward, Reward)
     except UserError:
         raise
-    except ValueError as error:
-        raise RewardError(f"reward {name!r}: {error}") from error
-    if not isinstance(reward, Reward):
+    except (TypeError, ValueError) as error:  # what constructors say to a wrong argument
+        raise RewardError(f"reward {name!r}: {shortened(str(error), 400)}") from error
+    except (Exception, SystemExit) as error:
+        raise RewardFailure(f"reward {name!r} cannot be made: {one_line(error)}") from error
+    if not sound:
         raise RewardError(f"{name!r} is no reward: it lacks the attribute 'differentiable'")
     return reward

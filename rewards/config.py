@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rewards.common.errors import RewardError
+from rewards.common.files import fingerprint
 
 EXPECTED = "expected NAME, NAME:KEY=VALUE,KEY=VALUE or '{name: NAME, weight: 1, label: LABEL, args: {KEY: VALUE}}'"
 TAKEN = ("file", "prompt", "total")  # names of other columns beside the rewards'
@@ -25,6 +29,7 @@ class RewardConfig:
         args: the reward's own arguments.
         label: its name in logs and columns; default ``name``.
         normalize: [mean, std] of its scores, measured beforehand: (score - mean) / std is what ``weight`` is of.
+        timeout: seconds after which a call that has not answered ends the run, by the reward's name; null waits.
     """
 
     name: str
@@ -32,8 +37,11 @@ class RewardConfig:
     args: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
     normalize: list[float] | None = None
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
+        if self.timeout is not None and not 0 < self.timeout <= threading.TIMEOUT_MAX:
+            raise RewardError(f"reward {self.title!r}: timeout is {self.timeout}; expected seconds above 0, or null")
         if self.normalize is not None:
             check_statistics(self.title, self.normalize)
 
@@ -42,9 +50,22 @@ class RewardConfig:
         """The label, or the name where there is none."""
         return self.label or self.name
 
+    def arguments(self) -> dict[str, Any]:
+        """``args``, secrets that lie elsewhere in full. ``RewardError`` where they do not."""
+        return {key: _secret(self.title, key, value) if is_secret(key) else value for key, value in self.args.items()}
+
     def settings(self) -> dict[str, Any]:
-        """What may be written down: a token authorises, it changes no score."""
-        return {"name": self.name, "args": {key: value for key, value in self.args.items() if key != "token"}}
+        """What the scores depend on, with the :func:`fingerprint` of files; a token authorises, it changes none."""
+        args = {key: value for key, value in self.args.items() if not is_secret(key)}
+        paths = {key: Path(value).expanduser() for key, value in args.items() if isinstance(value, str) and value}
+        files = {key: fingerprint(path) for key, path in paths.items() if _exists(path)}
+        return {"name": self.name, "args": args} | ({"files": files} if files else {})
+
+    def record(self) -> dict[str, Any]:
+        """What may be written down of it, with its place in a sum."""
+        fields = asdict(self)
+        del fields["timeout"]
+        return without_secrets(fields)
 
 
 Named = str | Mapping[str, Any] | RewardConfig
@@ -98,7 +119,15 @@ def _read(entry: Named) -> list[RewardConfig]:
         keys = f"the keys {', '.join(map(str, content))}" if isinstance(content, Mapping) else "no keys"
         raise RewardError(f"--reward {entry} has {keys}; {EXPECTED}")
     values = {key: value for key, value in content.items() if value is not None}
-    types = {"name": str, "label": str, "args": dict, "weight": int | float, "normalize": list}
+    number = int | float
+    types: dict[str, Any] = {
+        "name": str,
+        "label": str,
+        "args": dict,
+        "weight": number,
+        "normalize": list,
+        "timeout": number,
+    }
     sound = all(isinstance(value, types[key]) and not isinstance(value, bool) for key, value in values.items())
     if not sound or not values.get("name") or values.get("label") == "":
         raise RewardError(f"--reward {entry}: {EXPECTED}")
@@ -115,6 +144,51 @@ def _short(text: str) -> dict[str, Any]:
             raise RewardError(f"--reward {text}: {item!r} is no KEY=VALUE of its own; {EXPECTED}")
         args[key] = yaml.safe_load(value)
     return {"name": name, "args": args}
+
+
+# Secrets: a config may name where one lies, and none is written into a run folder.
+SECRETS = ("token", "api_key", "apikey", "password", "secret", "authorization", "credentials")
+ELSEWHERE = ("env:", "file:")
+
+
+def is_secret(key: object) -> bool:
+    """Whether a setting of this name, or one that ends in it (``hf_token``), authorises."""
+    name = str(key).lower().replace("-", "_")
+    return any(name == secret or name.endswith(f"_{secret}") for secret in SECRETS)
+
+
+def without_secrets(content: Any) -> Any:
+    """``content``, plain values, with the secrets in it replaced by the environment variable that is to hold them."""
+    if isinstance(content, Mapping):
+        return {
+            key: f"env:T2I_ALIGN_{str(key).upper().replace('-', '_')}"
+            if is_secret(key) and value and not str(value).startswith(ELSEWHERE)
+            else without_secrets(value)
+            for key, value in content.items()
+        }
+    return [without_secrets(item) for item in content] if isinstance(content, list) else content
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a long text, a NUL
+        return False
+
+
+def _secret(title: str, key: str, value: Any) -> Any:
+    """A secret that is given as ``env:VARIABLE`` or ``file:PATH``; any other is what it is."""
+    if not isinstance(value, str) or not value.startswith(ELSEWHERE):
+        return value
+    kind, _, place = value.partition(":")
+    if kind == "env":
+        if not (secret := os.environ.get(place)):
+            raise RewardError(f"reward {title!r}: {key} is in the environment variable {place}, which is not set")
+        return secret
+    try:
+        return Path(place).expanduser().read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise RewardError(f"reward {title!r}: {key} is in the file {place}, which cannot be read: {error}") from error
 
 
 def check_statistics(name: str, statistics: Sequence[float]) -> None:

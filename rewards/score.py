@@ -30,8 +30,8 @@ import numpy as np
 from tqdm import tqdm
 
 from rewards.common.command import OldName, add_reading_options, check_at_least, new_parser, status
-from rewards.common.errors import RewardError
-from rewards.common.files import atomic, sweep, write_text
+from rewards.common.errors import RewardError, WriteError
+from rewards.common.files import atomic, locked, sweep, write_text
 from rewards.config import parse_rewards
 from rewards.data.formats import open_input
 from rewards.data.images import ImageSource
@@ -102,18 +102,25 @@ def run(arguments: argparse.Namespace) -> int:
     shards = ScoreShards(output.with_name(f".{output.name}.parts") if single else output, settings)
     shards.bad(shards.whole())  # refuses other settings
     bad_file = output.with_name(f"{output.name}.errors.jsonl") if single else output / "bad.jsonl"
-    if arguments.engine == "ray":
-        rows = _ray().score_there(arguments, source, named, shards, bad_file)
-    else:
-        scorer = open_scorer(arguments, source, named, shards, bad_file, local)
-        rows = score_here(scorer, arguments.retry_bad, rank, world)
-    if rank:
-        return 0
-    if rows == 0:
-        raise RewardError(f"{arguments.source} holds no rows; expected at least one image")
-    count = -(-rows // arguments.shard_size)
-    wait_for(shards, count, arguments.patience)
-    return _finish(arguments, shards, count, source, labels, bad_file)
+    with locked(shards.folder, passing=single):
+        try:
+            if arguments.engine == "ray":
+                rows = _ray().score_there(arguments, source, named, shards, bad_file)
+            else:
+                scorer = open_scorer(arguments, source, named, shards, bad_file, local)
+                rows = score_here(scorer, arguments.retry_bad, rank, world)
+            if rank:
+                return 0
+            if rows == 0:
+                raise RewardError(f"{arguments.source} holds no rows; expected at least one image")
+            count = -(-rows // arguments.shard_size)
+            wait_for(shards, count, arguments.patience if world > 1 else 0)
+            return _finish(arguments, shards, count, source, labels, bad_file)
+        except WriteError as error:
+            whole = len(shards.whole())
+            raise WriteError(
+                f"{error}; {whole} whole shards are in {shards.folder}, the same command goes on"
+            ) from error
 
 
 def _finish(
@@ -151,7 +158,7 @@ def _finish(
 
 
 def _merge(shards: ScoreShards, count: int, output: Path) -> None:
-    """The shards as one table, and then without their folder."""
+    """The shards as one table, in their stead."""
     import pyarrow.parquet as pq
 
     with atomic(output) as draft, pq.ParquetWriter(draft, shards.read(0).schema) as writer:
@@ -164,7 +171,6 @@ def _clear(shards: ScoreShards) -> None:
     for path in shards.folder.glob("scores-*.parquet"):
         path.unlink()
     sweep(shards.folder, "scores-*")
-    shards.folder.rmdir()
 
 
 def _ray() -> ModuleType:
@@ -200,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gallery", type=int, nargs="?", const=50, metavar="N", help="write a page: N best, N worst")
     parser.add_argument("--patience", type=float, default=1800, help="seconds to wait for other processes' next shard")
     arguments = parser.parse_args(argv)
-    return status(lambda: run(arguments))
+    return status(lambda: run(arguments), argv)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for one in dataclasses.fields(Limits):
         parser.add_argument(f"--{one.name}", type=type(one.default), default=one.default, help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    return status(lambda: run(arguments))
+    return status(lambda: run(arguments), argv)
 
 
 if __name__ == "__main__":

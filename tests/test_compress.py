@@ -346,7 +346,7 @@ def test_another_plan_in_the_same_folder_is_refused(
     by_hand = config | {"budget": None, "heal": None, "blocks": "1"}
     assert run(by_hand, tmp_path, "--stages", "[plan,remove]") == 0
     assert run(by_hand | {"blocks": "0"}, tmp_path, "--stages", "[plan,remove]") == 2
-    assert "another plan" in capsys.readouterr().err
+    assert 'plan (blocks was "1", is "0"); pruned, which follows' in capsys.readouterr().err
 
 
 def test_a_healed_run_is_a_run_of_the_loop(

@@ -359,7 +359,7 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
         "same text": (choice(0, 12, "a"), "of two prompts"),
         "itself": (choice(2, 2, "a"), "twice; expected two images of one prompt"),
         "other rollout": (choice(0, 1, "a", prompt="a dog"), "says the prompt 'a dog', but .* 'two red stars'; give"),
-        "label": (choice(0, 1, "left"), "label is 'left'; expected a, b or tie"),
+        "label": (choice(0, 1, "nice"), "label is 'nice'; expected a, b or tie"),
         "number label": (choice(0, 1, 0), "label is 0; expected a, b or tie"),
         "weight": (choice(0, 1, "a", weight=-1), "weight is -1; expected 0 or more"),
         "weight text": (choice(0, 1, "a", weight="much"), "weight is 'much', which is not a number"),
@@ -395,7 +395,7 @@ def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
     for name, (row, message) in csvs.items():
         found[name] = (table(folder, [row], f"{name}.csv"), message)
     (folder / "broken.jsonl").write_text(json.dumps(choice(0, 1, "a")) + '\n{"image_a": ')
-    found["broken"] = (str(folder / "broken.jsonl"), "jsonl:2 is None; expected image_a")
+    found["broken"] = (str(folder / "broken.jsonl"), "jsonl:2: not a JSON object")
     (folder / "broken.json").write_text("[[1, 2")
     found["broken list"] = (str(folder / "broken.json"), "is not a JSON list")
     found["nowhere"] = (str(folder / "nowhere.csv"), "there is no label file")

@@ -57,7 +57,7 @@ def test_pictures_are_the_gallerys(tiny_folders: dict[str, Path], tmp_path: Path
     texts = [TEXTS[0]] * 3 + [TEXTS[1]] * 3
     assert rows(out) == [{"file_name": f"{k:05d}.png", "prompt": text, "seed": 7 + k} for k, text in enumerate(texts)]
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*(f"{k:05d}.png" for k in range(6)), "grid.png", "metadata.jsonl"]
+        [*(f"{k:05d}.png" for k in range(6)), "gallery.html", "metadata.jsonl"]
     )
     assert torch.equal(drawn(out), expected(tiny_folders[kind], texts, 7, batch_size=4))
     assert len(drawn(out).flatten(1).unique(dim=0)) == 6

@@ -17,8 +17,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from align.common.errors import UserError
 from align.common.renames import tell, upgrade, upgrade_arguments
-from rewards.common.command import status
-from rewards.config import RewardConfig, plain_rewards
+from rewards.common.command import DEBUG, status
+from rewards.config import RewardConfig, plain_rewards, without_secrets
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -52,7 +52,8 @@ class OneLine(ArgumentParser):
 
 def parser_for(settings: type[T], prog: str, description: str | None) -> OneLine:
     """A parser whose options are the fields of the dataclass ``settings``, plus ``--config FILE``."""
-    parser = OneLine(prog=prog, description=description, parser_mode="yaml", allow_abbrev=False)
+    traces = f"{DEBUG} shows the traceback of an error too"
+    parser = OneLine(prog=prog, description=description, epilog=traces, parser_mode="yaml", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML file; options after it on the line win")
     parser.add_class_arguments(settings, None, fail_untyped=True)
     return parser
@@ -62,11 +63,12 @@ def parse(
     settings: type[T], prog: str, description: str | None, argv: Sequence[str] | None, leaves: bool = True
 ) -> tuple[T, str]:
     """Settings from the command line, and the resolved YAML that alone gives the same settings. What is wrong with them
-    leaves the process by status 2, or raises :class:`UserError`."""
+    leaves the process by status 2, or raises :class:`UserError`. For secrets the YAML has where they are to lie."""
     parser = parser_for(settings, prog, description)
     parser.leaves = leaves
     told: list[str] = []
-    arguments = upgrade_arguments(_bare_flags(list(sys.argv[1:] if argv is None else argv), settings), told)
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != DEBUG]
+    arguments = upgrade_arguments(_bare_flags(words, settings), told)
     tell(told, "command line")
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -87,12 +89,15 @@ def parse(
         values = settings(**vars(parser.instantiate(namespace)))
     except ValueError as error:  # how settings, objectives and data refuse a value
         parser.error(str(error))
-    return values, parser.dump(namespace, skip_none=False)
+    resolved = parser.dump(namespace, skip_none=False)
+    plain = yaml.safe_load(resolved)
+    open_to_all = without_secrets(plain)
+    return values, resolved if open_to_all == plain else yaml.safe_dump(open_to_all, sort_keys=False)
 
 
 def dumped(settings: object) -> str:
     """The YAML of settings that were made in Python: the file from which :func:`parse` makes them again."""
-    return yaml.safe_dump(_plain(settings), sort_keys=False)
+    return yaml.safe_dump(without_secrets(_plain(settings)), sort_keys=False)
 
 
 def _plain(value: object) -> object:
@@ -208,7 +213,7 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
     return cleaned
 
 
-def command(run: Callable[[], Any]) -> int:
+def command(run: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
     """Run a command quietly; its exit status is that of :func:`rewards.common.command.status`."""
     from diffusers.utils import logging as diffusers_logging  # here: --help and a wrong key need neither library
     from transformers.utils import logging as transformers_logging
@@ -216,4 +221,4 @@ def command(run: Callable[[], Any]) -> int:
     for library in (diffusers_logging, transformers_logging):  # their loading bars and hints would bury ours
         library.disable_progress_bar()
         library.set_verbosity_error()
-    return status(run)
+    return status(run, argv)

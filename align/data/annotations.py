@@ -2,36 +2,45 @@
 
 Label files, recognised by what is in them; several files and several annotators may say something of one image:
 
-- pairwise, JSONL or CSV: ``image_a, image_b, label`` (``a``, ``b`` or ``tie``), and perhaps ``prompt, annotator,
-  weight``; the votes on a pair are summed;
+- pairwise, JSONL or CSV: ``image_a, image_b, label`` (``a``, ``b`` or ``tie``, or another of the words that
+  :mod:`rewards.data.verdicts` knows; 1 and 2 where both are there), and perhaps ``prompt, annotator, weight``; the
+  votes on a pair are summed;
 - scores, CSV or JSONL: ``image, score``, and perhaps ``annotator``; an image's scores are averaged;
 - D3PO's own JSON: a list of N lists, one a prompt, of k numbers, one an image; averaged over files too.
 
 Of two images of one prompt the one with more votes, or with the strictly higher mean score, is the winner. Where
 votes and scores contradict each other, or nothing decides, it is a tie and no pair. An image is named by its path in
-the rollout folder (``images/00003.png``), its file name or its trajectory (``00003``).
+the rollout folder (``images/00003.png``), its file name or its trajectory (``00003``). A path of another machine has to
+end as in the rollout folder, that folder's name with it; back-slashes, another suffix (a re-saved JPEG) and what Label
+Studio makes of an uploaded name are understood.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import fmean
 from typing import Any, ClassVar
+from urllib.parse import unquote
 
 from align.common.errors import DataError
 from align.data.dataset import Data, Setup
 from align.data.trajectories import Rollout, RolloutFolder, TrajectoryBatch, TrajectoryPairs
-from rewards.data.records import read_records
+from rewards.data.records import RECORD_SUFFIXES, Broken, read_records
+from rewards.data.text import brief
+from rewards.data.verdicts import counts_from_one, number, verdict
 
 logger = logging.getLogger(__name__)
 
-VALUES = {"a": 1.0, "b": -1.0, "tie": 0.0}
+UPLOAD = re.compile(r".*/data/upload/\d+/[0-9a-f]{8}-([^/]+)")  # Label Studio's name of an uploaded file
+SERVED = re.compile(r".*/data/local-files/\?d=(.+)")  # and of one that it reads from a folder
+OTHER_SUFFIX = re.compile(r"\.(png|jpe?g|webp)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -70,17 +79,20 @@ class Reader:
     def read(self, file: Path) -> list[Vote]:
         if not file.is_file():
             raise DataError(f"there is no label file {file}; expected JSONL, CSV or D3PO's JSON")
-        entries = read_records(file) if file.suffix in (".json", ".jsonl", ".csv") else []
+        entries = read_records(file) if file.suffix.lower() in RECORD_SUFFIXES else []
         first = entries[0][1] if entries else None
+        if broken := next((f"{where}: {entry.reason}" for where, entry in entries if isinstance(entry, Broken)), None):
+            raise DataError(broken)
         if isinstance(first, list):
             return self._matrix(file, entries)
         if isinstance(first, dict) and first.keys() >= {"image_a", "image_b", "label"}:
-            return [self._choice(file, where, entry) for where, entry in entries]
+            counted = counts_from_one(entry.get("label") for _, entry in entries if isinstance(entry, dict))
+            return [self._choice(file, where, entry, counted) for where, entry in entries]
         if isinstance(first, dict) and first.keys() >= {"image", "score"}:
             return [self._score(file, where, entry) for where, entry in entries]
         raise DataError(
-            f"{file} begins with {first!r}; expected .jsonl or .csv with image_a, image_b, label or with image, score, "
-            "or .json with a list of lists of numbers"
+            f"{file} begins with {brief(first)}; expected .jsonl or .csv with image_a, image_b, label or with image, "
+            "score, or .json with a list of lists of numbers"
         )
 
     def _matrix(self, file: Path, entries: Sequence[tuple[str, Any]]) -> list[Vote]:
@@ -99,7 +111,7 @@ class Reader:
                 votes.append(Vote(file.name, where, len(votes), None, _number(value, where, "a score")))
         return votes
 
-    def _choice(self, file: Path, where: str, entry: Any) -> Vote:
+    def _choice(self, file: Path, where: str, entry: Any, counted: bool) -> Vote:
         entry = _object(entry, where, ("image_a", "image_b", "label"))
         a, b = (self._image(entry[name], where) for name in ("image_a", "image_b"))
         line, other = self.rollout.lines[a], self.rollout.lines[b]
@@ -107,18 +119,20 @@ class Reader:
             both = f"and {entry['image_b']!r} of two prompts, {line.prompt!r} and {other.prompt!r}"
             both = "twice" if a == b else both
             raise DataError(f"{where} compares {entry['image_a']!r} {both}; expected two images of one prompt")
-        if entry.get("prompt") and entry["prompt"] != line.prompt:
+        if entry.get("prompt") and str(entry["prompt"]).strip() != line.prompt.strip():
             raise DataError(
                 f"{where} says the prompt {entry['prompt']!r}, but {entry['image_a']!r} was drawn for {line.prompt!r}; "
                 f"give the rollout folder that these labels are on, this is {self.rollout.folder.path}"
             )
-        if not isinstance(entry["label"], str) or entry["label"] not in VALUES:
-            raise DataError(f"{where}: label is {entry['label']!r}; expected a, b or tie")
+        value = verdict(entry["label"], counted=counted)
+        if value is None:
+            one = "; 1 and 2 are understood where both are there" if number(entry["label"]) is not None else ""
+            raise DataError(f"{where}: label is {brief(entry['label'])}; expected a, b or tie{one}")
         weight = entry.get("weight")
         factor = 1.0 if weight is None or weight == "" else _number(weight, where, "weight")
         if factor < 0:
             raise DataError(f"{where}: weight is {factor:g}; expected 0 or more, swap the label instead")
-        return Vote(str(entry.get("annotator") or file.name), where, a, b, factor * VALUES[entry["label"]])
+        return Vote(str(entry.get("annotator") or file.name), where, a, b, factor * value)
 
     def _score(self, file: Path, where: str, entry: Any) -> Vote:
         entry = _object(entry, where, ("image", "score"))
@@ -127,32 +141,42 @@ class Reader:
 
     def _image(self, name: object, where: str) -> int:
         """The number of the image that a label calls ``name``."""
-        folder, text = self.rollout.folder, str(name)
-        if text not in self.numbers and Path(text).resolve().parent == (folder.path / "images").resolve():
-            text = Path(text).name
+        folder, text = self.rollout.folder, self._known(str(name))
         if text not in self.numbers:
             raise DataError(
-                f"{where}: the image {name!r} is unknown to {folder.manifest}, so it has no trajectory to train on; "
-                "label what align.rollout drew, or train images of other origin by the objective DPO on "
+                f"{where}: the image {brief(name)} is unknown to {folder.manifest}, so it has no trajectory to train "
+                "on; label what align.rollout drew, or train images of other origin by the objective DPO on "
                 "PreferencePairs"
             )
         return self.numbers[text]
 
+    def _known(self, name: str) -> str:
+        """The name that the manifest has for what is called ``name``, which stays where nothing tells."""
+        name = name.strip().replace("\\", "/")
+        if wrapped := UPLOAD.fullmatch(name) or SERVED.fullmatch(name):
+            name = unquote(wrapped[1])
+        path, stem = PurePosixPath(name), OTHER_SUFFIX.sub("", name.rpartition("/")[2])
+        if name in self.numbers or stem not in self.numbers:
+            return name
+        images = self.rollout.folder.path / "images"
+        ours = len(path.parts) == 1 or path.parts[:-1] == ("images",)
+        same_folder = path.parts[-3:-1] == (self.rollout.folder.path.name, "images")
+        elsewhere = Path(name).exists() and Path(name).resolve().parent != images.resolve()
+        here = Path(name).resolve().parent == images.resolve()
+        return stem if here or ours or (same_folder and not elsewhere) else name
+
 
 def _object(entry: object, where: str, names: tuple[str, ...]) -> Mapping[str, Any]:
     if not isinstance(entry, dict) or not entry.keys() >= set(names):
-        raise DataError(f"{where} is {entry!r}; expected {', '.join(names)}, as in the entries before it")
+        raise DataError(f"{where} is {brief(entry)}; expected {', '.join(names)}, as in the entries before it")
     return entry
 
 
 def _number(value: object, where: str, what: str) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{where}: {what} is {value!r}, which is not a number; expected a finite one")
-    return number
+    result = None if isinstance(value, bool) else number(value)
+    if result is None:
+        raise DataError(f"{where}: {what} is {brief(value)}, which is not a number; expected a finite one")
+    return result
 
 
 def tally(votes: Sequence[Vote], images_per_prompt: int) -> Labels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,17 +14,20 @@ from typing import ClassVar
 
 from align.common.assets import locate
 from align.common.errors import DataError
-from align.data.dataset import Bad, Data, Example, ExampleSet, Setup, check_bad
+from align.data.dataset import Bad, Data, Example, ExampleSet, Setup, Unlabelled, check_bad
 from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache, Views
 from align.families import tell_truncated
 from rewards.data.formats import open_input
 from rewards.data.images import ImageRow, ImageSource
+from rewards.data.paths import no_such_file
 from rewards.data.tables import LazyImage
+from rewards.data.text import caption_fault, clean
 
 logger = logging.getLogger(__name__)
 
 CACHE = "~/.cache/t2i-align"
-Rows = tuple[str, Sequence[Path], Iterable[Example | Bad | None]]  # layout, files that it depends on, rows; None: a tie
+# layout, files that it depends on, rows; None: a tie
+Rows = tuple[str, Sequence[Path], Iterable[Example | Bad | Unlabelled | None]]
 
 
 @dataclass
@@ -75,11 +79,10 @@ class EncodedData(Data):
         which are listed in :attr:`report`."""
         layout, files, rows = self.rows()
         examples = ExampleSet.of(layout, rows, files)
-        counts = f"{examples.total} rows, {examples.ties} ties, {len(examples.bad)} bad"
-        logger.info("%s (%s): %d %s of %s", self.path, layout, len(examples), self.what, counts)
+        logger.info("%s (%s): %d %s of %s", self.path, layout, len(examples), self.what, examples.counts())
         check_bad(examples.bad, examples.total, self.max_bad_share, self.report)
         if not examples.items:
-            raise DataError(f"{self.path} ({layout}) holds no usable {self.what}: {counts}")
+            raise DataError(f"{self.path} ({layout}) holds no usable {self.what}: {examples.counts()}")
         return examples
 
     def items(self) -> ExampleSet:
@@ -158,20 +161,22 @@ def _examples(place: Path, source: ImageSource) -> Iterator[Example | Bad]:
     stream = InOrder(source)
     for number, row in enumerate(source.rows(lambda number: True)):
         assert row is not None
-        if fault := _fault(row):
+        if fault := _fault(row, place if place.is_dir() else place.parent):
             yield Bad(number, row.file, fault)
         else:
             image = LazyImage(row.image) if isinstance(row.image, Path) else LazyImage(place, number, "", stream)
-            yield Example(number, row.file, str(row.prompt).strip(), (image,))
+            yield Example(number, row.file, clean(str(row.prompt)), (image,))
 
 
-def _fault(row: ImageRow) -> str:
+def _fault(row: ImageRow, root: Path) -> str:
     """Why the row cannot be used; empty where it can."""
     if row.problem or row.image is None:
         return row.problem or "no image"
-    if not row.prompt or not row.prompt.strip():
-        return f"no caption: {row.prompt!r}"
-    return f"no such file: {row.image}" if isinstance(row.image, Path) and not row.image.is_file() else ""
+    if not row.prompt or not clean(row.prompt):
+        return f"no caption: {row.prompt!r}; expected one in the table, metadata.jsonl, or a .txt of the image's stem"
+    if isinstance(row.image, Path) and not os.path.isfile(row.image):
+        return no_such_file(row.image, root)
+    return caption_fault(row.prompt)
 
 
 class InOrder:

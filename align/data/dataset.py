@@ -53,6 +53,15 @@ class Bad:
 
 
 @dataclass(frozen=True)
+class Unlabelled:
+    """A row that nobody was asked about, or could answer: neither an example, nor a tie, nor bad."""
+
+    row: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ExampleSet:
     """The usable examples of a source of ``layout``, in file order, and what was left out of its ``total`` rows."""
 
@@ -62,15 +71,21 @@ class ExampleSet:
     ties: int
     total: int
     files: Sequence[Path] = ()
+    unlabelled: int = 0
 
     @staticmethod
-    def of(layout: str, rows: Iterable[Example | Bad | None], files: Sequence[Path] = ()) -> ExampleSet:
-        """Sort ``rows`` into examples, bad rows and ties (None)."""
+    def of(layout: str, rows: Iterable[Example | Bad | Unlabelled | None], files: Sequence[Path] = ()) -> ExampleSet:
+        """Sort ``rows`` into examples, bad rows, unlabelled ones and ties (None)."""
         kept = list(rows)
         items = [row for row in kept if isinstance(row, Example)]
-        return ExampleSet(
-            layout, items, [row for row in kept if isinstance(row, Bad)], kept.count(None), len(kept), files
-        )
+        bad = [row for row in kept if isinstance(row, Bad)]
+        unlabelled = sum(isinstance(row, Unlabelled) for row in kept)
+        return ExampleSet(layout, items, bad, kept.count(None), len(kept), files, unlabelled)
+
+    def counts(self) -> str:
+        """What the rows were, in words."""
+        unlabelled = f", {self.unlabelled} unlabelled" if self.unlabelled else ""
+        return f"{self.total} rows, {self.ties} ties, {len(self.bad)} bad{unlabelled}"
 
     def __len__(self) -> int:
         return len(self.items)

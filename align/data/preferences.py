@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,12 @@ from typing import Literal
 from align.common.assets import locate
 from align.common.errors import DataError
 from align.data.captioned import EncodedData, Rows
-from align.data.dataset import Bad, Example
+from align.data.dataset import Bad, Example, ExampleSet, Unlabelled
 from align.data.latent_cache import EncodedBatch
 from rewards.data.preferences import PairRow, recognise
+from rewards.data.text import clean
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,12 @@ class PreferencePairs(EncodedData):
 
     Args:
         ties: drop rows that have no winner, or stop at them (error).
+        max_contradicted_share: stop when more of the pairs than this are there with the other winner too.
         image_root: folder that relative image paths start from; default the folder of the file that names them.
     """
 
     ties: Literal["drop", "error"] = "drop"
+    max_contradicted_share: float = 0.5
     image_root: str | None = None
 
     batch_type = PairBatch
@@ -42,13 +49,34 @@ class PreferencePairs(EncodedData):
         layout, files, rows = recognise(locate(self.path), self.split, self.caption_column, root)
         return layout, files, self._examples(rows)
 
-    def _examples(self, rows: Iterable[PairRow]) -> Iterator[Example | Bad | None]:
+    def read(self) -> ExampleSet:
+        examples = super().read()
+        opposite = contradicted(examples.items)
+        told = f"{self.path}: {opposite} of {len(examples)} pairs are there with the other winner too"
+        if opposite > self.max_contradicted_share * len(examples):
+            raise DataError(
+                f"{told}; keep what most people said, or allow a larger share than max_contradicted_share = "
+                f"{self.max_contradicted_share}"
+            )
+        if opposite:
+            logger.warning(told)
+        return examples
+
+    def _examples(self, rows: Iterable[PairRow]) -> Iterator[Example | Bad | Unlabelled | None]:
         for number, row in enumerate(rows):
             if fault := row.fault():
                 yield Bad(number, row.source, fault)
+            elif row.unlabelled:
+                yield Unlabelled(number, row.source, row.unlabelled)
             elif row.sides is not None:
-                yield Example(number, row.source, str(row.caption).strip(), row.sides)
+                yield Example(number, row.source, clean(str(row.caption)), row.sides)
             elif self.ties == "error":
                 raise DataError(f"{row.source} is a tie; remove it, or drop ties with ties: drop")
             else:
                 yield None
+
+
+def contradicted(pairs: Iterable[Example]) -> int:
+    """How many of ``pairs`` are there with the other winner too: the same caption and images, by where these lie."""
+    counts = Counter((pair.caption, *map(str, pair.images)) for pair in pairs)
+    return sum(count for (caption, won, lost), count in counts.items() if (caption, lost, won) in counts)

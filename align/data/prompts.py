@@ -14,7 +14,8 @@ from align.common.assets import locate
 from align.common.errors import DataError
 from align.data.dataset import Data, Setup
 from align.families import Conditioning, Family, tell_truncated
-from rewards.data.records import caption_of, read_records
+from rewards.data.records import Broken, caption_of, read_records
+from rewards.data.text import brief, caption_fault, clean
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -24,7 +25,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def read_prompt_rows(path: str | Path) -> list[dict[str, Any]]:
     """{"prompt": its text (the first of ``caption``, ``prompt`` and ``text``), and what else stands there} from .jsonl,
-    .json (objects or strings) or .csv, or from a text file with one prompt on each line.
+    .json (objects or strings), .csv or .tsv, or from a text file with one prompt on each line.
 
     Raises:
         DataError: no such file, an entry without a prompt, or no prompt at all.
@@ -35,9 +36,13 @@ def read_prompt_rows(path: str | Path) -> list[dict[str, Any]]:
     prompts = []
     for where, entry in read_records(file):
         words = caption_of(entry, None, file) if isinstance(entry, dict) else entry
-        if not isinstance(words, str) or not words.strip():
-            raise DataError(f'{where}: expected {{"prompt": ".."}} or a string, found {entry!r}')
-        prompts.append((entry if isinstance(entry, dict) else {}) | {"prompt": words.strip()})
+        if isinstance(entry, Broken):
+            raise DataError(f"{where}: {entry.reason}")
+        if not isinstance(words, str) or not clean(words):
+            raise DataError(f'{where}: expected {{"prompt": ".."}} or a string, found {brief(entry)}')
+        if fault := caption_fault(words):
+            raise DataError(f"{where}: {fault}")
+        prompts.append((entry if isinstance(entry, dict) else {}) | {"prompt": clean(words)})
     if not prompts:
         raise DataError(f"{file} holds no prompt")
     return prompts

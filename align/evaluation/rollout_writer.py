@@ -91,7 +91,7 @@ def record_of(config: RolloutSettings, rows: Sequence[Mapping[str, Any]], family
         images=len(rows) * config.images_per_prompt,
         shards=-(-len(rows) // config.prompts_per_shard),
         half=config.half,
-        rewards=[asdict(reward) for reward in config.rewards],
+        rewards=[reward.record() for reward in config.rewards],
     )
 
 

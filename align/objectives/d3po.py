@@ -99,7 +99,7 @@ class D3PO(Objective, KeepsState):
             "sampler": self.sampler.describe(family, trained),
             "sigmoid's argument": f"within {bound:.3g} of 0 (beta {self.beta:g}, clamp {self.clip_range:g})",
             "trained": "once an image where train_batch_size holds the pairs of a prompt, else once a chunk",
-            "people's labels": f"a sample is a pair: at most {2 * trained * each} evaluations and the reference's once",
+            "people's labels": f"a sample is a pair: at most {2 * trained * each} evaluations; the reference once",
         }
         return Cost(trained * each, (steps + trained) * each, None, notes, sampling=steps * each)
 

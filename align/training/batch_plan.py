@@ -12,6 +12,8 @@ from align.families import Family
 from align.policy.policy import Policy
 from align.training.config import TrainConfig
 
+BARREN = 20  # rollouts without a row after which a run gives up
+
 
 def shares(counts: Sequence[int], batch_size: int, accumulation: int, updates: int | None = None) -> list[list[slice]]:
     """For every update, which of its ``counts[p]`` rows each process p trains on: every row of every process, once.
@@ -25,6 +27,15 @@ def shares(counts: Sequence[int], batch_size: int, accumulation: int, updates: i
     parts = max(1, min(most, updates or round(batches / accumulation)))
     edges = [most * k // parts if updates else min(most, batches * k // parts * batch_size) for k in range(parts + 1)]
     return [[slice(n * a // most, n * b // most) for n in counts] for a, b in pairwise(edges)]
+
+
+def require_rows(barren: int) -> None:
+    """Raise :class:`UserError` after too many rollouts, ``barren``, without a row: such a run would never end."""
+    if barren >= BARREN:
+        raise UserError(
+            f"{barren} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
+            "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
+        )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.common.errors import UserError
+from align.objectives.objective import KeepsState, Objective
 from rewards.common.files import write_text
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Parts:
     optimizer: Any
     scheduler: Any
     scaler: Any  # fp16's; None elsewhere
+    objective: Objective
 
     def beside(self) -> dict[str, list[Tensor]]:
         """Other values of the trained parameters, by the file that keeps them."""
@@ -162,6 +164,11 @@ def load(folder: Path, parts: Parts) -> dict[str, Any]:
             parts.scaler.load_state_dict(_old(folder / OLD_SCALER) if old else state["scaler"])
         if (folder / MEMORY).is_file():
             state["objective"] |= load_file(folder / MEMORY)
+        if isinstance(parts.objective, KeepsState):
+            parts.objective.load_state(state["objective"])
+        elif state["objective"]:
+            name = type(parts.objective).__name__
+            raise ValueError(f"{name} keeps no state, but the checkpoint has {sorted(state['objective'])}")
     except UserError:
         raise
     except Exception as error:  # torch's, accelerate's and an objective's for what does not fit

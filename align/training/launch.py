@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import Accelerator
@@ -66,6 +66,8 @@ def describe_precision(config: TrainConfig) -> str:
     )
 
 
-def trackers(accelerator: Accelerator, report_to: str) -> list[Any]:
+def start_trackers(accelerator: Accelerator, report_to: str) -> None:
     """Those of ``report_to`` that are installed."""
-    return filter_trackers(report_to, accelerator.project_configuration.logging_dir)
+    if report_to != "none":
+        accelerator.log_with = filter_trackers(report_to, accelerator.project_configuration.logging_dir)
+        accelerator.init_trackers("t2i-align")

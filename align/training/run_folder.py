@@ -60,11 +60,13 @@ class RunFolder:
                 "own from these weights: initial_weights"
             )
 
-    def start(self, resolved: str, resumed: bool) -> None:
-        """The first files of a run; one that is not resumed clears the metrics."""
+    def start(self, resolved: str, step: int | None) -> None:
+        """The first files of a run; one that is not resumed, at ``step``, clears the metrics."""
         sweep(self.path)
-        if not resumed:
+        if step is None:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        else:
+            self._forget_after(step)
         write_text(self.path / "config.yaml", resolved)
         write_text(self.path / "run.json", json.dumps(provenance(), indent=2) + "\n")
 
@@ -72,7 +74,7 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run will take again, and a line cut short by a kill."""
         path = self.path / "metrics.jsonl"
         kept = []

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from align import families
 from align.common import rng
 from align.common.command import dumped
-from align.common.errors import UserError
 from align.data.dataset import Setup, shuffled
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
@@ -34,19 +33,18 @@ from align.objectives.rows import Rows
 from align.policy.policy import Policy
 from align.sampling.diversity import Features
 from align.training import checkpoint, run_folder
-from align.training.batch_plan import BatchPlan
+from align.training.batch_plan import BatchPlan, require_rows
 from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
 from align.training.finite import require_finite
 from align.training.gather import gather_of, gather_text_of, merged
-from align.training.launch import describe_precision, launch, trackers
+from align.training.launch import describe_precision, launch, start_trackers
 from align.training.optimizer import build_optimizer, build_scheduler
 from align.training.preemption import Preempted, Preemption
 from align.training.progress import drawing
 from align.training.validation import held_out_values, sample_grid
 
 TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
-BARREN = 20  # rollouts without a row after which a run gives up
 
 
 class Trainer:
@@ -103,23 +101,14 @@ class Trainer:
         optimizer = build_optimizer(config, self.policy, rate)
         self.policy.model, self.optimizer = accelerator.prepare(self.policy.model, optimizer)
         self.scheduler = build_scheduler(config, optimizer)  # not prepared: accelerate steps it once per process
-        if accelerator.is_main_process:
-            self.folder.start(self.resolved, resumed=source is not None)
-        if config.report_to != "none":
-            accelerator.log_with = trackers(accelerator, config.report_to)
-            accelerator.init_trackers("t2i-align")
         if source is not None:
             state = checkpoint.load(source, self._parts())
             self.step, self.rollouts = state["step"], state["rollouts"]
             self.policy.evaluations = state["evaluations"]
-            if isinstance(config.objective, KeepsState):
-                config.objective.load_state(state["objective"])
-            elif state["objective"]:
-                name = type(config.objective).__name__
-                raise ValueError(f"{name} keeps no state, but the checkpoint has {sorted(state['objective'])}")
-            if accelerator.is_main_process:
-                self.folder.forget_after(self.step)
             accelerator.print(f"resumed from {source} at step {self.step}")
+        if accelerator.is_main_process:
+            self.folder.start(self.resolved, self.step if source is not None else None)
+        start_trackers(accelerator, config.report_to)
 
     def run(self) -> Path:
         """Train. Raises :class:`Preempted` where a signal ended that; a checkpoint was saved then."""
@@ -202,14 +191,10 @@ class Trainer:
         if measured:  # those of this rollout, and of all training before it
             everywhere = ctx.gather(torch.tensor([list(self.policy.evaluations.values())])).sum(0).tolist()
             measured |= {f"evaluations/{k}": n for k, n in zip(self.policy.evaluations, everywhere, strict=True)}
-        self.barren = 0 if any(counts) else self.barren + 1
-        if self.barren:
+        if not any(counts):
             self.log(measured | {"rollout": self.rollouts})
-        if self.barren == BARREN:
-            raise UserError(
-                f"{BARREN} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
-                "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
-            )
+        self.barren = 0 if any(counts) else self.barren + 1
+        require_rows(self.barren)
         for epoch in range(config.inner_epochs if any(counts) else 0):
             shuffle = rng.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
             order = table.shuffled(shuffle)
@@ -289,7 +274,7 @@ class Trainer:
         return (yaml.safe_load(self.resolved) or {}) | {"rows of an update": rows}
 
     def _parts(self) -> Parts:
-        return Parts(self.policy, self.optimizer, self.scheduler, self.accelerator.scaler)
+        return Parts(self.policy, self.optimizer, self.scheduler, self.accelerator.scaler, self.config.objective)
 
     def _state(self) -> dict[str, Any]:
         return {

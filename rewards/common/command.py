@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
 
 from rewards.base import available
-from rewards.common.errors import RewardError, UserError
+from rewards.common.errors import DataError, RewardError, UserError, shortened
 
 MISTAKE = 2  # exit status where the user has something to put right
+DEBUG = "--debug"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+class OneLine(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage that would bury it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
 def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of ``python -m name``, with ``--reward``, which :func:`rewards.config.parse_rewards` reads."""
-    parser = argparse.ArgumentParser(
+    """The parser of ``python -m name``, with ``--reward``, which :func:`rewards.config.parse_rewards` reads, and
+    :data:`DEBUG`, which :func:`status` does."""
+    parser = OneLine(
         prog=f"python -m {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,6 +45,7 @@ def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
         help=f"may come several times; {', '.join(available())}, or package.module.Class; with a label: "
         "'{name: NAME, label: LABEL, args: {KEY: VALUE}}'",
     )
+    parser.add_argument(DEBUG, action="store_true", help="show the traceback of an error too")
     return parser
 
 
@@ -65,15 +81,52 @@ class OldName(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def status(command: Callable[[], object]) -> int:
-    """The exit status of a command: the number that it returns, or 0; :data:`MISTAKE` where it raises a ``UserError``,
-    which is told on stderr; 130 where it is interrupted. A bug keeps its traceback."""
+def status(command: Callable[[], object], argv: Sequence[str] | None = None) -> int:
+    """The exit status of a command: the number that it returns, or 0; 130 where it is interrupted; :data:`MISTAKE`
+    where it raises a ``UserError`` or the machine gives out, which is told on stderr in a line, with :data:`DEBUG`
+    among the arguments after the traceback. A bug keeps its traceback."""
     try:
         answer = command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+        if sys.stdout is not None:
+            sys.stdout.flush()  # now, while a closed pipe can still be told
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (told := _told(error)) is None:
+            raise
+        _let_go_of_output()
+        with contextlib.suppress(OSError):  # stderr may be the pipe that is closed
+            if DEBUG in (sys.argv[1:] if argv is None else argv):
+                traceback.print_exc()
+            print(f"error: {told}", file=sys.stderr)
+        return MISTAKE
     return answer if isinstance(answer, int) else 0
+
+
+def _told(error: Exception) -> str | None:
+    """What a user is told of an error that is none of ours; None of a bug."""
+    if isinstance(error, UserError):
+        text = str(error)
+        rows = isinstance(error, DataError) or text.count("\n") < 3
+        return text if rows else shortened(text, 1000)
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return "nobody reads the output any more; the files that were written are whole"
+    if isinstance(error, OSError):
+        named = error.filename and error.strerror
+        what = f"{error.filename}: {error.strerror}" if named else shortened(str(error), 600)
+        kept = "the files that were written are whole; " if error.errno in UNWRITABLE else ""
+        return f"{what} ({kept}{DEBUG} shows where)"
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return f"out of memory: {shortened(str(error)) or 'no more is given'}; lower the batch size or the resolution"
+    return None
+
+
+def _let_go_of_output() -> None:
+    """What cannot be written to stdout is dropped: Python would complain of it once more when it ends."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())

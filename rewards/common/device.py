@@ -12,6 +12,7 @@ def pick_device(wanted: str | None, local: int = 0) -> str:
     means. ``RewardError`` where there is no such device."""
     try:
         device = torch.device(wanted or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device).cpu()  # a build of torch knows names of devices that it cannot use
         if device.type == "cuda":
             torch.cuda.set_device(local if device.index is None else device)
             device = torch.device("cuda", torch.cuda.current_device())  # for other threads "cuda" may be another one

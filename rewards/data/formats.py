@@ -8,17 +8,41 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rewards.common.errors import DataError
-from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource
-from rewards.data.records import CAPTIONS, RECORD_SUFFIXES, caption_column, caption_of, mention_others, read_objects
-from rewards.data.tables import ArrowTable, ParquetTable, Table, content, hub_table, is_hub_id, is_saved, saved_table
+from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource, UnreadableError
+from rewards.data.paths import left_out, locate_file, no_such_file, visible
+from rewards.data.records import (
+    CAPTIONS,
+    RECORD_SUFFIXES,
+    caption_column,
+    caption_of,
+    mention_others,
+    read_objects,
+    read_records,
+)
+from rewards.data.tables import (
+    ArrowTable,
+    ParquetTable,
+    Table,
+    content,
+    hub_table,
+    is_hub_id,
+    is_saved,
+    names_file,
+    saved_table,
+)
+from rewards.data.text import MAX_CAPTION, brief, caption_fault, clean, read_text, text_fault
 from rewards.data.webdataset import tars
+
+logger = logging.getLogger(__name__)
 
 IMAGES = ("image", "picture", "jpg", "png", "webp", "file_name", "image_path", "file_path", "path", "file")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -44,11 +68,11 @@ def open_input(
     """
     place = Path(source).expanduser()
     if place.is_file():
-        if place.suffix in RECORD_SUFFIXES:
+        if place.suffix.lower() in RECORD_SUFFIXES:
             rows = records(place, caption, image_column)
-        elif place.suffix == ".parquet":
+        elif place.suffix.lower() == ".parquet":
             rows = parquet(place.parent, [place], caption, image_column)
-        elif place.name.endswith(TARS):
+        elif place.name.lower().endswith(TARS):
             rows = tars(place.parent, [place], caption, image_column)
         else:
             raise DataError(f"{place} is no input that is understood; expected {LAYOUTS}")
@@ -56,18 +80,23 @@ def open_input(
         table = saved_table(place, split)
         return _dataset(f"{place.name}/{table.split}", table, caption, image_column)
     elif place.is_dir():
-        files = sorted((path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()), key=natural)
-        images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-        archives = [place / file for file in files if file.endswith(TARS)]
-        shards = [place / file for file in files if file.endswith(".parquet")]
+        files = sorted((path.relative_to(place).as_posix() for path in visible(place)), key=natural)
+        images, archives, shards = (
+            [file for file in files if file.lower().endswith(ends)] for ends in (IMAGE_SUFFIXES, TARS, ".parquet")
+        )
+        taken = images or archives or shards
+        others = left_out(place, sorted(set(files) - set(taken)))
+        if not taken:
+            holds = f", which holds {others}" if others else ""
+            raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {place}{holds}; expected {LAYOUTS}")
+        if others:
+            logger.warning("%s: %d files are read; left out are %s", place, len(taken), others)
         if images:
             rows = folder(place, images, files, prompts, caption)
         elif archives:
-            rows = tars(place, archives, caption, image_column)
-        elif shards:
-            rows = parquet(place, shards, caption, image_column)
+            rows = tars(place, [place / file for file in archives], caption, image_column)
         else:
-            raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {place}; expected {LAYOUTS}")
+            rows = parquet(place, [place / file for file in shards], caption, image_column)
     elif is_hub_id(source):
         table = hub_table(source, split)
         return _dataset(f"{source}/{table.split}", table, caption, image_column)
@@ -108,6 +137,17 @@ def folder(
     """The ``images`` below ``place``; prompts from the file named, or from what lies among its ``files``."""
     texts = _folder_prompts(place, images, files, Path(prompts) if prompts else None, caption)
     rows = [ImageRow(file, texts.get(file, (None,))[0], place / file, *texts.get(file, ())[1:]) for file in images]
+    known = set(images)
+    for name, (text, record) in texts.items():
+        if name not in known:  # what a table names is read wherever it lies
+            there = os.path.isfile(place / name)
+            problem = "" if there else no_such_file(place / name, place)
+            rows.append(ImageRow(name, text, place / name if there else None, record, problem))
+    unnamed = [file for file in images if file not in texts]
+    if texts and unnamed:
+        logger.warning(
+            "%s: %d of %d images have no prompt, the first is %s", place, len(unnamed), len(images), unnamed[0]
+        )
     return _listed("folder", rows)
 
 
@@ -117,16 +157,18 @@ def _folder_prompts(
     """Prompt and record of each image that has them; ``source`` is what the user named, if anything."""
     if source is None:
         if tables := [file for file in files if Path(file).name in METADATA]:  # imagefolder: names are relative to each
-            pairs = [_by_name(folder / table, Path(table).parent, column) for table in tables]
+            pairs = [_by_name(folder / table, Path(table).parent, column, folder) for table in tables]
             return {file: text for texts in pairs for file, text in texts.items()}
-        sidecars = {file: (folder / file).with_suffix(".txt") for file in images}
-        return {file: (path.read_text("utf-8").strip(), {}) for file, path in sidecars.items() if path.is_file()}
+        there = set(files)
+        sidecars = {file: PurePosixPath(file).with_suffix(".txt").as_posix() for file in images}
+        return {file: (clean(read_text(folder / text)), {}) for file, text in sidecars.items() if text in there}
     if not source.is_file():
         raise DataError(f"no such prompts file: {source}")
-    if source.suffix.lower() == ".txt":
-        texts: list[Text] = [(line.strip(), {}) for line in source.read_text("utf-8").splitlines() if line.strip()]
+    texts: list[Text]
+    if source.suffix.lower() not in RECORD_SUFFIXES:
+        texts = [(str(line), {}) for _, line in read_records(source)]
     elif all("file_name" in record for _, record in read_objects(source)):
-        return _by_name(source, Path(), column)
+        return _by_name(source, Path(), column, folder)
     else:
         texts = [(_text(source, where, record, column), record) for where, record in read_objects(source)]
     if len(texts) != len(images):
@@ -134,12 +176,15 @@ def _folder_prompts(
     return dict(zip(images, texts, strict=True))
 
 
-def _by_name(path: Path, below: Path, column: str | None) -> dict[str, Text]:
+def _by_name(path: Path, below: Path, column: str | None, folder: Path) -> dict[str, Text]:
     texts: dict[str, Text] = {}
     for where, record in read_objects(path):
-        if not isinstance(record.get("file_name"), str):
+        name = record.get("file_name")
+        if not isinstance(name, str):
             raise DataError(f"{where} has no string 'file_name'; it has {_keys(record)}")
-        texts[(below / record["file_name"]).as_posix()] = (_text(path, where, record, column), record)
+        file = Path(os.path.normpath(locate_file(folder / below, name)))
+        named = file.relative_to(folder) if file.is_relative_to(folder) else file
+        texts[named.as_posix()] = (_text(path, where, record, column), record)
     return texts
 
 
@@ -148,13 +193,26 @@ def records(path: Path, caption: str | None, image_column: str | None) -> ImageS
     rows = []
     for where, record in read_objects(path):
         image, prompt = _columns(where, list(record), caption, image_column)
-        if not isinstance(record[image], str):
-            raise DataError(f"{where}: {image!r} is {record[image]!r}; expected the path of an image")
+        cell = record[image]
+        if not isinstance(cell, str):
+            raise DataError(f"{where}: {image!r} is {brief(cell)}; expected the path of an image")
         text = _text(path, where, record, caption) if prompt else None
-        rows.append(ImageRow(record[image], text, path.parent / record[image], record))
+        if names_file(cell):
+            rows.append(ImageRow(cell, text, locate_file(path.parent, cell), record))
+        else:  # what an image is in base64 is neither its name nor metadata
+            others = {name: value for name, value in record.items() if name != image}
+            rows.append(_row(where, text, cell, path.parent, others))
     if not rows:
         raise DataError(f"{path} has no rows; expected one per image")
     return _listed("records", rows)
+
+
+def _row(name: str, text: str | None, cell: object, home: Path, record: Mapping[str, Any]) -> ImageRow:
+    try:
+        image = content(cell, home)
+    except UnreadableError as error:
+        return ImageRow(name, problem=str(error))
+    return ImageRow(name, text, image, record)
 
 
 def _keys(record: Mapping[str, Any]) -> str:
@@ -166,7 +224,9 @@ def _text(path: Path, where: str, record: Mapping[str, Any], column: str | None)
     if not isinstance(text, str):
         name = caption_column(list(record), column) or column or "text"
         raise DataError(f"{where} has no string {name!r}; it has {_keys(record)}")
-    return text
+    if len(text) > MAX_CAPTION:
+        raise DataError(f"{where}: {caption_fault(text)}")
+    return text.replace("\ufeff", "")
 
 
 # Tables: parquet, and what `datasets` reads.
@@ -223,14 +283,15 @@ def _rows_of(
                 yield None
                 continue
             record = dict(table.record(number))
-            cell, text = content(record.pop(image), table.home(number).parent), record.get(prompt) if prompt else None
-            if isinstance(cell, str):
-                yield ImageRow(place(number), problem=f"column {image!r} holds {cell}; expected bytes or a path")
-            elif text is not None and not isinstance(text, str):
+            cell, text = record.pop(image), record.get(prompt) if prompt else None
+            if text is not None and not isinstance(text, str):
                 problem = f"column {prompt!r} holds {type(text).__name__}; expected a string"
                 yield ImageRow(place(number), problem=problem)
+            elif text and (len(text) > MAX_CAPTION or text_fault(text)):
+                yield ImageRow(place(number), problem=f"column {prompt!r}: {caption_fault(text)}")
             else:
-                yield ImageRow(place(number), text, cell, record)
+                text = text and text.replace("\ufeff", "")
+                yield _row(place(number), text, cell, table.home(number).parent, record)
 
     return ImageSource(identity, len(table), rows)
 

@@ -8,8 +8,9 @@ mode that Pillow reports:
     RGBA, LA, PA                    composited on white
     1, L, P, CMYK, YCbCr            Pillow's conversion to RGB
     I;16, I;16B, I;16L              16-bit grey: divided by 257 and rounded; a colour key becomes white
-    I                               the same where all values lie in 0 .. 65535, as they do in 16-bit files that Pillow
-                                    opens so; other values have no scale that a file tells, and are refused
+    I                               the same where all values lie in 0 .. 65535 and some above 255, as they do in 16-bit
+                                    files that Pillow opens so; other values have no scale that a file tells, and are
+                                    refused
     F                               times 255 where all values lie in [0, 1], as it is where they lie in [0, 255]; these
                                     are the two conventions in use, and any other range is refused
 
@@ -22,6 +23,7 @@ import contextlib
 import functools
 import io
 import logging
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +40,10 @@ from rewards.common.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".apng"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga"),
+)
 # what Pillow raises on damaged files
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -85,6 +90,8 @@ def decode(source: Path | bytes, formats: tuple[str, ...] | None = None, max_pix
     ``UnreadableError`` where it cannot be opened or read, is not among Pillow's ``formats``, or has more than
     ``max_pixels``, which is looked at before any pixel is decoded.
     """
+    if isinstance(source, Path):
+        require_plain(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
             if max_pixels is not None and opened.width * opened.height > max_pixels:
@@ -96,8 +103,6 @@ def decode(source: Path | bytes, formats: tuple[str, ...] | None = None, max_pix
             return image
     except UnreadableError:
         raise
-    except FileNotFoundError as error:
-        raise UnreadableError(f"cannot be opened: {error}") from error
     except BROKEN as error:
         raise UnreadableError(f"not a readable image: {error}") from error
 
@@ -109,6 +114,16 @@ def decode_tensor(
     pixels = np.array(decode(source, formats, max_pixels))
     # by numpy: in every one of the decoding threads torch would start a pool of threads of its own
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def require_plain(file: Path) -> None:
+    """``UnreadableError`` where there is no such file, or it is a pipe or a device, which may never end."""
+    try:
+        plain = stat.S_ISREG(file.stat().st_mode)
+    except (OSError, ValueError) as error:  # ValueError: NUL in its name
+        raise UnreadableError(f"cannot be opened: {str(error)[:300]}") from error
+    if not plain:
+        raise UnreadableError(f"cannot be opened: {file} is no plain file")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -129,8 +144,10 @@ def _grey(image: Image.Image) -> np.ndarray:
         if not (low >= 0 and high <= 255):  # written so that NaN is outside
             raise UnreadableError(f"float pixels from {low:g} to {high:g}; expected [0, 1] or [0, 255]: rescale them")
         return (levels * (255 if high <= 1 else 1)).round().astype("u1")
-    if low < 0 or high > 65535:
-        raise UnreadableError(f"integer pixels from {low} to {high}; expected 0 to 65535, or 8 bits: rescale them")
+    if low < 0 or high > 65535 or (image.mode == "I" and 0 < high < 256):
+        raise UnreadableError(
+            f"integer pixels from {low} to {high}; expected 0 to 65535, or a file of 8 bits: rescale them"
+        )
     grey = (levels.astype(np.int64) / 257).round().astype("u1")
     key = image.info.get("transparency")
     return np.where(levels == key, np.uint8(255), grey) if isinstance(key, int) else grey

@@ -9,40 +9,89 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rewards.common.errors import DataError
+from rewards.data.text import json_fault, loads, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
 CAPTIONS = ("caption", "prompt", "text")
-RECORD_SUFFIXES = (".jsonl", ".json", ".csv")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+RECORD_SUFFIXES = (".jsonl", ".json", *DELIMITERS)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An entry that cannot be read, and why."""
+
+    reason: str
 
 
 def read_records(file: Path) -> list[tuple[str, object]]:
-    """(where, value) of each entry of a JSON list, of JSON lines (a broken line is None), of CSV, or of text lines."""
-    text = file.read_text(encoding="utf-8-sig", errors="replace")
-    if file.suffix.lower() == ".csv":
-        return [(f"{file}:{line}", row) for line, row in enumerate(csv.DictReader(io.StringIO(text)), 2)]
+    """(where, value) of each entry of a JSON list, of JSON lines, of CSV or TSV, or of text lines; a value that cannot
+    be read is :class:`Broken`. Lines end at ``\\n`` alone: U+2028, U+0085 and form feeds are characters of a text.
+    ``DataError`` where the file as a whole cannot be read."""
+    text, suffix = read_text(file), file.suffix.lower()
+    if suffix in DELIMITERS:
+        return list(_csv(file, text, DELIMITERS[suffix]))
     lines = [(f"{file}:{line}", words.strip()) for line, words in enumerate(text.split("\n"), 1) if words.strip()]
-    if file.suffix.lower() not in RECORD_SUFFIXES:
-        return list[tuple[str, object]](lines)
+    if suffix not in RECORD_SUFFIXES:
+        return list(_lines(file, lines))
     if not text.lstrip().startswith("["):
         return [(where, _json(words)) for where, words in lines]
     try:
-        return [(f"{file}[{index}]", value) for index, value in enumerate(json.loads(text))]
-    except json.JSONDecodeError as error:
+        values = loads(text)
+    except ValueError as error:
         raise DataError(f"{file} is not a JSON list: {error}") from error
+    assert isinstance(values, list)
+    faults = [json_fault(value, text) for value in values]
+    return [
+        (f"{file}[{index}]", Broken(fault) if fault else value)
+        for index, (value, fault) in enumerate(zip(values, faults, strict=True))
+    ]
+
+
+def _lines(file: Path, lines: Sequence[tuple[str, str]]) -> Iterator[tuple[str, object]]:
+    if lines and all(words.startswith("{") and words.endswith("}") for _, words in lines):
+        raise DataError(f"{file} holds JSON lines; name it .jsonl")
+    for where, words in lines:
+        if "\r" in words:
+            raise DataError(f"{where} has a carriage return inside; end lines with \\n or \\r\\n")
+        yield where, words
+
+
+def _csv(file: Path, text: str, delimiter: str) -> Iterator[tuple[str, object]]:
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{file}:1 names the column {twice[0]!r} twice")
+        line = reader.line_num + 1
+        for fields in reader:
+            if len(fields) > len(names):
+                reason = f"{len(fields)} fields for the {len(names)} columns {', '.join(names)}"
+                yield f"{file}:{line}", Broken(f"{reason}; put texts with {delimiter!r} inside into double quotes")
+            elif fields:
+                yield f"{file}:{line}", dict(itertools.zip_longest(names, fields))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file}:{line} is not CSV: {error}") from error
 
 
 def read_objects(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """:func:`read_records` where every entry has to be an object. ``DataError`` names one that is not."""
     objects = []
     for where, value in read_records(file):
+        if isinstance(value, Broken):
+            raise DataError(f"{where}: {value.reason}")
         if not isinstance(value, dict):
             raise DataError(f"{where} is not a JSON object; expected one in each line, or a list of them")
         objects.append((where, value))
@@ -51,9 +100,11 @@ def read_objects(file: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _json(text: str) -> object:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        return Broken(f"not a JSON object: {error}")
+    except ValueError as error:
+        return Broken(str(error))
 
 
 def caption_column(names: Sequence[str], chosen: str | None = None) -> str | None:

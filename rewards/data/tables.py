@@ -7,30 +7,41 @@ and copy everything into a cache, where these name the line and read in place.
 
 from __future__ import annotations
 
+import base64
 import logging
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from PIL import Image
 
 from rewards.common.errors import DataError
-from rewards.data.images import UnreadableError, decode
+from rewards.data.images import UnreadableError, decode, require_plain
+from rewards.data.paths import locate_file
+from rewards.data.records import Broken
+from rewards.data.text import brief
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
+BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk0", "Qk1", "SUkq", "TU0AK")  # how encoded images begin
+URL = re.compile("[a-z][a-z0-9]+://")
+TEXT = re.compile(r"(large_)?list<\w+: (large_)?string>|(large_)?string")
+
 
 class Table(Protocol):
-    """Rows with images inside them. ``names`` are the columns that all files have."""
+    """Rows with images inside them, or with the paths of some. ``names`` are the columns that all files have, ``texts``
+    those that hold strings or lists of strings, ``problems`` the rows that cannot be used and why."""
 
     files: list[Path]
     names: list[str]
+    texts: frozenset[str]
+    problems: dict[int, str]
 
     def __len__(self) -> int: ...
     def select(self, images: Sequence[str], others: bool) -> None:
@@ -44,6 +55,9 @@ class Table(Protocol):
 
     def home(self, row: int) -> Path:
         """The file that holds the row."""
+
+    def where(self, row: int) -> str:
+        """The row, as messages name it."""
 
 
 class Cells(Protocol):
@@ -69,15 +83,18 @@ class LazyImage:
         if self.table is None:
             return self.file
         image = content(self.table.record(self.row)[self.column], self.file.parent)
-        if image is None or isinstance(image, str):
-            raise UnreadableError(f"expected image bytes or a path, found {image or 'nothing'}")
+        if image is None:
+            raise UnreadableError("expected image bytes or a path, found nothing")
         return image
 
     def data(self) -> bytes:
         """The encoded bytes. Raises ``UnreadableError``."""
         image = self.source()
+        if isinstance(image, bytes):
+            return image
+        require_plain(image)
         try:
-            return image if isinstance(image, bytes) else image.read_bytes()
+            return image.read_bytes()
         except OSError as error:
             raise UnreadableError(f"cannot be opened: {error}") from error
 
@@ -86,19 +103,95 @@ class LazyImage:
         return decode(self.data())
 
 
-def content(cell: object, home: Path) -> Path | bytes | str | None:
-    """What a cell holds: bytes, a path from ``home``, nothing, or the name of a type that is no image."""
+def content(cell: object, home: Path) -> Path | bytes | None:
+    """What a cell holds: encoded bytes, also as a list of numbers, in base64 or as a ``data:`` URL; a path from
+    ``home``; or nothing. ``UnreadableError`` where it holds something else, which is not printed."""
+    if isinstance(cell, list) and len(cell) == 1:  # a list of one image
+        cell = cell[0]
     if isinstance(cell, Mapping):  # the Image type of `datasets`: {"bytes", "path"}
         cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
     if cell is None or isinstance(cell, bytes | Path):
         return cell
-    return home / cell if isinstance(cell, str) else type(cell).__name__
+    if isinstance(cell, list) and all(isinstance(value, int) and 0 <= value < 256 for value in cell):
+        return bytes(cell)
+    if names_file(cell):
+        return locate_file(home, cell)
+    if not isinstance(cell, str):
+        raise UnreadableError(f"expected image bytes or a path, found {type(cell).__name__}")
+    if URL.match(cell):
+        raise UnreadableError(f"{brief(cell)} is a URL, which is not fetched; download the images")
+    head, comma, code = cell.partition(",") if cell.startswith("data:") else ("", "", cell)
+    if comma and not head.endswith(";base64"):
+        raise UnreadableError("a data: URL that is not in base64")
+    wrong = f"a text of {len(cell)} characters, neither a path nor an image in base64"
+    if not comma and not code.startswith(BASE64):
+        raise UnreadableError(wrong)
+    try:
+        return base64.b64decode("".join(code.split()), validate=True)
+    except ValueError as error:
+        raise UnreadableError(wrong) from error
+
+
+def names_file(cell: object) -> TypeGuard[str]:
+    """Whether a cell is the path of an image, and no image in base64, no URL and no long text."""
+    if not isinstance(cell, str) or len(cell) > 4096 or URL.match(cell) or cell.startswith("data:"):
+        return False
+    return not (len(cell) > 64 and cell.startswith(BASE64))
 
 
 def _columns(schema: pa.Schema, names: Sequence[str], images: Sequence[str], others: bool) -> list[str]:
     """The images and every column without bytes in it: another image would be read for nothing."""
     small = [column.name for column in schema if others and "binary" not in str(column.type)]
     return [name for name in names if name in images or name in small]
+
+
+def _texts(schema: pa.Schema) -> frozenset[str]:
+    return frozenset(column.name for column in schema if TEXT.fullmatch(str(column.type)))
+
+
+class RecordTable:
+    """The entries of a JSON or CSV file, which :func:`rewards.data.records.read_records` gave, as a table."""
+
+    def __init__(self, file: Path, entries: Sequence[tuple[str, object]]) -> None:
+        self.files, self.entries = [file], entries
+        self.rows = [entry if isinstance(entry, dict) else {} for _, entry in entries]
+        self.names = sorted({str(name) for row in self.rows[:100] for name in row})
+        self.texts = frozenset(self.names)
+        self.problems = {
+            row: entry.reason if isinstance(entry, Broken) else "not a JSON object"
+            for row, (_, entry) in enumerate(entries)
+            if not isinstance(entry, dict)
+        }
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, images: Sequence[str], others: bool) -> None:
+        """All of it is in memory."""
+
+    def column(self, name: str, limit: int | None = None) -> list[Any]:
+        return [row.get(name) for row in self.rows[:limit]]
+
+    def home(self, row: int) -> Path:
+        return self.files[0]
+
+    def where(self, row: int) -> str:
+        return self.entries[row][0]
+
+    def record(self, row: int) -> dict[str, Any]:
+        return self.rows[row]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A table whose lists of images are columns of their own, ``name[0]``, ``name[1]``, .."""
+
+    table: Table
+    name: str
+
+    def record(self, row: int) -> dict[str, Any]:
+        images = self.table.record(row)[self.name]
+        return {f"{self.name}[{place}]": image for place, image in enumerate(images)}
 
 
 class ParquetTable:
@@ -127,6 +220,7 @@ class ParquetTable:
             raise DataError(f"{self.files[0].parent} has a file that is not parquet: {error}") from error
         self.schema = schemas[0]
         self.names = [name for name in self.schema.names if all(name in schema.names for schema in schemas)]
+        self.texts, self.problems = _texts(self.schema), dict[int, str]()
         self.columns = self.names
         self._group, self._first = -1, 0
         self._batch: Any = ()
@@ -145,8 +239,10 @@ class ParquetTable:
 
         if limit is not None:
             batch = next(pq.ParquetFile(self.files[0]).iter_batches(limit, columns=[name]), None)
-            return [] if batch is None else batch.column(0).to_pylist()
-        return [value for file in self.files for value in pq.read_table(file, columns=[name])[name].to_pylist()]
+            return [] if batch is None else _values(self.files[0], name, batch.column(0))
+        return [
+            value for file in self.files for value in _values(file, name, pq.read_table(file, columns=[name])[name])
+        ]
 
     def home(self, row: int) -> Path:
         return self.groups[bisect_right(self.starts, row) - 1][0]
@@ -162,11 +258,27 @@ class ParquetTable:
                 self._group, self._first, self._batch = group, self.starts[group], ()
             while row >= self._first + len(self._batch):
                 self._first, self._batch = self._first + len(self._batch), next(self._batches)
+            if self._last[0] != row:  # a pair asks twice
+                self._last = (row, self._batch.slice(row - self._first, 1).to_pylist()[0])
         except (OSError, ValueError) as error:
             raise DataError(f"{file} is damaged near row {row}: {error}") from error
-        if self._last[0] != row:  # a pair asks twice
-            self._last = (row, self._batch.slice(row - self._first, 1).to_pylist()[0])
         return self._last[1]
+
+    def where(self, row: int) -> str:
+        return f"{self.home(row)} row {row}"
+
+
+def _values(file: Path, name: str, column: Any) -> list[Any]:
+    """A column's values; ``DataError`` names the row whose text is not UTF-8, which pyarrow does not."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        for row, value in enumerate(column):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file} row {row}: {name!r} is not UTF-8 ({error.reason})") from error
+        raise
 
 
 class ArrowTable:
@@ -176,6 +288,7 @@ class ArrowTable:
         self.dataset, self.split = dataset, split
         self.names: list[str] = list(dataset.column_names)
         self.files = [Path(part["filename"]) for part in dataset.cache_files]
+        self.texts, self.problems = _texts(dataset.features.arrow_schema), dict[int, str]()
         self._selected = dataset
 
     def __len__(self) -> int:
@@ -199,6 +312,9 @@ class ArrowTable:
 
     def home(self, row: int) -> Path:
         return self.files[0] if self.files else Path()
+
+    def where(self, row: int) -> str:
+        return f"{self.home(row)} row {row}"
 
     def record(self, row: int) -> dict[str, Any]:
         return dict(self._selected[row])
@@ -224,7 +340,7 @@ def saved_table(folder: Path, split: str | None) -> ArrowTable:
 
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` can be the id of a data set on the hub, and no mistyped file."""
-    files = (".parquet", ".json", ".jsonl", ".csv", ".txt")
+    files = (".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt")
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not name.endswith(files)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import tarfile
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -11,7 +10,9 @@ from pathlib import Path
 
 from rewards.common.errors import DataError
 from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource
+from rewards.data.paths import is_hidden
 from rewards.data.records import caption_of
+from rewards.data.text import clean, decode_text, parse_json
 
 _BROKEN_TAR = (tarfile.TarError, OSError, EOFError, zlib.error)
 
@@ -69,7 +70,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
         while (member := archive.next()) is not None:
             folder, slash, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
-            if member.isfile() and stem:
+            if member.isfile() and stem and not is_hidden(member.name.removeprefix("./")):
 
                 def read(member: tarfile.TarInfo = member) -> bytes:
                     stream = archive.extractfile(member)
@@ -87,8 +88,8 @@ def _sample(
         wanted = f".{image_column}" if image_column else "image"
         return ImageRow(name, problem=f"expected one {wanted}; its files are {', '.join(f'.{part}' for part in parts)}")
     try:
-        metadata = json.loads(parts.get("json", b"{}"))
-        text = parts["txt"].decode().strip() if "txt" in parts and not prompt_column else None
+        metadata = parse_json(decode_text(parts["json"], f"{name}.json")) if "json" in parts else {}
+        text = clean(decode_text(parts["txt"], f"{name}.txt")) if "txt" in parts and not prompt_column else None
     except ValueError as error:  # not JSON, not UTF-8
         return ImageRow(name, problem=f"its text cannot be read: {error}")
     if not isinstance(metadata, dict):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+LARGEST = 2**22  # weights in one matrix
 Crop = Literal["transformers", "torchvision"]
 
 
@@ -40,34 +41,46 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in levels.numpy()]
 
 
-def resize(levels: Tensor, height: int, width: int) -> Tensor:
-    """PIL's antialiased bicubic of an 8-bit picture: levels in, levels out.
+def resize(levels: Tensor, height: int, width: int, window: tuple[range, range] | None = None) -> Tensor:
+    """PIL's antialiased bicubic of an 8-bit picture: levels in, levels out; of a ``window`` (rows, columns) of it alone
+    where one is given, at the cost of that.
 
     Horizontally first, as every Pillow before 13 and so as the published scores; Pillow 13 begins with the vertical
     pass where that is cheaper, for some tall pictures, and a level here and there is another.
     """
-    fine = levels.double()  # 8 bits times 22 are exact in it
-    if fine.shape[-1] != width:
-        fine = eight_bit(fine @ weights(fine.shape[-1], width, fine.device).mT)
-    if fine.shape[-2] != height:
-        fine = eight_bit(weights(fine.shape[-2], height, fine.device) @ fine)
-    return fine.to(levels.dtype)
+    rows, columns = window or (range(height), range(width))
+    fine = _resize_width(levels.double(), width, columns)  # 8 bits times 22 are exact in it
+    return _resize_width(fine.mT, height, rows).mT.to(levels.dtype)
 
 
-@functools.lru_cache(maxsize=32)
-def weights(old: int, new: int, device: torch.device) -> Tensor:
-    """What PIL multiplies ``old`` pixels with to have ``new``: (new, old) float64, multiples of 2 ** -22. Made on the
-    CPU, so that they are the same on any device, and kept: a data set has few sizes."""
+def _resize_width(levels: Tensor, width: int, columns: range) -> Tensor:
+    old = levels.shape[-1]
+    if old == width:
+        return levels[..., columns.start : columns.stop]
+    # each new pixel reads a few old ones: of a long banner one matrix would be gigabytes of zeros
+    block = len(columns) if old * len(columns) <= LARGEST else 32
+    parts = []
+    for start in range(columns.start, columns.stop, block):
+        first, matrix = weights(old, width, start, min(start + block, columns.stop), levels.device)
+        parts.append(levels[..., first : first + matrix.shape[1]] @ matrix.mT)
+    return eight_bit(torch.cat(parts, -1))
+
+
+@functools.lru_cache(maxsize=64)
+def weights(old: int, new: int, start: int, stop: int, device: torch.device) -> tuple[int, Tensor]:
+    """What PIL makes the pixels ``start`` to ``stop`` of ``new`` from: the first of ``old`` pixels that counts, and
+    what it and those after it are multiplied with, (stop - start, n) float64, multiples of 2 ** -22. Made on the CPU,
+    so that they are the same on any device, and kept: a data set has few sizes."""
     step = old / new
     wide = max(step, 1.0)
-    pixel = torch.arange(old)
-    centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * step
-    first, end = ((centre + 2 * wide * sign + 0.5).long() for sign in (-1, 1))  # of those that count, and beyond
+    centre = (torch.arange(start, stop, dtype=torch.float64)[:, None] + 0.5) * step
+    first, end = ((centre + 2 * wide * sign + 0.5).long().clamp(0, old) for sign in (-1, 1))  # that count, and beyond
+    pixel = torch.arange(int(first.min()), int(end.max()))
     x = ((pixel - centre + 0.5) * (1 / wide)).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)
     parts = torch.where(x < 1, near, far) * ((x < 2) & (pixel >= first) & (pixel < end))
     parts = parts / parts.sum(1, keepdim=True) * 2**22
-    return (parts.sign() * (parts.abs() + 0.5).floor() / 2**22).to(device)
+    return int(pixel[0]), (parts.sign() * (parts.abs() + 0.5).floor() / 2**22).to(device)
 
 
 def square(images: Tensor, side: int, crop: Crop) -> Tensor:
@@ -78,10 +91,10 @@ def square(images: Tensor, side: int, crop: Crop) -> Tensor:
     levels = to_levels(images)
     height, width = levels.shape[-2:]
     short = min(height, width)
-    levels = resize(levels, int(side * height / short), int(side * width / short))
-    spare = [extent - side for extent in levels.shape[-2:]]
+    size = int(side * height / short), int(side * width / short)
+    spare = [extent - side for extent in size]
     top, left = (number // 2 if crop == "transformers" else round(number / 2) for number in spare)
-    return levels[..., top : top + side, left : left + side] / 255
+    return resize(levels, *size, (range(top, top + side), range(left, left + side))) / 255
 
 
 def letterbox(images: Tensor, side: int, antialias: bool) -> Tensor:

@@ -33,7 +33,8 @@ class Remote:
 
     Args:
         url: ``http://host:port`` or ``https://..``; a token over plain http can be read on the way.
-        token: that the server asks for; default the environment variable ``T2I_ALIGN_TOKEN``.
+        token: that the server asks for; ``env:VARIABLE`` and ``file:PATH`` say where it lies; default
+            the environment variable ``T2I_ALIGN_TOKEN``.
         reward: its label at the server; may be left out where that has only one.
         timeout: seconds to wait for the connection, and for the next byte of the answer.
         retries: how often to try again.
@@ -51,7 +52,9 @@ class Remote:
         retries: int = 6,
     ) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+        if parts.query or parts.username:  # it is written down with the scores
+            raise RewardError("Remote: url holds a query or a password; expected http://host:port alone: give token")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RewardError(f"Remote: url is {url!r}; expected http://host:port or https://host:port")
         if timeout <= 0 or retries < 0:
             raise RewardError(f"Remote: timeout is {timeout} and retries {retries}; expected above 0, and 0 or more")

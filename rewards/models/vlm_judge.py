@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from rewards import RewardError
+from rewards.common.errors import shortened
 from rewards.models.network import Network
 from rewards.models.preprocess import to_pil
 from rewards.models.vqa_score import Chat
@@ -180,8 +181,11 @@ class EndpointJudge:
     needs_prompt: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RewardError(f"judge: url is {self.url!r}; expected one like http://localhost:8000/v1")
+        if parts.query or parts.username:  # it is written down with the scores
+            raise RewardError("judge: url holds a query or a name and password; expected none: give key_variable")
         if min(self.timeout, self.attempts, self.workers, self.tokens) <= 0 or self.pause < 0:
             raise RewardError("judge: timeout, attempts, workers and tokens must be above 0, and pause not below")
         self.form = Form(self.question, self.labels, self.low, self.high)
@@ -265,8 +269,3 @@ def fetch(request: urllib.request.Request, timeout: float) -> bytes:
             if time.monotonic() > end:
                 raise TimeoutError(f"no whole answer in {timeout:g} s")
         return body
-
-
-def shortened(text: str) -> str:
-    """At most 200 characters."""
-    return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"

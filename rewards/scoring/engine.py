@@ -45,7 +45,6 @@ class ScoringEngine:
         ``bad``, the unreadable images that are known, grows; ``progress`` hears how many images were dealt with.
         ``RewardError`` where a reward fails, and where ``bad`` passes ``max_bad``: then ``bad_file`` lists it.
         """
-        self.shards.folder.mkdir(parents=True, exist_ok=True)
 
         def ready(item: Work) -> Work:
             return item.on(self.device) if isinstance(item, Batch) else item

@@ -88,7 +88,8 @@ def write_bad(path: Path, bad: BadRows) -> None:
 
 
 def wait_for(shards: ScoreShards, count: int, patience: float) -> None:
-    """Until shards 0 .. count - 1 are there. ``RewardError`` where none has been added for ``patience`` seconds."""
+    """Until shards 0 .. count - 1 are there. ``RewardError`` where none has been added for ``patience`` seconds, of
+    which there are none where no other process writes."""
     missing, since = set(range(count)) - shards.whole(), time.monotonic()
     while missing:
         time.sleep(0.05)
@@ -96,7 +97,9 @@ def wait_for(shards: ScoreShards, count: int, patience: float) -> None:
         if left != missing:
             missing, since = left, time.monotonic()
         elif time.monotonic() - since > patience:
+            first, others = shards.path(min(missing)), " of other processes" if patience else ""
+            how = f"not come within {patience:g} s" if patience else f"gone from {first.parent}"
             raise RewardError(
-                f"{len(missing)} shards of other processes, the first {shards.path(min(missing)).name}, have not come "
-                f"within {patience:g} s; run the command again to score what is missing"
+                f"{len(missing)} shards{others}, the first {first.name}, have {how}; "
+                "run the command again to score what is missing"
             )

@@ -144,7 +144,8 @@ class Batcher:
                     with torch.no_grad():
                         values = checked(self.reward, self.name, images, [items[n][1] for n in chunk], records or None)
                 except RewardError as error:
-                    raise RewardError(str(error), None if error.row is None else chunk[error.row]) from error
+                    error.row = None if error.row is None else chunk[error.row]
+                    raise
                 for number, value in zip(chunk, values.tolist(), strict=True):
                     scores[number] = value
         return scores

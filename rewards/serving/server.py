@@ -27,6 +27,7 @@ from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rewards import Reward, RewardError, needs_prompt
+from rewards.common.errors import RewardFailure
 from rewards.data.images import decode_tensor
 from rewards.models.remote import TENSORS, TOKEN
 from rewards.serving.batching import Batcher, Busy, Call, Limits
@@ -150,10 +151,10 @@ async def scored(batcher: Batcher, call: Call, seconds: float) -> list[float]:
     except Busy as error:
         raise Refused(503, str(error)) from error
     except RewardError as error:
+        if isinstance(error, RewardFailure):
+            logger.error("%s", error, exc_info=error)
+            raise Refused(500, str(error), error.row) from error
         raise Refused(422, str(error), error.row) from error
-    except Exception as error:  # anyone's reward may raise anything
-        logger.exception("reward %r failed", batcher.name)
-        raise Refused(500, f"reward {batcher.name!r} failed: {type(error).__name__}: {error}") from error
     raise Refused(504, f"reward {batcher.name!r} took over {seconds:g} s")
 
 
@@ -165,7 +166,7 @@ def application(batchers: Mapping[str, Batcher], token: str | None, limits: Limi
         if token is not None and not hmac.compare_digest(sent, token.encode()):
             raise Refused(401, "wrong or no token; expected 'Authorization: Bearer TOKEN'")
 
-    app = FastAPI(title="t2i-align rewards")
+    app = FastAPI(openapi_url=None)  # no pages that describe it: they would need no token
     authorised = [Depends(authorise)]
 
     @app.exception_handler(HTTPException)

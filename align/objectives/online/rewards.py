@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Any, Literal
 
 from torch import Tensor
 
-from rewards import Reward, RewardConfig, RewardError, RewardSum, checked
+from rewards import Reward, RewardConfig, RewardSum, checked
+from rewards.common.background import in_background
 
 
 class Scorer:
-    """Scores pictures by every reward of a run: a :class:`rewards.RewardSum` with one worker thread, so that rewards
-    keep their order and never race.
+    """Scores pictures by every reward of a run: a :class:`rewards.RewardSum` in one thread at a time, so that
+    rewards keep their order and never race.
 
     A reward that says ``concurrent = False`` (it shares the sampler's device and memory) is scored at once instead.
     One without a weight is only watched; ``normalize`` is that of the sum.
@@ -28,7 +29,7 @@ class Scorer:
         self._sum = RewardSum(dict(rewards), {name: weights.get(name, 0.0) for name in rewards}, dict(normalize or {}))
         self.rewards = self._sum.rewards
         self.weights = {name: weight for name, weight in weights.items() if weight}
-        self._worker: ThreadPoolExecutor | None = None
+        self._before: Future[dict[str, Tensor]] | None = None
 
     @classmethod
     def of(cls, settings: Sequence[RewardConfig]) -> Scorer:
@@ -40,15 +41,7 @@ class Scorer:
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> dict[str, Tensor]:
         """Every reward's scores by name, (B,) each, on the CPU."""
-        scores = {}
-        for name, reward in self.rewards.items():
-            try:
-                scores[name] = checked(reward, name, images, prompts, metadata).detach().cpu()
-            except RewardError:
-                raise
-            except Exception as error:  # anyone's reward may raise anything; say whose it was
-                raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
-        return scores
+        return {n: checked(r, n, images, prompts, metadata).detach().cpu() for n, r in self.rewards.items()}
 
     def submit(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -57,10 +50,15 @@ class Scorer:
         if not all(getattr(reward, "concurrent", True) for reward in self.rewards.values()):
             done = self.score(images, prompts, metadata)
             return lambda: done
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="reward")
-        future: Future[dict[str, Tensor]] = self._worker.submit(self.score, images, prompts, metadata)
-        return future.result
+        before = self._before
+
+        def score() -> dict[str, Tensor]:
+            if before is not None:
+                wait([before])
+            return self.score(images, prompts, metadata)
+
+        self._before = in_background(score, "reward")
+        return self._before.result
 
     def differentiable_total(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None

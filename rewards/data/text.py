@@ -1,0 +1,148 @@
+"""The one reader of text files that people bring: prompts, captions, JSON and CSV. It never guesses at bytes.
+
+- UTF-8, and UTF-16 or UTF-32 with their byte order mark, are read; anything else is refused with its line.
+- Byte order marks go, wherever files were joined; no caption holds one.
+- Binary files (parquet, images, Office) are refused, and so is what is no plain file: a pipe would never end.
+- JSON is refused where no later step could hold it: nesting beyond 64, integers of hundreds of digits, lone surrogates,
+  NUL.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+import reprlib
+from pathlib import Path
+
+from rewards.common.errors import DataError
+
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+BINARY = {
+    b"PAR1": "a parquet file",
+    b"ARROW1": "an Arrow file",
+    b"PK\x03\x04": "a zip or Office file",
+    b"\x1f\x8b": "a gzip file",
+    b"%PDF-": "a PDF file",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+}
+UNSAFE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # how JSON spells NUL and halves of a character
+MAX_CAPTION = 2**17  # characters; where Python's csv stops too
+MAX_DEPTH = 64
+MAX_DIGITS = 300  # a float holds them
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 80
+_brief.maxlist = _brief.maxdict = 10
+
+
+def brief(value: object) -> str:
+    """``repr``, cut where it is long: an error is a line, whatever a cell holds."""
+    return _brief.repr(value)
+
+
+def read_text(file: Path) -> str:
+    """What a text file says. :class:`DataError` names the file, and the line where there is one."""
+    if not os.path.isfile(file):
+        raise DataError(f"{file} is no plain file; expected a text file")
+    try:
+        return decode_text(file.read_bytes(), file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def decode_text(raw: bytes, where: object) -> str:
+    """:func:`read_text` of bytes that lie at ``where``."""
+    for magic, kind in BINARY.items():
+        if raw.startswith(magic):
+            raise DataError(f"{where} is {kind}; expected text in UTF-8")
+    encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "utf-8")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].decode(encoding, "ignore").count("\n") + 1
+        raise DataError(
+            f"{where}:{line} is not {encoding.upper()} (byte 0x{raw[error.start]:02x}); save the file as UTF-8, from "
+            "Windows' own encoding by iconv -f cp1252 -t utf-8"
+        ) from error
+    if (place := text.find("\0")) >= 0:
+        raise DataError(
+            f"{where}:{text.count(chr(10), 0, place) + 1} holds NUL, as binary files do, and UTF-16 without its byte "
+            "order mark; save it as UTF-8"
+        )
+    return text.replace("\ufeff", "")
+
+
+def parse_json(text: str) -> object:
+    """A JSON value. ``ValueError`` says in words why there is none, or :func:`json_fault` finds one in it."""
+    value = loads(text)
+    if fault := json_fault(value, text):
+        raise ValueError(fault)
+    return value
+
+
+def loads(text: str) -> object:
+    """``json.loads``, whose every failure is a ``ValueError`` with one line of words."""
+    try:
+        return json.loads(text, parse_int=_integer)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits; at most {MAX_DIGITS} are read")
+    return int(text)
+
+
+def json_fault(value: object, text: str) -> str:
+    """What makes a value that was read from ``text`` unusable; empty where nothing does."""
+    strings = UNSAFE.search(text) is not None
+    if not strings and text.count("[") + text.count("{") <= MAX_DEPTH:
+        return ""  # most rows, for little
+    stack = [(value, 0)]
+    while stack:
+        item, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            return f"nested deeper than {MAX_DEPTH}"
+        if isinstance(item, str):
+            if strings and (fault := text_fault(item)):
+                return fault
+        elif isinstance(item, dict):
+            stack += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list):
+            stack += [(part, depth + 1) for part in item]
+    return ""
+
+
+def text_fault(text: str) -> str:
+    """What makes a string unusable; empty where nothing does."""
+    if "\0" in text:
+        return "a text with NUL in it"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"a text with the lone surrogate \\u{ord(text[error.start]):04x} in it"
+    return ""
+
+
+def caption_fault(value: object) -> str:
+    """Why ``value`` is no caption; empty where it is one."""
+    if not isinstance(value, str) or not clean(value):
+        return f"empty caption: {brief(value)}"
+    if len(value) > MAX_CAPTION:
+        return f"a caption of {len(value)} characters; at most {MAX_CAPTION} are taken"
+    return text_fault(value)
+
+
+def clean(caption: str) -> str:
+    """A caption without byte order marks and the space around it."""
+    return caption.replace("\ufeff", "").strip()
