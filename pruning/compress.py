@@ -7,8 +7,8 @@ Every stage leaves its result in ``output_dir`` and is skipped where that is the
 and a stage can be run by itself: ``profile.json`` (``.png``), ``plan.json`` (``.png``), the pipelines ``pruned``,
 ``healed``, ``int4`` (the last of these, quantised), ``int4-alone`` (the original, quantised) and ``int4-tuned``
 (``int4`` with its biases healed), and ``report.json``, ``report.md``, ``gallery.png``, ``gallery.html``. Results that
-other settings made are refused, or with ``--overwrite`` made anew (:mod:`pruning.results`). Pipelines of whole-block
-plans load with stock ``DiffusionPipeline.from_pretrained``, quantised ones where there is a GPU; :func:`pruning.load`
+other settings made are refused, or made anew with ``--overwrite_output_dir`` (:mod:`pruning.results`). Pipelines of
+whole-block plans load with stock ``DiffusionPipeline.from_pretrained``, quantised ones where there is a GPU; :func:`pruning.load`
 reads all of them anywhere.
 """
 
@@ -31,11 +31,11 @@ from pruning import importance, load, plots, reads
 from pruning.graph import BlockGraph
 from pruning.plan import Plan, from_ranges, key, parse_ranges, require_reachable, to_budget
 from pruning.report import report
-from pruning.results import FILES, MAKES, Results, recipes, told
+from pruning.results import FILES, MAKES, Results, recipes
 from pruning.saving import card, sampling_settings, save_pipeline
 from pruning.settings import DTYPES, STAGES, Compress, Stage
 from rewards import RewardSum
-from rewards.common.files import claim, discard, sweep
+from rewards.common.files import discard, locked, sweep
 
 PIPELINES = ("pruned", "healed", "int4-alone", "int4", "int4-tuned")  # in the order of the report
 
@@ -48,20 +48,14 @@ def compress(config: Compress, resolved: str = "") -> Path:
     prompts = read_prompts(config.prompts)[: config.calibration_prompts]
     stages = [stage for stage in STAGES if stage in config.stages]
     results = Results(config.output_dir, recipes(config, prompts), resolved)
-    stale = results.require_fresh(config.overwrite)
+    stale = results.require_fresh(config.overwrite_output_dir)
     _require_needed(config, results, stages, stale)
     _check_model(config, stages)
-    made = not config.output_dir.exists()
-    claim(config.output_dir)
-    sweep(config.output_dir)
-    try:
+    with locked(config.output_dir):
+        sweep(config.output_dir)
         results.discard(stale)
         for stage in ("merge", *stages):
-            with told(stage, config.output_dir):
-                _run(stage, config, results, prompts)
-    finally:
-        if made and not any(config.output_dir.iterdir()):
-            config.output_dir.rmdir()
+            _run(stage, config, results, prompts)
     return config.output_dir
 
 

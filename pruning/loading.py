@@ -73,10 +73,12 @@ def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _to(pipe: DiffusionPipeline, *args: Any, **kwargs: Any) -> DiffusionPipeline:
     """``.to`` of a pipeline with packed parts: diffusers moves these but leaves their dtype, which then is not that of
     the other parts; here, what is not packed of them is cast as well."""
-    type(pipe).to(pipe, *args, **kwargs)
-    given = [value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)]
-    for name in quantised(pipe) if given else ():
-        _cast(getattr(pipe, name), given[0])
+    dtypes = [value for value in (*args, kwargs.pop("dtype", None)) if isinstance(value, torch.dtype)]
+    type(pipe).to(pipe, *(value for value in args if not isinstance(value, torch.dtype)), **kwargs)
+    packed = quantised(pipe)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and dtypes:
+            _cast(part, dtypes[0]) if name in packed else part.to(dtypes[0])
     return pipe
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
-from errno import EACCES, EDQUOT, EFBIG, EIO, ENOENT, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +49,6 @@ _NOT_HEALING = (
     "data.init_args.vae_batch", "validation_data", "validation_steps", "samples", "logging_steps", "report_to",
     "dry_run", "checkpointing_steps", "checkpoints_total_limit", "diversity_features",
 )  # fmt: skip
-_FULL = (ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM, EIO)
 
 
 def recipes(config: Compress, prompts: Sequence[str]) -> dict[str, Recipe]:
@@ -163,9 +160,11 @@ class Results:
             try:
                 self.made = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError) as error:
-                raise UserError(f"cannot read {path} ({error}); remove it and set overwrite: true") from error
+                raise UserError(
+                    f"cannot read {path} ({error}); remove it and set overwrite_output_dir: true"
+                ) from error
             if not isinstance(self.made, dict) or not all(isinstance(recipe, dict) for recipe in self.made.values()):
-                raise UserError(f"{path} is no record of stages; remove it and set overwrite: true")
+                raise UserError(f"{path} is no record of stages; remove it and set overwrite_output_dir: true")
 
     def path(self, name: str) -> Path:
         """The file or folder that a result is."""
@@ -205,7 +204,7 @@ class Results:
             told.append(f"{name} ({', '.join(differences[:5])}{more})" if differences else f"{name}, which follows")
         raise UserError(
             f"{self.folder} holds results of other settings: {'; '.join(told)}; name another output_dir, or set "
-            "overwrite: true to make these anew"
+            "overwrite_output_dir: true to make these anew"
         )
 
     def discard(self, names: Sequence[str]) -> None:
@@ -225,22 +224,3 @@ class Results:
     def keep_settings(self) -> None:
         if self.settings:
             write_text(self.folder / "config.yaml", self.settings)
-
-
-@contextmanager
-def told(stage: str, folder: Path) -> Iterator[None]:
-    """Within, a disk that is full or cannot be written ends ``stage`` with a :class:`UserError` of one line."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        here = str(folder) in str(getattr(error, "filename", ""))
-        written = isinstance(error, OSError) and (error.errno in _FULL or (error.errno == ENOENT and here))
-        if not written and "os error" not in reason and "PytorchStreamWriter" not in reason:
-            raise
-        raise UserError(
-            f"{stage} stopped: {reason}; what stages finished is whole in {folder}, and the same command goes on from "
-            "there once it can be written"
-        ) from error

@@ -35,8 +35,8 @@ class Compress:
         pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``.
         weights: a LoRA, merged first, in full precision: a run's folder, or a .safetensors file of any tool.
         output_dir: where every stage leaves its result.
-        overwrite: make results of other settings in ``output_dir`` anew, and what follows from them; else they are
-            refused.
+        overwrite_output_dir: make results of other settings in ``output_dir`` anew, and what follows from them; else
+            they are refused.
         stages: which to run.
         prompts: a prompt file or ``shapes-prompts``, to measure importance on; the first ``calibration_prompts``.
         calibration_prompts: how many.
@@ -66,7 +66,7 @@ class Compress:
     pretrained_model_name_or_path: str = "shapes-sd3"
     weights: Path | None = None
     output_dir: Path = Path("outputs/compress")
-    overwrite: bool = False
+    overwrite_output_dir: bool = False
     stages: list[Stage] = field(default_factory=lambda: list(STAGES))
     prompts: str = "shapes-prompts"
     calibration_prompts: int = 32

@@ -93,10 +93,9 @@ def read(
         pairs.choices.append(Choice(prompt, chosen, rejected, row.votes))
     if not pairs.choices:
         first = f", the first: {pairs.bad[0]['source']}: {pairs.bad[0]['error']}" if pairs.bad else ""
-        raise RewardError(
-            f"{path} ({layout}) holds no pair with a winner: {len(pairs.ties)} ties, {len(pairs.bad)} bad, "
-            f"{len(pairs.unlabelled)} unlabelled{first}"
-        )
+        unlabelled = f", {len(pairs.unlabelled)} unlabelled" if pairs.unlabelled else ""
+        counts = f"{len(pairs.ties)} ties, {len(pairs.bad)} bad{unlabelled}"
+        raise RewardError(f"{path} ({layout}) holds no pair with a winner: {counts}{first}")
     return pairs
 
 

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -43,6 +44,7 @@ class Tiny:
         self.pictures = self.texts = 0
 
     resolution = 16
+    pipe = SimpleNamespace(components={})  # no tokenizer
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         side = (resolution or self.resolution) // 4

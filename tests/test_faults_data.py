@@ -297,6 +297,27 @@ def decoded(number: int) -> list[Any]:
     return np.asarray(Image.open(io.BytesIO(noise(number)))).transpose(2, 0, 1).tolist()
 
 
+@pytest.mark.parametrize("high", [1, 100, 255, 70_000])
+def test_integers_whose_scale_no_file_tells_are_refused(high: int) -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.array([[0, high]], dtype=np.int32)).save(out, "TIFF")
+    with pytest.raises(UnreadableError, match=f"integer pixels from 0 to {high}; expected"):
+        decode(out.getvalue())
+
+
+def test_links_to_folders_are_counted_and_links_to_nowhere_are_unreadable(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = images(tmp_path / "f", "a.png")
+    (folder / "more").symlink_to(images(tmp_path / "g", "b.png"))
+    (folder / "z.png").symlink_to(tmp_path / "gone.png")
+    rows = rows_of(folder)
+    assert [row.file for row in rows] == ["a.png", "z.png"]
+    assert "left out are 1 link to a folder" in caplog.text
+    with pytest.raises(UnreadableError, match="cannot be opened"):
+        rows[1].read()
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [

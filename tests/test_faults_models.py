@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from align import families
 from align.common.errors import UserError
+from align.data.prompts import PromptSet
+from align.diffusion.kernels import DDIM
 from align.families import Family, Unsupported
+from align.families.captions import token_limits
 from align.objectives.d3po import D3PO
 from align.objectives.policy_gradient import PolicyGradient
 from align.policy.initial_noise import NOISE_FILE, InitialNoise
@@ -28,6 +31,7 @@ from align.sampling.generate import sample_images
 from align.sampling.loop import initial_noise, sample
 from align.sampling.sampler import Sampler, SDEWindow
 from tests.helpers import TEXTS, rolled
+from tests.pipelines import Build
 
 SCHEDULERS = ["Euler", "EulerAncestral", "DPM++", "UniPC", "DEIS", "LCM", "PNDM", "LMS", "Heun", "DDPM", "TCD", "DDIM"]
 CLASSES = {"DPM++": "DPMSolverMultistep", "UniPC": "UniPCMultistep", "DEIS": "DEISMultistep"}
@@ -146,16 +150,10 @@ def test_why_a_step_has_no_noise(copy: Callable[[str], Path]) -> None:
     """eta is named where it is 0; otherwise the schedule is."""
     family = families.load(str(saved_with(copy("epsilon"), "LCM")))
     with pytest.raises(UserError, match="step 0 of 4 without noise.*set eta or noise"):
-        Sampler(4, kernel=diffusion_kernel(0.0)).with_noise(family, range(4))
+        Sampler(4, kernel=DDIM(0.0)).with_noise(family, range(4))
     window = PolicyGradient(Sampler(4), images_per_prompt=2, window=SDEWindow(2, until=4))
     with pytest.raises(UserError, match="step 3 of 4 without noise.*whatever eta is; leave it out"):
         window.cost(family, None)
-
-
-def diffusion_kernel(eta: float) -> Any:
-    from align.diffusion.kernels import DDIM
-
-    return DDIM(eta)
 
 
 # VAEs and denoisers
@@ -392,3 +390,55 @@ def test_cut_noise_is_refused(tmp_path: Path) -> None:
     cut(path)
     with pytest.raises(UserError, match="no safetensors file"):
         InitialNoise.load(path)
+
+
+# captions and attention
+LONG = "a red circle and " + "a blue square and " * 40
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_captions_that_are_cut_are_told_once(
+    copy: Callable[[str], Path], kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the end token kept: captions that differ beyond the cut alone are one to the model."""
+    family = families.load(str(copy(kind)))
+    limit = max(token_limits(family).values())
+    capsys.readouterr()
+    assert families.tell_truncated(family, [TEXTS[0], LONG + "a cat", LONG + "a dog", LONG + "a cat"]) == 2
+    said = capsys.readouterr().err
+    assert f"2 of 3 captions are longer than the {limit} tokens" in said and said.count("\n") == 1
+    sample_images(family.predict, family, [LONG + "a cat", LONG + "a bird"], [0, 1], 1)
+    PromptSet(family, [{"prompt": LONG + "a dog"}])
+    assert capsys.readouterr().err.count("1 of 1 captions") == 1  # the bird's
+    ids = family.pipe.tokenizer([LONG], truncation=True).input_ids[0]
+    assert (len(ids), ids[-1]) == (family.pipe.tokenizer.model_max_length, family.pipe.tokenizer.eos_token_id)
+    with torch.no_grad():
+        cat, dog = (family.encode([LONG + text])["prompt_embeds"] for text in ("a cat", "a dog"))
+    assert torch.equal(cat, dog)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nonsense", "attention_backend: nonsense cannot be used: .*must be one of.*leave it out"),
+        ("flash", "attention_backend: flash (cannot be used: .*install|needs a GPU).*leave it out"),
+        ("xformers", "attention_backend: xformers (cannot be used: .*install|needs a GPU).*leave it out"),
+    ],
+)
+def test_attention_that_is_not_to_be_had_is_refused(tiny: Build, name: str, said: str) -> None:
+    family = tiny("epsilon")
+    with pytest.raises(UserError, match=said) as stopped:
+        families.set_attention_backend(family, name)
+    assert "\n" not in str(stopped.value)
+    families.set_attention_backend(family, "native")
+
+
+def test_the_home_is_found(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy("epsilon")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert families.pipeline_class(f"~/{folder.name}/") == "StableDiffusionPipeline"
+
+
+def test_a_single_file_is_told_how_to_become_a_folder(copy: Callable[[str], Path]) -> None:
+    with pytest.raises(Unsupported, match="no model_index.json.*from_single_file"):
+        families.load(str(copy("epsilon") / f"{UNET}.safetensors"))

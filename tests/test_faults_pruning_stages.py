@@ -138,15 +138,15 @@ def test_results_of_other_settings_are_refused_and_remade_on_request(
     capsys.readouterr()
     assert run(config) == 2
     (told,) = errors(capsys.readouterr().err)
-    assert said in told and "overwrite" in told
+    assert said in told and "overwrite_output_dir" in told
     named = {name for name in ALL | {"profile", "plan"} if re.search(rf" {name}( \(|, which follows)", told)}
     assert named == {name.removesuffix(".json") for name in again} - {"merged"}
     assert not remade(before, times(out)) and (out / "config.yaml").read_text() == settings
     if what not in ("quantization", "the healing config", "weights"):
         return  # three do for what takes its time
-    assert run(config, "--overwrite") == 0
+    assert run(config, "--overwrite_output_dir") == 0
     assert remade(before, times(out)) == again
-    assert yaml.safe_load((out / "config.yaml").read_text())["overwrite"] is True
+    assert yaml.safe_load((out / "config.yaml").read_text())["overwrite_output_dir"] is True
 
 
 @pytest.mark.parametrize("change", [
@@ -158,7 +158,7 @@ def test_what_changes_no_result_is_no_difference(
     config |= {"budget": None, "blocks": "1", "heal": None, "tune": None}
     assert run(config, stages="[plan,remove]") == 0
     before = times(tmp_path / "out")
-    for words in ((), ("--overwrite",)):
+    for words in ((), ("--overwrite_output_dir",)):
         assert run(config | change, *words, stages="[plan,remove]") == 0
     assert not remade(before, times(tmp_path / "out"))
 
@@ -172,7 +172,7 @@ def test_a_run_that_stopped_halfway_does_not_go_on_with_other_settings(
     edited(config["heal"], learning_rate=1e-2)
     assert run(config, stages="[heal]") == 2
     assert "healed (heal.learning_rate was" in capsys.readouterr().err
-    assert run(config, "--overwrite", stages="[heal]") == 0
+    assert run(config, "--overwrite_output_dir", stages="[heal]") == 0
     assert yaml.safe_load((tmp_path / "out/heal/config.yaml").read_text())["learning_rate"] == 1e-2
 
 
@@ -208,7 +208,7 @@ def test_results_without_a_record_are_refused(
         record.unlink() if content is None else record.write_text(content)
         assert run(config, stages="[plan,remove]") == 2
         (told,) = errors(capsys.readouterr().err)
-        assert ("settings unknown" if content is None else "stages.json") in told and "overwrite" in told
+        assert ("settings unknown" if content is None else "stages.json") in told and "overwrite_output_dir" in told
 
 
 @pytest.mark.parametrize(("stages", "said"), [

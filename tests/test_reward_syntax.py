@@ -55,9 +55,11 @@ def settings_of(command: str, line: Sequence[str]) -> tuple[list[RewardConfig], 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, Sequence[str]], list[RewardConfig] | int]:
     """Runs a command of ``rewards`` up to where rewards are loaded: their configs, or the exit status before that."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a star", "chosen": "a.png", "rejected": "a.png"}))
-    (tmp_path / "a.txt").write_text("a star")
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a star", "chosen": "a.png", "rejected": "b.png"}))
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("a star")
     loaded: list[list[RewardConfig]] = []
 
     def stop(configs: list[RewardConfig], device: str | None = None) -> RewardSum:

@@ -534,7 +534,7 @@ def test_user_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest
         (str(folder), "--reward", "Beauty"): "unknown reward 'Beauty'; known are",
         (str(folder), "--reward", "Shapes"): "1 of 3 images have none: sub/3.webp;",
         (str(folder), "--reward", "Shapes", "--prompts", str(short)): "1 prompts for 3 images",
-        (str(folder), "--reward", "Shapes", "--prompts", str(broken)): "broken.jsonl:2 is not a JSON object",
+        (str(folder), "--reward", "Shapes", "--prompts", str(broken)): "broken.jsonl:2: not a JSON object",
         (str(folder), "--reward", "Shapes", "--batch_size", "0"): "--batch_size is 0",
     }
     for command, message in mistakes.items():

@@ -171,7 +171,7 @@ def _fault(row: ImageRow, root: Path) -> str:
     if row.problem or row.image is None:
         return row.problem or "no image"
     if not row.prompt or not clean(row.prompt):
-        return f"no caption: {row.prompt!r}"
+        return f"no caption: {row.prompt!r}; expected one in the table, metadata.jsonl, or a .txt of the image's stem"
     if isinstance(row.image, Path) and not os.path.isfile(row.image):
         return no_such_file(row.image, root)
     return caption_fault(row.prompt)

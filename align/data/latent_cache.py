@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from align.common.errors import DataError
 from align.data.dataset import Bad, Example, ExampleSet, Setup
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, tell_truncated
 from rewards.common.files import atomic
 from rewards.data.images import UnreadableError, decode
 
@@ -208,6 +208,7 @@ class LatentCache:
         setup, latents, conds = self.setup, self.latents.todo(self.setup), self.conds.todo(self.setup)
         count = sum(span.stop - span.start for _, span in [*latents, *conds])
         logger.info("%d %s, %d captions: %s", len(self.items), self.name, len(self.captions), self.latents.folder)
+        tell_truncated(setup.family, self.captions)
         show = setup.progress and setup.process_index == 0 and count > 0
         threads = min(8, os.cpu_count() or 1)
         with tqdm(total=count, desc="encode", disable=not show) as bar, ThreadPoolExecutor(threads) as pool:

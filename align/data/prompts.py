@@ -13,7 +13,7 @@ import torch
 from align.common.assets import locate
 from align.common.errors import DataError
 from align.data.dataset import Data, Setup
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, tell_truncated
 from rewards.data.records import Broken, caption_of, read_records
 from rewards.data.text import brief, caption_fault, clean
 
@@ -90,6 +90,7 @@ class PromptSet:
 
     def __init__(self, family: Family, rows: list[dict[str, Any]], remember: int = 4096) -> None:
         self.family, self.rows = family, rows
+        tell_truncated(family, [row["prompt"] for row in rows])
         self._encode = functools.lru_cache(remember)(self._encoded)
 
     def __len__(self) -> int:

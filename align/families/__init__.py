@@ -1,5 +1,6 @@
 """A family hides diffusers: one file for each kind of pipeline."""
 
+from align.families.captions import tell_truncated
 from align.families.family import LORA_FILE, SAMPLING_FILE, Conditioning, Family, Unsupported
 from align.families.loading import (
     DTYPES,
@@ -10,6 +11,7 @@ from align.families.loading import (
     of,
     pipeline_class,
     reader,
+    set_attention_backend,
     stock_scheduler,
     tuned,
     what_is_tuned,
@@ -18,4 +20,4 @@ from align.families.lora_file import LoRAFile, load_lora, lora_path, read_lora
 
 __all__ = ["DTYPES", "FAMILIES", "LORA_FILE", "READERS", "SAMPLING_FILE", "Conditioning", "Family", "LoRAFile"]
 __all__ += ["Unsupported", "find", "load", "load_lora", "lora_path", "of", "pipeline_class", "read_lora", "reader"]
-__all__ += ["stock_scheduler", "tuned", "what_is_tuned"]
+__all__ += ["set_attention_backend", "stock_scheduler", "tell_truncated", "tuned", "what_is_tuned"]

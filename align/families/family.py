@@ -69,6 +69,7 @@ class Family(ABC):
 
     denoiser_name: ClassVar[str]  # the pipeline's own attribute, also the prefix of its LoRA keys
     lora_targets: ClassVar[tuple[str, ...]]
+    token_limits: ClassVar[Mapping[str, int]] = {}  # by tokenizer, where the pipeline takes fewer tokens than that does
 
     def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
         self.pipe = pipe

@@ -143,6 +143,18 @@ def _local(source: str, revision: str | None, variant: str | None) -> Path:
         raise Unsupported(f"{source!r} cannot be had from the hub: {' '.join(str(error).split())[:300]}") from error
 
 
+def set_attention_backend(family: Family, name: str) -> None:
+    """Have the denoiser use the attention backend called ``name`` by diffusers. Raises :class:`UserError` for one that
+    is unknown, not installed, or not for this device."""
+    try:
+        family.denoiser.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"attention_backend: {name} cannot be used: {said}; leave it out for torch's own") from error
+    if family.device.type == "cpu" and not name.lstrip("_").startswith(("native", "flex")):
+        raise UserError(f"attention_backend: {name} needs a GPU; leave it out for torch's own")
+
+
 def reader(folder: Path | str) -> Any | None:
     """Who reads ``folder``, a pipeline or one component, in place of stock diffusers; None where nobody has to.
 

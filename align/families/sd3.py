@@ -28,6 +28,7 @@ class SD3(Family):
     A T5 whose last norm is zero (a folder saved without T5 does not reload in diffusers) counts as absent."""
 
     denoiser_name = "transformer"
+    token_limits = {"tokenizer_3": T5_TOKENS}  # noqa: RUF012  # a constant of the class
     lora_targets = (
         "attn.to_k",
         "attn.to_q",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from align.families import Family
+from align.families import Family, tell_truncated
 from align.sampling.loop import Predictor, initial_noise, sample
 
 
@@ -35,6 +35,7 @@ def sample_images(
     Picture k starts from ``manual_seed(seeds[k])`` whatever the batch size, or what ``initial`` makes of it.
     ``num_inference_steps`` and ``guidance_scale`` None are the pipeline's own.
     """
+    tell_truncated(family, prompts)
     grid, shape = (
         family.grid(family.default_num_inference_steps if num_inference_steps is None else num_inference_steps),
         family.latent_shape(resolution),

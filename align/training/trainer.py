@@ -61,7 +61,7 @@ class Trainer:
             config.pretrained_model_name_or_path, frozen, self.accelerator.device, config.revision, config.variant
         )
         if config.attention_backend:
-            self.family.denoiser.set_attention_backend(config.attention_backend)
+            families.set_attention_backend(self.family, config.attention_backend)
         objective = config.objective
         self.policy = Policy(
             self.family,

@@ -85,7 +85,7 @@ def open_input(
             [file for file in files if file.lower().endswith(ends)] for ends in (IMAGE_SUFFIXES, TARS, ".parquet")
         )
         taken = images or archives or shards
-        others = left_out(sorted(set(files) - set(taken)))
+        others = left_out(place, sorted(set(files) - set(taken)))
         if not taken:
             holds = f", which holds {others}" if others else ""
             raise DataError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {place}{holds}; expected {LAYOUTS}")

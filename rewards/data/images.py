@@ -8,8 +8,9 @@ mode that Pillow reports:
     RGBA, LA, PA                    composited on white
     1, L, P, CMYK, YCbCr            Pillow's conversion to RGB
     I;16, I;16B, I;16L              16-bit grey: divided by 257 and rounded; a colour key becomes white
-    I                               the same where all values lie in 0 .. 65535, as they do in 16-bit files that Pillow
-                                    opens so; other values have no scale that a file tells, and are refused
+    I                               the same where all values lie in 0 .. 65535 and some above 255, as they do in 16-bit
+                                    files that Pillow opens so; other values have no scale that a file tells, and are
+                                    refused
     F                               times 255 where all values lie in [0, 1], as it is where they lie in [0, 255]; these
                                     are the two conventions in use, and any other range is refused
 
@@ -143,8 +144,10 @@ def _grey(image: Image.Image) -> np.ndarray:
         if not (low >= 0 and high <= 255):  # written so that NaN is outside
             raise UnreadableError(f"float pixels from {low:g} to {high:g}; expected [0, 1] or [0, 255]: rescale them")
         return (levels * (255 if high <= 1 else 1)).round().astype("u1")
-    if low < 0 or high > 65535:
-        raise UnreadableError(f"integer pixels from {low} to {high}; expected 0 to 65535, or 8 bits: rescale them")
+    if low < 0 or high > 65535 or (image.mode == "I" and 0 < high < 256):
+        raise UnreadableError(
+            f"integer pixels from {low} to {high}; expected 0 to 65535, or a file of 8 bits: rescale them"
+        )
     grey = (levels.astype(np.int64) / 257).round().astype("u1")
     key = image.info.get("transparency")
     return np.where(levels == key, np.uint8(255), grey) if isinstance(key, int) else grey

@@ -79,7 +79,10 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
     return [path for path in paths if path.is_symlink() or not path.is_dir()]
 
 
-def left_out(names: Iterable[str]) -> str:
-    """``names`` that nobody reads, counted by their suffix, without those that people expect beside images."""
-    suffixes = Counter(PurePosixPath(name).suffix.lower() or "without suffix" for name in names)
+def left_out(folder: Path, names: Iterable[str]) -> str:
+    """``names`` in ``folder`` that nobody reads, counted by suffix, without those that people expect beside images."""
+    suffixes = Counter(
+        "link to a folder" if (folder / name).is_dir() else PurePosixPath(name).suffix.lower() or "without suffix"
+        for name in names
+    )
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()) if suffix not in EXPECTED)
