@@ -257,9 +257,8 @@ def canonical(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     new = {key: canonical(value) for key, value in config.items()}
-    for key in {"reward", "rewards"} & new.keys():
-        if isinstance(new[key], list):
-            new[key] = resolve("rewards.config.plain_rewards")(new[key])
+    if isinstance(new.get("reward"), list):
+        new["reward"] = resolve("rewards.config.plain_rewards")(new["reward"])
     if isinstance(new.get("class_path"), str):
         found = resolve(new["class_path"])
         new["class_path"] = f"{found.__module__}.{found.__qualname__}"
