@@ -8,8 +8,8 @@ and a stage can be run by itself: ``profile.json`` (``.png``), ``plan.json`` (``
 ``healed``, ``int4`` (the last of these, quantised), ``int4-alone`` (the original, quantised) and ``int4-tuned``
 (``int4`` with its biases healed), and ``report.json``, ``report.md``, ``gallery.png``, ``gallery.html``. Results that
 other settings made are refused, or made anew with ``--overwrite_output_dir`` (:mod:`pruning.results`). Pipelines of
-whole-block plans load with stock ``DiffusionPipeline.from_pretrained``, quantised ones where there is a GPU; :func:`pruning.load`
-reads all of them anywhere.
+whole-block plans load with stock ``DiffusionPipeline.from_pretrained``, quantised ones where there is a GPU;
+:func:`pruning.load` reads all of them anywhere.
 """
 
 from __future__ import annotations

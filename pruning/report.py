@@ -18,6 +18,7 @@ import torch
 import pruning
 from align import families
 from align.common.assets import locate
+from align.common.errors import UserError
 from align.common.provenance import provenance
 from align.evaluation import compare
 from align.evaluation.compare import STRICT, Comparison, overall
@@ -82,8 +83,11 @@ def peak(source: str, settings: Reporting) -> int:
     where there is one, else all that the process holds, which for a small model is mostly libraries."""
     batch, steps = min(8, settings.batch_size), settings.num_inference_steps or 4
     words = [sys.executable, "-m", "pruning.report", source, str(batch), str(steps)]
-    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    return int(json.loads(output.splitlines()[-1])["peak"])
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2] or f"its process ended with status {done.returncode}"
+        raise UserError(f"the memory of {source} cannot be measured: {reason}; set report.memory: false to do without")
+    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
 
 
 def _measure(source: str, batch: int, steps: int) -> int:

@@ -302,6 +302,32 @@ def test_a_missing_shard_is_named(copy: Callable[[str], Path]) -> None:
         families.load(str(folder))
 
 
+def test_older_spellings_of_tensors_are_known(copy: Callable[[str], Path]) -> None:
+    """As SD 1.5's own folders have them: a prefix and a buffer in the text encoder, other names in the VAE."""
+    folder = copy("epsilon")
+
+    def older_text(state: dict[str, torch.Tensor]) -> None:
+        for name in list(state):
+            state[f"text_model.{name.removeprefix('text_model.')}"] = state.pop(name)
+        state["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+
+    def older_vae(state: dict[str, torch.Tensor]) -> None:
+        new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        for name in list(state):
+            for part, old in new.items():
+                if f".{part}." in name:
+                    state[name.replace(part, old)] = state.pop(name)
+
+    expected = families.load(str(folder))
+    edit(folder, TEXT, older_text)
+    edit(folder, VAE, older_vae)
+    family, images = families.load(str(folder)), torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        prompts = [each.encode(TEXTS[:1])["prompt_embeds"] for each in (family, expected)]
+        latents = [each.to_latent(images) for each in (family, expected)]
+    assert torch.equal(*prompts) and torch.equal(*latents)
+
+
 def test_a_tokenizer_without_words_is_refused(copy: Callable[[str], Path]) -> None:
     """transformers makes one that knows its special tokens alone: every caption is the same."""
     folder = copy("epsilon")

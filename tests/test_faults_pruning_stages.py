@@ -20,12 +20,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from align import families
+from align.common.errors import UserError
 from align.families import LORA_FILE
 from align.policy.policy import LoRA, Policy
 from align.training.preemption import STATUS
 from align.training.trainer import Trainer
 from pruning import compress
 from pruning.plan import Plan
+from pruning.report import Reporting, peak
+from rewards.common.files import locked
 from tests.helpers import errors
 
 STAGES = "[analyze,plan,remove,heal,quantize,tune]"
@@ -300,6 +303,21 @@ def test_a_lora_of_another_model_leaves_nothing(
     save_file({k.replace("transformer_blocks", "layers"): t for k, t in load_file(file).items()}, file)
     assert run(config) == 2
     assert "another model" in errors(capsys.readouterr().err)[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_cannot_be_measured_is_told_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model_index.json and no config.json in .*report.memory: false") as error:
+        peak(str(tmp_path / "nowhere"), Reporting())
+    assert "\n" not in str(error.value)
+
+
+def test_one_compresses_into_a_folder_at_a_time(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path / "out"):
+        assert run(config, stages="[analyze]") == 2
+    assert "is written by process" in errors(capsys.readouterr().err)[0]
     assert not (tmp_path / "out").exists()
 
 

@@ -201,7 +201,7 @@ def library_lines(root: Path) -> int:
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
 STILL_TOO_LONG: dict[str, int] = {}
-LIBRARY_LINES = 18_320  # was to become 15_000; 280 of them are align.testing, which third parties run
+LIBRARY_LINES = 20_900  # 16_429 before the rooms; what strangers files and accidents asked for came after
 
 
 def test_rooms_import_only_rooms_before_them() -> None:

@@ -16,6 +16,7 @@ from align.common.assets import locate
 from align.common.errors import DataError
 from align.data.dataset import Bad, Data, Example, ExampleSet, Setup, Unlabelled, check_bad
 from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache, Views
+from align.families import tell_truncated
 from rewards.data.formats import open_input
 from rewards.data.images import ImageRow, ImageSource
 from rewards.data.paths import no_such_file
@@ -112,6 +113,7 @@ class EncodedData(Data):
         resolution = self.resolution or setup.family.resolution
         views = Views(resolution, self.center_crop, self.random_flip, self.variants, setup.seed)
         cache = LatentCache(self.cache, self.what, examples, items, views, setup)
+        tell_truncated(setup.family, cache.captions)
         cache.encode(self.vae_batch)
         dataset, unreadable = cache.open(self.batch_type)
         # every process sees the same rows here, so that all of them stop or none

@@ -2,8 +2,7 @@
 
 A cache folder is named by everything that its contents depend on: latents by the images, how they are cut, and the
 VAE; embeddings by the captions and the text encoders. So models of one VAE, such as a model and its quantised copy,
-share latents. A folder holds shards of 256 examples or captions, written whole or not at all, so that an interrupted
-run goes on at the first shard that is missing.
+share latents. A folder holds shards of 256 examples or captions, each whole or not there: a killed run goes on there.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from align.common.errors import DataError
 from align.data.dataset import Bad, Example, ExampleSet, Setup
-from align.families import Conditioning, Family, tell_truncated
+from align.families import Conditioning, Family
 from rewards.common.files import atomic
 from rewards.data.images import UnreadableError, decode
 
@@ -208,7 +207,6 @@ class LatentCache:
         setup, latents, conds = self.setup, self.latents.todo(self.setup), self.conds.todo(self.setup)
         count = sum(span.stop - span.start for _, span in [*latents, *conds])
         logger.info("%d %s, %d captions: %s", len(self.items), self.name, len(self.captions), self.latents.folder)
-        tell_truncated(setup.family, self.captions)
         show = setup.progress and setup.process_index == 0 and count > 0
         threads = min(8, os.cpu_count() or 1)
         with tqdm(total=count, desc="encode", disable=not show) as bar, ThreadPoolExecutor(threads) as pool:

@@ -14,7 +14,8 @@ from align.common.errors import DataError
 from align.data.captioned import EncodedData, Rows
 from align.data.dataset import Bad, Example, ExampleSet, Unlabelled
 from align.data.latent_cache import EncodedBatch
-from rewards.data.preferences import PairRow, recognise
+from rewards.data.pair_rows import PairRow
+from rewards.data.preferences import recognise
 from rewards.data.text import clean
 
 logger = logging.getLogger(__name__)

@@ -127,9 +127,11 @@ def _require_whole(where: Path, report: Mapping[str, Any]) -> None:
             more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
             wrong.append(f"{len(keys)} tensors are {said}: {', '.join(keys[:2])}{more}")
     if wrong:
+        remedy = "get it again"
+        if not where.name.startswith(("vae", "text_encoder")):
+            remedy += ", or, of a model that lost parts of blocks, read a local folder by an installed t2i-align"
         raise Unsupported(
-            f"{where} is not whole or is of another model than its config says: {'; '.join(wrong)}; get it again (a "
-            "model that lost parts of blocks is read from a local folder, by an installed t2i-align)"
+            f"{where} is not whole or is of another model than its config says: {'; '.join(wrong)}; {remedy}"
         )
 
 

@@ -45,9 +45,8 @@ class SD(Family):
     @classmethod
     def read(cls, path: str, options: dict[str, Any]) -> StableDiffusionPipeline:
         # the safety checker costs 1.2 GB and would black out what a reward should see
-        return StableDiffusionPipeline.from_pretrained(
-            path, safety_checker=None, requires_safety_checker=False, **options
-        )
+        unchecked = {"safety_checker": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline.from_pretrained(path, **options | unchecked)
 
     @property
     def scheduler_name(self) -> str:

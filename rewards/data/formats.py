@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rewards.common.errors import DataError
+from rewards.data.arrow_tables import ArrowTable, hub_table, is_hub_id, is_saved, saved_table
 from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource, UnreadableError
 from rewards.data.paths import left_out, locate_file, no_such_file, visible
 from rewards.data.records import (
@@ -28,17 +29,7 @@ from rewards.data.records import (
     read_objects,
     read_records,
 )
-from rewards.data.tables import (
-    ArrowTable,
-    ParquetTable,
-    Table,
-    content,
-    hub_table,
-    is_hub_id,
-    is_saved,
-    names_file,
-    saved_table,
-)
+from rewards.data.tables import ParquetTable, Table, content, names_file
 from rewards.data.text import MAX_CAPTION, brief, caption_fault, clean, read_text, text_fault
 from rewards.data.webdataset import tars
 

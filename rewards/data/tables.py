@@ -139,13 +139,13 @@ def names_file(cell: object) -> TypeGuard[str]:
     return not (len(cell) > 64 and cell.startswith(BASE64))
 
 
-def _columns(schema: pa.Schema, names: Sequence[str], images: Sequence[str], others: bool) -> list[str]:
+def columns_of(schema: pa.Schema, names: Sequence[str], images: Sequence[str], others: bool) -> list[str]:
     """The images and every column without bytes in it: another image would be read for nothing."""
     small = [column.name for column in schema if others and "binary" not in str(column.type)]
     return [name for name in names if name in images or name in small]
 
 
-def _texts(schema: pa.Schema) -> frozenset[str]:
+def text_columns(schema: pa.Schema) -> frozenset[str]:
     return frozenset(column.name for column in schema if TEXT.fullmatch(str(column.type)))
 
 
@@ -182,18 +182,6 @@ class RecordTable:
         return self.rows[row]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A table whose lists of images are columns of their own, ``name[0]``, ``name[1]``, .."""
-
-    table: Table
-    name: str
-
-    def record(self, row: int) -> dict[str, Any]:
-        images = self.table.record(row)[self.name]
-        return {f"{self.name}[{place}]": image for place, image in enumerate(images)}
-
-
 class ParquetTable:
     """Parquet files as one table. Rows are read 32 at a time and only the last batch is kept, so going through the rows
     in order costs one pass, and memory for one page of each column, not for a row group; row groups of which nothing
@@ -220,7 +208,7 @@ class ParquetTable:
             raise DataError(f"{self.files[0].parent} has a file that is not parquet: {error}") from error
         self.schema = schemas[0]
         self.names = [name for name in self.schema.names if all(name in schema.names for schema in schemas)]
-        self.texts, self.problems = _texts(self.schema), dict[int, str]()
+        self.texts, self.problems = text_columns(self.schema), dict[int, str]()
         self.columns = self.names
         self._group, self._first = -1, 0
         self._batch: Any = ()
@@ -231,7 +219,7 @@ class ParquetTable:
         return sum(self.counts)
 
     def select(self, images: Sequence[str], others: bool) -> None:
-        self.columns = _columns(self.schema, self.names, images, others)
+        self.columns = columns_of(self.schema, self.names, images, others)
         self._group, self._last = -1, (-1, {})
 
     def column(self, name: str, limit: int | None = None) -> list[Any]:
@@ -279,79 +267,3 @@ def _values(file: Path, name: str, column: Any) -> list[Any]:
             except UnicodeDecodeError as error:
                 raise DataError(f"{file} row {row}: {name!r} is not UTF-8 ({error.reason})") from error
         raise
-
-
-class ArrowTable:
-    """A split of a `datasets` data set, memory-mapped by that library; images stay undecoded."""
-
-    def __init__(self, dataset: Any, split: str) -> None:
-        self.dataset, self.split = dataset, split
-        self.names: list[str] = list(dataset.column_names)
-        self.files = [Path(part["filename"]) for part in dataset.cache_files]
-        self.texts, self.problems = _texts(dataset.features.arrow_schema), dict[int, str]()
-        self._selected = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self.dataset._fingerprint)
-
-    def select(self, images: Sequence[str], others: bool) -> None:
-        from datasets import Image as Encoded
-
-        columns = _columns(self.dataset.features.arrow_schema, self.names, images, others)
-        self._selected = self.dataset.select_columns(columns)
-        for name in images:
-            if isinstance(self.dataset.features[name], Encoded):
-                self._selected = self._selected.cast_column(name, Encoded(decode=False))
-
-    def column(self, name: str, limit: int | None = None) -> list[Any]:
-        return list(self.dataset.select_columns([name])[:limit][name])
-
-    def home(self, row: int) -> Path:
-        return self.files[0] if self.files else Path()
-
-    def where(self, row: int) -> str:
-        return f"{self.home(row)} row {row}"
-
-    def record(self, row: int) -> dict[str, Any]:
-        return dict(self._selected[row])
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether ``datasets`` wrote ``folder`` with ``save_to_disk``."""
-    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
-
-
-def saved_table(folder: Path, split: str | None) -> ArrowTable:
-    """What ``datasets`` wrote with ``save_to_disk``. ``DataError`` where it has several splits and none is named."""
-    from datasets import DatasetDict, load_from_disk
-
-    dataset = load_from_disk(str(folder))
-    splits = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
-    if split is None and len(splits) == 1:
-        split = next(iter(splits))
-    if split not in splits:
-        raise DataError(f"{folder} holds the splits {sorted(map(str, splits))}; say which with split, not {split!r}")
-    return ArrowTable(splits[split], str(split))
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether ``name`` can be the id of a data set on the hub, and no mistyped file."""
-    files = (".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt")
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not name.endswith(files)
-
-
-def hub_table(name: str, split: str | None) -> ArrowTable:
-    """A data set of the hub, by default its split train."""
-    from datasets import load_dataset
-
-    split = split or "train"
-    logger.info("%s is no file or folder here; asking the hub for it", name)
-    try:
-        return ArrowTable(load_dataset(name, split=split), split)
-    except (OSError, ValueError, RuntimeError) as error:  # not found, no network, no such split, needs code to run
-        reason = " ".join(str(error).split())
-        raise DataError(f"{name} is no file or folder here, nor a hub data set of split {split}: {reason}") from error
