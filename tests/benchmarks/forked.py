@@ -102,7 +102,8 @@ class Started:
     def signal(self, number: int) -> None:
         """Send a signal, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid or 0, number)
+            assert self._process.pid is not None  # it has been started
+            os.kill(self._process.pid, number)
 
     def wait(self, patience: float) -> int | None:
         """The exit status, if there is one after ``patience`` seconds."""
