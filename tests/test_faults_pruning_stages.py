@@ -271,6 +271,7 @@ def largest_file(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stages", "size"), [
     ("[analyze]", 100), ("[plan]", 400), ("[remove]", 60_000), ("[heal]", 60_000), ("[quantize]", 60_000),
 ])  # fmt: skip
@@ -306,6 +307,7 @@ def test_a_lora_of_another_model_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_memory_that_cannot_be_measured_is_told_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model_index.json and no config.json in .*report.memory: false") as error:
         peak(str(tmp_path / "nowhere"), Reporting())

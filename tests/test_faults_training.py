@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -30,10 +31,17 @@ class Harm:
         return Path.touch, (self.path,)
 
 
+TRAINED: dict[str, Path] = {}  # by its data: the run of the fixture below, trained once and copied
+
+
 @pytest.fixture
-def run(config: dict[str, Any]) -> dict[str, Any]:  # noqa: F811
+def run(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # noqa: F811
     """A run that has got to its checkpoint at step 6 and is to go on to 8."""
-    assert main(["--config", write(config, max_train_steps=6)]) == 0
+    key = str(config["data"])
+    if key not in TRAINED:
+        TRAINED[key] = tmp_path_factory.mktemp("trained") / "run"
+        assert main(["--config", write(config, max_train_steps=6, output_dir=str(TRAINED[key]))]) == 0
+    shutil.copytree(TRAINED[key], config["output_dir"])
     return config | {"resume_from_checkpoint": "latest"}
 
 
@@ -165,13 +173,13 @@ def test_nothing_of_another_run_is_replaced_unasked(
 
 
 # signals
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_run_that_is_told_to_end_saves_and_goes_on_as_if_nothing_was(
     config: dict[str, Any],  # noqa: F811
     tmp_path: Path,
     number: int,
 ) -> None:
-    config |= {"max_train_steps": 60, "checkpointing_steps": 0, "ema_decay": 0.9, "lr_scheduler": "cosine"}
+    config |= {"max_train_steps": 40, "checkpointing_steps": 0, "ema_decay": 0.9, "lr_scheduler": "cosine"}
     assert main(["--config", write(config, output_dir=str(tmp_path / "whole"))]) == 0
     process = launch(["--config", write(config)])
     while not (Path(config["output_dir"]) / "metrics.jsonl").exists():
@@ -180,7 +188,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_as_if_nothing_was(
     process.join(60)
     assert process.exitcode == STATUS
     left = sorted(path.name for path in Path(config["output_dir"]).glob("*checkpoint*"))
-    assert len(left) == 1 and left[0] != "checkpoint-60" and not list(Path(config["output_dir"]).glob(".*.tmp"))
+    assert len(left) == 1 and left[0] != "checkpoint-40" and not list(Path(config["output_dir"]).glob(".*.tmp"))
     assert main(["--config", write(config, resume_from_checkpoint="latest")]) == 0
     assert same(weights(config["output_dir"]), weights(tmp_path / "whole"))
     assert untimed(config["output_dir"]) == untimed(tmp_path / "whole")
