@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from align import families
 from align.common.command import command, parse
+from align.common.errors import require_at_least
 from align.common.provenance import provenance
 from align.evaluation.compare import Comparison, diversity, draw_and_compare, summary, table
 from align.families import Family
@@ -53,6 +54,7 @@ class Evaluate(Comparison):
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Sample, score, compare and write; returns what ``scores.json`` holds."""
+    require_at_least(1, config, "resolution")
     bench = config.bench()
     base, device = config.base or base_of(config.tuned), pick_device(config.device)
     family = families.load(base, families.DTYPES[config.mixed_precision], device)

@@ -35,7 +35,7 @@ from rewards.common.files import locked
 def rollout(config: RolloutSettings) -> Path:
     """Draw what ``config`` says and ``output_dir`` lacks; returns the folder."""
     require_at_least(2, config, "images_per_prompt")
-    require_at_least(1, config, "prompts_per_shard")
+    require_at_least(1, config, "prompts_per_shard", "limit", "resolution")
     rows = Prompts(config.prompts, config.limit).read()
     scorer = Scorer.of(config.rewards) if config.rewards else None
     with locked(config.output_dir):

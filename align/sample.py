@@ -68,7 +68,7 @@ class Sample:
 
 def sample(config: Sample) -> Path:
     """Draw and write; returns the folder. Raises :class:`UserError`."""
-    require_at_least(1, config, "images_per_prompt", "num_inference_steps", "batch_size")
+    require_at_least(1, config, "images_per_prompt", "num_inference_steps", "batch_size", "resolution")
     if any(config.output_dir.glob("*.png")):
         raise UserError(f"{config.output_dir} holds pictures already; give another output_dir")
     noise = InitialNoise.load(config.noise) if config.noise else None

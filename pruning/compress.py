@@ -35,6 +35,7 @@ from pruning.results import FILES, MAKES, Results, recipes
 from pruning.saving import card, sampling_settings, save_pipeline
 from pruning.settings import DTYPES, STAGES, Compress, Stage
 from rewards import RewardSum
+from rewards.common.device import pick_device
 from rewards.common.files import discard, locked, sweep
 
 PIPELINES = ("pruned", "healed", "int4-alone", "int4", "int4-tuned")  # in the order of the report
@@ -113,7 +114,7 @@ def _require_needed(config: Compress, results: Results, stages: Sequence[Stage],
 
 
 def _family(config: Compress, original: str) -> Family:
-    return families.load(original, device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return families.load(original, device=pick_device(config.device))
 
 
 def _pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -82,8 +82,9 @@ def checked(
     expected = f"expected a tensor of shape ({len(prompts)},)"
     if not isinstance(scores, Tensor):
         raise RewardError(f"reward {name!r} returned {type(scores).__name__}; {expected}")
-    if scores.is_complex() or scores.layout != torch.strided or scores.is_quantized:
-        raise RewardError(f"reward {name!r} returned {scores.dtype}, {scores.layout}; expected dense real numbers")
+    if scores.is_complex() or scores.layout != torch.strided or scores.is_quantized or scores.is_meta:
+        kind = f"{scores.dtype}, {scores.device} {scores.layout}"
+        raise RewardError(f"reward {name!r} returned {kind}; expected dense real numbers")
     if scores.shape != (len(prompts),):
         raise RewardError(f"reward {name!r} returned {tuple(scores.shape)}; {expected}")
     kept = scores.to(images.device, torch.float32)

@@ -40,6 +40,8 @@ class RewardConfig:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise RewardError(f"reward {self.title!r}: weight is {self.weight}; expected a finite number")
         if self.timeout is not None and not 0 < self.timeout <= threading.TIMEOUT_MAX:
             raise RewardError(f"reward {self.title!r}: timeout is {self.timeout}; expected seconds above 0, or null")
         if self.normalize is not None:
@@ -80,6 +82,8 @@ def parse_rewards(given: Named | Sequence[Named], weighted: bool = True) -> list
     where one has a weight.
     """
     entries = [given] if isinstance(given, str | Mapping | RewardConfig) else given
+    if not isinstance(entries, Sequence):
+        raise RewardError(f"rewards are {given!r}; {EXPECTED}, or a list of these")
     configs = [config for entry in entries for config in _read(entry)]
     titles = [config.title for config in configs]
     for config in configs:

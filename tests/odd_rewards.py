@@ -51,6 +51,7 @@ class Odd:
             "scalar": lambda: mean.mean(),
             "one more": lambda: torch.cat([mean, mean[:1]]),
             "sparse": lambda: mean.to_sparse(),
+            "meta": lambda: mean.to("meta"),
             "number": lambda: 3,
             "list": lambda: mean.tolist(),
             "array": lambda: mean.numpy(),

@@ -58,6 +58,7 @@ ODD = {
     "scalar": r"returned \(\); expected",
     "one more": r"returned \(3,\); expected",
     "sparse": "torch.sparse_coo; expected dense real numbers",
+    "meta": "meta torch.strided; expected dense real numbers",
     "number": "returned int; expected a tensor",
     "list": "returned list; expected a tensor",
     "array": "returned ndarray; expected a tensor",

@@ -142,6 +142,10 @@ def not_finite(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ("change", "message"),
     [
         (without_b, "has A alone"),
+        (
+            lambda state: {k: v.to(torch.int32) for k, v in state.items()},
+            "torch.int32, and a LoRA's are floating-point",
+        ),
         (with_key("unet.mid_block.to_q.lora_magnitude_vector"), "DoRA, LoKr, LoHa"),
         (with_key("unet.mid_block.to_q.lokr_w1"), "DoRA, LoKr, LoHa"),
         (with_key("unet.mid_block.weight"), "is no LoRA tensor"),

@@ -74,8 +74,10 @@ def parse(
         try:
             reward_keys = _reward_keys(settings)
             arguments = _rewritten(_one_reward_list(arguments, reward_keys), Path(scratch), reward_keys)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             parser.error(f"--config is no YAML: {error}")
+        except OSError as error:  # no right to read it, or no room for a copy in today's names
+            parser.error(f"--config: {error}")
         except UserError as error:
             parser.error(str(error))
         namespace: Namespace = parser.parse_args(arguments)

@@ -122,6 +122,8 @@ def read_lora(source: Path, pipe: DiffusionPipeline | None = None, denoiser: str
         a, b = found["A"], found["B"]
         if a.ndim < 2 or b.ndim < 2 or len(a) != b.shape[1] or not len(a):
             raise UserError(f"{path}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, whose ranks differ")
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise UserError(f"{path}: {name} has weights of {a.dtype} and {b.dtype}, and a LoRA's are floating-point")
         if not (a.isfinite().all() and b.isfinite().all()):
             raise UserError(f"{path}: {name} has NaN or infinite weights; was training stopped too late?")
         scale = _scale(path, name, len(a), found.get("alpha"), settings)
