@@ -328,3 +328,17 @@ def test_a_key_that_comes_twice_is_an_error_and_home_is_home(
     other = tmp_path / "again.yaml"
     other.write_text(path.read_text().replace("\nlearning_rate: 2.0\n", "").replace(str(tmp_path / "run"), "~/again"))
     assert main(["--config", str(other), "--max_train_steps", "1"]) == 0 and (tmp_path / "again").is_dir()
+
+
+def test_one_trains_into_a_folder_at_a_time(
+    config: dict[str, Any],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    process = launch(["--config", write(config, max_train_steps=2000)])
+    while not (Path(config["output_dir"]) / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    assert main(["--config", write(config, overwrite_output_dir=True)]) == 2
+    assert f"process {process.pid} on" in capsys.readouterr().err
+    process.kill()
+    process.join(30)
+    assert main(["--config", write(config, resume_from_checkpoint="latest", max_train_steps=2000, dry_run=True)]) == 0

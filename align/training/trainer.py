@@ -43,6 +43,7 @@ from align.training.optimizer import build_optimizer, build_scheduler
 from align.training.preemption import Preempted, Preemption
 from align.training.progress import drawing
 from align.training.validation import held_out_values, sample_grid
+from rewards.common.files import locked
 
 TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
 
@@ -93,9 +94,8 @@ class Trainer:
             self.folder.require_same(source, self._settings())
         if accelerator.is_main_process:  # first of all: encoding a data set may take hours
             self.folder.claim(source is not None, config.overwrite_output_dir, self.family.denoiser_name)
-        ranks = accelerator.process_index, accelerator.num_processes
-        setup = Setup(self.family, config.seed, *ranks, accelerator.is_main_process, accelerator.wait_for_everyone)
-        self.data = config.data.prepare(setup)
+        ranks = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+        self.data = config.data.prepare(Setup(self.family, config.seed, *ranks, accelerator.wait_for_everyone))
         self.held_out = config.validation_data.prepare(Setup(self.family)) if config.validation_data else None
         rate = config.learning_rate * (self.sizes.update * accelerator.num_processes if config.scale_lr else 1)
         optimizer = build_optimizer(config, self.policy, rate)
@@ -178,11 +178,11 @@ class Trainer:
         )
         items = range(first // self.sizes.group, (first + mine - 1) // self.sizes.group + 1)
         chosen = shuffled(len(self.data), self.sizes.samples // self.sizes.group, config.seed, self.rollouts)
-        views = (rng.uniform(ctx.generators("view")) * config.data.variants).long().tolist()
-        batch = self.data.batch([chosen[item] for item in items], views[: len(items)])
+        views = (rng.uniform(ctx.generators("view")) * config.data.variants).long().tolist()[: len(items)]
+        batch = self.data.batch([chosen[item] for item in items], views)
         self.last = copy.deepcopy(self._state())  # what a rollout that is given up goes back to
-        alone = accelerator.num_processes == 1  # several give up together, at the end of it
-        with torch.no_grad(), accelerator.autocast(), self.preemption.at_once(alone):
+        at_once = self.preemption.at_once(accelerator.num_processes == 1)  # several give up together, at its end
+        with torch.no_grad(), accelerator.autocast(), at_once:
             table = config.objective.rollout(ctx, batch)
         self.rollouts += 1
         told = ctx.gather(torch.tensor([[len(table), self.preemption.asked]]))
@@ -220,10 +220,8 @@ class Trainer:
                 with accelerator.autocast():
                     loss, metrics = config.objective.loss(ctx, chunks[k]) if share else (self.policy.zero(), {})
                 accelerator.backward(loss * share * len(sizes))  # processes average their gradients
-            if not share:
-                continue
-            losses.append(loss.detach())
-            for name, value in {"loss": losses[-1], **metrics}.items():
+            losses += [loss.detach()] if share else []
+            for name, value in ({"loss": losses[-1], **metrics} if share else {}).items():
                 if name.endswith("_max"):
                     totals[name] = torch.maximum(totals.get(name, value), value)
                 else:
@@ -270,8 +268,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _settings(self) -> dict[str, Any]:
-        rows = self.sizes.update * self.accelerator.num_processes
-        return (yaml.safe_load(self.resolved) or {}) | {"rows of an update": rows}
+        rows = {"rows of an update": self.sizes.update * self.accelerator.num_processes}
+        return (yaml.safe_load(self.resolved) or {}) | rows
 
     def _parts(self) -> Parts:
         return Parts(self.policy, self.optimizer, self.scheduler, self.accelerator.scaler, self.config.objective)
@@ -296,4 +294,7 @@ def train(config: TrainConfig, resolved: str = "") -> Path:
     loop = Trainer(config, resolved or dumped(config))
     loop.sizes.check()
     loop.accelerator.print(loop.sizes.describe(loop.policy))
-    return loop.folder.path if config.dry_run else loop.run()
+    if config.dry_run:
+        return loop.folder.path
+    with locked(loop.folder.path):
+        return loop.run()
