@@ -16,12 +16,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
-	$(BIN)/python -m align.train --config configs/dpo_shapes.yaml --output_dir $(DEMO)
+	$(BIN)/python -m align.train --config configs/dpo_shapes.yaml --output_dir $(DEMO) --overwrite_output_dir true
 	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)
 
 demo-sd3: $(STAMP)
 	rm -rf $(DEMO)-sd3
-	$(BIN)/python -m align.train --config configs/dpo_shapes_sd3.yaml --output_dir $(DEMO)-sd3
+	$(BIN)/python -m align.train --config configs/dpo_shapes_sd3.yaml --output_dir $(DEMO)-sd3 --overwrite_output_dir true
 	$(BIN)/python -m align.evaluate --config configs/evaluate_shapes.yaml --tuned $(DEMO)-sd3 --guidance_scale 1
 
 demo-compress: $(STAMP)
