@@ -600,8 +600,8 @@ def pairs() -> Iterator[Case]:
                 return line(base, place, {key: str(make(place))})
 
             # what scores two equal images alike counts one half
-            status = (0, 2) if (base, member) == ("agree", "both images the same") else (2,)
-            yield Case("pairs", member, base, words, ("bad",), status)
+            fine = (base, member) == ("agree", "both images the same")
+            yield Case("pairs", member, base, words, ("bad",), (0, 2) if fine else (2,), fine)
 
 
 PROMPT_KEYS = {
