@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from align.train import main
@@ -342,3 +343,25 @@ def test_one_trains_into_a_folder_at_a_time(
     process.kill()
     process.join(30)
     assert main(["--config", write(config, resume_from_checkpoint="latest", max_train_steps=2000, dry_run=True)]) == 0
+
+
+def test_a_signal_in_the_midst_of_exchanging_weights_leaves_a_whole_checkpoint(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds adapters that are switched off and frozen, for the reference to be asked."""
+    arguments = {"sampler": {"num_inference_steps": 2, "guidance_scale": 1.0}, "images_per_prompt": 2}
+    settings = online(tiny_folders["epsilon"], tmp_path, "D3PO", **arguments)
+    settings |= {"train_batch_size": 12, "max_train_steps": 2, "checkpointing_steps": 0}
+    assert main(["--config", write(settings, output_dir=str(tmp_path / "whole"))]) == 0
+    switch, calls = BaseTunerLayer.enable_adapters, []
+
+    def signalled(self: BaseTunerLayer, enabled: bool) -> None:
+        switch(self, enabled)
+        calls.append(enabled)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(BaseTunerLayer, "enable_adapters", signalled)
+    assert main(["--config", write(settings)]) == STATUS and calls[:3] == [False] * 3
+    assert main(["--config", write(settings, resume_from_checkpoint="latest")]) == 0
+    assert same(weights(settings["output_dir"]), weights(tmp_path / "whole"))

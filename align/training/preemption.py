@@ -21,7 +21,6 @@ class Preemption:
 
     def __init__(self) -> None:
         self.asked = False
-        self._at_once = False
         self._before: dict[int, Any] = {}
 
     @contextmanager
@@ -34,22 +33,17 @@ class Preemption:
         finally:
             self._forget()
 
-    @contextmanager
-    def at_once(self, wanted: bool = True) -> Iterator[None]:
-        """Within, a signal raises :class:`Preempted` where it finds the process: for work that is done again anyway."""
-        self._at_once = wanted
-        try:
-            if wanted and self.asked:
-                raise Preempted
-            yield
-        finally:
-            self._at_once = False
+    def check(self) -> None:
+        """Raise :class:`Preempted` where a signal has come; to be called where work can be given up and done again.
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        The handler itself raises nothing: it finds the process anywhere, also while weights are exchanged or frozen.
+        """
+        if self.asked:
+            raise Preempted
+
+    def _hear(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
         self._forget()
-        if self._at_once:
-            raise Preempted
 
     def _forget(self) -> None:
         for number, handler in self._before.items():

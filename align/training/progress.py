@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 
-def drawing(bar: Any, total: int) -> Callable[[int], object]:
-    """Show in the training bar how many of a rollout's pictures are drawn."""
+def drawing(bar: Any, total: int, check: Callable[[], None]) -> Callable[[int], object]:
+    """Show in the training bar how many of a rollout's images are drawn; ``check`` may give the rollout up there,
+    between batches, where no weight is exchanged."""
     count = 0
 
     def progress(more: int) -> None:
         nonlocal count
+        check()
         count += more
         bar.set_postfix_str(f"drawing {count}/{total}")
 

@@ -163,6 +163,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         rank, mine = accelerator.process_index, self.sizes.samples // accelerator.num_processes
         first = mine * rank
+        check = self.preemption.check if accelerator.num_processes == 1 else lambda: None  # several: at its end
         ctx = Context(
             self.policy,
             config.seed,
@@ -174,15 +175,14 @@ class Trainer:
             tolerance=TOLERANCES[config.precision],
             features=self.features,
             resolution=config.data.resolution,
-            progress=drawing(bar, mine) if bar is not None and self.scorer is not None else None,
+            progress=drawing(bar, mine, check) if bar is not None and self.scorer is not None else None,
         )
         items = range(first // self.sizes.group, (first + mine - 1) // self.sizes.group + 1)
         chosen = shuffled(len(self.data), self.sizes.samples // self.sizes.group, config.seed, self.rollouts)
         views = (rng.uniform(ctx.generators("view")) * config.data.variants).long().tolist()[: len(items)]
         batch = self.data.batch([chosen[item] for item in items], views)
         self.last = copy.deepcopy(self._state())  # what a rollout that is given up goes back to
-        at_once = self.preemption.at_once(accelerator.num_processes == 1)  # several give up together, at its end
-        with torch.no_grad(), accelerator.autocast(), at_once:
+        with torch.no_grad(), accelerator.autocast():
             table = config.objective.rollout(ctx, batch)
         self.rollouts += 1
         told = ctx.gather(torch.tensor([[len(table), self.preemption.asked]]))
