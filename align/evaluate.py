@@ -24,6 +24,7 @@ from align.families import Family
 from align.sampling.diversity import Features
 from align.training.model_card import add_section
 from align.training.run_folder import base_of
+from rewards.common.command import exit_status
 from rewards.common.device import pick_device
 from rewards.common.files import locked, write_text
 
@@ -89,6 +90,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     return report
 
 
+@exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     config, _ = parse(Evaluate, "align.evaluate", __doc__, argv)
 

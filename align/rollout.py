@@ -28,6 +28,7 @@ from align.data.trajectories import RolloutFolder
 from align.evaluation.rollout_writer import RolloutSettings, RolloutWriter, record_of
 from align.objectives.online.rewards import Scorer
 from align.policy.policy import Policy
+from rewards.common.command import exit_status
 from rewards.common.device import pick_device
 from rewards.common.files import locked
 
@@ -51,6 +52,7 @@ def rollout(config: RolloutSettings) -> Path:
     return folder.path
 
 
+@exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     config, _ = parse(RolloutSettings, "align.rollout", __doc__, argv)
     return command(lambda: rollout(config), argv)

@@ -24,6 +24,7 @@ from align.data.prompts import read_prompts
 from align.evaluation import gallery
 from align.policy.initial_noise import InitialNoise
 from align.sampling import generate
+from rewards.common.command import exit_status
 from rewards.common.device import pick_device
 from rewards.common.files import locked, write_text
 from rewards.common.page import Card, Figure, Page
@@ -112,6 +113,7 @@ def _prompts(given: str | None, noise: InitialNoise | None) -> list[str]:
     return read_prompts(given) if given.endswith((".txt", ".jsonl", ".json")) else [given]
 
 
+@exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     config, _ = parse(Sample, "align.sample", __doc__, argv)
     return command(lambda: sample(config), argv)

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from align.common.command import command, parse
 from align.training.config import TrainConfig
+from rewards.common.command import exit_status
 
 
+@exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     config, resolved = parse(TrainConfig, "align.train", __doc__, argv)
     return command(lambda: run(config, resolved), argv)

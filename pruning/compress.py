@@ -35,6 +35,7 @@ from pruning.results import FILES, MAKES, Results, recipes
 from pruning.saving import card, sampling_settings, save_pipeline
 from pruning.settings import DTYPES, STAGES, Compress, Stage
 from rewards import RewardSum
+from rewards.common.command import exit_status
 from rewards.common.device import pick_device
 from rewards.common.files import discard, locked, sweep
 
@@ -251,6 +252,7 @@ def _quantize(config: Compress, results: Results, source: str, name: str) -> Non
     _save(config, results, pipe, name, "4-bit NF4 weights (bitsandbytes)", "\n".join(reports))
 
 
+@exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     config, resolved = parse(Compress, "pruning.compress", __doc__, argv)
     return command(lambda: _until_stopped(config, resolved), argv)

@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rewards.base import RewardSum
-from rewards.common.command import add_reading_options, check_at_least, new_parser, status
+from rewards.common.command import add_reading_options, check_at_least, exit_status, new_parser, status
 from rewards.common.device import pick_device
 from rewards.common.errors import RewardError
 from rewards.common.files import write_text
@@ -268,6 +268,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where the user has something to put right."""
     parser = new_parser("rewards.agree", __doc__)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rewards.common.command import OldName, add_reading_options, check_at_least, new_parser, status
+from rewards.common.command import OldName, add_reading_options, check_at_least, exit_status, new_parser, status
 from rewards.common.errors import RewardError, WriteError
 from rewards.common.files import atomic, locked, sweep, write_text
 from rewards.config import parse_rewards
@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     single = output.suffix == ".parquet"
     if (single and output.is_dir()) or (not single and (output.is_file() or (output.suffix and not output.is_dir()))):
         raise RewardError(f"--output is {output}; expected a file name that ends in .parquet, or a folder's name")
-    check_at_least(arguments, batch_size=1, shard_size=1, threads=1, workers=1, max_bad=0, limit=1, gallery=1)
+    least = {"batch_size": 1, "shard_size": 1, "threads": 1, "workers": 1, "max_bad": 0, "limit": 1, "gallery": 1}
+    check_at_least(arguments, **least, patience=0)
     rank, local, world = (_environment(*pair) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     named = parse_rewards(arguments.reward, weighted=False)
     labels = [one.title for one in named]
@@ -187,6 +188,7 @@ def _environment(name: str, default: int) -> int:
     return int(text)
 
 
+@exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where images could not be read, 2 where the user has something to put right."""
     parser = new_parser("rewards.score", __doc__)

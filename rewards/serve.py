@@ -30,7 +30,7 @@ from pathlib import Path
 
 from rewards import RewardError
 from rewards.base import RewardSum
-from rewards.common.command import new_parser, status
+from rewards.common.command import exit_status, new_parser, status
 from rewards.common.device import pick_device
 from rewards.config import parse_rewards
 from rewards.models.remote import TOKEN
@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@exit_status
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where the user has something to put right."""
     parser = new_parser("rewards.serve", __doc__)

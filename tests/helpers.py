@@ -95,6 +95,12 @@ def untimed(folder: str | Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "time"} for line in lines(folder)]
 
 
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """Every file under ``folder``: what must be the same where nothing is to be written."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
 def errors(text: str) -> list[str]:
     """What a user is told: the lines of ``text`` that begin with ``error:``."""
     return [line for line in text.splitlines() if line.startswith("error:")]

@@ -228,6 +228,25 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
         open_input(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", [b"", b"no archive" * 99])
+def test_what_is_no_archive_is_told_in_a_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(DataError, match="a.tar is not a whole tar file: ReadError.*; make it anew") as stopped:
+        rows_of(tmp_path / "a.tar")
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "other.jsonl", "a.doc", "folder"])
+def test_what_holds_no_pairs_is_told_in_a_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "other.jsonl").write_text('{"x": 1}\n')
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "a.doc").touch()
+    with pytest.raises(DataError, match="expected .* python -m pydoc rewards.data.preferences") as stopped:
+        read_pairs(tmp_path / name)
+    assert "\n" not in str(stopped.value)
+
+
 def test_system_files_in_an_archive_are_no_rows(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name in ("./a.png", "__MACOSX/._a.png", "__MACOSX/a.png", ".ipynb_checkpoints/a.png"):

@@ -265,11 +265,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "JSON of another kind": (lambda f: (f / "vae" / "config.json").write_text("[]"), r"vae/config.json holds a list"),
     "no config": (lambda f: (f / "vae" / "config.json").unlink(), r"vae cannot be read as a AutoencoderKL"),
     "unknown class": (lambda f: change(f / "model_index.json", unet=["diffusers", "Nothing"]), r"has no Nothing"),
+    "a part of a library that is not there": (
+        lambda f: change(f / "model_index.json", unet=["nowhere", "NoSuch"]), r"unet is said to be NoSuch of 'nowhere'"
+    ),
+    "a part that is no model": (lambda f: change(f / "model_index.json", unet=["os", "system"]), r"system of 'os'"),
     "no class": (lambda f: change(f / "model_index.json", _class_name=3), r"has no _class_name"),
     "NaN in a config": (
         lambda f: change(f / "scheduler" / "scheduler_config.json", beta_end=float("nan")), r"beta_end is nan"
     ),
     "endless": (lambda f: change(f / "text_encoder" / "config.json", num_hidden_layers=10**9), r"hidden_layers is"),
+    "a negative count": (lambda f: change(f / "unet" / "config.json", layers_per_block=-1), r"layers_per_block is -1"),
     "negative width": (lambda f: change(f / "unet" / "config.json", block_out_channels=[-8, 16]), r"cannot be read"),
     "no scale": (lambda f: change(f / "vae" / "config.json", scaling_factor=0), r"scaling_factor is 0"),
     "no size": (lambda f: change(f / "unet" / "config.json", sample_size=None), r"sample_size None; expected the side"),

@@ -29,7 +29,7 @@ from pruning import compress
 from pruning.plan import Plan
 from pruning.report import Reporting, peak
 from rewards.common.files import locked
-from tests.helpers import errors
+from tests.helpers import contents, errors
 
 STAGES = "[analyze,plan,remove,heal,quantize,tune]"
 
@@ -323,6 +323,13 @@ def test_one_compresses_into_a_folder_at_a_time(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pipelines_own_folder_is_not_written_into(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents("model")
+    assert run(config | {"output_dir": "model"}) == 2
+    assert "model is a pipeline's own folder" in errors(capsys.readouterr().err)[0]
+    assert contents("model") == before
+
+
 NAN, INF = float("nan"), float("inf")
 
 
@@ -342,11 +349,7 @@ def test_impossible_numbers_are_refused_before_anything_is_written(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
 ) -> None:
     config |= {"heal": None, "tune": None} | change
-    try:
-        code: Any = run(config, stages="[analyze,plan,remove,report]" if "report" in change else "[analyze,plan]")
-    except SystemExit as error:  # by the parser
-        code = error.code
-    assert code == 2
+    assert run(config, stages="[analyze,plan,remove,report]" if "report" in change else "[analyze,plan]") == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(told) < 500
     assert not (tmp_path / "out").exists()

@@ -294,12 +294,19 @@ def test_a_device_that_is_not_there_is_one_line(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("patience", ["nan", "-1"])
+def test_patience_is_a_number_of_seconds(folder: Path, patience: str, capsys: pytest.CaptureFixture[str]) -> None:
+    output = folder.parent / "s"
+    words = [str(folder), "--reward", "JPEGCompressibility", "--output", str(output), f"--patience={patience}"]
+    assert score.main(words) == 2
+    assert errors(capsys.readouterr().err)[0].startswith("error: --patience is ")
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("name", ["rewards.score", "rewards.agree", "rewards.serve"])
 def test_a_wrong_option_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = __import__(name, fromlist=["main"])
-    with pytest.raises(SystemExit) as left:
-        module.main(["--reward", "Shapes", "--nonsense"])
-    assert left.value.code == 2
+    assert module.main(["--reward", "Shapes", "--nonsense"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -33,6 +33,7 @@ from align.objectives.online.replay import log_probs
 from align.policy.policy import LoRA, Policy
 from align.sampling.loop import initial_noise, sample
 from align.sampling.sampler import Sampler
+from tests.helpers import contents
 
 PROMPTS = ["two red stars", "a blue circle", "a black square", "a star and a circle", "two red stars"]
 K, T, GUIDANCE = 3, 3, 2.0
@@ -74,10 +75,6 @@ def copy(round1: Path, tmp_path: Path) -> Path:
 
 def manifest(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:

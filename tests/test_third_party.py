@@ -132,9 +132,7 @@ def test_mistakes_in_their_settings_and_data_are_one_line(
     from align.train import main
 
     config = ["--config", str(THEIRS / "config.yaml"), f"--pretrained_model_name_or_path={pipeline}"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*config, "--objective.temperature", "0"])
-    assert stopped.value.code == 2
+    assert main([*config, "--objective.temperature", "0"]) == 2
     assert "temperature must be positive, got 0.0" in capsys.readouterr().err
     assert main([*config, f"--data.path={tmp_path}"]) == 2
     assert f"{tmp_path} (ranked folders) holds no usable pairs" in capsys.readouterr().err

@@ -30,7 +30,7 @@ class PairBatch(EncodedBatch):
 
 @dataclass
 class PreferencePairs(EncodedData):
-    """A preference data set in one of the ``LAYOUTS`` of :mod:`rewards.data.preferences`, and how its images are cut.
+    """A preference data set in one of the layouts of :mod:`rewards.data.preferences`, and how its images are cut.
 
     Args:
         ties: drop rows that have no winner, or stop at them (error).

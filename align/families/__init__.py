@@ -1,7 +1,8 @@
 """A family hides diffusers: one file for each kind of pipeline."""
 
 from align.families.captions import tell_truncated
-from align.families.family import LORA_FILE, SAMPLING_FILE, Conditioning, Family, Unsupported
+from align.families.conditioning import Conditioning
+from align.families.family import LORA_FILE, SAMPLING_FILE, Family, Unsupported
 from align.families.loading import (
     DTYPES,
     FAMILIES,

@@ -12,7 +12,6 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +23,7 @@ from align.common.errors import UserError
 from align.common.renames import upgrade
 from align.diffusion.kernels import Kernel
 from align.diffusion.process import Grid, Prediction, PredictionType, append_dims, upcast
+from align.families.conditioning import Conditioning
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -34,34 +34,6 @@ SAMPLING_FILE = "sampling.json"  # a folder may say which guidance and steps its
 
 class Unsupported(UserError):
     """A model folder that is missing, or of a pipeline class without a family."""
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a prompt batch becomes: named tensors whose first dimension is the batch."""
-
-    tensors: dict[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def take(self, index: Tensor | slice) -> Conditioning:
-        """The rows ``index`` selects."""
-        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
-
-    def expand(self, count: int) -> Conditioning:
-        """A batch of one, seen ``count`` times without a copy."""
-        return Conditioning({name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        return Conditioning({name: tensor.to(device, dtype) for name, tensor in self.tensors.items()})
-
-    @staticmethod
-    def cat(conds: Sequence[Conditioning]) -> Conditioning:
-        return Conditioning({name: torch.cat([cond[name] for cond in conds]) for name in conds[0].tensors})
 
 
 class Family(ABC):
@@ -104,6 +76,11 @@ class Family(ABC):
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Text to conditions; gradients reach the text encoders unless the caller forbids it."""
+
+    def require_steps(self, steps: int) -> None:
+        """Raise :class:`UserError` for more than the scheduler's training times."""
+        if not 1 <= steps <= (most := self.pipe.scheduler.config.num_train_timesteps):
+            raise UserError(f"num_inference_steps must lie between 1 and {most} for {self.source}, got {steps}")
 
     @abstractmethod
     def grid(self, steps: int) -> Grid:
@@ -294,6 +271,3 @@ def _fingerprint(module: nn.Module) -> str:
     """Of about 1,024 numbers of each parameter, evenly spaced: training changes them, while in a sum it cancels out."""
     sampled = [p.detach().flatten()[:: max(1, p.numel() // 1024)].float().cpu() for p in module.parameters()]
     return hashlib.sha256(torch.cat(sampled).numpy().tobytes()).hexdigest()
-
-
-Column = Tensor | Conditioning

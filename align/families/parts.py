@@ -50,13 +50,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Library and class of every part that ``model_index.json`` names."""
-    index = read_json(folder / INDEX)
-    return {
-        name: (entry[0], entry[1])
-        for name, entry in index.items()
-        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
-    }
+    """Library and class of every part that ``model_index.json`` names. Raises :class:`Unsupported`."""
+    import diffusers
+
+    found = {}
+    for name, entry in read_json(folder / INDEX).items():
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            continue  # a setting of the pipeline, or a part that it has none of
+        library, class_name = entry
+        # diffusers calls a module of a pipeline's own package by the package's name
+        if library not in ("diffusers", "transformers") and not hasattr(diffusers.pipelines, library):
+            raise Unsupported(
+                f"{folder / INDEX}: {name} is said to be {class_name} of {library!r}; expected a class of diffusers or "
+                "transformers"
+            )
+        found[name] = library, class_name
+    return found
 
 
 def configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -195,9 +204,11 @@ def _require_possible(path: Path, content: object, key: str = "") -> None:
         for name, item in items:
             _require_possible(path, item, str(name))
     elif isinstance(content, int | float) and not isinstance(content, bool):
-        endless = content > _MOST and ("layers" in key or "timesteps" in key)
+        count = "layers" in key or "timesteps" in key
+        endless = content > _MOST and count
         finite = math.isfinite(content) or key == "lambda_min_clipped"  # DPM++ says -inf for no bound
-        if not finite or endless or (content <= 0 and key in ("scaling_factor", "num_train_timesteps")):
+        low = content <= 0 if key in ("scaling_factor", "num_train_timesteps") else count and content < 0
+        if not finite or endless or low:
             raise Unsupported(f"{path}: {key} is {content}, which no model has; get the file again")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from align.diffusion.kernels import DDIM, Kernel
 from align.diffusion.process import Grid, PredictionType
-from align.families.family import Conditioning, Family, Unsupported
+from align.families.conditioning import Conditioning
+from align.families.family import Family, Unsupported
 from align.families.parts import require_latents
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -75,6 +76,7 @@ class SD(Family):
         return Conditioning({"prompt_embeds": embeds})
 
     def grid(self, steps: int) -> Grid:
+        self.require_steps(steps)
         self.scheduler.set_timesteps(steps)
         t = self.scheduler.timesteps
         last = t[-1:] - self.scheduler.config.num_train_timesteps // steps  # where diffusers' DDIM lands

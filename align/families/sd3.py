@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from align.common.errors import UserError
 from align.diffusion.kernels import FlowSDE, Kernel
 from align.diffusion.process import Grid, PredictionType
-from align.families.family import Conditioning, Family, Unsupported
+from align.families.conditioning import Conditioning
+from align.families.family import Family, Unsupported
 from align.families.parts import require_latents
 
 T5_TOKENS = 256  # StableDiffusion3Pipeline's own default for max_sequence_length
@@ -119,6 +120,7 @@ class SD3(Family):
         return super().latent_shape(resolution)
 
     def grid(self, steps: int) -> Grid:
+        self.require_steps(steps)
         self.scheduler.set_timesteps(steps, mu=self._mu)
         t = torch.cat([self.scheduler.timesteps, torch.zeros(1)])
         return Grid(t, 1 - self.scheduler.sigmas, self.scheduler.sigmas.clone())

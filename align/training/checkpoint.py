@@ -123,8 +123,7 @@ def write(folder: Path, parts: Parts, state: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint, all of whose files have been opened. Raises :class:`UserError` saying what is wrong
-    with it."""
+    """The state in a checkpoint. Raises :class:`UserError` saying what is wrong with the file that holds it."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if not isinstance(state, dict):
@@ -132,17 +131,27 @@ def read(folder: Path) -> dict[str, Any]:
         for name in ("step", "rollouts"):
             if type(state.get(name)) is not int or state[name] < 0:
                 raise ValueError(f"{STATE}: {name} is {state.get(name)!r}, not a count")
-        wanted = {"evaluations": dict, "objective": dict}
-        if wrong := [name for name, kind in wanted.items() if not isinstance(state.get(name), kind)]:
+        objects = ["evaluations", "objective", *(["settings"] if "settings" in state else [])]  # 0.1 kept no settings
+        if wrong := [name for name in objects if not isinstance(state.get(name), dict)]:
             raise ValueError(f"{STATE}: {wrong[0]} is missing or of another kind")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder} is no whole checkpoint: {error}") from error
+    return state
+
+
+def check(folder: Path) -> None:
+    """Raise :class:`UserError` where a checkpoint is not whole; its state and every number in its tensors are read."""
+    read(folder)
+    try:
         if not (folder / OLD_OPTIMIZER).is_file() and not (folder / OPTIMIZER).is_file():
             raise ValueError(f"there is no {OPTIMIZER}")
         for path in [folder / WEIGHTS, *folder.glob("*.safetensors")]:
             with safe_open(path, "pt") as file:
-                file.keys()
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+                for name in file.keys():  # noqa: SIM118  a file is no mapping
+                    if not torch.isfinite(file.get_tensor(name)).all():
+                        raise ValueError(f"{path.name}: {name} is not finite")
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is no whole checkpoint: {error}") from error
-    return state
 
 
 @torch.no_grad()
@@ -158,7 +167,9 @@ def load(folder: Path, parts: Parts) -> dict[str, Any]:
         if parts.policy.ema is not None:
             parts.policy.ema.optimization_step = state["step"]
         old = not (folder / OPTIMIZER).is_file()
-        parts.optimizer.load_state_dict(_old(folder / OLD_OPTIMIZER) if old else _optimizer(folder, state))
+        optimizer = _old(folder / OLD_OPTIMIZER) if old else _optimizer(folder, state)
+        _require_shapes(optimizer["state"], parts.optimizer)
+        parts.optimizer.load_state_dict(optimizer)
         parts.scheduler.load_state_dict(_old(folder / OLD_SCHEDULER) if old else state["scheduler"])
         if parts.scaler is not None:
             parts.scaler.load_state_dict(_old(folder / OLD_SCALER) if old else state["scaler"])
@@ -182,6 +193,16 @@ def _optimizer(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         number, _, name = key.partition(".")
         entries.setdefault(int(number), {})[name] = value
     return {"state": entries, "param_groups": state["optimizer"]["groups"]}
+
+
+def _require_shapes(moments: Mapping[int, Mapping[str, Any]], optimizer: Any) -> None:
+    """Torch takes any tensor for a parameter's moment, and finds out at the first step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in moments.items():
+        for name in ("exp_avg", "exp_avg_sq", "state1", "state2"):  # torch's and bitsandbytes' names
+            if name in entries and entries[name].shape != parameters[number].shape:
+                shapes = tuple(entries[name].shape), tuple(parameters[number].shape)
+                raise ValueError(f"{name} of parameter {number} is {shapes[0]}, the parameter {shapes[1]}")
 
 
 def _old(path: Path) -> Any:

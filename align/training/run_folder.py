@@ -33,12 +33,8 @@ class RunFolder:
 
     def claim(self, resumed: bool, overwrite: bool, denoiser: str) -> None:
         """Make the folder. Raises :class:`UserError` where it cannot be written, or where a run that is not resumed
-        would replace the weights or checkpoints of another, unless ``overwrite``. A pipeline's own folder
-        (``model_index.json``) is never written into."""
-        if (self.path / "model_index.json").exists():
-            raise UserError(
-                f"{self.path} is a pipeline's own folder, whose weights a run would replace; give another output_dir"
-            )
+        would replace the weights or checkpoints of another, unless ``overwrite``."""
+        claim(self.path)
         names = (LORA_FILE, NOISE_FILE, denoiser)
         left = [path for path in (*self.checkpoints(), *(self.path / name for name in names)) if path.exists()]
         if left and not resumed:
@@ -49,7 +45,6 @@ class RunFolder:
                 )
             for path in left:
                 discard(path)
-        claim(self.path)
 
     def require_same(self, source: Path, settings: dict[str, Any]) -> None:
         """Raise :class:`UserError` where the run of the checkpoint ``source`` had other settings that matter."""
@@ -104,7 +99,7 @@ class RunFolder:
         if wanted == "latest":
             for path in reversed(self.checkpoints()):
                 try:
-                    checkpoint.read(path)
+                    checkpoint.check(path)
                     return path
                 except UserError as error:
                     print(f"warning: {error}; going back to the one before", file=sys.stderr)
@@ -112,7 +107,7 @@ class RunFolder:
         places = (Path(wanted), self.path / wanted)
         for path in places:
             if path.is_dir() and (path / checkpoint.STATE).exists():
-                checkpoint.read(path)
+                checkpoint.check(path)
                 return path
         raise UserError(
             f"resume_from_checkpoint: {wanted!r} is not a checkpoint folder; use 'latest' or one of "

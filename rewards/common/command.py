@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import sys
 import traceback
@@ -65,7 +66,7 @@ def add_reading_options(parser: argparse.ArgumentParser, max_bad: int) -> None:
 def check_at_least(arguments: argparse.Namespace, **least: int) -> None:
     """``RewardError`` where one of these options is given and below its least value."""
     for name, bound in least.items():
-        if (value := getattr(arguments, name)) is not None and value < bound:
+        if (value := getattr(arguments, name)) is not None and not value >= bound:  # nor NaN
             raise RewardError(f"--{name} is {value}; expected at least {bound}")
 
 
@@ -79,6 +80,22 @@ class OldName(argparse.Action):
             f"warning: {option} is called --{self.dest} now; the old name goes with the next release", file=sys.stderr
         )
         setattr(namespace, self.dest, values)
+
+
+def exit_status(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A command's ``main``, which returns its exit status also where the parser would end the process (or a notebook's
+    cell) by ``SystemExit``."""
+
+    @functools.wraps(main)
+    def returning(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except SystemExit as leaving:
+            if not isinstance(leaving.code, int):
+                raise
+            return leaving.code
+
+    return returning
 
 
 def status(command: Callable[[], object], argv: Sequence[str] | None = None) -> int:

@@ -87,7 +87,9 @@ def write_text(path: Path, text: str) -> None:
 
 def claim(folder: Path) -> None:
     """Make ``folder`` where it is missing. Raises :class:`UserError` where nothing can be written into it, so that long
-    work finds out before it begins."""
+    work finds out before it begins, and for a pipeline's own folder (``model_index.json``)."""
+    if (folder / "model_index.json").exists():
+        raise UserError(f"{folder} is a pipeline's own folder; nothing is written into one, give another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

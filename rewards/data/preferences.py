@@ -1,7 +1,22 @@
 """The layouts in which people keep preference pairs: which one a path holds, and its rows. Nothing is decoded here.
 
 What a row says is used as it is, or refused: a soft label is no winner, labels have to add up, and rows that nobody
-labelled are neither pairs nor ties.
+labelled are neither pairs nor ties. The layouts:
+
+  Pick-a-Pic       columns caption, jpg_0, jpg_1, label_0 in a .parquet file, a folder of them, a `save_to_disk`
+                   folder (dataset_info.json or dataset_dict.json), a hub id, .jsonl, .json, .csv or .tsv; label_0 = 1,
+                   0, or 0.5 for a tie; image_0, image_1 too
+  MJ-Bench         columns caption, image0, image1, label = 0 or 1, the number of the better image, in any of the same
+  answers          columns prompt, image_a, image_b, label = a, b or tie, in any of the same
+  columns          caption or prompt, chosen, rejected (images or paths) in any of the same; HPDv3's path1, path2 too
+  HPDv2            {"prompt", "image_path" or "file_path": [..], "human_preference" or "rank": [..]} in any of the same
+  ImageReward      {"prompt", "generations": [..], "ranking": [..]}, 1 the best, in any of the same
+  best of a list   {"prompt", "images": [..], "best": number of the best, from 0} in any of the same
+  ImageRewardDB    one row an image: {"prompt_id", "prompt", "image_path" or "image", "rank"} in any of the same
+  imagefolder      metadata.jsonl or metadata.csv: {"file_name", "rejected_file_name", "text"}
+  sibling folders  chosen/ and rejected/, or w/ and l/, with the same stems; captions as .txt beside the winners
+  votes, if any    votes or HPDv3's choice_dist: [for the first, for the second image]; HPDv2's raw_annotations
+  no label, if so  has_label or are_different = false, as in Pick-a-Pic v2: such rows are counted and left out
 """
 
 from __future__ import annotations
@@ -20,21 +35,10 @@ from rewards.data.records import RECORD_SUFFIXES, caption_column, read_records
 from rewards.data.tables import LazyImage, ParquetTable, RecordTable, Table
 from rewards.data.text import read_text
 
-LAYOUTS = """\
-  Pick-a-Pic       columns caption, jpg_0, jpg_1, label_0 in a .parquet file, a folder of them, a `save_to_disk`
-                   folder (dataset_info.json or dataset_dict.json), a hub id, .jsonl, .json, .csv or .tsv; label_0 = 1,
-                   0, or 0.5 for a tie; image_0, image_1 too
-  MJ-Bench         columns caption, image0, image1, label = 0 or 1, the number of the better image, in any of the same
-  answers          columns prompt, image_a, image_b, label = a, b or tie, in any of the same
-  columns          caption or prompt, chosen, rejected (images or paths) in any of the same; HPDv3's path1, path2 too
-  HPDv2            {"prompt", "image_path" or "file_path": [..], "human_preference" or "rank": [..]} in any of the same
-  ImageReward      {"prompt", "generations": [..], "ranking": [..]}, 1 the best, in any of the same
-  best of a list   {"prompt", "images": [..], "best": number of the best, from 0} in any of the same
-  ImageRewardDB    one row an image: {"prompt_id", "prompt", "image_path" or "image", "rank"} in any of the same
-  imagefolder      metadata.jsonl or metadata.csv: {"file_name", "rejected_file_name", "text"}
-  sibling folders  chosen/ and rejected/, or w/ and l/, with the same stems; captions as .txt beside the winners
-  votes, if any    votes or HPDv3's choice_dist: [for the first, for the second image]; HPDv2's raw_annotations
-  no label, if so  has_label or are_different = false, as in Pick-a-Pic v2: such rows are counted and left out"""
+EXPECTED = (
+    "expected caption, chosen, rejected, or the layout of Pick-a-Pic, HPDv2, HPDv3, ImageReward, MJ-Bench, imagefolder "
+    "or sibling folders; all are listed by: python -m pydoc rewards.data.preferences"
+)
 SIDES = (
     *(("jpg_0", "jpg_1"), ("chosen", "rejected"), ("chosen_file_name", "rejected_file_name")),
     *(("file_name", "rejected_file_name"), ("path1", "path2")),
@@ -72,7 +76,7 @@ def recognise(path: str, split: str | None, caption: str | None, root: Path | No
         return _parquet([place], caption, root)
     if place.suffix.lower() in RECORD_SUFFIXES:
         return _records(place, caption, root)
-    raise DataError(f"{place} is not a preference file that is understood. What is:\n{LAYOUTS}")
+    raise DataError(f"{place} is not a preference file that is understood; {EXPECTED}")
 
 
 def _folder(folder: Path, split: str | None, caption: str | None, root: Path | None) -> Layout:
@@ -105,7 +109,7 @@ def _folder(folder: Path, split: str | None, caption: str | None, root: Path | N
     if len(names) == 1:
         return _records(names[0], caption, root)
     seen = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-    raise DataError(f"{folder} holds {seen}: not a layout that is understood, or more than one. What is:\n{LAYOUTS}")
+    raise DataError(f"{folder} holds {seen}: not a layout that is understood, or more than one; {EXPECTED}")
 
 
 def _split_of(file: Path) -> str:
@@ -158,7 +162,7 @@ def _table(what: str, table: Table, source: object, caption: str | None, root: P
         rows = one_image_a_row(table, root, text, images[0], mark, group)
         return f"one row an image, grouped by {group} {columns}", table.files, rows
     wanted = f" (caption_column {caption!r})" if caption else ""
-    raise DataError(f"{source} has {sorted(names)}, which is no layout that is understood{wanted}. What is:\n{LAYOUTS}")
+    raise DataError(f"{source} has {sorted(names)}, which is no layout that is understood{wanted}; {EXPECTED}")
 
 
 # Folders of files

@@ -43,7 +43,8 @@ def tars(home: Path, files: Sequence[Path], prompt_column: str | None, image_col
                     yield None
                 count += 1
         except _BROKEN_TAR as error:
-            raise DataError(f"{tar} is not a whole tar file: {error}; make it anew, or take it away") from error
+            told = str(error).splitlines()[-1].removeprefix("- method tar: ")  # of all that it tried
+            raise DataError(f"{tar} is not a whole tar file: {told}; make it anew, or take it away") from error
         return count
 
     sizes = [[tar.relative_to(home).as_posix(), tar.stat().st_size] for tar in files]
