@@ -9,9 +9,9 @@
 
 Without pytest: ``check_family(FamilyCase(folder))``. A check says nothing or raises; each stands for a mistake that
 trains without an error and draws the wrong images. Weights may be random and few, so that all takes seconds; but fresh
-networks often end in zeros: fill those with noise, or there is nothing to compare. Where the stock pipeline takes other
-latents than :meth:`Family.latent_shape` (packed ones), or its scheduler is not simply the family's, subclass
-:class:`FamilyCase` and write its ``draw`` or ``load_stock``.
+networks often end in zeros: fill those with noise, or there is nothing to compare. Where the stock pipeline needs more
+than :meth:`Family.stock_latents` and :meth:`Family.stock_arguments` to draw the same, subclass :class:`FamilyCase` and
+write its ``draw`` or ``load_stock``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from align.objectives.online.collect import collect
 from align.objectives.online.replay import log_probs
 from align.policy.policy import LoRA, Policy
 from align.sampling.loop import Predictor, initial_noise, sample
-from align.sampling.sampler import Sampler
+from align.sampling.sampler import Sampler, grid_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -51,7 +51,7 @@ class FamilyCase:
         prompts: of different lengths, one of them empty.
         resolutions: sides in pixels; none are the model's own and twice that.
         num_inference_steps: of the sampler, at least 2.
-        guidance_scale: with which guidance is on; it is off at 1.
+        guidance_scale: with which guidance is on; it is off at :attr:`Family.unguided_scale`.
         tolerance: how far results of equal weights may differ, absolutely and relatively.
         disturbance: standard deviation of the noise that stands for training.
     """
@@ -77,18 +77,26 @@ class FamilyCase:
         stock.scheduler = family.stock_scheduler(stock.scheduler)
         return stock
 
-    def draw(self, stock: DiffusionPipeline, x: Tensor, guidance_scale: float, output_type: str) -> Tensor:
-        """What ``stock`` makes of the noise ``x`` (B, C, h, w): ``latent``, of the shape of ``x``, or ``pt``, images
-        (B, 3, H, W) in [0, 1]."""
-        height, width = (side * stock.vae_scale_factor for side in x.shape[-2:])
-        settings = {"num_inference_steps": self.num_inference_steps, "guidance_scale": guidance_scale}
-        size = {"height": height, "width": width}
-        return stock(list(self.prompts), latents=x.clone(), output_type=output_type, **settings, **size).images
+    def draw(
+        self, family: Family, stock: DiffusionPipeline, x: Tensor, guidance_scale: float, output_type: str
+    ) -> Tensor:
+        """What ``stock`` makes of the noise ``x`` (B, C, h, w): ``latent``, as :meth:`given` has them, or ``pt``,
+        images (B, 3, H, W) in [0, 1]."""
+        height, width = (side * family.cell for side in x.shape[-2:])
+        arguments = family.stock_arguments(self.num_inference_steps, guidance_scale)
+        if "negative_prompt" in arguments:
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(x)
+        own = {"latents": family.stock_latents(x).clone(), "height": height, "width": width}
+        return stock(prompt=list(self.prompts), output_type=output_type, **own, **arguments).images
+
+    def given(self, family: Family, latents: Tensor) -> Tensor:
+        """``latents`` in the form in which the stock pipeline gives them."""
+        return family.stock_latents(latents)
 
     @torch.no_grad()
     def sample(self, family: Family, x: Tensor, guidance_scale: float, predict: Predictor | None = None) -> Tensor:
         """The family's latents from the noise ``x``; ``predict`` is a policy's."""
-        grid, cond = family.grid(self.num_inference_steps), family.encode(self.prompts)
+        grid, cond = grid_of(family, self.num_inference_steps, x), family.encode(self.prompts)
         return sample(predict or family.predict, grid, cond, x, guidance_scale)
 
     def noise(self, family: Family, resolution: int | None = None) -> Tensor:
@@ -115,11 +123,12 @@ def check_sampling(case: FamilyCase) -> None:
     family = case.load()
     stock = case.load_stock(family)
     sides = case.resolutions or (family.resolution, 2 * family.resolution)
-    for side, scale in itertools.product(sides, (1.0, case.guidance_scale)):
+    for side, scale in itertools.product(sides, (family.unguided_scale, case.guidance_scale)):
         x = case.noise(family, side)
         latents = case.sample(family, x, scale)
-        case.close(latents, case.draw(stock, x, scale, "latent"), f"latents, {side} px, guidance {scale:g}")
-        images = case.draw(stock, x, scale, "pt")
+        theirs = case.draw(family, stock, x, scale, "latent")
+        case.close(case.given(family, latents), theirs, f"latents, {side} px, guidance {scale:g}")
+        images = case.draw(family, stock, x, scale, "pt")
         case.close(family.to_image(latents), images, f"images, {side} px, guidance {scale:g}")
 
 
@@ -127,9 +136,9 @@ def check_sampling(case: FamilyCase) -> None:
 def check_encoding(case: FamilyCase) -> None:
     """``to_latent`` is in the scale of ``to_image``: there and back is the VAE's own reconstruction."""
     family = case.load()
-    vae, side = family.pipe.vae, family.resolution
+    side = family.resolution
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    plain = vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample
+    plain = family.decode_pixels(family.encode_pixels(images * 2 - 1))
     latents = family.to_latent(images)
     assert latents.shape[1:] == family.latent_shape(), f"{tuple(latents.shape)}, not {family.latent_shape()} each"
     case.close(family.to_image(latents), (plain / 2 + 0.5).clamp(0, 1), "encoded and decoded")
@@ -169,7 +178,7 @@ def check_training_times(case: FamilyCase) -> None:
 @torch.no_grad()
 def check_reference(case: FamilyCase) -> None:
     """After training, LoRA or all weights, a policy's reference answers with the base's weights, bit by bit."""
-    for lora in (LoRA(2), None):
+    for lora in loras(case, LoRA(2)):
         family, policy = case.load(), Policy(case.load(), lora)
         inputs = case.inputs(family)
         base = family.predict(*inputs).raw
@@ -185,7 +194,7 @@ def check_reference(case: FamilyCase) -> None:
 @torch.no_grad()
 def check_saved_weights(case: FamilyCase) -> None:
     """What a policy saves, a LoRA or all weights, draws the same images in stock diffusers and by ``load_tuned``."""
-    for lora in (LoRA(3, alpha=6.0), None):
+    for lora in loras(case, LoRA(3, alpha=6.0)):
         policy = Policy(case.load(), lora, reference=False)
         family, name, scale = policy.family, policy.family.denoiser_name, case.guidance_scale
         x = case.noise(family)
@@ -200,7 +209,7 @@ def check_saved_weights(case: FamilyCase) -> None:
                 stock.load_lora_weights(folder)
             else:
                 stock.register_modules(**{name: type(family.denoiser).from_pretrained(folder, subfolder=name)})
-        case.close(images, case.draw(stock, x, scale, "pt"), f"{lora} in stock diffusers")
+        case.close(images, case.draw(family, stock, x, scale, "pt"), f"{lora} in stock diffusers")
         case.close(again.to_image(case.sample(again, x, scale)), images, f"{lora} by load_tuned")
 
 
@@ -208,7 +217,7 @@ def check_saved_weights(case: FamilyCase) -> None:
 def check_replay(case: FamilyCase) -> None:
     """The family's kernel draws every step but the last with noise, so images of a prompt differ, and replaying the
     rollout with the weights that drew it gives a likelihood ratio of 1."""
-    policy = Policy(case.load(), LoRA(2), reference=False)
+    policy = Policy(case.load(), loras(case, LoRA(2))[0], reference=False)
     case.disturb(policy)
     sampler = Sampler(case.num_inference_steps, case.guidance_scale, batch_size=4)
     ctx = Context(policy, 0, 0, range(2 * len(case.prompts)))
@@ -240,7 +249,8 @@ def check_cache_keys(case: FamilyCase) -> None:
 
 def check_gradient_checkpointing(case: FamilyCase) -> None:
     """The trained weights have a gradient, and the same one with gradient checkpointing, the reference asked before."""
-    policies = [Policy(case.load(), LoRA(2), gradient_checkpointing=yes) for yes in (False, True)]
+    lora = loras(case, LoRA(2))[0]
+    policies = [Policy(case.load(), lora, gradient_checkpointing=yes) for yes in (False, True)]
     case.disturb(policies[0])
     policies[1].load_state(policies[0].state())
     for policy in policies:
@@ -260,6 +270,11 @@ def check_image_gradients(case: FamilyCase) -> None:
     x0 = case.noise(family).requires_grad_()
     family.to_image(x0).mean().backward()
     assert x0.grad is not None and bool(x0.grad.flatten(1).any(1).all()), "latents without a gradient"
+
+
+def loras(case: FamilyCase, lora: LoRA) -> tuple[LoRA | None, ...]:
+    """How the denoiser trains: by ``lora``, where diffusers knows that for its class, and whole."""
+    return (lora, None) if case.load().lora_targets else (None,)
 
 
 CHECKS: tuple[Callable[[FamilyCase], None], ...] = tuple(

@@ -168,8 +168,9 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         stochastic = None if self.sampler.kernel else ()
         rollout = collect(ctx, self.sampler, batch, 1, range(steps), stochastic, likelihood=False)
         order = rng.normal((steps,), generators).argsort(1)[:, : self.count].sort(1).values.flatten()
-        t = grid_of(family, steps).t[order].float()
-        x_t = rollout.trajectories.latents.cpu()[image, order].float()
+        latents = rollout.trajectories.latents.cpu()
+        t = grid_of(family, steps, latents).t[order].float()
+        x_t = latents[image, order].float()
         return HealRows(image=image, x_t=x_t, t=t, empty=empty, cond=cond, metrics=rollout.metrics)
 
     def loss(self, ctx: Context, rows: HealRows) -> tuple[Tensor, Metrics]:
@@ -178,7 +179,7 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         cond = family.drop_prompts(rows.cond.take(rows.image), rows.empty)
         tapped = self.feature_weight > 0
         with torch.no_grad(), whole.tap(list(self._pairs.values()) if tapped else []) as teacher_features:
-            target = self.teacher.predict(ctx.policy, x_t, t, cond, 1.0)  # one pipeline's text encoders serve both
+            target = self.teacher.predict(ctx.policy, x_t, t, cond, None)  # one pipeline's text encoders serve both
         with student.tap(list(self._pairs) if tapped else []) as student_features:
             answer = ctx.policy.predict(x_t, t, cond)
         terms = {"output": F.mse_loss(answer.raw.float(), target.raw.float())}

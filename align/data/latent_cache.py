@@ -33,7 +33,7 @@ from rewards.data.images import UnreadableError, decode
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when the same inputs would give other files
+FORMAT = 3  # raise it when the same inputs would give other files
 SHARD = 256  # examples, or captions, in a file
 TEXTS = 64  # captions in one call of the text encoders
 DECODE = 8  # examples whose images are in memory at a time
@@ -173,7 +173,9 @@ class EncodedDataset:
         views = zip(entries, variants or [0] * len(entries), strict=True)
         latents = torch.stack([self.latents.rows(e.shard)["latents"][e.row, variant] for e, variant in views])
         texts = [(self.conds.rows(e.caption // SHARD), e.caption % SHARD) for e in entries]
-        cond = Conditioning({name: torch.stack([shard[name][row] for shard, row in texts]) for name in texts[0][0]})
+        cond = Conditioning.cat(
+            [Conditioning({name: tensor[row : row + 1] for name, tensor in shard.items()}) for shard, row in texts]
+        )
         latents = latents[:, 0] if self.batch_type.images == 1 else latents
         return self.batch_type(latents, cond, [self.captions[e.caption] for e in entries], [e.id for e in entries])
 

@@ -2,7 +2,8 @@
 
 from align.families.captions import tell_truncated
 from align.families.conditioning import Conditioning
-from align.families.family import LORA_FILE, SAMPLING_FILE, Family, Unsupported
+from align.families.family import Family, GuidanceKind
+from align.families.folder import LORA_FILE, SAMPLING_FILE, Unsupported
 from align.families.loading import (
     DTYPES,
     FAMILIES,
@@ -19,6 +20,17 @@ from align.families.loading import (
 )
 from align.families.lora_file import LoRAFile, load_lora, lora_path, read_lora
 
-__all__ = ["DTYPES", "FAMILIES", "LORA_FILE", "READERS", "SAMPLING_FILE", "Conditioning", "Family", "LoRAFile"]
-__all__ += ["Unsupported", "find", "load", "load_lora", "lora_path", "of", "pipeline_class", "read_lora", "reader"]
+__all__ = ["DTYPES", "FAMILIES", "LORA_FILE", "READERS", "SAMPLING_FILE", "Conditioning", "Family", "GuidanceKind"]
+__all__ += [
+    "LoRAFile",
+    "Unsupported",
+    "find",
+    "load",
+    "load_lora",
+    "lora_path",
+    "of",
+    "pipeline_class",
+    "read_lora",
+    "reader",
+]
 __all__ += ["set_attention_backend", "stock_scheduler", "tell_truncated", "tuned", "what_is_tuned"]

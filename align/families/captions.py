@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from align.families.family import Family
+from align.families.parts import tokenizers
 
 _TOLD: WeakKeyDictionary[Family, set[str]] = WeakKeyDictionary()
 
 
 def token_limits(family: Family) -> dict[str, int]:
     """The most tokens of a prompt, special ones included, that reach a text encoder, by its tokenizer's name."""
-    found = {n: part for n, part in family.pipe.components.items() if n.startswith("tokenizer") and part is not None}
+    found = tokenizers(family.pipe)
     return {name: family.token_limits.get(name, part.model_max_length) for name, part in found.items()}
 
 
@@ -26,9 +27,9 @@ def tell_truncated(family: Family, prompts: Sequence[str]) -> int:
     fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in told]
     if not limits or not fresh:
         return 0
-    tokenizers = family.pipe.components
+    words = tokenizers(family.pipe)
     lengths = [  # a token is a byte or more, so that short prompts need no counting
-        (prompt, [len(tokenizers[name](prompt, truncation=False, verbose=False).input_ids) for name in limits])
+        (prompt, [len(words[name](prompt, truncation=False, verbose=False).input_ids) for name in limits])
         for prompt in fresh
         if len(prompt.encode()) + 2 > min(limits.values())
     ]

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a prompt batch becomes: named tensors whose first dimension is the batch."""
+    """Named tensors whose first dimension is the batch.
+
+    Text of different lengths has ``mask`` (B, L), true (or 1) at a row's own tokens, and is filled up with zeros beyond
+    them, which no network may see: a row's answer does not depend on its neighbors.
+    """
 
     tensors: dict[str, Tensor]
 
@@ -30,8 +34,19 @@ class Conditioning:
         return Conditioning({name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        return Conditioning({name: tensor.to(device, dtype) for name, tensor in self.tensors.items()})
+        """On ``device``, and what are no masks in ``dtype``."""
+        moved = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.tensors.items()}
+        return Conditioning(moved)
 
     @staticmethod
     def cat(conds: Sequence[Conditioning]) -> Conditioning:
-        return Conditioning({name: torch.cat([cond[name] for cond in conds]) for name in conds[0].tensors})
+        """One batch; with a ``mask`` shorter texts are filled up to the longest."""
+        joined = {name: [cond[name] for cond in conds] for name in conds[0].tensors}
+        if "mask" in joined:
+            joined = {name: _filled(parts) for name, parts in joined.items()}
+        return Conditioning({name: torch.cat(parts) for name, parts in joined.items()})
+
+
+def _filled(parts: Sequence[Tensor]) -> list[Tensor]:
+    longest = max(part.shape[1] for part in parts)
+    return [nn.functional.pad(part, (*(0, 0) * (part.ndim - 2), 0, longest - part.shape[1])) for part in parts]

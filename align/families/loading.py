@@ -11,7 +11,8 @@ import torch
 
 from align.common.assets import EMBEDDED, locate
 from align.common.errors import UserError
-from align.families.family import LORA_FILE, Family, Unsupported
+from align.families.family import Family
+from align.families.folder import LORA_FILE, Unsupported
 from align.families.lora_file import load_lora, lora_path
 from align.families.parts import (
     configs,
@@ -37,6 +38,16 @@ GROUP = "t2i_align.families"  # entry points by which installed packages add fam
 FAMILIES = {
     "StableDiffusionPipeline": "align.families.sd:SD",
     "StableDiffusion3Pipeline": "align.families.sd3:SD3",
+    "StableDiffusionXLPipeline": "align.families.sdxl:SDXL",
+    "FluxPipeline": "align.families.flux:Flux",
+    "QwenImagePipeline": "align.families.qwen_image:QwenImage",
+    "ZImagePipeline": "align.families.z_image:ZImage",
+    "Flux2Pipeline": "align.families.flux2:Flux2",
+    "Flux2KleinPipeline": "align.families.flux2:Flux2Klein",
+    "SanaPipeline": "align.families.sana:Sana",
+    "ChromaPipeline": "align.families.chroma:Chroma",
+    "Lumina2Pipeline": "align.families.lumina2:Lumina2",
+    "PixArtSigmaPipeline": "align.families.pixart:PixArtSigma",
 }
 
 
@@ -65,8 +76,12 @@ def pipeline_class(source: str, revision: str | None = None) -> str:
 
 
 def find(source: str, revision: str | None = None) -> type[Family]:
-    """The family that fits ``source``, without loading a weight; :class:`Unsupported` where there is none."""
-    return _family(pipeline_class(source, revision), source)
+    """The family that fits ``source``, without loading a weight; :class:`Unsupported` where there is none, or where the
+    configs of a folder's parts say that it does not run."""
+    family, folder = _family(pipeline_class(source, revision), source), Path(locate(source))
+    if folder.is_dir():
+        family.require_supported(source, configs(folder))
+    return family
 
 
 def _family(pipeline: str, source: str) -> type[Family]:
@@ -105,12 +120,13 @@ def load(
     family = find(source, revision)
     require_device(device, dtype)
     folder = _local(source, revision, variant)
-    family.require_supported(source, configs(folder))
+    if not Path(locate(source)).is_dir():  # of the hub: its configs are here now
+        family.require_supported(source, configs(folder))
     if (other := reader(folder)) is not None:
         pipe = other.load(folder, dtype)
     else:
         pipe = family.read(str(folder), {"dtype": dtype, **read_parts(folder, dtype, variant)})
-    require_tokenizers(pipe, source)
+    require_tokenizers(pipe, source, family.token_limits)
     pipe.to(device)
     require_finite(pipe, source)
     loaded = family(pipe, source)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from align.common.errors import UserError
-from align.families.family import LORA_FILE
+from align.families.folder import LORA_FILE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from align.families.family import Unsupported
+from align.families.folder import Unsupported
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -243,15 +243,23 @@ def require_finite_module(module: nn.Module, what: str) -> None:
                 )
 
 
-def require_tokenizers(pipe: DiffusionPipeline, source: str) -> None:
-    """Raise :class:`Unsupported` for a tokenizer that has lost its vocabulary, or is another encoder's."""
-    for name, tokenizer in pipe.components.items():
+def tokenizers(pipe: DiffusionPipeline) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers that there are, by name; a multimodal encoder has its own within a processor."""
+    found = {name: part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None}
+    return {name: getattr(part, "tokenizer", part) for name, part in found.items()}
+
+
+def require_tokenizers(pipe: DiffusionPipeline, source: str, limits: Mapping[str, int]) -> None:
+    """Raise :class:`Unsupported` for a tokenizer that has lost its vocabulary, or is another encoder's; ``limits`` are
+    the tokens that the pipeline itself cuts at."""
+    for name, tokenizer in tokenizers(pipe).items():
         encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
-        if name.startswith("tokenizer") and tokenizer is not None and isinstance(encoder, nn.Module):
-            _require_tokenizer(tokenizer, encoder, f"{source}: {name}")
+        if isinstance(encoder, nn.Module):
+            most = limits.get(name, tokenizer.model_max_length)
+            _require_tokenizer(tokenizer, encoder, most, f"{source}: {name}")
 
 
-def _require_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, what: str) -> None:
+def _require_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, most: int, what: str) -> None:
     vocabulary = tokenizer.get_vocab()
     rows, highest = encoder.get_input_embeddings().num_embeddings, max(vocabulary.values(), default=0)
     if vocabulary.keys() <= {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}:
@@ -262,8 +270,8 @@ def _require_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedMo
     if highest >= rows:
         raise Unsupported(f"{what} has tokens up to {highest}, and its text encoder {rows} rows; it is another model's")
     longest = getattr(encoder.config, "max_position_embeddings", None)
-    if longest is not None and tokenizer.model_max_length > longest:
+    if longest is not None and most > longest:
         raise Unsupported(
-            f"{what} allows {tokenizer.model_max_length} tokens, and its text encoder {longest}; set model_max_length "
+            f"{what} allows {most} tokens, and its text encoder {longest}; set model_max_length "
             f"to {longest} in tokenizer_config.json"
         )

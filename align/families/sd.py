@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from align.diffusion.kernels import DDIM, Kernel
 from align.diffusion.process import Grid, PredictionType
 from align.families.conditioning import Conditioning
-from align.families.family import Family, Unsupported
+from align.families.family import Family, GuidanceKind
+from align.families.folder import Unsupported
 from align.families.parts import require_latents
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -21,12 +22,13 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 class SD(Family):
     """Samples on the DDIM grid of the pipeline's own scheduler config, whichever scheduler it came with."""
 
+    pipeline: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     denoiser_name = "unet"
-    lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
 
-    def __init__(self, pipe: StableDiffusionPipeline, source: str) -> None:
+    def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
         super().__init__(pipe, source)
-        _require_schedule(source, {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+        require_schedule(source, {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
         self.scheduler = self.stock_scheduler(pipe.scheduler)
         cumprod = self.scheduler.alphas_cumprod
         if not bool(((cumprod >= 0) & (cumprod <= 1)).all() and (cumprod.diff() <= 0).all() and cumprod[0] > 0):
@@ -34,7 +36,7 @@ class SD(Family):
 
     @classmethod
     def require_supported(cls, source: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        _require_schedule(source, configs.get("scheduler", {}))
+        require_schedule(source, configs.get("scheduler", {}))
         unet, vae, text = (configs.get(part, {}) for part in ("unet", "vae", "text_encoder"))
         require_latents(source, "unet", unet, vae)
         if "hidden_size" in text and text["hidden_size"] != unet.get("cross_attention_dim", text["hidden_size"]):
@@ -75,7 +77,7 @@ class SD(Family):
         embeds, _ = self.pipe.encode_prompt(list(prompts), self.device, 1, False)
         return Conditioning({"prompt_embeds": embeds})
 
-    def grid(self, steps: int) -> Grid:
+    def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
         self.require_steps(steps)
         self.scheduler.set_timesteps(steps)
         t = self.scheduler.timesteps
@@ -95,21 +97,35 @@ class SD(Family):
         """Uniform over the training timesteps, as DDPM and Diffusion-DPO draw them."""
         return (uniform * self.scheduler.config.num_train_timesteps).floor()
 
+    def few_steps(self) -> int | None:
+        """Stability's Turbo models tell themselves by Euler's scheduler and times spaced from the end."""
+        config = self.pipe.scheduler.config
+        turbo = type(self.pipe.scheduler).__name__.startswith("Euler") and config.timestep_spacing == "trailing"
+        return 4 if turbo and self.prediction_type == "epsilon" else super().few_steps()
+
     @property
-    def embeds_guidance(self) -> bool:
-        return self.denoiser.config.time_cond_proj_dim is not None  # latent consistency models (arXiv 2310.04378)
+    def guidance_kind(self) -> GuidanceKind:
+        # latent consistency models (arXiv 2310.04378) embed the scale
+        return "classifier-free" if self.denoiser.config.time_cond_proj_dim is None else "embedded"
+
+    def guidance_embedding(self, x_t: Tensor, cond: Conditioning) -> Tensor | None:
+        """What a network that takes the guidance scale as an input is given for it; None for others."""
+        if self.guidance_kind != "embedded":
+            return None
+        size = self.denoiser.config.time_cond_proj_dim
+        return self.pipe.get_guidance_scale_embedding(cond["guidance"] - 1, size, x_t.dtype)
 
     def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        embedding = None
-        if self.embeds_guidance:
-            size = self.denoiser.config.time_cond_proj_dim
-            embedding = self.pipe.get_guidance_scale_embedding(cond["guidance"] - 1, size, x_t.dtype)
         return denoiser(
-            x_t, t, encoder_hidden_states=cond["prompt_embeds"], timestep_cond=embedding, return_dict=False
+            x_t,
+            t,
+            encoder_hidden_states=cond["prompt_embeds"],
+            timestep_cond=self.guidance_embedding(x_t, cond),
+            return_dict=False,
         )[0]
 
 
-def _require_schedule(source: str, config: Mapping[str, Any]) -> None:
+def require_schedule(source: str, config: Mapping[str, Any]) -> None:
     """Raise :class:`Unsupported` for a scheduler config that DDIM cannot be made from."""
     name, predicts = config.get("_class_name", "the scheduler"), config.get("prediction_type", "epsilon")
     if predicts not in PREDICTION_TYPES:

@@ -153,12 +153,14 @@ class OPD(Objective, Prepares):
     def _apart(self, student: Prediction, target: Tensor, step: Tensor, family: Family) -> Tensor:
         """(R,) the divergence of the student from a network that predicts ``target`` (R, C, h, w)."""
         teacher, kernel = replace(student, raw=target.to(family.device)), self.sampler.kernel_of(family)
-        grid = grid_of(family, self.sampler.num_inference_steps)
+        grid = grid_of(family, self.sampler.num_inference_steps, target)
         return divergence(student, teacher, kernel, grid, step, self.form, self.normalize)
 
     def _guidance(self, family: Family) -> float:
         """The student's guidance scale, in rollout and training."""
-        return 1.0 if self.target == "guided_to_conditional" else self.sampler.guidance_scale_of(family)
+        return (
+            family.unguided_scale if self.target == "guided_to_conditional" else self.sampler.guidance_scale_of(family)
+        )
 
     def _student(self, family: Family) -> Sampler:
         """The sampler at the student's guidance."""

@@ -32,6 +32,7 @@ from align.objectives.rows import SHARED, Rows
 from align.policy.initial_noise import FLOOR, NOISE_FILE, InitialNoise, write
 from align.policy.policy import Policy
 from align.sampling.loop import sample
+from align.sampling.sampler import grid_of
 
 
 class BestNoise(InitialNoise):
@@ -138,9 +139,8 @@ class ReNO(Objective, TrainsModule, Prepares):
         index, places = rows.index.to(family.device), rows.image.tolist()
         z, _ = ctx.policy.model(index)
         cond, guidance_scale = rows.cond.to(family.device), self._guidance(family)
-        images = family.to_image(
-            sample(ctx.policy.predict, family.grid(self.num_inference_steps), cond, z, guidance_scale)
-        )
+        grid = grid_of(family, self.num_inference_steps, z)
+        images = family.to_image(sample(ctx.policy.predict, grid, cond, z, guidance_scale))
         metadata = [rows.metadata[k] for k in places]
         reward = ctx.rewards.differentiable_total(images, [rows.prompts[k] for k in places], metadata)
         norm = z.flatten(1).norm(dim=1)

@@ -51,7 +51,9 @@ class Teacher(ABC):
         return batch.cond
 
     @abstractmethod
-    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
+    def predict(
+        self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float | None
+    ) -> Prediction:
         """Its answer at ``x_t`` (B, C, h, w) and ``t`` (B,); called under ``no_grad``."""
 
 
@@ -82,7 +84,9 @@ class LoRATeacher(Teacher):
         # torch allows no dot in a module's name; any other name is kept apart by its bytes
         return f"teacher_{self.task if self.task.isidentifier() else self.task.encode().hex()}"
 
-    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
+    def predict(
+        self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float | None
+    ) -> Prediction:
         with policy.adapter(self.name):
             return policy.predict(x_t, t, cond, guidance_scale)
 
@@ -117,7 +121,9 @@ class PipelineTeacher(Teacher):
     def conditions(self, policy: Policy, batch: PromptBatch) -> Conditioning:
         return self._prompts.encode(batch.prompts)
 
-    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float) -> Prediction:
+    def predict(
+        self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float | None
+    ) -> Prediction:
         policy.evaluations["frozen"] += len(x_t) * self.family.evaluations(guidance_scale)
         return self.family.predict(x_t, t, cond, guidance_scale)
 
@@ -160,7 +166,7 @@ def ask(
         for part in rows.split(sampler.batch_size):
             for j in range(count):
                 x = states[part.to(states.device), j].to(family.device)
-                t = grid_of(family, sampler.num_inference_steps).t[j].to(family.device).expand(len(x))
+                t = grid_of(family, sampler.num_inference_steps, x).t[j].to(family.device).expand(len(x))
                 prompt_index = trajectories.prompt_index[part].to(family.device)
                 targets[part, j] = teacher.predict(policy, x, t, cond.take(prompt_index), scale).raw.float().cpu()
                 if bases is not None and base_guidance_scale is not None:

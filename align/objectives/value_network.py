@@ -90,6 +90,14 @@ class RewardForecast:
 
 
 def pooled(cond: Conditioning) -> Tensor:
-    """(B, D) one vector a prompt, whatever the family's conditions are: means over tokens, joined."""
-    parts = [v.float().cpu() for v in cond.tensors.values()]
-    return torch.cat([v.flatten(1, -2).mean(1) if v.ndim > 2 else v for v in parts], 1)
+    """(B, D) one vector a prompt, whatever the family's conditions are: means over its tokens, joined."""
+    parts = {name: tensor.float().cpu() for name, tensor in cond.tensors.items()}
+    mask = parts.pop("mask", None)
+    return torch.cat([v if v.ndim < 3 else _mean(v, mask) for v in parts.values()], 1)
+
+
+def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, D) the mean of tokens (B, L, D), or (B, .., D), where ``mask`` (B, L) lets them count."""
+    if mask is None:
+        return tokens.flatten(1, -2).mean(1)
+    return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -93,8 +93,8 @@ class Policy:
         """Where pictures of ``prompts`` start: ``noise`` (B, C, h, w) itself, or what was learned to make of it."""
         return noise if self.trained is None else self.trained.initial(prompts, noise)
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0) -> Prediction:
-        """What the weights in force say at ``x_t`` (B, C, h, w) and ``t`` (B,)."""
+    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float | None = None) -> Prediction:
+        """What the weights in force say at ``x_t`` (B, C, h, w) and ``t`` (B,), see :meth:`Family.forward`."""
         model = self.model if self.trained is None else self.denoiser
         if self.answering is not None:  # past any wrapper: its hooks expect a backward pass that never comes
             model = self.answering
@@ -107,7 +107,7 @@ class Policy:
         family = self.family
         x = torch.zeros(1, *family.latent_shape(), device=family.device)
         t = family.sample_timesteps(torch.tensor([0.5])).to(family.device)
-        return 0.0 * family.predict(x, t, family.uncond.to(family.device), 1.0, self.model).raw.float().sum()
+        return 0.0 * family.predict(x, t, family.uncond.to(family.device), None, self.model).raw.float().sum()
 
     # other weights in force
     @contextmanager

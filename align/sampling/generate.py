@@ -36,10 +36,8 @@ def sample_images(
     ``num_inference_steps`` and ``guidance_scale`` None are the pipeline's own.
     """
     tell_truncated(family, prompts)
-    grid, shape = (
-        family.grid(family.default_num_inference_steps if num_inference_steps is None else num_inference_steps),
-        family.latent_shape(resolution),
-    )
+    steps = family.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+    grid, shape = family.grid(steps, resolution), family.latent_shape(resolution)
     scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     images = []
     starts = range(0, len(prompts), batch_size)

@@ -8,6 +8,7 @@ from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from align.common import rng
 from align.common.errors import UserError
@@ -159,12 +160,14 @@ class Sampler:
         return family.evaluations(self.guidance_scale_of(family))
 
 
-def grid_of(family: Family, steps: int) -> Grid:
-    """A grid costs a scheduler call; training asks for the same one thousands of times."""
+def grid_of(family: Family, steps: int, states: Tensor | None = None) -> Grid:
+    """The grid for ``states`` (.., C, h, w), on which a model's schedule may depend; without, for its own size. A grid
+    costs a scheduler call; training asks for the same one thousands of times."""
+    key = (steps, *(() if states is None else (side * family.cell for side in states.shape[-2:])))
     grids = _GRIDS.setdefault(family, {})
-    if steps not in grids:
-        grids[steps] = family.grid(steps)
-    return grids[steps]
+    if key not in grids:
+        grids[key] = family.grid(*key)
+    return grids[key]
 
 
-_GRIDS: WeakKeyDictionary[Family, dict[int, Grid]] = WeakKeyDictionary()
+_GRIDS: WeakKeyDictionary[Family, dict[tuple[int, ...], Grid]] = WeakKeyDictionary()

@@ -99,7 +99,8 @@ def collect(
     """
     family = ctx.policy.family
     shape = family.latent_shape(ctx.resolution)
-    grid, guidance_scale = family.grid(sampler.num_inference_steps), sampler.guidance_scale_of(family)
+    grid = family.grid(sampler.num_inference_steps, ctx.resolution)
+    guidance_scale = sampler.guidance_scale_of(family)
     kernel = sampler.kernel_of(family)
     if likelihood and stochastic is not None:
         sampler.require_noise(family, keep)
@@ -181,7 +182,8 @@ def collect_prefix(ctx: Context, sampler: Sampler, batch: PromptBatch, group_siz
     """Every prompt's trajectory up to step ``end``, sampled once, as the start of each of its images."""
     family = ctx.policy.family
     prompts = sorted({position // group_size for position in ctx.sample_indices})
-    shape, grid = family.latent_shape(ctx.resolution), family.grid(sampler.num_inference_steps)
+    shape = family.latent_shape(ctx.resolution)
+    grid = family.grid(sampler.num_inference_steps, ctx.resolution)
     states = []
     for part in torch.arange(len(prompts)).split(sampler.batch_size):
         numbers = [prompts[k] for k in part.tolist()]

@@ -26,20 +26,20 @@ def replay_step(
     y = latents[image.to(latents.device), step.to(latents.device) + 1].to(family.device)
     prediction = predict_at(ctx, sampler, trajectories, image, step)
     i = trajectories.kept_steps[step]
-    return sampler.kernel_of(family)(prediction, grid_of(family, sampler.num_inference_steps), i), y
+    return sampler.kernel_of(family)(prediction, grid_of(family, sampler.num_inference_steps, latents), i), y
 
 
 def predict_at(ctx: Context, sampler: Sampler, trajectories: Trajectories, image: Tensor, step: Tensor) -> Prediction:
     """What the policy now says at the state before kept step ``step`` (R,) of ``image`` (R,)."""
     family, latents = ctx.policy.family, trajectories.latents
     x = latents[image.to(latents.device), step.to(latents.device)].to(family.device)
-    t = grid_of(family, sampler.num_inference_steps).t[trajectories.kept_steps[step]].to(family.device)
+    t = grid_of(family, sampler.num_inference_steps, latents).t[trajectories.kept_steps[step]].to(family.device)
     return ctx.policy.predict(x, t, trajectories.cond_of(image), sampler.guidance_scale_of(family))
 
 
 def step_lengths(family: Family, sampler: Sampler, trajectories: Trajectories, step: Tensor) -> Tensor:
     """(R,) |dt| of the kept steps ``step`` (R,), in units of sigma."""
-    sigma = grid_of(family, sampler.num_inference_steps).sigma
+    sigma = grid_of(family, sampler.num_inference_steps, trajectories.latents).sigma
     i = trajectories.kept_steps[step]
     return (sigma[i] - sigma[i + 1]).abs()
 

@@ -1,0 +1,46 @@
+"""What cached latents and embeddings depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from align.families.family import Family
+
+
+def identity(family: Family) -> Mapping[str, Mapping[str, object]]:
+    """See :meth:`Family.identity`."""
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+    parts = {name: part for name, part in family.pipe.components.items() if name != family.denoiser_name}
+    weights = {name: _fingerprint(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    tokenizers = {}
+    for name, part in parts.items():
+        words = part.tokenizer if isinstance(part, ProcessorMixin) else part
+        if isinstance(words, PreTrainedTokenizerBase):
+            template = getattr(part, "chat_template", None)
+            tokenizers[name] = [words.model_max_length, _digest(sorted(words.get_vocab().items())), template]
+    scaling = [part.tolist() if isinstance(part, Tensor) else part for part in family.statistics()]
+    kind, vae = {"family": type(family).__name__}, weights.pop("vae")
+    return {
+        "pictures": kind | {"vae": vae, "scaling": scaling},
+        "captions": kind | {"weights": weights, "tokenizers": tokenizers},
+    }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(str(value).encode()).hexdigest()
+
+
+def _fingerprint(module: nn.Module) -> list[object]:
+    """Class, size, and a digest of about 1,024 numbers of each parameter and buffer, evenly spaced: training changes
+    them, while in a sum it cancels out."""
+    tensors = list(module.state_dict().values())
+    sampled = [tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)].float().cpu() for tensor in tensors]
+    digest = hashlib.sha256(torch.cat(sampled).numpy().tobytes()).hexdigest()
+    return [type(module).__name__, sum(tensor.numel() for tensor in tensors), digest]
