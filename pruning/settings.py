@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -166,8 +167,16 @@ class Compress:
             "resume_from_checkpoint": "latest",
             "dry_run": False,
         }
-        words = [word for key, value in filled.items() for word in (f"--{key}", str(value))]
-        return parse(TrainConfig, "align.train", None, ["--config", str(self.healing()[name]), *words], leaves=False)
+        file = self.healing()[name]
+        words = ["--config", str(file), *(word for key, value in filled.items() for word in (f"--{key}", str(value)))]
+        if student is None:  # to be looked at, as it is many times, and not to be run
+            return _looked_at(tuple(words), file.read_bytes())
+        return parse(TrainConfig, "align.train", None, words, leaves=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _looked_at(words: tuple[str, ...], _content: bytes) -> tuple[TrainConfig, str]:
+    return parse(TrainConfig, "align.train", None, words, leaves=False)
 
 
 def _refusal(name: str, check: Callable[[], object]) -> list[str]:

@@ -389,6 +389,7 @@ def test_in_4_bit_a_lora_trains_and_nothing_else(config: dict[str, Any], tmp_pat
         Policy(families.load(source), None)
 
 
+@pytest.mark.slow
 def test_what_is_not_packed_makes_up_for_the_rounding(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

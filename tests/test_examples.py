@@ -22,7 +22,9 @@ def test_every_example_is_tried_and_short() -> None:
     assert all(len(file.read_text().splitlines()) <= 60 for file in scripts.values())
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize(
+    "name", [name if name == "dpo_from_pairs" else pytest.param(name, marks=pytest.mark.slow) for name in sorted(TINY)]
+)
 def test_an_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, written = TINY[name]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--output", str(tmp_path / "out")])

@@ -90,8 +90,9 @@ def trains(family: Family, objective: PolicyGradient | D3PO) -> int:
     return count
 
 
-@pytest.mark.parametrize("objective", [PolicyGradient, D3PO])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "objective"), [*((name, PolicyGradient) for name in SCHEDULERS), (SCHEDULERS[0], D3PO)]
+)
 def test_online_objectives_train_whatever_scheduler_a_pipeline_has(
     copy: Callable[[str], Path], name: str, objective: type[PolicyGradient | D3PO]
 ) -> None:

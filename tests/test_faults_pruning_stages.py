@@ -123,7 +123,10 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"folder": tmp_path_factory.mktemp("once")}
 
 
-@pytest.mark.parametrize("what", CHANGES)
+SLOW = ("quantization", "weights")
+
+
+@pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in CHANGES])
 def test_results_of_other_settings_are_refused_and_remade_on_request(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], once: dict[str, Path], what: str
 ) -> None:
@@ -145,7 +148,7 @@ def test_results_of_other_settings_are_refused_and_remade_on_request(
     named = {name for name in ALL | {"profile", "plan"} if re.search(rf" {name}( \(|, which follows)", told)}
     assert named == {name.removesuffix(".json") for name in again} - {"merged"}
     assert not remade(before, times(out)) and (out / "config.yaml").read_text() == settings
-    if what not in ("quantization", "the healing config", "weights"):
+    if what not in (*SLOW, "the healing config"):
         return  # three do for what takes its time
     assert run(config, "--overwrite_output_dir") == 0
     assert remade(before, times(out)) == again

@@ -150,10 +150,10 @@ def toy_end(kernel: Kernel, steps: int) -> torch.Tensor:
     ("kernel", "steps", "std"),
     [
         (DDIM(0.0), 10, 0.340),
-        (DDIM(0.0), 1000, 0.400),
+        pytest.param(DDIM(0.0), 1000, 0.400, marks=pytest.mark.slow),
         (FlowSDE(0.7), 10, 0.380),
         (FlowSDE(0.7), 1000, 0.401),
-        (FlowSDE(1.0), 1000, 0.399),
+        pytest.param(FlowSDE(1.0), 1000, 0.399, marks=pytest.mark.slow),
     ],
 )
 def test_marginals_of_a_gaussian_toy(kernel: Kernel, steps: int, std: float) -> None:

@@ -273,7 +273,7 @@ def test_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp_path: Path
     assert not torch.equal(kept(folder)["mean"], before)
     config["rewards"] = [{"name": "tests.test_reno.Falling", "label": "falling"}]
     state = folder / "checkpoint-2/state.json"  # which would refuse another reward
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"settings": None}))
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"settings": {}}))
     assert main(["--config", write(config), "--resume_from_checkpoint", "checkpoint-2"]) == 0
     assert torch.equal(kept(folder)["mean"], before)
 

@@ -131,7 +131,7 @@ def test_the_pipelines_are_small_safetensors_in_half_precision() -> None:
             assert kinds <= {"F16", "I64"}, path
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", [PIPELINES[0], pytest.param(PIPELINES[1], marks=pytest.mark.slow)])
 def test_the_reward_reads_what_the_autoencoder_gives_back(name: str) -> None:
     family = families.load(name)
     rng = np.random.default_rng(9)

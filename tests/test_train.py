@@ -108,7 +108,12 @@ def test_the_command_line_wins_over_the_file(config: dict[str, Any], pairs: Path
 
 
 @pytest.mark.parametrize(
-    "moment", ["before the first checkpoint", "between checkpoints", "inside the saving of a checkpoint"]
+    "moment",
+    [
+        pytest.param("before the first checkpoint", marks=pytest.mark.slow),
+        "between checkpoints",
+        "inside the saving of a checkpoint",
+    ],
 )
 def test_killed_and_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp_path: Path, moment: str) -> None:
     """Bitwise, on the CPU in float32: weights and metrics."""

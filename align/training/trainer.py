@@ -83,6 +83,8 @@ class Trainer:
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
         self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes, precision)
         self.preemption = Preemption()
+        rows = {"rows of an update": self.sizes.update * self.accelerator.num_processes}
+        self.settings = (yaml.safe_load(self.resolved) or {}) | rows  # what a checkpoint keeps of them
         self.step = self.rollouts = self.barren = 0  # barren: rollouts since the last that gave rows
         self.preempted = False
 
@@ -91,7 +93,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         source = self.folder.find(config.resume_from_checkpoint)
         if source is not None:
-            self.folder.require_same(source, self._settings())
+            self.folder.require_same(source, self.settings)
         if accelerator.is_main_process:  # first of all: encoding a data set may take hours
             self.folder.claim(source is not None, config.overwrite_output_dir, self.family.denoiser_name)
         ranks = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -267,10 +269,6 @@ class Trainer:
             self.folder.checkpoint(self._parts(), state, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _settings(self) -> dict[str, Any]:
-        rows = {"rows of an update": self.sizes.update * self.accelerator.num_processes}
-        return (yaml.safe_load(self.resolved) or {}) | rows
-
     def _parts(self) -> Parts:
         return Parts(self.policy, self.optimizer, self.scheduler, self.accelerator.scaler, self.config.objective)
 
@@ -279,7 +277,7 @@ class Trainer:
             "step": self.step,
             "rollouts": self.rollouts,
             "evaluations": dict(self.policy.evaluations),
-            "settings": self._settings(),
+            "settings": self.settings,
             "objective": self.config.objective.state() if isinstance(self.config.objective, KeepsState) else {},
         }
 
