@@ -292,6 +292,7 @@ class Toy:
 
     device = torch.device("cpu")
     default_guidance_scale = 1.0
+    cell = 1
 
     def __init__(self, theta: float | Tensor, anchor: float = 0.0) -> None:
         self.theta = torch.as_tensor(theta, dtype=torch.float64).clone().requires_grad_()
@@ -301,7 +302,7 @@ class Toy:
     def family(self) -> Toy:
         return self
 
-    def grid(self, steps: int) -> Grid:
+    def grid(self, steps: int, *_size: int) -> Grid:
         t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         return Grid(t, 1 - t, t)
 

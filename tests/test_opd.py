@@ -797,10 +797,12 @@ class Lines(nn.Module):
     def family(self) -> Lines:
         return self
 
+    cell, unguided_scale = 1, 1.0
+
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         return (1, 2, 2)
 
-    def grid(self, steps: int) -> Grid:
+    def grid(self, steps: int, *_size: int) -> Grid:
         t = torch.linspace(1, 0, steps + 1)
         return Grid(t, 1 - t, t)
 

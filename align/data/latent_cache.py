@@ -173,9 +173,7 @@ class EncodedDataset:
         views = zip(entries, variants or [0] * len(entries), strict=True)
         latents = torch.stack([self.latents.rows(e.shard)["latents"][e.row, variant] for e, variant in views])
         texts = [(self.conds.rows(e.caption // SHARD), e.caption % SHARD) for e in entries]
-        cond = Conditioning.cat(
-            [Conditioning({name: tensor[row : row + 1] for name, tensor in shard.items()}) for shard, row in texts]
-        )
+        cond = Conditioning.cat([Conditioning(shard).take(slice(row, row + 1)) for shard, row in texts])
         latents = latents[:, 0] if self.batch_type.images == 1 else latents
         return self.batch_type(latents, cond, [self.captions[e.caption] for e in entries], [e.id for e in entries])
 

@@ -2,7 +2,7 @@
 
 from align.families.captions import tell_truncated
 from align.families.conditioning import Conditioning
-from align.families.family import Family, GuidanceKind
+from align.families.family import Family, GuidanceKind, Scale
 from align.families.folder import LORA_FILE, SAMPLING_FILE, Unsupported
 from align.families.loading import (
     DTYPES,
@@ -21,16 +21,6 @@ from align.families.loading import (
 from align.families.lora_file import LoRAFile, load_lora, lora_path, read_lora
 
 __all__ = ["DTYPES", "FAMILIES", "LORA_FILE", "READERS", "SAMPLING_FILE", "Conditioning", "Family", "GuidanceKind"]
-__all__ += [
-    "LoRAFile",
-    "Unsupported",
-    "find",
-    "load",
-    "load_lora",
-    "lora_path",
-    "of",
-    "pipeline_class",
-    "read_lora",
-    "reader",
-]
-__all__ += ["set_attention_backend", "stock_scheduler", "tell_truncated", "tuned", "what_is_tuned"]
+__all__ += ["LoRAFile", "Scale", "Unsupported", "find", "load", "load_lora", "lora_path", "of", "pipeline_class"]
+__all__ += ["read_lora", "reader", "set_attention_backend", "stock_scheduler", "tell_truncated", "tuned"]
+__all__ += ["what_is_tuned"]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 GuidanceKind = Literal["classifier-free", "embedded", "none"]
+Scale = float | None  # of guidance; None is a model in training
 
 
 class Family(ABC):
@@ -40,8 +41,7 @@ class Family(ABC):
     patch: ClassVar[int] = 1  # latent cells along the side of a token; a side of a latent is a multiple of it
 
     def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
-        self.pipe = pipe
-        self.source = source
+        self.pipe, self.source = pipe, source
         self._uncond: Conditioning | None = None
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
@@ -219,7 +219,7 @@ class Family(ABC):
                 raise UserError(f"resolution: {side} is no multiple of {step}; the nearest is {near}")
         return (self.channels, *(side // self.cell for side in sides))  # type: ignore[return-value]
 
-    def evaluations(self, guidance_scale: float | None) -> int:
+    def evaluations(self, guidance_scale: Scale) -> int:
         """Network evaluations of one prediction. At or below :attr:`unguided_scale` stock diffusers asks once, with the
         prompt: 0 is what few-step models such as SD-Turbo and SD3.5-turbo are called with."""
         guided = self.guidance_kind == "classifier-free" and guidance_scale is not None
@@ -230,7 +230,7 @@ class Family(ABC):
         x_t: Tensor,
         t: Tensor,
         cond: Conditioning,
-        guidance_scale: float | None = None,
+        guidance_scale: Scale = None,
         denoiser: nn.Module | None = None,
     ) -> Tensor:
         """The raw network output at ``x_t`` (B, C, h, w) and ``t`` (B,). Classifier-free guidance sends unconditional
@@ -252,7 +252,7 @@ class Family(ABC):
         x_t: Tensor,
         t: Tensor,
         cond: Conditioning,
-        guidance_scale: float | None = None,
+        guidance_scale: Scale = None,
         denoiser: nn.Module | None = None,
     ) -> Prediction:
         """:meth:`forward`'s answer with the coordinates to read it in."""
@@ -280,24 +280,19 @@ class Family(ABC):
     def to_latent(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] to latents: the posterior's mean, in the denoiser's scale, float32."""
         shift, scale = self._statistics()
-        with self._own_precision():
+        with torch.autocast(self.device.type, enabled=False):  # one in float32 is so because it overflows in less
             z = self.encode_pixels((images * 2 - 1).to(self.device, self.pipe.vae.dtype))
         return (z.float() - shift) * scale
 
     def to_image(self, x0: Tensor) -> Tensor:
         """Latents to pictures (B, 3, H, W) in [0, 1], float32; differentiable."""
         shift, scale = self._statistics()
-        with self._own_precision():
+        with torch.autocast(self.device.type, enabled=False):
             pixels = self.decode_pixels((x0.to(self.device) / scale + shift).to(self.pipe.vae.dtype))
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def _statistics(self) -> list[float | Tensor]:
-        moved = (part.to(self.device).float() if isinstance(part, Tensor) else part for part in self.statistics())
-        return list(moved)
-
-    def _own_precision(self) -> torch.autocast:
-        """In which an autoencoder runs as it was loaded: one in float32 is so because it overflows in less."""
-        return torch.autocast(self.device.type, enabled=False)
+        return [p.to(self.device).float() if isinstance(p, Tensor) else p for p in self.statistics()]
 
     def identity(self) -> Mapping[str, Mapping[str, object]]:
         """What cached latents of ``pictures`` and embeddings of ``captions`` depend on: the VAE, and all but it and the

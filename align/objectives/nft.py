@@ -127,8 +127,7 @@ class NFT(Objective, Prepares):
         advantage = ctx.local(group_advantages(total, groups, self.scale_rewards)).float()
         alike = zero_std_mask(total, groups).double().mean().item()
         measured = {"reward/total": total.mean().item(), "zero_std_share": alike}
-        generators = ctx.generators("nft")
-        grid = grid_of(family, self.sampler.num_inference_steps, trajectories.latents)
+        generators, grid = ctx.generators("nft"), grid_of(family, last + 1, trajectories.latents)
         if self.timesteps == "sampler":
             t = grid.t[rng.normal((len(grid),), ctx.generators("nft steps")).argsort(1)[:, :count].flatten()]
         else:

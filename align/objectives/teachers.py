@@ -20,7 +20,7 @@ from align import families
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch, PromptSet
 from align.diffusion.process import Prediction
-from align.families import LORA_FILE, Conditioning, Family, lora_path
+from align.families import LORA_FILE, Conditioning, Family, Scale, lora_path
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
 from align.sampling.trajectory import Trajectories
@@ -51,9 +51,7 @@ class Teacher(ABC):
         return batch.cond
 
     @abstractmethod
-    def predict(
-        self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float | None
-    ) -> Prediction:
+    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: Scale) -> Prediction:
         """Its answer at ``x_t`` (B, C, h, w) and ``t`` (B,); called under ``no_grad``."""
 
 
@@ -84,9 +82,7 @@ class LoRATeacher(Teacher):
         # torch allows no dot in a module's name; any other name is kept apart by its bytes
         return f"teacher_{self.task if self.task.isidentifier() else self.task.encode().hex()}"
 
-    def predict(
-        self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float | None
-    ) -> Prediction:
+    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: Scale) -> Prediction:
         with policy.adapter(self.name):
             return policy.predict(x_t, t, cond, guidance_scale)
 
@@ -121,9 +117,7 @@ class PipelineTeacher(Teacher):
     def conditions(self, policy: Policy, batch: PromptBatch) -> Conditioning:
         return self._prompts.encode(batch.prompts)
 
-    def predict(
-        self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float | None
-    ) -> Prediction:
+    def predict(self, policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: Scale) -> Prediction:
         policy.evaluations["frozen"] += len(x_t) * self.family.evaluations(guidance_scale)
         return self.family.predict(x_t, t, cond, guidance_scale)
 

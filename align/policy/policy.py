@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from align.diffusion.process import Prediction
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, Scale
 from align.policy.lora import LoRA
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Policy:
         """Where pictures of ``prompts`` start: ``noise`` (B, C, h, w) itself, or what was learned to make of it."""
         return noise if self.trained is None else self.trained.initial(prompts, noise)
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float | None = None) -> Prediction:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: Scale = None) -> Prediction:
         """What the weights in force say at ``x_t`` (B, C, h, w) and ``t`` (B,), see :meth:`Family.forward`."""
         model = self.model if self.trained is None else self.denoiser
         if self.answering is not None:  # past any wrapper: its hooks expect a backward pass that never comes

@@ -36,7 +36,7 @@ class AuraFlow(Family):
         embeds, *_ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, device=self.device)
         return Conditioning({"prompt_embeds": embeds})
 
-    def grid(self, steps: int) -> Grid:
+    def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
         scheduler = self.pipe.scheduler
         scheduler.set_timesteps(steps)
         t = torch.cat([scheduler.timesteps / scheduler.config.num_train_timesteps, torch.zeros(1)])
