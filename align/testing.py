@@ -49,7 +49,7 @@ class FamilyCase:
         folder: the saved pipeline, in float32.
         family: its family; None is the one that is registered for its class.
         prompts: of different lengths, one of them empty.
-        resolutions: sides in pixels; none are the model's own and twice that.
+        sizes: heights and widths in pixels; none are the model's own square, and two of these one on the other.
         num_inference_steps: of the sampler, at least 2.
         guidance_scale: with which guidance is on; it is off at :attr:`Family.unguided_scale`.
         tolerance: how far results of equal weights may differ, absolutely and relatively.
@@ -59,7 +59,7 @@ class FamilyCase:
     folder: Path
     family: type[Family] | None = None
     prompts: tuple[str, ...] = ("a red circle", "two blue stars left of a green square", "")
-    resolutions: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
     num_inference_steps: int = 4
     guidance_scale: float = 5.0
     tolerance: float = 2e-5
@@ -99,8 +99,8 @@ class FamilyCase:
         grid, cond = grid_of(family, self.num_inference_steps, x), family.encode(self.prompts)
         return sample(predict or family.predict, grid, cond, x, guidance_scale)
 
-    def noise(self, family: Family, resolution: int | None = None) -> Tensor:
-        return initial_noise(family.latent_shape(resolution), range(len(self.prompts)))
+    def noise(self, family: Family, height: int | None = None, width: int | None = None) -> Tensor:
+        return initial_noise(family.latent_shape(height, width), range(len(self.prompts)))
 
     def close(self, ours: Tensor, theirs: Tensor, what: str) -> None:
         assert_close(ours, theirs, atol=self.tolerance, rtol=self.tolerance, msg=lambda text: f"{what}: {text}")
@@ -122,14 +122,15 @@ def check_sampling(case: FamilyCase) -> None:
     """The same weights, noise and steps give the stock latents and images, at two sizes, guidance off and on."""
     family = case.load()
     stock = case.load_stock(family)
-    sides = case.resolutions or (family.resolution, 2 * family.resolution)
-    for side, scale in itertools.product(sides, (family.unguided_scale, case.guidance_scale)):
-        x = case.noise(family, side)
+    side = family.resolution
+    sizes = case.sizes or ((side, side), (2 * side, side))
+    for (height, width), scale in itertools.product(sizes, (family.unguided_scale, case.guidance_scale)):
+        x = case.noise(family, height, width)
         latents = case.sample(family, x, scale)
         theirs = case.draw(family, stock, x, scale, "latent")
-        case.close(case.given(family, latents), theirs, f"latents, {side} px, guidance {scale:g}")
+        case.close(case.given(family, latents), theirs, f"latents, {height} x {width} px, guidance {scale:g}")
         images = case.draw(family, stock, x, scale, "pt")
-        case.close(family.to_image(latents), images, f"images, {side} px, guidance {scale:g}")
+        case.close(family.to_image(latents), images, f"images, {height} x {width} px, guidance {scale:g}")
 
 
 @torch.no_grad()

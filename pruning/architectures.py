@@ -1,4 +1,4 @@
-"""Where blocks stand in diffusers' SD3, FLUX and U-Net classes, and the config that these need for what is left.
+"""Where blocks stand in diffusers' transformers and U-Nets, and the config that these need for what is left.
 
 The only file that knows how these classes are built; :mod:`pruning.graph` is the same for all of them.
 """
@@ -15,8 +15,32 @@ from pruning.identity import Identity
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-Kind = Literal["joint", "double", "single", "down", "mid", "up", "attn", "ff", "norm", "mlp", "layer"]
-CLASSES = ("SD3Transformer2DModel", "FluxTransformer2DModel", "UNet2DConditionModel")  # of diffusers
+# "joint", "double", "single": SD3's and FLUX.1's, of parts; "dual", "unified": of two streams and of one, whole only
+Kind = Literal[
+    "joint", "double", "single", "dual", "unified", "down", "mid", "up", "attn", "ff", "norm", "mlp", "layer"
+]
+# the lists of blocks of diffusers' transformers: kind, and the number of the config that counts them
+LISTS: dict[str, dict[str, tuple[Kind, str]]] = {
+    "SD3Transformer2DModel": {"transformer_blocks": ("joint", "num_layers")},
+    "FluxTransformer2DModel": {
+        "transformer_blocks": ("double", "num_layers"),
+        "single_transformer_blocks": ("single", "num_single_layers"),
+    },
+    "Flux2Transformer2DModel": {
+        "transformer_blocks": ("dual", "num_layers"),
+        "single_transformer_blocks": ("unified", "num_single_layers"),
+    },
+    "QwenImageTransformer2DModel": {"transformer_blocks": ("dual", "num_layers")},
+    "ZImageTransformer2DModel": {"layers": ("unified", "n_layers")},
+    "SanaTransformer2DModel": {"transformer_blocks": ("unified", "num_layers")},
+    "Lumina2Transformer2DModel": {"layers": ("unified", "num_layers")},
+    "PixArtTransformer2DModel": {"transformer_blocks": ("unified", "num_layers")},
+}
+CLASSES = (*LISTS, "UNet2DConditionModel")  # of diffusers
+REFUSED = {
+    "ChromaTransformer2DModel": "its blocks find their modulation by their number among all, so that one that goes "
+    "moves those of the others"
+}
 MID_LAYERS = "mid_block.attentions.0.transformer_blocks"
 Parts = dict[str, tuple[Kind, tuple[str, ...]]]  # name of a part -> kind, attributes of the block that it is made of
 _MMDIT: Parts = {
@@ -54,20 +78,23 @@ class Row:
 
 def rows(denoiser: ModelMixin) -> list[Row]:
     """The rows of a denoiser in the order in which they run; :class:`UserError` for a class that is not known."""
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
-    if isinstance(denoiser, SD3Transformer2DModel):
-        last = len(denoiser.transformer_blocks) - 1
-        why = "SD3's last block is built without a context output, and only that one can end the stack"
-        return [Row("transformer_blocks", "joint", ("transformer_blocks",), {last: why})]
-    if isinstance(denoiser, FluxTransformer2DModel):
-        return [
-            Row("transformer_blocks", "double", ("transformer_blocks",)),
-            Row("single_transformer_blocks", "single", ("single_transformer_blocks",)),
-        ]
+    name = type(denoiser).__name__
     if isinstance(denoiser, UNet2DConditionModel):
         return list(_unet_rows(denoiser))
-    raise UserError(f"no block graph for {type(denoiser).__name__}; expected {', '.join(CLASSES)}")
+    if name in REFUSED:
+        raise UserError(f"no block of a {name} can go: {REFUSED[name]}")
+    if name not in LISTS:
+        raise UserError(f"no block graph for {name}; expected {', '.join(CLASSES)}")
+    return [Row(path, kind, (path,), _last(denoiser, kind)) for path, (kind, _) in LISTS[name].items()]
+
+
+def _last(denoiser: Any, kind: Kind) -> dict[int, str]:
+    if kind != "joint":
+        return {}
+    why = "SD3's last block is built without a context output, and only that one can end the stack"
+    return {len(denoiser.transformer_blocks) - 1: why}
 
 
 def _unet_rows(unet: Any) -> Iterator[Row]:
@@ -118,16 +145,15 @@ def _edges(side: str, stage: Any) -> dict[int, str]:
 
 def describe(denoiser: ModelMixin) -> None:
     """Bring ``denoiser.config`` up to date with the modules that are there."""
-    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
     config: dict[str, Any]
     if isinstance(denoiser, UNet2DConditionModel):
         config = _unet_config(denoiser)
     else:
-        config = {"num_layers": len(denoiser.transformer_blocks)}
-        if isinstance(denoiser, FluxTransformer2DModel):
-            config["num_single_layers"] = len(denoiser.single_transformer_blocks)
-        else:
+        lists = LISTS[type(denoiser).__name__]
+        config = {count: len(denoiser.get_submodule(path)) for path, (_, count) in lists.items()}
+        if isinstance(denoiser, SD3Transformer2DModel):
             dual = [i for i, block in enumerate(denoiser.transformer_blocks) if block.use_dual_attention]
             config["dual_attention_layers"] = dual
     removed = [part_name(p) for p, module in denoiser.named_modules() if isinstance(module, Identity) and module.part]

@@ -47,7 +47,7 @@ def follow(path: str, moved: Mapping[str, str | None]) -> str | None:
 
 
 def _two_streams(block: Block) -> bool:
-    return block.kind in PARTS
+    return block.kind in PARTS or block.kind == "dual"
 
 
 def taken_in(block: Block, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:

@@ -61,7 +61,7 @@ class BlockGraph:
 
     @staticmethod
     def of(denoiser: ModelMixin) -> BlockGraph:
-        """The graph of an SD3, FLUX or Stable Diffusion (1.x, 2.x, XL) denoiser; :class:`UserError` for another."""
+        """The graph of a denoiser; :class:`UserError` for a class that :mod:`pruning.architectures` does not know."""
         return BlockGraph(denoiser, rows(denoiser))
 
     def _add(self, name: str, kind: Kind, modules: tuple[str, ...], part_of: str | None = None) -> None:

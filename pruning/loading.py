@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,6 +14,8 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from align.common.errors import UserError
 from pruning.architectures import CLASSES
@@ -136,7 +138,8 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Model:
     for name in packed:
         model.set_submodule(name, empty_layer(model.get_submodule(name), settings))
     files = weight_files(folder)
-    tensors = {key: tensor for file in files for key, tensor in read_tensors(file)}
+    rename = _renaming(model)
+    tensors = {rename(key): tensor for file in files for key, tensor in read_tensors(file)}
     for key in list(tensors):
         layer, piece = piece_of(key)
         if layer in packed:
@@ -153,6 +156,14 @@ def build(folder: Path, dtype: torch.dtype | None = None) -> Model:
     if saved:
         mark(model, settings)
     return model.eval()
+
+
+def _renaming(model: Model) -> Callable[[str], str]:
+    """From names in a file to those of the modules: transformers saves some models under their older names."""
+    if not isinstance(model, PreTrainedModel):
+        return lambda key: key
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    return lambda key: apply_renamings(key, renamings)
 
 
 def outline(folder: Path) -> Model:

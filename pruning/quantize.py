@@ -40,6 +40,16 @@ Model = Any  # a ModelMixin or a PreTrainedModel
 KEPT: dict[str, tuple[str, ...]] = {
     "SD3Transformer2DModel": ("context_embedder", "time_text_embed", "norm_out", "proj_out"),
     "FluxTransformer2DModel": ("x_embedder", "context_embedder", "time_text_embed", "norm_out"),
+    "Flux2Transformer2DModel": (
+        *("x_embedder", "context_embedder", "time_guidance_embed", "norm_out", "proj_out"),
+        *("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"),
+    ),
+    "QwenImageTransformer2DModel": ("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out"),
+    "ZImageTransformer2DModel": ("all_x_embedder", "cap_embedder", "t_embedder", "all_final_layer"),
+    "SanaTransformer2DModel": ("caption_projection", "time_embed", "proj_out"),
+    "ChromaTransformer2DModel": ("x_embedder", "context_embedder", "distilled_guidance_layer", "proj_out"),
+    "Lumina2Transformer2DModel": ("x_embedder", "time_caption_embed", "norm_out"),
+    "PixArtTransformer2DModel": ("caption_projection", "adaln_single", "proj_out"),
     "UNet2DConditionModel": ("time_embedding", "add_embedding"),
     "CLIPTextModelWithProjection": ("text_projection",),
 }

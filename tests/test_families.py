@@ -135,9 +135,9 @@ class ImagesWithoutGradient(SD):
 
 
 WRONG: Sequence[tuple[type[SD], str, str]] = [  # the family, the check that has to fail, and what it has to say
-    (OtherUncond, "check_sampling", "latents, 16 px, guidance 5"),
-    (Negated, "check_sampling", "latents, 16 px, guidance 1"),
-    (DecodesUnscaled, "check_sampling", "images, 16 px, guidance 1"),
+    (OtherUncond, "check_sampling", "latents, 16 x 16 px, guidance 5"),
+    (Negated, "check_sampling", "latents, 16 x 16 px, guidance 1"),
+    (DecodesUnscaled, "check_sampling", "images, 16 x 16 px, guidance 1"),
     (EncodesUnscaled, "check_encoding", "encoded and decoded"),
     (MixesRows, "check_rows", "row 0, 'a red circle'"),
     (StepsAside, "check_path", "alpha"),
