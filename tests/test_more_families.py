@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from diffusers import Flux2KleinPipeline
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from align.families import Family
-from align.testing import CHECKS, FamilyCase
+from align.diffusion.process import Grid
+from align.families import Conditioning, Family
+from align.families.chroma import Chroma
+from align.families.flow import Flow
+from align.families.flux import Flux
+from align.families.flux2 import Flux2Klein
+from align.families.lumina2 import Lumina2
+from align.families.pixart import PixArtSigma
+from align.families.qwen_image import QwenImage
+from align.families.sana import Sana
+from align.families.sdxl import SDXL
+from align.families.z_image import ZImage
+from align.policy.initial_noise import InitialNoise
+from align.sampling.generate import sample_images
+from align.testing import CHECKS, FamilyCase, check_sampling
+from align.train import main
 from tests import tiny_families
+from tests.helpers import lines, write
+from tests.test_cards import run_snippets
 
 # of every kind of guidance, text and autoencoder; the others, and what takes long, are slow
 FAST = ("sdxl", "flux-dev", "qwen-image", "z-image", "sana")
@@ -51,3 +76,186 @@ def cases() -> list[object]:
 @pytest.mark.parametrize(("name", "check"), cases())
 def test_a_family_holds(name: str, check: Callable[[FamilyCase], None], case: Callable[[str], FamilyCase]) -> None:
     check(case(name))
+
+
+# families that are wrong on purpose: each draws other images than stock diffusers, without an error
+class EmptyPrompt(SDXL):
+    def unconditional(self) -> Conditioning:
+        return self.encode([""])
+
+
+class GridOfTheSquare(Flux):
+    def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
+        return super().grid(steps)
+
+
+class ScaleOfOne(Flux):
+    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        unscaled = Conditioning(cond.tensors | {"guidance": t.new_ones(len(t))})
+        return super().call(denoiser, x_t, t, unscaled)
+
+
+class PlainGuidance(QwenImage):
+    def guide(self, free: Tensor, bound: Tensor, guidance_scale: float) -> Tensor:
+        return Family.guide(self, free, bound, guidance_scale)
+
+
+class EmptyText(QwenImage):
+    def unconditional(self) -> Conditioning:
+        return self.encode([""])
+
+
+class OneScaleForAllChannels(QwenImage):
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        shift, scale = super().statistics()
+        return shift.mean().expand_as(shift), scale.mean().expand_as(scale)
+
+
+class CountsFromOne(ZImage):
+    def guide(self, free: Tensor, bound: Tensor, guidance_scale: float) -> Tensor:
+        return Family.guide(self, free, bound, guidance_scale)
+
+
+class Backwards(ZImage):
+    def call(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return -super().call(denoiser, x_t, t, cond)
+
+
+class InstructsNothing(Sana):
+    def unconditional(self) -> Conditioning:
+        return self.encode([""])
+
+
+class Unnormalized(Flux2Klein):
+    def statistics(self) -> tuple[float, float]:  # type: ignore[override]
+        return 0.0, 1.0
+
+
+class Flux1Shift(Flux2Klein):
+    def mu(self, steps: int, tokens: int) -> float:
+        return Flow.mu(self, steps, tokens)
+
+
+class AttendsToAll(Chroma):
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        cond = super().encode(prompts)
+        return Conditioning(cond.tensors | {"mask": cond["mask"] * 0})
+
+
+class Unrescaled(Lumina2):
+    def guide(self, free: Tensor, bound: Tensor, guidance_scale: float) -> Tensor:
+        return Family.guide(self, free, bound, guidance_scale)
+
+
+class Unmasked(PixArtSigma):
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        cond = super().encode(prompts)
+        return Conditioning(cond.tensors | {"mask": cond["mask"] * 0 + 1})
+
+
+WRONG: list[tuple[str, type[Family]]] = [
+    ("sdxl", EmptyPrompt),
+    ("z-image", CountsFromOne),
+    ("qwen-image", PlainGuidance),
+    ("flux-dev", ScaleOfOne),
+    ("flux-dev", GridOfTheSquare),
+    ("qwen-image", EmptyText),
+    ("qwen-image", OneScaleForAllChannels),
+    ("z-image", Backwards),
+    ("sana", InstructsNothing),
+    ("flux2-klein-base", Unnormalized),
+    ("flux2-klein-base", Flux1Shift),
+    ("chroma", AttendsToAll),
+    ("lumina2", Unrescaled),
+    ("pixart-sigma", Unmasked),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [pytest.param(*each, marks=pytest.mark.slow if k > 3 else []) for k, each in enumerate(WRONG)]
+)
+def test_a_wrong_family_draws_otherwise(name: str, wrong: type[Family], case: Callable[[str], FamilyCase]) -> None:
+    with pytest.raises(AssertionError, match=r"(latents|images), \d+ x \d+ px, guidance"):
+        check_sampling(replace(case(name), family=wrong))
+
+
+def test_few_step_models_are_told_apart(case: Callable[[str], FamilyCase]) -> None:
+    """No 50 steps with guidance for a Turbo that nobody said anything about."""
+    expected = {
+        "sdxl-turbo": (4, 1.0), "flux-schnell": (4, 1.0), "z-image-turbo": (8, 0.0), "flux2-klein": (4, 1.0),
+        "sdxl": (50, 5.0), "z-image": (50, 5.0),
+    }  # fmt: skip
+    for name, (steps, scale) in expected.items():
+        family = case(name).load()
+        assert (family.default_num_inference_steps, family.default_guidance_scale) == (steps, scale), name
+        assert family.evaluations(family.default_guidance_scale) == (2 if steps == 50 else 1)
+
+
+# every objective on every family
+SAMPLER = {"num_inference_steps": 2, "batch_size": 4}
+UPDATES: dict[str, dict[str, Any]] = {
+    "DPO": {},
+    "PolicyGradient": {"sampler": {"num_inference_steps": 3}, "images_per_prompt": 2, "beta": 0.1},
+    "D3PO": {"sampler": {"num_inference_steps": 3}, "images_per_prompt": 2},
+    "NFT": {"sampler": SAMPLER, "images_per_prompt": 2},
+    "FIND": {"sampler": SAMPLER, "images_per_prompt": 2},
+    "ReNO": {"num_inference_steps": 2},
+    "OPD": {"sampler": SAMPLER, "teachers": [{"class_path": "PipelineTeacher", "init_args": {"task": "*"}}]},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        pytest.param(name, objective, marks=[] if (name, objective) == ("flux-dev", "FIND") else pytest.mark.slow)
+        for name in tiny_families.BUILD
+        for objective in UPDATES
+    ],
+)
+def test_an_objective_trains(
+    name: str, objective: str, case: Callable[[str], FamilyCase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(case(name).folder)
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue stars\n")
+    arguments = copy.deepcopy(UPDATES[objective])
+    for teacher in arguments.get("teachers", []):
+        teacher["init_args"]["path"] = folder
+    config: dict[str, Any] = {
+        "pretrained_model_name_or_path": folder,
+        "objective": {"class_path": objective, "init_args": arguments},
+        "data": {"class_path": "Prompts", "init_args": {"path": str(tmp_path / "prompts.txt")}},
+        "output_dir": str(tmp_path / "run"),
+        "lora": {"rank": 2} if case(name).load().lora_targets else None,
+        "rollout_batch_size": 2,
+        "train_batch_size": 2,
+        "max_train_steps": 1,
+        "checkpointing_steps": 0,
+        "report_to": "none",
+        "samples": {"prompts": []},
+        "rewards": [{"name": "tests.helpers.Bright"}],
+    }
+    if objective == "DPO":
+        config["data"] = {"class_path": "PreferencePairs", "init_args": pairs(tmp_path, case(name).load().resolution)}
+        config |= {"rollout_batch_size": None, "rewards": []}
+    if objective == "OPD":
+        config["rewards"] = []
+    assert main(["--config", write(config)]) == 0
+    losses = [line["loss"] for line in lines(config["output_dir"]) if "loss" in line]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+    if objective in ("FIND", "ReNO"):
+        run_snippets(tmp_path / "run" / "README.md", monkeypatch)
+        ours = sample_images(
+            case(name).load().predict, family := case(name).load(), ["a red circle"], [0],
+            initial=InitialNoise.load(tmp_path / "run").initial,
+        )  # fmt: skip
+        theirs = torch.from_numpy(np.array(Image.open(tmp_path / "run" / "0.png"))).permute(2, 0, 1) / 255
+        assert (ours[0] - theirs).abs().max() < 1.5 / 255, family.source
+
+
+def pairs(folder: Path, side: int) -> dict[str, str]:
+    for k in range(4):
+        pixels = torch.randint(0, 256, (side, side, 3), generator=torch.Generator().manual_seed(k), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{k}.png")
+    rows = [{"caption": f"a picture {k}", "chosen": f"{k}.png", "rejected": f"{k + 1}.png"} for k in (0, 2)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": str(folder / "pairs.jsonl"), "cache_dir": str(folder / "cache")}

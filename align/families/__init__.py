@@ -14,6 +14,7 @@ from align.families.loading import (
     pipeline_class,
     reader,
     set_attention_backend,
+    stock_latents,
     stock_scheduler,
     tuned,
     what_is_tuned,
@@ -22,5 +23,5 @@ from align.families.lora_file import LoRAFile, load_lora, lora_path, read_lora
 
 __all__ = ["DTYPES", "FAMILIES", "LORA_FILE", "READERS", "SAMPLING_FILE", "Conditioning", "Family", "GuidanceKind"]
 __all__ += ["LoRAFile", "Scale", "Unsupported", "find", "load", "load_lora", "lora_path", "of", "pipeline_class"]
-__all__ += ["read_lora", "reader", "set_attention_backend", "stock_scheduler", "tell_truncated", "tuned"]
-__all__ += ["what_is_tuned"]
+__all__ += ["read_lora", "reader", "set_attention_backend", "stock_latents", "stock_scheduler", "tell_truncated"]
+__all__ += ["tuned", "what_is_tuned"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from align.common.assets import EMBEDDED, locate
 from align.common.errors import UserError
@@ -184,6 +185,11 @@ def reader(folder: Path | str) -> Any | None:
 def stock_scheduler(pipe: DiffusionPipeline) -> Any:
     """The scheduler with which the stock ``pipe`` draws what its family draws. Raises :class:`Unsupported`."""
     return _family(type(pipe).__name__, type(pipe).__name__).stock_scheduler(pipe.scheduler)
+
+
+def stock_latents(pipe: DiffusionPipeline, x: Tensor) -> Tensor:
+    """(B, C, h, w) as the argument ``latents`` of the stock ``pipe`` takes them. Raises :class:`Unsupported`."""
+    return _family(type(pipe).__name__, type(pipe).__name__).stock_latents(x)
 
 
 def of(pipe: DiffusionPipeline, source: str) -> Family:

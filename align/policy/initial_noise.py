@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from align.common import rng
 from align.common.errors import UserError
 from align.diffusion.process import Reduction, reduce_dims
-from align.families import Family, stock_scheduler
+from align.families import Family, stock_latents, stock_scheduler
 from align.policy.policy import Trained
 from rewards.common.files import atomic
 
@@ -193,16 +193,19 @@ class InitialNoise(Trained):
         if wrong:
             raise UserError(f"this noise was learned for {'; '.join(wrong)}: noise does not carry over, learn it anew")
 
-    def usage(self, folder: str) -> str:
-        prompt = repr(self.prompts[0])
+    def usage(self, folder: str, family: Family) -> str:
+        prompt, steps = repr(self.prompts[0]), family.default_num_inference_steps
+        height, width = (side * family.cell for side in self.shape[1:])
+        arguments = {"height": height, "width": width} | family.stock_arguments(steps, family.default_guidance_scale)
+        more = "".join(f", {name}={value!r}" for name, value in arguments.items())
         return f"""from align.policy.initial_noise import InitialNoise
 
 pipe.scheduler = families.stock_scheduler(pipe)
 noise = InitialNoise.load({folder!r})
-pipe({prompt}, latents=noise.latents(pipe, {prompt}, seeds=[0])).images[0].save("0.png")"""
+pipe(prompt={prompt}, latents=noise.latents(pipe, {prompt}, seeds=[0]){more}).images[0].save("0.png")"""
 
     def latents(self, pipe: DiffusionPipeline, prompt: str, seeds: Sequence[int]) -> Tensor:
-        """(len(seeds), C, h, w) drawn for ``prompt``, for the argument ``latents`` of a stock diffusers pipeline."""
+        """Drawn for ``prompt``, one for each seed, for the argument ``latents`` of a stock diffusers pipeline."""
         self.number(prompt)
         noise = rng.normal(self.shape, [torch.Generator().manual_seed(seed) for seed in seeds])
         ours, theirs = stock_scheduler(pipe), pipe.scheduler
@@ -213,7 +216,7 @@ pipe({prompt}, latents=noise.latents(pipe, {prompt}, seeds=[0])).images[0].save(
                 f"this noise was learned for scheduler {self.scheduler}, the pipeline has {type(theirs).__name__} "
                 f"({', '.join(wrong)}): set pipe.scheduler = align.families.stock_scheduler(pipe)"
             )
-        return self.initial([prompt] * len(seeds), noise)
+        return stock_latents(pipe, self.initial([prompt] * len(seeds), noise))
 
 
 def write(path: Path, noise: InitialNoise, mean: Tensor, std: Tensor) -> Path:

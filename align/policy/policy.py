@@ -41,8 +41,8 @@ class Trained(nn.Module, ABC):
         """Write what was trained into ``folder``; returns the file."""
 
     @abstractmethod
-    def usage(self, folder: str) -> str:
-        """Python that draws with what was saved in ``folder`` by a stock pipeline, ``pipe``."""
+    def usage(self, folder: str, family: Family) -> str:
+        """Python that draws with what was saved in ``folder`` by a stock pipeline of ``family``, ``pipe``."""
 
 
 class Policy:

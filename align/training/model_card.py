@@ -109,7 +109,7 @@ def load_run(config: TrainConfig, policy: Policy) -> str:
         loaded = f"families.load({which})"
         if policy.trained is None:
             loaded = f"families.tuned({loaded}, {folder!r})"
-        after = f"\n{policy.trained.usage(folder)}" if policy.trained is not None else ""
+        after = f"\n{policy.trained.usage(folder, family)}" if policy.trained is not None else ""
         return f"import torch\nfrom align import families\n\npipe = {loaded}.pipe{after}"
     pipeline, denoiser, name = type(family.pipe).__name__, type(family.denoiser).__name__, family.denoiser_name
     if policy.lora:

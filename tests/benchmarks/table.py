@@ -531,6 +531,47 @@ def _killed(jobs: Iterable[Mapping[str, Any]]) -> int:
     return sum(job["SIGKILL"] + job["SIGTERM"] for job in jobs)
 
 
+def _families() -> str:
+    found = load("families")
+    keys = ("latents", "images", "row", "path", "lora", "lora_moves", "ratio", "nf4_reloaded")
+    lines = [
+        f"**Families against stock diffusers** ({found['date']}, {found['hardware']}, float32): tiny random pipelines "
+        "of the real classes, 4 steps, two sizes (one not square), guidance off and on. Greatest differences: latents "
+        "and images from the same noise; a row alone and in its batch; `path` and `grid`; images of a LoRA by our "
+        "policy and by stock `load_lora_weights`, beside how far it moves them; the likelihood ratio on replay less 1; "
+        "a 4-bit copy and what is read of it again. Then the loss of one update by `python -m align.train`.",
+        "",
+        f"| pipeline | {' | '.join(keys)} | DPO | PolicyGradient | NFT |".replace("_", " "),
+        f"|{'---|' * (len(keys) + 4)}",
+    ]
+    for name, entry in found["families"].items():
+        numbers = ["no LoRA" if entry[key] is None else f"{entry[key]:.1g}" for key in keys]
+        losses = [f"{loss:.3f}" for loss in entry["losses"].values()]
+        lines.append(f"| {name} | {' | '.join([*numbers, *losses])} |")
+    return "\n".join(lines)
+
+
+def _full_size() -> str:
+    found = load("full_size")
+    lines = [
+        f"**Denoisers at their published sizes** ({found['date']}), counted on the meta device: no weight was made or "
+        "read. LoRA of rank 16 on the default targets; latents at 1024 pixels; text of one caption in a cache, "
+        "bfloat16; *a fifth gone*: parameters without every fifth block.",
+        "",
+        "| model | parameters | authors say | LoRA | latent | text, MiB | bf16, GiB | NF4, GiB | a fifth gone |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in found["models"].items():
+        pruned = entry["pruned_parameters"]
+        cells = [
+            f"{entry['parameters']:,}", f"{entry['published_billions']} B", f"{entry['lora_parameters']:,}",
+            " x ".join(map(str, entry["latent"])), f"{entry['text_bytes'] / 2**20:.1f}",
+            f"{entry['bf16_bytes'] / 2**30:.1f}", f"{entry['nf4_bytes'] / 2**30:.1f}", f"{pruned:,}" if pruned else "",
+        ]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd", "Diffusion-DPO"),
     "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3", "Diffusion-DPO without guidance"),
@@ -558,6 +599,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "overhead": _overhead,
     "overhead_online": _overhead_online,
     "faults": _faults,
+    "families": _families,
+    "full_size": _full_size,
 }
 
 
