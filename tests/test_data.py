@@ -21,15 +21,17 @@ from torch import Tensor
 
 from align.common.errors import DataError
 from align.data import captioned, latent_cache
+from align.data import prompts as prompts_module
 from align.data.dataset import ExampleSet, Setup, shuffled
 from align.data.latent_cache import EncodedDataset, cut
 from align.data.preferences import PairBatch, PreferencePairs
-from align.data.prompts import Prompts, read_prompts
+from align.data.prompts import Prompts, PromptSet, read_prompts
 from align.families import Conditioning
 from rewards.data.images import UnreadableError, decode
 from rewards.data.tables import LazyImage
 from tests.benchmarks.emoji_pairs import Pair as Drawn
 from tests.benchmarks.emoji_pairs import pick_a_pic, write_layouts
+from tests.pipelines import Build
 
 COUNT = 10
 
@@ -529,3 +531,20 @@ def test_check_and_prepare_read_the_data_set_once(monkeypatch: pytest.MonkeyPatc
     data.path = "shapes-preferences-sd3"
     data.check()
     assert reads == ["shapes-preferences", "shapes-preferences-sd3"]
+
+
+def test_prompts_are_remembered_within_bounds(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = tiny("epsilon")
+    asked: list[str] = []
+    encode = family.encode
+    monkeypatch.setattr(family, "encode", lambda prompts: asked.extend(prompts) or encode(prompts))
+    found = PromptSet(family, [])
+    one = found.encode(["a star"])
+    monkeypatch.setattr(prompts_module, "REMEMBERED", 2 * one.nbytes)
+    for text in ("a circle", "a star", "a square", "a star", "a circle"):  # the square drives out the circle
+        assert torch.equal(found.encode([text])["prompt_embeds"], encode([text])["prompt_embeds"])
+    assert asked == ["a star", "a circle", "a square", "a circle"]
+    few = PromptSet(family, [], remember=1)
+    asked.clear()
+    few.encode(["a star", "a circle", "a star"])
+    assert asked == ["a star", "a circle", "a star"]

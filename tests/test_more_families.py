@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from align import evaluate, families, rollout, sample
 from align.diffusion.process import Grid
 from align.families import Conditioning, Family
 from align.families.chroma import Chroma
@@ -33,6 +35,8 @@ from align.policy.initial_noise import InitialNoise
 from align.sampling.generate import sample_images
 from align.testing import CHECKS, FamilyCase, check_sampling
 from align.train import main
+from pruning.quantize import quantize
+from pruning.saving import save_pipeline
 from tests import tiny_families
 from tests.helpers import lines, write
 from tests.test_cards import run_snippets
@@ -259,3 +263,73 @@ def pairs(folder: Path, side: int) -> dict[str, str]:
     rows = [{"caption": f"a picture {k}", "chosen": f"{k}.png", "rejected": f"{k + 1}.png"} for k in (0, 2)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"path": str(folder / "pairs.jsonl"), "cache_dir": str(folder / "cache")}
+
+
+# commands, precision, memory
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_families.BUILD)
+def test_commands_run(name: str, case: Callable[[str], FamilyCase], tmp_path: Path) -> None:
+    """Sampling, rollout and evaluation of a LoRA trained in bfloat16 with an average and gradient checkpointing."""
+    folder, prompts = str(case(name).folder), tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo blue stars, one of them larger\n")
+    family = case(name).load()
+    config = {
+        "pretrained_model_name_or_path": folder,
+        "objective": {"class_path": "DPO"},
+        "data": {"class_path": "PreferencePairs", "init_args": pairs(tmp_path, family.resolution)},
+        "output_dir": str(tmp_path / "run"),
+        "lora": {"rank": 2} if family.lora_targets else None,
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": True,
+        "ema_decay": 0.5,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "learning_rate": 1e-2,
+        "checkpointing_steps": 1,
+        "report_to": "none",
+        "samples": {"prompts": ["a star"], "num_inference_steps": 2},
+    }
+    assert main(["--config", write(config)]) == 0
+    assert (tmp_path / "run/samples/step-000002.png").is_file()
+    again = ["--config", write(config), "--resume_from_checkpoint", "checkpoint-1"]
+    assert main(again) == 0
+    model = [f"--prompts={prompts}", "--num_inference_steps=2"]
+    own = [f"--pretrained_model_name_or_path={folder}", f"--weights={tmp_path}/run"]
+    assert sample.main([*model, *own, f"--output_dir={tmp_path}/drawn"]) == 0
+    assert len(list((tmp_path / "drawn").rglob("*.png"))) >= 2
+    judged = [*model, f"--tuned={tmp_path}/run", f"--output_dir={tmp_path}/judged", "--reward=tests.helpers.Bright"]
+    assert evaluate.main([*judged, "--samples_per_prompt=1"]) == 0
+    drawn = [f"--prompts={prompts}", *own, f"--output_dir={tmp_path}/rollout", "--sampler.num_inference_steps=3"]
+    assert rollout.main([*drawn, "--images_per_prompt=2"]) == 0
+    assert main(["--config", write(config, output_dir=str(tmp_path / "dry")), "--dry_run"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_families.BUILD)
+def test_a_lora_trains_on_four_bits(name: str, case: Callable[[str], FamilyCase], tmp_path: Path) -> None:
+    family = case(name).load()
+    if not family.lora_targets:
+        pytest.skip("diffusers has no LoRA for it")
+    quantize(family.denoiser)
+    save_pipeline(family.pipe, tmp_path / "int4")
+    shutil.copy(case(name).folder / "sampling.json", tmp_path / "int4")
+    config = {
+        "pretrained_model_name_or_path": str(tmp_path / "int4"),
+        "objective": {"class_path": "DPO"},
+        "data": {"class_path": "PreferencePairs", "init_args": pairs(tmp_path, family.resolution)},
+        "output_dir": str(tmp_path / "run"),
+        "lora": {"rank": 2},
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "learning_rate": 1e-2,
+        "checkpointing_steps": 0,
+        "report_to": "none",
+        "samples": {"prompts": []},
+    }
+    assert main(["--config", write(config)]) == 0
+    tuned = families.tuned(families.load(str(tmp_path / "int4")), str(tmp_path / "run"))
+    inputs = case(name).inputs(tuned)
+    with torch.no_grad():
+        moved = tuned.forward(*inputs)
+        plain = families.load(str(tmp_path / "int4")).forward(*inputs)
+    assert not torch.allclose(moved, plain, atol=1e-5)

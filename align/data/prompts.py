@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,20 +85,31 @@ class Prompts(Data):
         return PromptSet(setup.family, self.read())
 
 
+REMEMBERED = 4 << 30  # bytes of conditions: a caption takes 0.1 MiB of SD, and 15 of FLUX.2
+
+
 class PromptSet:
-    """Prompts whose conditions are encoded when first asked for, and kept."""
+    """Prompts whose conditions are encoded when first asked for, and kept, the last ``remember`` of them and no more
+    than :data:`REMEMBERED`."""
 
     def __init__(self, family: Family, rows: list[dict[str, Any]], remember: int = 4096) -> None:
-        self.family, self.rows = family, rows
+        self.family, self.rows, self.remember = family, rows, remember
         tell_truncated(family, [row["prompt"] for row in rows])
-        self._encode = functools.lru_cache(remember)(self._encoded)
+        self._kept: OrderedDict[str, Conditioning] = OrderedDict()  # the last that were asked for at the end
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _encoded(self, prompt: str) -> Conditioning:
-        with torch.no_grad():
-            return self.family.encode([prompt]).to("cpu")
+    def _encode(self, prompt: str) -> Conditioning:
+        if prompt not in self._kept:
+            with torch.no_grad():
+                self._kept[prompt] = self.family.encode([prompt]).to("cpu")
+            self._bytes += self._kept[prompt].nbytes
+            while len(self._kept) > 1 and (len(self._kept) > self.remember or self._bytes > REMEMBERED):
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept.move_to_end(prompt)
+        return self._kept[prompt]
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditions of any prompts, remembered as those of the rows are."""

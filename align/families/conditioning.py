@@ -25,6 +25,10 @@ class Conditioning:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def take(self, index: Tensor | slice) -> Conditioning:
         """The rows ``index`` selects."""
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
