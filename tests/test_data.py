@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from align.common.errors import DataError
@@ -24,6 +26,7 @@ from align.data import captioned, latent_cache
 from align.data import prompts as prompts_module
 from align.data.dataset import ExampleSet, Setup, shuffled
 from align.data.latent_cache import EncodedDataset, cut
+from align.data.mapped_files import MappedFiles
 from align.data.preferences import PairBatch, PreferencePairs
 from align.data.prompts import Prompts, PromptSet, read_prompts
 from align.families import Conditioning
@@ -548,3 +551,16 @@ def test_prompts_are_remembered_within_bounds(tiny: Build, monkeypatch: pytest.M
     asked.clear()
     few.encode(["a star", "a circle", "a star"])
     assert asked == ["a star", "a circle", "a star"]
+
+
+def test_a_file_that_is_cut_while_it_is_mapped_is_an_error(tmp_path: Path) -> None:
+    save_file({"latents": torch.arange(100_000.0)}, tmp_path / "shard.safetensors")
+    files = MappedFiles()
+    assert files[tmp_path / "shard.safetensors"]["latents"][7] == 7
+    os.truncate(tmp_path / "shard.safetensors", 2000)
+    with pytest.raises(DataError, match="was cut while it was read"):
+        files[tmp_path / "shard.safetensors"]
+    save_file({"latents": torch.arange(9.0)}, tmp_path / "other.safetensors")
+    assert files[tmp_path / "other.safetensors"]["latents"][7] == 7
+    (tmp_path / "other.safetensors").unlink()
+    assert files[tmp_path / "other.safetensors"]["latents"][7] == 7

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from align.common.errors import DataError
 from align.data.dataset import Bad, Example, ExampleSet, Setup
+from align.data.mapped_files import MappedFiles
 from align.families import Conditioning, Family
 from rewards.common.files import atomic
 from rewards.data.images import UnreadableError, decode
@@ -84,14 +85,6 @@ class EncodedBatch:
     cond: Conditioning
     captions: list[str]
     ids: list[int]
-
-
-class MappedFiles(dict[Path, dict[str, Tensor]]):
-    """The tensors of safetensors files, each mapped when first asked for; pages come when touched."""
-
-    def __missing__(self, file: Path) -> dict[str, Tensor]:
-        self[file] = load_file(file)
-        return self[file]
 
 
 class Shards:

@@ -15,7 +15,7 @@ from torch import Tensor
 from align.common.errors import DataError, UserError
 from align.common.provenance import provenance
 from align.common.renames import upgrade
-from align.data.latent_cache import MappedFiles
+from align.data.mapped_files import MappedFiles
 from align.data.prompts import PromptSet
 from align.families import Family
 from align.sampling.sampler import Sampler
