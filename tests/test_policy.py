@@ -15,6 +15,7 @@ from align.common.errors import UserError
 from align.families import LORA_FILE
 from align.policy.policy import LoRA, Policy
 from align.sampling.loop import initial_noise
+from tests.helpers import same
 from tests.pipelines import Build
 
 PROMPTS = ["two red stars", "a star"]
@@ -175,3 +176,14 @@ def test_the_reference_gives_frozen_layers_no_gradient(tiny: Build) -> None:
     with torch.no_grad(), policy.reference():
         policy.predict(torch.zeros(1, 4, 8, 8), torch.tensor([500.0]), cond)
     assert 0 < trained == len(policy.parameters()) < 2 * len(policy.weights.layers)
+
+
+def test_initial_weights_may_lie_in_shards(tiny: Build, tmp_path: Path) -> None:
+    trained = tiny("flow").denoiser
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.01)
+    trained.save_pretrained(tmp_path / "transformer", max_shard_size="50KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    policy = Policy(tiny("flow"), None, initial=tmp_path)
+    assert same(policy.denoiser.state_dict(), trained.state_dict())
