@@ -38,6 +38,7 @@ from rewards.serving.batching import Limits
 from rewards.serving.server import application
 from tests.helpers import errors
 from tests.odd_rewards import Odd
+from tests.reward_samples import new_clip
 
 ROOT = Path(__file__).parents[1]
 HERE = "tests.odd_rewards"
@@ -518,3 +519,25 @@ def test_what_sample_leaves_is_scored_as_it_lies(
     assert table["file"].to_pylist() == [f"{k:05d}.png" for k in range(count)]
     page = (tmp_path / "s/gallery.html").read_text()
     assert page.count("<img") == count and "<b>a" not in page
+
+
+# captions as a scorer's text encoder reads them
+def test_captions_that_a_scorer_cuts_are_told_once(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new_clip(tmp_path / "clip")
+    for picture in folder.glob("*.png"):
+        picture.with_suffix(".txt").write_text("a fox and a cat " * 40)
+    command = [str(folder), "--reward", f"CLIPScore:model={tmp_path / 'clip'}", "--batch_size", "1"]
+    assert score.main([*command, "--output", str(tmp_path / "scores.parquet")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("CLIPScore reads 77 tokens of a caption, and cuts longer ones") == 1, said
+
+
+def test_a_scorer_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
+    """transformers makes a tokenizer that knows its special tokens alone: every prompt would score alike."""
+    new_clip(tmp_path / "clip")
+    for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (tmp_path / "clip" / file).unlink(missing_ok=True)
+    with pytest.raises(RewardError, match="CLIPScore: .*its tokenizer has no vocabulary, files such as tokenizer.json"):
+        load("CLIPScore", {"model": str(tmp_path / "clip"), "device": "cpu"})
