@@ -320,7 +320,8 @@ def decoded(number: int) -> list[Any]:
 def test_integers_whose_scale_no_file_tells_are_refused(high: int) -> None:
     out = io.BytesIO()
     Image.fromarray(np.array([[0, high]], dtype=np.int32)).save(out, "TIFF")
-    with pytest.raises(UnreadableError, match=f"integer pixels from 0 to {high}; expected"):
+    said = "; expected 0 to 65535" if high > 65535 else ", which may be all of 8 bits or the darkest of 16; save them"
+    with pytest.raises(UnreadableError, match=f"integer pixels from 0 to {high}{said}"):
         decode(out.getvalue())
 
 

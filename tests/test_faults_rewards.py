@@ -281,6 +281,20 @@ def test_a_bug_keeps_its_traceback() -> None:
         status(failing(ZeroDivisionError()), [])
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/__w/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:11986. GLHF!",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_process_that_lost_another_says_so_in_a_line(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error to be read is the other's; a traceback of the exchange would bury it."""
+    assert status(failing(RuntimeError(said)), []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: process ") and "has lost another one of this run" in line
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:99", "meta", "mps", "xla", "gpu", "cpu:x"])
 def test_a_device_that_is_not_there_is_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str
