@@ -380,3 +380,8 @@ def test_a_signal_in_the_midst_of_exchanging_weights_leaves_a_whole_checkpoint(
     assert main(["--config", write(settings)]) == STATUS and calls[:3] == [False] * 3
     assert main(["--config", write(settings, resume_from_checkpoint="latest")]) == 0
     assert same(weights(settings["output_dir"]), weights(tmp_path / "whole"))
+
+
+def test_a_schedule_that_needs_rules_is_refused(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert main(["--config", write(config | {"lr_scheduler": "piecewise_constant"}), "--dry_run"]) == 2
+    assert "unknown lr_scheduler 'piecewise_constant'; known are linear, " in capsys.readouterr().err
