@@ -20,6 +20,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,7 @@ def compare(pairs: Choices, scores: Mapping[str, np.ndarray], human_ties: str, a
         "pictures": int(readable.sum()),
         "human_ties": {"found": len(pairs.ties), "counted": human_ties},
         "unlabelled": len(pairs.unlabelled),
+        "contradicted": _contradicted(choices),
         "agreement": agreement,
         "rewards": figures,
         "between": [
@@ -179,6 +181,12 @@ def compare(pairs: Choices, scores: Mapping[str, np.ndarray], human_ties: str, a
         ],
         "bad": pairs.bad,
     }
+
+
+def _contradicted(choices: Sequence[Choice]) -> int:
+    """How many are there with the other winner too, of which no reward can be right more than half the time."""
+    counts = Counter((one.chosen, one.rejected) for one in choices)
+    return sum(count for (won, lost), count in counts.items() if (lost, won) in counts)
 
 
 def _agreed(votes: tuple[float, float] | None, share: float) -> bool:
@@ -233,6 +241,8 @@ def table(report: Mapping[str, Any]) -> str:
     ties = report["human_ties"]
     told = f"{ties['found']} human ties {'left out' if ties['counted'] == 'drop' else 'counted one half'}"
     lines += ["", f"{report['layout']}: {report['pairs']} pairs of {report['prompts']} prompts; {told}"]
+    if report["contradicted"]:
+        lines.append(f"{report['contradicted']} of these pairs are there with the other winner too")
     if report["unlabelled"]:
         lines.append(f"{report['unlabelled']} rows that nobody labelled left out")
     if report["bad"]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align import evaluate, rollout, sample
+from align.common.command import parse
+from align.common.errors import UserError
+from align.training.config import TrainConfig
 from pruning import compress
 from rewards import RewardError, parse_rewards
 from tests.helpers import errors
@@ -73,3 +77,60 @@ def test_compress_knows_its_device(
 def test_rewards_are_named_and_weigh_something(given: Any) -> None:
     with pytest.raises(RewardError, match="rewards are 3|weight is (nan|inf); expected a finite number"):
         parse_rewards(given)
+
+
+# configs as people write them
+DPO = """
+objective: {class_path: DPO, init_args: {beta: 200.0}}
+data: {class_path: PreferencePairs, init_args: {path: pairs.jsonl}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("num_train_epochs: 3", "max_train_steps"),
+        ("lora: {r: 3}", "lora.rank"),
+        ("lr: 1e-5", "learning_rate"),
+        ("train_batchsize: 4", "train_batch_size"),
+        ("samples: {prompt: []}", "samples.prompts"),
+        ("--rank 8 --resolution 512", "lora.rank, data.resolution"),
+        ("--beta_dpo 5000", "objective.beta"),
+        ("--objective.betta 5000", "objective.beta"),
+        ("--data.pth pairs", "data.path"),
+        ("--learning-rate 1e-5", "learning_rate"),
+    ],
+)
+def test_another_trainers_word_is_answered_with_ours(tmp_path: Path, words: str, meant: str) -> None:
+    arguments = words.split() if words.startswith("--") else []
+    (tmp_path / "config.yaml").write_text(DPO + ("" if arguments else words + "\n"))
+    with pytest.raises(UserError, match=rf"; did you mean {re.escape(meant)}\?$"):
+        parse(TrainConfig, "align.train", None, ["--config", f"{tmp_path}/config.yaml", *arguments], leaves=False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_config_is_read_as_it_is_meant(tmp_path: Path, encoding: str) -> None:
+    """In any encoding with a mark, and with Python's words."""
+    more = "lora: None\nrevision: None\nadam_epsilon: 1e-08\nrewards:\n- {name: Shapes, args: {a: 1e-5, b: None}}\n"
+    (tmp_path / "config.yaml").write_text(DPO + more + "output_dir: caf\u00e9\n", encoding=encoding)
+    config, _ = parse(TrainConfig, "align.train", None, ["--config", f"{tmp_path}/config.yaml"], leaves=False)
+    assert (config.lora, config.revision, config.adam_epsilon) == (None, None, 1e-8)
+    assert config.rewards[0].args == {"a": 1e-5, "b": None}
+    assert config.output_dir == Path("caf\u00e9")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "holds nothing; expected settings"),
+        ("- seed", "holds a list; expected settings"),
+        (DPO + "learning_rate: null\n", "^learning_rate is null; give it a value, or leave it out"),
+        (DPO.replace("200.0", "null"), "^objective.beta is null; give it a value, or leave it out"),
+        (DPO + "lora: {rank: null}\n", "^lora.rank is null; give it a value, or leave it out"),
+        (DPO + "rollout_batch_size: none\n", "; null stands for none$"),
+    ],
+)
+def test_a_config_that_says_nothing_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=said):
+        parse(TrainConfig, "align.train", None, ["--config", f"{tmp_path}/config.yaml"], leaves=False)

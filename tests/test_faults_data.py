@@ -320,7 +320,8 @@ def decoded(number: int) -> list[Any]:
 def test_integers_whose_scale_no_file_tells_are_refused(high: int) -> None:
     out = io.BytesIO()
     Image.fromarray(np.array([[0, high]], dtype=np.int32)).save(out, "TIFF")
-    with pytest.raises(UnreadableError, match=f"integer pixels from 0 to {high}; expected"):
+    said = "; expected 0 to 65535" if high > 65535 else ", which may be all of 8 bits or the darkest of 16; save them"
+    with pytest.raises(UnreadableError, match=f"integer pixels from 0 to {high}{said}"):
         decode(out.getvalue())
 
 
@@ -631,7 +632,7 @@ def test_a_label_that_could_mean_either_is_refused(tmp_path: Path, columns: tupl
 
 
 def test_pairs_with_both_winners_are_counted_and_stop_where_they_are_most(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images(tmp_path, *(f"{k}.png" for k in range(10)))
     rows = [{"prompt": f"p{k}", "chosen": f"{k}.png", "rejected": f"{k + 1}.png"} for k in range(8)]
@@ -640,6 +641,9 @@ def test_pairs_with_both_winners_are_counted_and_stop_where_they_are_most(
     write(tmp_path / "all.jsonl", [*rows, *other])
     assert len(read_pairs(tmp_path / "some.jsonl")) == 10
     assert "4 of 10 pairs are there with the other winner too" in caplog.text
+    command = ["--pairs", str(tmp_path / "some.jsonl"), "--reward", "JPEGCompressibility"]
+    assert agree.main([*command, "--output", str(tmp_path / "agreement.json")]) == 0
+    assert "4 of these pairs are there with the other winner too" in capsys.readouterr().out
     with pytest.raises(DataError, match="16 of 16 pairs .* max_contradicted_share = 0.5"):
         read_pairs(tmp_path / "all.jsonl")
     assert len(read_pairs(tmp_path / "all.jsonl", max_contradicted_share=1.0)) == 16

@@ -38,6 +38,7 @@ from rewards.serving.batching import Limits
 from rewards.serving.server import application
 from tests.helpers import errors
 from tests.odd_rewards import Odd
+from tests.reward_samples import new_clip
 
 ROOT = Path(__file__).parents[1]
 HERE = "tests.odd_rewards"
@@ -280,6 +281,20 @@ def test_a_bug_keeps_its_traceback() -> None:
         status(failing(ZeroDivisionError()), [])
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/__w/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:11986. GLHF!",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_process_that_lost_another_says_so_in_a_line(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error to be read is the other's; a traceback of the exchange would bury it."""
+    assert status(failing(RuntimeError(said)), []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: process ") and "has lost another one of this run" in line
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:99", "meta", "mps", "xla", "gpu", "cpu:x"])
 def test_a_device_that_is_not_there_is_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str
@@ -518,3 +533,25 @@ def test_what_sample_leaves_is_scored_as_it_lies(
     assert table["file"].to_pylist() == [f"{k:05d}.png" for k in range(count)]
     page = (tmp_path / "s/gallery.html").read_text()
     assert page.count("<img") == count and "<b>a" not in page
+
+
+# captions as a scorer's text encoder reads them
+def test_captions_that_a_scorer_cuts_are_told_once(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new_clip(tmp_path / "clip")
+    for picture in folder.glob("*.png"):
+        picture.with_suffix(".txt").write_text("a fox and a cat " * 40)
+    command = [str(folder), "--reward", f"CLIPScore:model={tmp_path / 'clip'}", "--batch_size", "1"]
+    assert score.main([*command, "--output", str(tmp_path / "scores.parquet")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("CLIPScore reads 77 tokens of a caption, and cuts longer ones") == 1, said
+
+
+def test_a_scorer_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
+    """transformers makes a tokenizer that knows its special tokens alone: every prompt would score alike."""
+    new_clip(tmp_path / "clip")
+    for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (tmp_path / "clip" / file).unlink(missing_ok=True)
+    with pytest.raises(RewardError, match="CLIPScore: .*its tokenizer has no vocabulary, files such as tokenizer.json"):
+        load("CLIPScore", {"model": str(tmp_path / "clip"), "device": "cpu"})

@@ -253,6 +253,7 @@ def test_a_reward_that_tells_nothing_apart_stops_the_run(
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "configured for dynamo"),
         ("ACCELERATE_USE_FSDP", "true", "configured for FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "configured for DeepSpeed"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 4, this run for 1; set"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed precision 'fp8'"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16 has no gradients to scale on a CPU"),
     ],
@@ -379,3 +380,8 @@ def test_a_signal_in_the_midst_of_exchanging_weights_leaves_a_whole_checkpoint(
     assert main(["--config", write(settings)]) == STATUS and calls[:3] == [False] * 3
     assert main(["--config", write(settings, resume_from_checkpoint="latest")]) == 0
     assert same(weights(settings["output_dir"]), weights(tmp_path / "whole"))
+
+
+def test_a_schedule_that_needs_rules_is_refused(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert main(["--config", write(config | {"lr_scheduler": "piecewise_constant"}), "--dry_run"]) == 2
+    assert "unknown lr_scheduler 'piecewise_constant'; known are linear, " in capsys.readouterr().err

@@ -105,10 +105,10 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Ne
     def siglip() -> CLIPScore:
         network = open_clip.create_model("ViT-SO400M-14-SigLIP")
 
-        def tokenizer(prompts: list[str]) -> Tensor:  # its own is on the hub
-            return torch.tensor([[hash(prompt) % 32000] * 16 for prompt in prompts])
+        def tokenizer(prompts: list[str], length: int = 16) -> Tensor:  # its own is on the hub
+            return torch.tensor([[hash(prompt) % 32000] * length for prompt in prompts])
 
-        monkeypatch.setattr(OpenCLIP, "load", lambda reward, model: OpenCLIP(network, tokenizer))
+        monkeypatch.setattr(OpenCLIP, "load", lambda reward, model: OpenCLIP(reward, network, tokenizer))
         return CLIPScore("siglip", "open_clip", device="cpu")
 
     def blip() -> ImageReward:

@@ -544,6 +544,20 @@ def test_clip_reads_77_tokens(folder: Path) -> None:
     assert one == two
 
 
+@pytest.mark.parametrize("name", [name for name in UPSTREAM if name != "Aesthetic"])
+def test_a_caption_that_is_cut_is_told(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the first token too many on, and not before."""
+    limit = 35 if name == "ImageReward" else 77
+    scorer = new(name, folder, **({"prefix": ""} if name.startswith("CLIPScore") else {}))
+    images = tensor(pictures([(40, 40)])[0])
+    capsys.readouterr()
+    scorer.score(images=images, prompts=["a " * (limit - 2)])
+    assert capsys.readouterr().err == ""
+    scorer.score(images=images, prompts=["a " * (limit - 1)])
+    label = name.partition("/")[0]
+    assert f"warning: {label} reads {limit} tokens of a caption, and cuts longer ones" in capsys.readouterr().err
+
+
 def test_hps_versions_and_resize_differ(folder: Path) -> None:
     images, prompts = tensor(pictures([(90, 70)])[0]), [PROMPTS[0]]
     extras: list[dict[str, Any]] = [{}, {"version": "2.0"}, {"antialias": False}]

@@ -6,8 +6,10 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import sys
 import tempfile
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
@@ -16,9 +18,11 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from align.common.errors import UserError
+from align.common.hints import nulls, suggestion
 from align.common.renames import tell, upgrade, upgrade_arguments
 from rewards.common.command import DEBUG, status
 from rewards.config import RewardConfig, plain_rewards, without_secrets
+from rewards.data.text import read_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -27,7 +31,8 @@ T = TypeVar("T", bound="DataclassInstance")
 
 
 class OnceLoader(yaml.SafeLoader):
-    """YAML of which no key comes twice: the later would win without a word."""
+    """YAML of which no key comes twice: the later would win without a word. ``None`` is null and ``1e-5`` a number, as
+    they are to whoever writes Python."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -37,13 +42,23 @@ class OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+OnceLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None"), ["N"])
+OnceLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
 class OneLine(ArgumentParser):
     """Says what is wrong in one line, without the usage that would bury it."""
 
     leaves = True
+    settings: type[DataclassInstance] | None = None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of a class within, whose error the outer one tells with its key
+            raise ArgumentError(None, message) from ex
         said = " ".join(message.split())
+        said += suggestion(said, self.settings) if self.settings else ""
         if not self.leaves:
             raise UserError(said)
         print(f"{self.prog}: error: {said} (see --help)", file=sys.stderr)
@@ -54,6 +69,7 @@ def parser_for(settings: type[T], prog: str, description: str | None) -> OneLine
     """A parser whose options are the fields of the dataclass ``settings``, plus ``--config FILE``."""
     traces = f"{DEBUG} shows the traceback of an error too"
     parser = OneLine(prog=prog, description=description, epilog=traces, parser_mode="yaml", allow_abbrev=False)
+    parser.settings = settings
     parser.add_argument("--config", action="config", help="a YAML file; options after it on the line win")
     parser.add_class_arguments(settings, None, fail_untyped=True)
     return parser
@@ -74,7 +90,7 @@ def parse(
         try:
             reward_keys = _reward_keys(settings)
             arguments = _rewritten(_one_reward_list(arguments, reward_keys), Path(scratch), reward_keys)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        except (yaml.YAMLError, RecursionError) as error:
             parser.error(f"--config is no YAML: {error}")
         except OSError as error:  # no right to read it, or no room for a copy in today's names
             parser.error(f"--config: {error}")
@@ -87,6 +103,8 @@ def parse(
         if isinstance(value, int) and abs(value) >= 2**63:
             parser.error(f"{key} must be a number of at most 63 bits, got one of {value.bit_length()}")
     namespace.pop("config", None)
+    for key in nulls(namespace, settings):
+        parser.error(f"{key} is null; give it a value, or leave it out for its default")
     try:
         values = settings(**vars(parser.instantiate(namespace)))
     except ValueError as error:  # how settings, objectives and data refuse a value
@@ -197,9 +215,10 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
         path = Path(value if equals else arguments[at + 1])
         if not path.is_file():
             continue  # jsonargparse says so
-        content = yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
+        content = yaml.load(read_text(path), OnceLoader)
         if not isinstance(content, dict):
-            continue
+            given = "nothing" if content is None else f"a {type(content).__name__}"
+            raise UserError(f"--config {path} holds {given}; expected settings, a line for each, such as seed: 0")
         told: list[str] = []
         new = _at_home(upgrade(content, told=told))
         tell(told, str(path))
@@ -208,10 +227,9 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
             class_path = entry.get("class_path") if isinstance(entry, dict) else None
             if class_path and key in chosen and chosen[key].rpartition(".")[2] != str(class_path).rpartition(".")[2]:
                 del new[key]
-        if new != content:
-            copy = scratch / f"{at}-{path.name}"
-            copy.write_text(yaml.safe_dump(new))
-            cleaned[at : at + (1 if equals else 2)] = [f"--config={copy}"] if equals else ["--config", str(copy)]
+        copy = scratch / f"{at}-{path.name}"
+        copy.write_text(yaml.safe_dump(new))
+        cleaned[at : at + (1 if equals else 2)] = [f"--config={copy}"] if equals else ["--config", str(copy)]
     return cleaned
 
 

@@ -139,7 +139,9 @@ class TrainConfig:
         require_at_least(1, self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps")
         require_at_least(1, self, "inner_epochs", "rollout_batch_size", "max_rollouts", "checkpoints_total_limit")
         require_at_least(0, self, "checkpointing_steps", "validation_steps", "lr_warmup_steps")
-        if self.lr_scheduler not in (known := [kind.value for kind in SchedulerType]):
+        # piecewise_constant needs rules of its own, for which there is no setting
+        known = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+        if self.lr_scheduler not in known:
             raise UserError(f"unknown lr_scheduler {self.lr_scheduler!r}; known are {', '.join(known)}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must lie between 0 and 2**32 - 1, got {self.seed}")

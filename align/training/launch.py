@@ -33,6 +33,13 @@ def launch(config: TrainConfig) -> Accelerator:
             f"accelerate is configured for {' and '.join(unheard)}, which this loop does not use; run `accelerate "
             "config` again without, or launch with --multi_gpu (data-parallel processes)"
         )
+    accumulated = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulated not in ("1", "auto", str(config.gradient_accumulation_steps)):
+        raise UserError(
+            f"accelerate is configured for gradient_accumulation_steps {accumulated}, this run for "
+            f"{config.gradient_accumulation_steps}; set gradient_accumulation_steps: {accumulated} here, or leave "
+            "accelerate's at 1"
+        )
     precision = config.mixed_precision = configured() if config.mixed_precision == "auto" else config.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision: fp16 has no gradients to scale on a CPU; take bf16, or no")

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from rewards.common.errors import DataError, RewardError, UserError, shortened
 
 MISTAKE = 2  # exit status where the user has something to put right
 DEBUG = "--debug"
+# how gloo and NCCL say that the other end of an exchange is gone
+LOST = re.compile(r"Connection (closed|reset) by peer|remote process exited|Broken pipe")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -136,6 +139,11 @@ def _told(error: Exception) -> str | None:
         return f"{what} ({kept}{DEBUG} shows where)"
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return f"out of memory: {shortened(str(error)) or 'no more is given'}; lower the batch size or the resolution"
+    if isinstance(error, RuntimeError) and LOST.search(str(error)):
+        rank = os.environ.get("RANK", "?")
+        return (
+            f"process {rank} has lost another one of this run, whose own error says why it ended ({DEBUG} shows where)"
+        )
     return None
 
 

@@ -144,9 +144,11 @@ def _grey(image: Image.Image) -> np.ndarray:
         if not (low >= 0 and high <= 255):  # written so that NaN is outside
             raise UnreadableError(f"float pixels from {low:g} to {high:g}; expected [0, 1] or [0, 255]: rescale them")
         return (levels * (255 if high <= 1 else 1)).round().astype("u1")
-    if low < 0 or high > 65535 or (image.mode == "I" and 0 < high < 256):
+    if low < 0 or high > 65535:
+        raise UnreadableError(f"integer pixels from {low} to {high}; expected 0 to 65535: rescale them")
+    if image.mode == "I" and 0 < high < 256:
         raise UnreadableError(
-            f"integer pixels from {low} to {high}; expected 0 to 65535, or a file of 8 bits: rescale them"
+            f"integer pixels from {low} to {high}, which may be all of 8 bits or the darkest of 16; save them in 8"
         )
     grey = (levels.astype(np.int64) / 257).round().astype("u1")
     key = image.info.get("transparency")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from rewards import RewardError
+from rewards.models.captions import CaptionLimit, require_vocabulary
 from rewards.models.network import Network, loading, pretrained, unit
 from rewards.models.preprocess import normalise, square
 
@@ -89,8 +90,10 @@ class TransformersCLIP(CLIP):
         self.logit_scale = self.network.logit_scale.exp().item()  # before any cast: bfloat16 would be 1 % off
         with loading(reward, processor or model):
             self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
+            require_vocabulary(self.tokenizer)
             settings = AutoImageProcessor.from_pretrained(processor or model)
         self.mean, self.std = settings.image_mean, settings.image_std
+        self.limit = CaptionLimit.of(reward, self.network.config.text_config.max_position_embeddings, self.tokenizer)
 
     def image(self, images: Tensor) -> Tensor:
         side = self.network.config.vision_config.image_size
@@ -99,7 +102,8 @@ class TransformersCLIP(CLIP):
         return unit(self.network.get_image_features(pixel_values=pixels).pooler_output)
 
     def embed(self, prompts: list[str]) -> Tensor:
-        length = self.network.config.text_config.max_position_embeddings
+        self.limit.tell(prompts)
+        length = self.limit.tokens
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return self.network.get_text_features(**tokens.to(self.network.device)).pooler_output
 
@@ -107,9 +111,12 @@ class TransformersCLIP(CLIP):
 class OpenCLIP(CLIP):
     """Both towers of an open_clip model."""
 
-    def __init__(self, network: Any, tokenizer: Callable[[list[str]], Tensor]) -> None:
+    def __init__(self, reward: str, network: Any, tokenizer: Callable[..., Tensor]) -> None:
         super().__init__()
         self.network, self.tokenizer = network, tokenizer
+        if hasattr(tokenizer, "tokenizer"):  # one of transformers; open_clip's own comes with the package
+            require_vocabulary(tokenizer.tokenizer)
+        self.limit = CaptionLimit(reward, network.context_length, self.is_longer)
         self.settings = network.visual.preprocess_cfg
         if (fit := (self.settings["resize_mode"], self.settings["interpolation"])) != ("shortest", "bicubic"):
             raise ValueError(f"its preprocessing is {fit}, where only 'shortest' and 'bicubic' are known")
@@ -121,7 +128,7 @@ class OpenCLIP(CLIP):
         with loading(reward, model):
             open_clip: Any = importlib.import_module("open_clip")  # an optional dependency
             network = open_clip.create_model_from_pretrained(name, return_transform=False)
-            return cls(network, open_clip.get_tokenizer(name))
+            return cls(reward, network, open_clip.get_tokenizer(name))
 
     @property
     def side(self) -> int:
@@ -137,5 +144,11 @@ class OpenCLIP(CLIP):
         """Normalised pixels -> (B, D) of length one."""
         return unit(self.network.encode_image(pixels.to(next(self.parameters()).dtype)))
 
+    def is_longer(self, prompt: str) -> bool:
+        """Whether the tokens change where one more has room; open_clip's tokenizers count none."""
+        length = self.limit.tokens
+        return not self.tokenizer([prompt], length)[:, :length].equal(self.tokenizer([prompt], length + 1)[:, :length])
+
     def embed(self, prompts: list[str]) -> Tensor:
+        self.limit.tell(prompts)
         return self.network.encode_text(self.tokenizer(prompts).to(next(self.parameters()).device))

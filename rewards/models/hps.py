@@ -53,7 +53,7 @@ class HPSv2(Network):
             open_clip: Any = importlib.import_module("open_clip")  # an optional dependency
             file = str(find(model, FILES[version]))
             network = open_clip.create_model_from_pretrained(architecture, file, return_transform=False)
-            self.clip = OpenCLIP(network, open_clip.get_tokenizer(architecture))
+            self.clip = OpenCLIP("HPSv2", network, open_clip.get_tokenizer(architecture))
         self.antialias = antialias
         self.settle(device, dtype, self.clip)
 

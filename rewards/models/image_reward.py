@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from rewards.models.captions import CaptionLimit
 from rewards.models.network import Network, find, loading, published_head, read_weights
 from rewards.models.preprocess import normalise, square
 
@@ -60,11 +61,13 @@ class ImageReward(Network):
             self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # as BLIP does: the last of its rows
             if len(self.tokenizer) != text["vocab_size"]:  # transformers gives an empty one where it finds none
                 raise ValueError(f"a tokenizer of {len(self.tokenizer)} tokens, not {text['vocab_size']}")
+        self.limit = CaptionLimit.of("ImageReward", TOKENS, self.tokenizer)
         self.settle(device, dtype, self.vision, self.text)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = normalise(square(images, self.vision.config.image_size, "torchvision"))
         seen = self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
+        self.limit.tell(prompts)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(self.device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
+from rewards.models.captions import CaptionLimit, require_vocabulary
 from rewards.models.network import Network, loading, read_weights, unit
 from rewards.models.preprocess import normalise, square
 
@@ -61,8 +62,10 @@ class MPS(Network):
         super().__init__()
         with loading("MPS", processor):
             self.tokenizer = AutoTokenizer.from_pretrained(processor)
+            require_vocabulary(self.tokenizer)
             settings = AutoImageProcessor.from_pretrained(processor)
             config = CLIPConfig.from_pretrained(processor)
+        self.limit = CaptionLimit.of("MPS", config.text_config.max_position_embeddings, self.tokenizer)
         self.mean, self.std, self.condition = settings.image_mean, settings.image_std, condition
         with loading("MPS", model):
             weights = read_weights(model, file)
@@ -91,6 +94,7 @@ class MPS(Network):
         side = self.clip.config.vision_config.image_size
         pixels = normalise(square(images, side, "transformers"), self.mean, self.std).to(self.clip.dtype)
         seen = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).last_hidden_state)
+        self.limit.tell(prompts)
         words, whole = self.read(list(prompts))
         about, _ = self.read([self.condition])
         close = (words @ about[0].mT).float().amax(-1)  # (B, tokens)
@@ -103,7 +107,7 @@ class MPS(Network):
 
     def read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embedding of every token, and of the whole text: (B, 77, D) and (B, D)."""
-        length = self.clip.config.text_config.max_position_embeddings
+        length = self.limit.tokens
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         read = self.clip.text_model(input_ids=tokens.input_ids.to(self.device))
         return self.clip.text_projection(read.last_hidden_state), self.clip.text_projection(read.pooler_output)

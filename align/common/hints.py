@@ -1,0 +1,120 @@
+"""What a parser leaves to be said of settings: which one is meant by a name that is none, and which may not be null."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any, get_args, get_origin, get_type_hints
+
+from jsonargparse import Namespace
+
+# diffusers' and TRL's training scripts, kohya's and peft's
+FOREIGN: Mapping[str, str] = {
+    "alpha": "lora.alpha",
+    "beta_dpo": "objective.beta",
+    "dataset_name": "data.path",
+    "enable_xformers_memory_efficient_attention": "attention_backend",
+    "instance_data_dir": "data.path",
+    "lora_alpha": "lora.alpha",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lr": "learning_rate",
+    "max_train_samples": "data.limit",
+    "max_steps": "max_train_steps",
+    "model_id": "pretrained_model_name_or_path",
+    "model_name": "pretrained_model_name_or_path",
+    "model_name_or_path": "pretrained_model_name_or_path",
+    "network_alpha": "lora.alpha",
+    "network_dim": "lora.rank",
+    "network_weights": "initial_weights",
+    "num_epochs": "max_train_steps",
+    "num_train_epochs": "max_train_steps",
+    "per_device_train_batch_size": "train_batch_size",
+    "precision": "mixed_precision",
+    "r": "lora.rank",
+    "rank": "lora.rank",
+    "save_steps": "checkpointing_steps",
+    "target_modules": "lora.targets",
+    "train_data_dir": "data.path",
+    "use_ema": "ema_decay",
+    "vae_encode_batch_size": "data.vae_batch",
+    "validation_epochs": "validation_steps",
+    "validation_prompt": "samples.prompts",
+    "validation_prompts": "samples.prompts",
+    "warmup_steps": "lr_warmup_steps",
+    "weight_decay": "adam_weight_decay",
+}
+UNKNOWN = re.compile(r"(?:Option|accept option) '([^']+)'|--([\w.-]+)")
+
+
+def suggestion(message: str, settings: type[Any]) -> str:
+    """Which settings were meant by the names that a parser's ``message`` calls unknown; empty where none is near."""
+    if re.search(r"NoneType.* Given value: none$", message, re.IGNORECASE):
+        return "; null stands for none"
+    if not re.search(r"not accept|unrecognized arguments", message):
+        return ""
+    names = _names(settings)
+    meant = [_nearest(option or flag, names) for option, flag in UNKNOWN.findall(message)]
+    found = list(dict.fromkeys(name for name in meant if name))
+    return f"; did you mean {', '.join(found)}?" if found else ""
+
+
+def nulls(given: Namespace, settings: type[Any], above: str = "") -> Iterator[str]:
+    """The dotted names of settings that are null and may not be, which jsonargparse lets pass in a file."""
+    for name, kind in _types(settings).items():
+        value = given.get(name)
+        if value is None:
+            # null for a list is none of them
+            if name in given and kind is not Any and type(None) not in get_args(kind) and get_origin(kind) is not list:
+                yield above + name
+        elif isinstance(value, Namespace) and "class_path" in value:
+            module, _, class_name = value.class_path.rpartition(".")
+            arguments = value.get("init_args") or Namespace()
+            yield from nulls(arguments, getattr(import_module(module), class_name), f"{above}{name}.")
+        elif isinstance(value, Namespace):
+            for part in (p for p in (kind, *get_args(kind)) if isinstance(p, type) and dataclasses.is_dataclass(p)):
+                yield from nulls(value, part, f"{above}{name}.")
+
+
+def _types(settings: type[Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(settings)
+    except NameError:  # a stranger's class, whose imports are for type checkers alone
+        return {}
+
+
+def _names(settings: type[Any], above: str = "", inside: tuple[type, ...] = ()) -> list[str]:
+    """The dotted names of all settings, those of every class that may stand in one too; the outer first."""
+    types = _types(settings)
+    names, below = [], []
+    for field in dataclasses.fields(settings):
+        names.append(above + field.name)
+        kind = types.get(field.name)
+        for part in (kind, *get_args(kind)):
+            if isinstance(part, type) and part not in inside:
+                for choice in _choices(part):
+                    below += _names(choice, f"{above}{field.name}.", (*inside, part))
+    return list(dict.fromkeys(names + below))
+
+
+def _choices(kind: type[Any]) -> list[type[Any]]:
+    """The dataclasses that ``kind`` stands for: itself, or what there is of an abstract one."""
+    found = [kind] if dataclasses.is_dataclass(kind) else []
+    if inspect.isabstract(kind):
+        found += [choice for part in kind.__subclasses__() for choice in _choices(part)]
+    return found
+
+
+def _nearest(unknown: str, names: Sequence[str]) -> str | None:
+    *parents, last = unknown.replace("-", "_").split(".")
+    if (known := FOREIGN.get(last)) in names:
+        return known
+    section = ".".join(parents)
+    ends = {name.rpartition(".")[2]: name for name in reversed(names)}  # of two that end alike the outer
+    ends |= {name.rpartition(".")[2]: name for name in reversed(names) if section and name.startswith(section)}
+    near = difflib.get_close_matches(last, ends, n=1, cutoff=0.75)
+    return ends[near[0]] if near else None
