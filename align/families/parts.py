@@ -101,6 +101,7 @@ def read_parts(folder: Path, dtype: torch.dtype, variant: str | None) -> dict[st
         if cls is not None and (folder / name).is_dir():
             parts[name] = read_part(folder / name, cls, dtype, variant)
         elif name in optional:
+            warnings.warn(f"{folder} has no {name}, which {INDEX} names; the pipeline does without", stacklevel=2)
             parts[name] = None
         elif cls is None:
             raise Unsupported(
