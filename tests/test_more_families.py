@@ -32,6 +32,7 @@ from align.families.sana import Sana
 from align.families.sdxl import SDXL
 from align.families.z_image import ZImage
 from align.policy.initial_noise import InitialNoise
+from align.policy.policy import LoRA, Policy
 from align.sampling.generate import sample_images
 from align.testing import CHECKS, FamilyCase, check_sampling
 from align.train import main
@@ -263,6 +264,18 @@ def pairs(folder: Path, side: int) -> dict[str, str]:
     rows = [{"caption": f"a picture {k}", "chosen": f"{k}.png", "rejected": f"{k + 1}.png"} for k in (0, 2)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"path": str(folder / "pairs.jsonl"), "cache_dir": str(folder / "cache")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [LoRA(2, targets=["to_q", "to_add_out", "txt_mlp.net.2"]), None])
+def test_every_trained_weight_of_qwen_image_has_a_gradient(
+    case: Callable[[str], FamilyCase], lora: LoRA | None
+) -> None:
+    """Several processes wait for the gradient of each; the last block's text goes nowhere."""
+    policy = Policy(case("qwen-image").load(), lora, reference=False)
+    policy.set_lr_scales(lambda _: 1.0)
+    policy.predict(*case("qwen-image").inputs(policy.family)).raw.square().mean().backward()
+    assert policy.parameters() and all(parameter.grad is not None for parameter in policy.parameters())
 
 
 # commands, precision, memory

@@ -35,6 +35,7 @@ class Family(ABC):
     pipeline: ClassVar[type[DiffusionPipeline]]
     denoiser_name: ClassVar[str]  # the pipeline's own attribute, also the prefix of its LoRA keys
     lora_targets: tuple[str, ...]
+    idle: tuple[str, ...] = ()  # modules of the denoiser whose output goes nowhere, and which so have no gradient
     token_limits: ClassVar[Mapping[str, int]] = {}  # by tokenizer, where the pipeline takes fewer tokens than that does
     unguided_scale: ClassVar[float] = 1.0  # up to this guidance scale the stock pipeline asks once, with the prompt
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the stock pipeline's ``__call__``
@@ -211,8 +212,7 @@ class Family(ABC):
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, h, w) of one latent for a picture of ``height`` by ``width`` pixels, square without a width, and of the
         model's own size without either. Raises :class:`UserError` for a side that the model cannot draw."""
-        height = height or self.resolution
-        step, sides = self.cell * self.patch, (height, width or height)
+        step, sides = self.cell * self.patch, (height or self.resolution, width or height or self.resolution)
         for side in sides:
             if side % step:
                 near = max(1, round(side / step)) * step

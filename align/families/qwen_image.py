@@ -25,6 +25,11 @@ class QwenImage(Packed):
     guidance_argument = "true_cfg_scale"
     token_limits = {"tokenizer": TOKENS}  # noqa: RUF012  # a constant of the class
 
+    def __init__(self, pipe: QwenImagePipeline, source: str) -> None:
+        super().__init__(pipe, source)
+        last = f"transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}"
+        self.idle = (f"{last}.attn.to_add_out.", f"{last}.txt_mlp.")  # of the text stream, which nothing reads after it
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, mask = self.pipe.encode_prompt(list(prompts), device=self.device, max_sequence_length=TOKENS)
         if mask is None:  # how the pipeline says that no row is shorter

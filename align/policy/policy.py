@@ -155,8 +155,9 @@ class Policy:
         return self.weights.parameters()
 
     def set_lr_scales(self, lr_scale: Callable[[str], float]) -> None:
-        """Give every trained parameter its factor of the learning rate, by its name; 0 freezes it for good."""
-        self.weights.set_lr_scales(lr_scale)
+        """Give every trained parameter its factor of the learning rate, by its name; 0 freezes it for good, as what has
+        no gradient (:attr:`Family.idle`), for which several processes would wait."""
+        self.weights.set_lr_scales(lambda name: 0.0 if name.startswith(self.family.idle) else lr_scale(name))
 
     def groups(self) -> dict[float, list[nn.Parameter]]:
         """The trained parameters by their factor of the learning rate."""
