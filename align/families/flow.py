@@ -14,7 +14,7 @@ from torch import Tensor
 from align.diffusion.kernels import FlowSDE, Kernel
 from align.diffusion.process import Grid, PredictionType
 from align.families.family import Family
-from align.families.folder import Unsupported
+from align.families.schedules import require_flow
 
 
 class Flow(Family):
@@ -26,12 +26,12 @@ class Flow(Family):
 
     def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
         super().__init__(pipe, source)
-        _require_flow(source, {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+        require_flow(source, {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
         self.scheduler = self.stock_scheduler(pipe.scheduler)
 
     @classmethod
     def require_supported(cls, source: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        _require_flow(source, configs.get("scheduler", {}))
+        require_flow(source, configs.get("scheduler", {}))
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -119,17 +119,3 @@ class Packed(Flow):
     @classmethod
     def stock_latents(cls, x: Tensor) -> Tensor:
         return pack(x)
-
-
-def _require_flow(source: str, config: Mapping[str, Any]) -> None:
-    """Raise :class:`Unsupported` for a scheduler config that is of no rectified flow from noise to data."""
-    name = str(config.get("_class_name", "FlowMatch"))
-    flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas") or "flow_shift" in config
-    if not flow or config.get("prediction_type", "flow_prediction") != "flow_prediction" or config.get("invert_sigmas"):
-        raise Unsupported(
-            f"{source}: {name} with prediction_type {config.get('prediction_type')} is no schedule of a rectified "
-            "flow; save the pipeline with FlowMatchEulerDiscreteScheduler"
-        )
-    shift = config.get("flow_shift", config.get("shift", 1.0))
-    if not isinstance(shift, int | float) or shift <= 0:
-        raise Unsupported(f"{source}: scheduler/scheduler_config.json has shift {shift}; expected a positive number")

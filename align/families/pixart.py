@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from align.families.conditioning import Conditioning
 from align.families.family import GuidanceKind
-from align.families.sd import SD, require_schedule
+from align.families.schedules import require_schedule
+from align.families.sd import SD
 
 
 class PixArtSigma(SD):

@@ -15,8 +15,7 @@ from align.families.conditioning import Conditioning
 from align.families.family import Family, GuidanceKind
 from align.families.folder import Unsupported
 from align.families.parts import require_latents
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+from align.families.schedules import require_schedule
 
 
 class SD(Family):
@@ -123,15 +122,3 @@ class SD(Family):
             timestep_cond=self.guidance_embedding(x_t, cond),
             return_dict=False,
         )[0]
-
-
-def require_schedule(source: str, config: Mapping[str, Any]) -> None:
-    """Raise :class:`Unsupported` for a scheduler config that DDIM cannot be made from."""
-    name, predicts = config.get("_class_name", "the scheduler"), config.get("prediction_type", "epsilon")
-    if predicts not in PREDICTION_TYPES:
-        raise Unsupported(f"{source!r} predicts {predicts!r}; supported: {', '.join(PREDICTION_TYPES)}")
-    if config and not {"beta_schedule", "beta_start", "trained_betas"} & config.keys():
-        raise Unsupported(
-            f"{source}: {name} has no betas, so this is no Stable Diffusion 1.x or 2.x; save it with the scheduler "
-            "that the model was trained for, such as DDIMScheduler"
-        )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from align.families.conditioning import Conditioning
 from align.families.folder import Unsupported
 from align.families.parts import require_latents
-from align.families.sd import SD, require_schedule
+from align.families.schedules import require_schedule
+from align.families.sd import SD
 
 
 class SDXL(SD):
