@@ -223,7 +223,7 @@ def test_a_prompt_seen_once_or_always_the_same_has_no_advantage() -> None:
 
 
 # cost
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 @pytest.mark.parametrize("branches", [True, False])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_rollout_costs_a_prefix_and_b_branches(

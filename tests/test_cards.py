@@ -54,7 +54,7 @@ def config(base: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2}, None])
-@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("embedded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_card_of_a_run_loads_it(
     config: dict[str, Any], base: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any] | None, embedded: bool
 ) -> None:

@@ -261,6 +261,7 @@ def test_the_pruned_folder_is_the_skipped_model_bit_by_bit(config: dict[str, Any
         assert torch.equal(small.forward(x, t, cond), skipped)
 
 
+@pytest.mark.slow
 def test_parts_of_blocks_go_through_every_stage(config: dict[str, Any], tmp_path: Path) -> None:
     more = {"blocks": "1-2.ff, 0.norm1_context", "budget": None, "quantize": {"skip": ["proj_out"]}}
     assert run(config | more, tmp_path) == 0

@@ -27,7 +27,7 @@ from tests.pipelines import Build, tiny_sd3
 PROMPTS = ["two red stars", "a blue circle left of a green square", ""]
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("v", marks=pytest.mark.slow), "flow"])
 @pytest.mark.parametrize("check", CHECKS)
 def test_our_families(check: Callable[[FamilyCase], None], tiny_folders: dict[str, Path], kind: str) -> None:
     check(FamilyCase(tiny_folders[kind]))
@@ -175,6 +175,7 @@ def test_weights_of_another_order_have_another_key(tiny: Build) -> None:
     assert family.identity()["captions"] != before
 
 
+@pytest.mark.slow
 def test_only_the_checks_that_fail_are_listed(tiny_folders: dict[str, Path]) -> None:
     with pytest.raises(AssertionError, match="check_encoding: AssertionError: encoded and decoded") as stopped:
         check_family(FamilyCase(tiny_folders["epsilon"], EncodesUnscaled))

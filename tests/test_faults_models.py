@@ -62,7 +62,9 @@ def change(path: Path, **values: Any) -> Path:
 
 
 # schedulers
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    "name", [*SCHEDULERS[:6], *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULERS[6:])]
+)
 def test_stock_draws_what_we_draw_whatever_scheduler_a_pipeline_has(copy: Callable[[str], Path], name: str) -> None:
     """By the scheduler of the printed snippet, also where a config lacks ``clip_sample``; 1000 is no multiple of 6."""
     folder = saved_with(copy("epsilon"), name)
@@ -91,7 +93,7 @@ def trains(family: Family, objective: PolicyGradient | D3PO) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "objective"), [*((name, PolicyGradient) for name in SCHEDULERS), (SCHEDULERS[0], D3PO)]
+    ("name", "objective"), [*((name, PolicyGradient) for name in SCHEDULERS[::2]), (SCHEDULERS[0], D3PO)]
 )
 def test_online_objectives_train_whatever_scheduler_a_pipeline_has(
     copy: Callable[[str], Path], name: str, objective: type[PolicyGradient | D3PO]

@@ -623,6 +623,7 @@ def person(folder: Path, file: Path) -> str:
     return lines_of(file.parent, rows, file.name)
 
 
+@pytest.mark.slow
 def test_two_whole_rounds(tiny_folders: dict[str, Path], round1: Path, tmp_path: Path) -> None:
     """Rollout, labels, training, stock diffusers; then again from there, with that as the reference."""
     pipeline = tiny_folders["epsilon"]

@@ -42,9 +42,9 @@ from tests import tiny_families
 from tests.helpers import lines, write
 from tests.test_cards import run_snippets
 
-# of every kind of guidance, text and autoencoder; the others, and what takes long, are slow
-FAST = ("sdxl", "flux-dev", "qwen-image", "z-image", "sana")
-QUICK = ("check_sampling", "check_rows", "check_cache_keys", "check_replay")
+# the contract at its core; the whole of it, and the siblings of a family, are slow
+SIBLINGS = ("sdxl-turbo", "flux-schnell", "z-image-turbo", "flux2-klein", "flux2-dev")
+CORE = ("check_sampling",)
 
 
 class Flux2Case(FamilyCase):
@@ -72,7 +72,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FamilyCase
 
 def cases() -> list[object]:
     return [
-        pytest.param(name, check, marks=[] if name in FAST and check.__name__ in QUICK else pytest.mark.slow)
+        pytest.param(name, check, marks=[] if name not in SIBLINGS and check.__name__ in CORE else pytest.mark.slow)
         for name in tiny_families.BUILD
         for check in CHECKS
     ]
@@ -177,7 +177,7 @@ WRONG: list[tuple[str, type[Family]]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"), [pytest.param(*each, marks=pytest.mark.slow if k > 3 else []) for k, each in enumerate(WRONG)]
+    ("name", "wrong"), [pytest.param(*each, marks=pytest.mark.slow if k > 1 else []) for k, each in enumerate(WRONG)]
 )
 def test_a_wrong_family_draws_otherwise(name: str, wrong: type[Family], case: Callable[[str], FamilyCase]) -> None:
     with pytest.raises(AssertionError, match=r"(latents|images), \d+ x \d+ px, guidance"):

@@ -587,6 +587,7 @@ def test_geneval_style_finds_what_the_detector_says(owl: str, clip: Path, drawn:
     assert boxes_found > 2 * len(drawn)
 
 
+@pytest.mark.slow
 def test_geneval_style_names_colours_as_clip_does(owl: str, clip: Path) -> None:
     scorer = ge.GenEvalStyle(owl, str(clip), device="cpu")
     model = CLIPModel.from_pretrained(clip).double()
@@ -721,6 +722,7 @@ def test_mps_is_upstreams(mps: str, clip: Path, drawn: list[Sample]) -> None:
     assert first != pytest.approx(second, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_mps_gradient_and_errors(mps: str, clip: Path, tmp_path: Path) -> None:
     scorer = MPS(mps, processor=str(clip), device="cpu")
     images = tensor(pictures([(40, 40)])[0]).requires_grad_()

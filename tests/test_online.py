@@ -155,7 +155,10 @@ def test_what_a_rollout_measured_is_logged_whatever_logging_steps_is(config: dic
             PG | {"advantage": "history", "history_min_count": 3, "history_size": 5},
             {"ema_decay": 0.9, "max_train_steps": 8, "checkpointing_steps": 3, "lr_scheduler": "cosine"},
         ),
-        ("flow", "B2DiffuRL", B2, {"max_rollouts": 5, "max_train_steps": None, "checkpointing_steps": 2}),
+        pytest.param(
+            *("flow", "B2DiffuRL", B2, {"max_rollouts": 5, "max_train_steps": None, "checkpointing_steps": 2}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_killed_and_resumed_is_the_uninterrupted_run(
@@ -223,7 +226,7 @@ def test_two_processes_are_one(
             assert a[key] == pytest.approx(b[key], abs=2e-4), key
 
 
-@pytest.mark.parametrize("objective", ["B2DiffuRL", "D3PO"])
+@pytest.mark.parametrize("objective", ["B2DiffuRL", pytest.param("D3PO", marks=pytest.mark.slow)])
 def test_processes_that_select_unequally_train_every_row(
     tiny_folders: dict[str, Path], tmp_path: Path, objective: str
 ) -> None:

@@ -425,7 +425,7 @@ def test_guided_to_conditional(tiny: Build, schools: dict[str, Path]) -> None:
     assert objective.loss(ctx, first)[0].item() == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 @pytest.mark.parametrize(
     ("arguments", "theirs"),
     [

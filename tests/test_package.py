@@ -322,7 +322,10 @@ print("imported:", *found, file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("module", LIGHT)
+@pytest.mark.parametrize(
+    "module",
+    [m if m in ("align.train", "pruning.compress") else pytest.param(m, marks=pytest.mark.slow) for m in LIGHT],
+)
 def test_a_command_line_is_read_without_heavy_imports(module: str) -> None:
     configs = {"align.train": "heal_shapes_sd3", "pruning.compress": "compress_shapes_sd3"}
     words, shown = "--help", "usage:"

@@ -42,7 +42,9 @@ def answer(family: Family) -> Tensor:
         return family.forward(x, t, cond)
 
 
-@pytest.mark.parametrize("name", PRUNABLE)
+@pytest.mark.parametrize(
+    "name", [name if name in END_TO_END else pytest.param(name, marks=pytest.mark.slow) for name in PRUNABLE]
+)
 def test_a_block_that_is_gone_is_one_that_is_skipped_and_stock_diffusers_reads_the_rest(
     name: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -245,6 +245,7 @@ def test_the_picture_shows_what_goes_what_is_frozen_and_what_heals(tmp_path: Pat
     assert "2 of 9 blocks and 2 parts of others go" in plan.text() and "2 blocks frozen" in plan.text()
 
 
+@pytest.mark.slow
 def test_eight_blocks_of_sd35_large_and_the_gigabytes_of_the_paper() -> None:
     """HierarchicalPrune's sizes: 8.06 to 6.36 B parameters, 3.58 GB in NF4, within 1 %."""
     large, schnell = (cast(Any, sizes.meta(model)) for model in (sizes.SD35_LARGE, sizes.FLUX_SCHNELL))

@@ -438,6 +438,7 @@ def test_the_gradient_is_the_slope(name: str, folder: Path, monkeypatch: pytest.
 
 
 @each
+@pytest.mark.slow
 def test_lower_precision_and_autocast(name: str, folder: Path) -> None:
     images, prompts = torch.cat([tensor(picture) for picture in pictures([(40, 40)] * 2)]), PROMPTS[7:9]
     scorer = new(name, folder)

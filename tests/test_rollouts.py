@@ -239,7 +239,7 @@ def test_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build, ki
 
 
 # cost
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("arguments", "trained_steps"),

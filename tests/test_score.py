@@ -269,6 +269,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path: Path, layout: str
     assert first == second
 
 
+@pytest.mark.slow
 def test_every_picture_is_there_once_after_kills_at_random_moments(tmp_path: Path) -> None:
     """The small version of ``tests/benchmarks/scoring.py``: 300 pictures, three kills."""
     count, moments = 300, random.Random(0)

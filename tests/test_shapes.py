@@ -131,7 +131,8 @@ def test_the_pipelines_are_small_safetensors_in_half_precision() -> None:
             assert kinds <= {"F16", "I64"}, path
 
 
-@pytest.mark.parametrize("name", [PIPELINES[0], pytest.param(PIPELINES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.slow
 def test_the_reward_reads_what_the_autoencoder_gives_back(name: str) -> None:
     family = families.load(name)
     rng = np.random.default_rng(9)
@@ -144,6 +145,7 @@ def test_the_reward_reads_what_the_autoencoder_gives_back(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "least"), [("shapes-preferences", 2000), ("shapes-preferences-sd3", 3000)])
+@pytest.mark.slow
 def test_the_preference_sets(name: str, least: int) -> None:
     folder = Path(locate(name))
     splits = {name: pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("train", "heldout")}
@@ -185,6 +187,7 @@ def test_conditions_of_tokens_are_what_the_pipeline_encodes(name: str) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected.tensors)
 
 
+@pytest.mark.slow
 def test_pretraining_leaves_a_pipeline_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from pruning.saving import save
 from tests.benchmarks import sizes
 from tests.benchmarks.sizes import Row
 
+pytestmark = pytest.mark.slow  # full-size configs of the paper's tables
+
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:

@@ -23,7 +23,13 @@ OTHERS = sorted(
 WRITTEN = {LORA_FILE: "lora_B", NOISE_FILE: "mean"}  # what a run leaves, and which of its tensors begin at zero
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+FAST = ("ddpo_smoke", "d3po_smoke", "flow_grpo_smoke")  # the other objectives have runs by command in their own tests
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, id=path.stem, marks=[] if path.stem in FAST else pytest.mark.slow) for path in CONFIGS],
+)
 def test_smoke_config_runs(config: Path, tmp_path: Path) -> None:
     assert main(["--config", str(config), "--output_dir", str(tmp_path)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -111,7 +111,7 @@ def test_the_command_line_wins_over_the_file(config: dict[str, Any], pairs: Path
     "moment",
     [
         pytest.param("before the first checkpoint", marks=pytest.mark.slow),
-        "between checkpoints",
+        pytest.param("between checkpoints", marks=pytest.mark.slow),
         "inside the saving of a checkpoint",
     ],
 )
@@ -157,7 +157,7 @@ def test_checkpoints_total_limit(config: dict[str, Any]) -> None:
     assert all("lora_" in name for name in content)
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_accumulation_is_a_bigger_batch(config: dict[str, Any], tmp_path: Path, mode: str) -> None:
     found = []
     for size, accumulated in ((4, 1), (1, 4)):
@@ -189,6 +189,7 @@ def accelerate_launch(arguments: list[str], options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_accelerate_launches_it(config: dict[str, Any]) -> None:
     assert "4 x 1 accumulated x 1 processes = 4" in accelerate_launch(["--config", write(config), "--dry_run"], "--cpu")
 
@@ -197,7 +198,7 @@ def test_accelerate_launches_it(config: dict[str, Any]) -> None:
     ("kind", "launcher"),
     [
         ("epsilon", "fork"),
-        ("flow", "fork"),
+        pytest.param("flow", "fork", marks=pytest.mark.slow),
         # half a minute of two cores, nearly all of it three processes' imports
         pytest.param("epsilon", "accelerate", marks=pytest.mark.slow),
     ],
@@ -360,7 +361,7 @@ def test_another_class_on_the_line_does_not_inherit_arguments(
 
 
 @pytest.mark.parametrize("precision", ["bf16"])
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_mixed_precision_trains_float32_adapters(
     config: dict[str, Any], tiny_folders: dict[str, Path], precision: str, kind: str
 ) -> None:
