@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from align import evaluate, families, rollout, sample
+from align.common.errors import UserError
 from align.diffusion.process import Grid
 from align.families import Conditioning, Family
 from align.families.chroma import Chroma
@@ -31,6 +32,7 @@ from align.families.qwen_image import QwenImage
 from align.families.sana import Sana
 from align.families.sdxl import SDXL
 from align.families.z_image import ZImage
+from align.objectives.teachers import PipelineTeacher
 from align.policy.initial_noise import InitialNoise
 from align.policy.policy import LoRA, Policy
 from align.sampling.generate import sample_images
@@ -346,3 +348,49 @@ def test_a_lora_trains_on_four_bits(name: str, case: Callable[[str], FamilyCase]
         moved = tuned.forward(*inputs)
         plain = families.load(str(tmp_path / "int4")).forward(*inputs)
     assert not torch.allclose(moved, plain, atol=1e-5)
+
+
+# what is refused in a line
+def test_a_name_tells_of_a_few_step_model_and_no_folder_above_it(tmp_path: Path) -> None:
+    folder = tiny_families.save("lumina2", tmp_path / "turbo-experiments" / "model")
+    assert families.load(str(folder)).default_num_inference_steps == 30
+    shutil.copytree(folder, tmp_path / "my-turbo")
+    assert families.load(str(tmp_path / "my-turbo")).default_num_inference_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "changes", "told"),
+    [
+        ("flux-dev", "scheduler/scheduler_config.json", {"max_shift": None}, "has a number that no model has"),
+        ("flux-dev", "scheduler/scheduler_config.json", {"max_image_seq_len": 256}, "has a number that no model has"),
+        ("qwen-image", "vae/config.json", {"latents_mean": [0.0]}, "statistics of 4 channels"),
+        ("flux-dev", "model_index.json", {"text_encoder_2": [None, None]}, "is no whole pipeline"),
+        ("sdxl", "model_index.json", {"text_encoder": [None, None]}, "SDXL's base model reads prompts by both"),
+    ],
+)
+def test_a_broken_config_is_refused(name: str, part: str, changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    path = tiny_families.save(name, tmp_path / "model") / part
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=told) as stopped:
+        families.load(str(tmp_path / "model"))
+    assert "\n" not in str(stopped.value)
+
+
+def test_what_a_model_cannot_do_is_told(case: Callable[[str], FamilyCase], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no LoRA for a PixArtTransformer2DModel; set lora: null"):
+        Policy(case("pixart-sigma").load(), LoRA(2))
+    Policy(case("sana").load(), LoRA(2), reference=False).save(tmp_path)
+    with pytest.raises(UserError, match="no LoRA for PixArtSigmaPipeline"):
+        families.tuned(case("pixart-sigma").load(), str(tmp_path))
+    with pytest.raises(UserError, match="1000 is too many for the spacing"):
+        case("sdxl").load().grid(1000)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("sdxl", "pixart-sigma"), ("lumina2", "qwen-image")])
+def test_a_teacher_of_other_states_is_refused(student: str, teacher: str, case: Callable[[str], FamilyCase]) -> None:
+    """Also where prediction and latents are of the same shape."""
+    policy = Policy(case(student).load(), None, reference=False)
+    asked = PipelineTeacher(task="*", path=str(case(teacher).folder))
+    with pytest.raises(UserError, match="cannot be asked about the student's states: its (noise levels|autoencoder)"):
+        asked.open(policy)
+    PipelineTeacher(task="*", path=str(case(student).folder)).open(policy)

@@ -10,6 +10,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -110,10 +111,10 @@ class Family(ABC):
         return self.encode([""])
 
     def few_steps(self) -> int | None:
-        """In how many steps, and without classifier-free guidance, a distilled model draws; None of others. By default
-        a model tells that by its name alone."""
-        names = (self.source, *(str(part.config.get("_name_or_path", "")) for part in (self.pipe, self.denoiser)))
-        return 4 if any(re.search("turbo|lightning|schnell|hyper-?sd", name.lower()) for name in names) else None
+        """In how many steps, unguided, a distilled model draws; None of others. By default its name tells."""
+        paths = (self.source, *(str(part.config.get("_name_or_path", "")) for part in (self.pipe, self.denoiser)))
+        names = " ".join(Path(path).name.lower() for path in paths)  # a folder above may be called anything
+        return 4 if re.search("turbo|lightning|schnell|hyper-?sd", names) else None
 
     def statistics(self) -> tuple[float | Tensor, float | Tensor]:
         """Shift and scale of the autoencoder, latent = (z - shift) * scale: numbers, or (C, 1, 1)."""
@@ -295,6 +296,5 @@ class Family(ABC):
         return [p.to(self.device).float() if isinstance(p, Tensor) else p for p in self.statistics()]
 
     def identity(self) -> Mapping[str, Mapping[str, object]]:
-        """What cached latents of ``pictures`` and embeddings of ``captions`` depend on: the VAE, and all but it and the
-        denoiser. Where the pipeline lies does not matter."""
+        """What cached latents of ``pictures`` and embeddings of ``captions`` depend on, wherever the pipeline lies."""
         return identity(self)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def identity(family: Family) -> Mapping[str, Mapping[str, object]]:
-    """See :meth:`Family.identity`."""
+    """:meth:`Family.identity`: of ``pictures`` the VAE, of ``captions`` all but it and the denoiser."""
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     parts = {name: part for name, part in family.pipe.components.items() if name != family.denoiser_name}
@@ -30,6 +30,20 @@ def identity(family: Family) -> Mapping[str, Mapping[str, object]]:
     return {
         "pictures": kind | {"vae": vae, "scaling": scaling},
         "captions": kind | {"weights": weights, "tokenizers": tokenizers},
+    }
+
+
+def meaning(family: Family) -> dict[str, object]:
+    """What makes the states and predictions of two models the same things: equal entries. The VAE's weights are none of
+    them, of which fine-tuned ones share a latent space."""
+    statistics = [torch.as_tensor(part).flatten() for part in family.statistics()]
+    alpha, sigma = family.path(torch.tensor([100.0, 500.0, 900.0]))
+    return {
+        "prediction": family.prediction_type,
+        "latents": family.latent_shape(),
+        "autoencoder": type(family.pipe.vae).__name__,
+        "latent statistics": [[round(x, 4) for x in part.tolist()] for part in statistics],
+        "noise levels": [round(x, 3) for x in torch.cat([alpha, sigma]).tolist()],
     }
 
 

@@ -126,13 +126,32 @@ def load(
     if (other := reader(folder)) is not None:
         pipe = other.load(folder, dtype)
     else:
-        pipe = family.read(str(folder), {"dtype": dtype, **read_parts(folder, dtype, variant)})
+        parts = read_parts(folder, dtype, variant)
+        try:
+            pipe = family.read(str(folder), {"dtype": dtype, **parts})
+        except (TypeError, ValueError) as error:  # of a part that is named as none
+            raise Unsupported(f"{source} is no whole pipeline: {' '.join(str(error).split())[:300]}") from error
     require_tokenizers(pipe, source, family.token_limits)
     pipe.to(device)
     require_finite(pipe, source)
     loaded = family(pipe, source)
-    loaded.latent_shape(), loaded.default_guidance_scale, loaded.default_num_inference_steps  # now, not after an hour
+    _require_usable(loaded)
     return loaded
+
+
+def _require_usable(family: Family) -> None:
+    """What every run will ask, asked now and not after an hour. Raises :class:`Unsupported`."""
+    try:
+        (channels, _, _), _ = family.latent_shape(), family.grid(2)
+        family.default_guidance_scale, family.default_num_inference_steps  # noqa: B018
+        statistics = [torch.as_tensor(part) for part in family.statistics()]
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:
+        raise Unsupported(f"{family.source}: a config of its parts has a number that no model has: {error}") from error
+    if wrong := [s for s in statistics if not s.isfinite().all() or (s.ndim and len(s) != channels)]:
+        raise Unsupported(
+            f"{family.source}: the VAE's config has {wrong[0].flatten().tolist()[:8]} for the statistics of {channels} "
+            "channels; is it another model's?"
+        )
 
 
 def require_device(device: torch.device | str, dtype: torch.dtype) -> None:

@@ -140,6 +140,8 @@ def read_lora(source: Path, pipe: DiffusionPipeline | None = None, denoiser: str
 def load_lora(pipe: DiffusionPipeline, source: Path, denoiser: str, adapter: str | None = None) -> LoRAFile:
     """Put the LoRA at ``source`` into ``pipe``, as ``pipe.load_lora_weights`` does, of any format, at its own strength,
     and with nothing left out. Raises :class:`UserError`."""
+    if not hasattr(pipe, "load_lora_weights"):
+        raise UserError(f"diffusers has no LoRA for {type(pipe).__name__}; {source} is another model's")
     file = read_lora(source, pipe, denoiser)
     pipe.load_lora_weights(file.state_dict(), adapter_name=adapter)
     return file

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor, nn
 
+from align.common.errors import UserError
 from align.diffusion.kernels import DDIM, Kernel
 from align.diffusion.process import Grid, PredictionType
 from align.families.conditioning import Conditioning
@@ -58,7 +59,7 @@ class SD(Family):
     def stock_scheduler(cls, scheduler: SchedulerMixin) -> DDIMScheduler:
         """DDIM of the scheduler's config. Clipping to [-1, 1] is for pixels. Of times that are spaced up to both ends
         (``linspace``, the default of Euler and DPM++) stock DDIM steps to others than it asks at: SD's published
-        spacing stands in."""
+        spacing stands in. So it does, by one time in 1,000, where ``trailing`` steps do not divide their number."""
         options: dict[str, Any] = {"clip_sample": False, "thresholding": False}
         if scheduler.config.get("timestep_spacing") == "linspace":
             options |= {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
@@ -79,8 +80,10 @@ class SD(Family):
     def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
         self.require_steps(steps)
         self.scheduler.set_timesteps(steps)
-        t = self.scheduler.timesteps
-        last = t[-1:] - self.scheduler.config.num_train_timesteps // steps  # where diffusers' DDIM lands
+        t, most = self.scheduler.timesteps, self.scheduler.config.num_train_timesteps
+        if t.max() >= most:  # the steps' offset leads beyond the last training time
+            raise UserError(f"num_inference_steps: {steps} is too many for the spacing of {self.source}; take fewer")
+        last = t[-1:] - most // steps  # where diffusers' DDIM lands
         cumprod = torch.cat([self.scheduler.alphas_cumprod[t], self._cumprod(last)])
         return Grid(torch.cat([t, last.clamp(min=0)]).float(), cumprod.sqrt(), (1 - cumprod).sqrt())
 

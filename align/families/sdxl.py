@@ -35,6 +35,8 @@ class SDXL(SD):
                 "has; supported are SDXL models of epsilon or v prediction"
             )
         require_schedule(source, scheduler)
+        if missing := [part for part in ("text_encoder", "text_encoder_2") if part not in configs]:
+            raise Unsupported(f"{source} has no {missing[0]}; SDXL's base model reads prompts by both of its encoders")
         require_latents(source, "unet", unet, configs.get("vae", {}))
 
     @classmethod

@@ -21,6 +21,7 @@ from align.common.errors import UserError
 from align.data.prompts import PromptBatch, PromptSet
 from align.diffusion.process import Prediction
 from align.families import LORA_FILE, Conditioning, Family, Scale, lora_path
+from align.families.identity import meaning
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
 from align.sampling.trajectory import Trajectories
@@ -106,12 +107,10 @@ class PipelineTeacher(Teacher):
     def open(self, policy: Policy) -> None:
         self.family, student = self.load(policy), policy.family
         self.family.denoiser.requires_grad_(False)
-        speaks, heard = ((f.prediction_type, f.latent_shape()) for f in (self.family, student))
-        if speaks != heard:
-            raise UserError(
-                f"teacher {self.path!r} predicts {speaks[0]} on latents {speaks[1]}, the student {heard[0]} on "
-                f"{heard[1]}: they have to share both, and the latent space"
-            )
+        theirs, ours = meaning(self.family), meaning(student)
+        if differ := [name for name in ours if theirs[name] != ours[name]]:
+            said = "; ".join(f"{name} {theirs[name]}, the student's {ours[name]}" for name in differ)
+            raise UserError(f"teacher {self.path!r} cannot be asked about the student's states: its {said}")
         self._prompts = PromptSet(self.family, [])
 
     def conditions(self, policy: Policy, batch: PromptBatch) -> Conditioning:
