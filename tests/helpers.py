@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -110,6 +111,7 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """What a process of :func:`launch` does. With ``HOLD_IN`` in its environment it stands still in the midst of saving
     into a folder that this pattern fits, so that a kill surely falls there."""
     os.environ.update(environment)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     from align.train import main
     from align.training import checkpoint
@@ -158,6 +160,9 @@ def launch_together(arguments: Sequence[str], world: int = 2) -> list[int | None
     running = [launch(arguments, RANK=str(k), LOCAL_RANK=str(k), **common) for k in range(world)]
     for process in running:
         process.join(120)
+        if process.exitcode is None:  # say where it stands, which is seen nowhere else
+            os.kill(process.pid or 0, signal.SIGUSR1)
+            process.join(2)
     return [process.exitcode for process in running]
 
 
