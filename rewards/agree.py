@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from rewards.data.images import ImageRow, ImageSource, UnreadableError
 from rewards.data.preferences import recognise
 from rewards.data.tables import LazyImage
 from rewards.data.text import clean
+from rewards.data.verdicts import contradicted
 from rewards.scoring.engine import score_batch
 from rewards.scoring.loader import BadImage, Batch, Decoder, ahead
 
@@ -168,7 +168,7 @@ def compare(pairs: Choices, scores: Mapping[str, np.ndarray], human_ties: str, a
         "pictures": int(readable.sum()),
         "human_ties": {"found": len(pairs.ties), "counted": human_ties},
         "unlabelled": len(pairs.unlabelled),
-        "contradicted": _contradicted(choices),
+        "contradicted": contradicted((one.chosen, one.rejected) for one in choices),
         "agreement": agreement,
         "rewards": figures,
         "between": [
@@ -181,12 +181,6 @@ def compare(pairs: Choices, scores: Mapping[str, np.ndarray], human_ties: str, a
         ],
         "bad": pairs.bad,
     }
-
-
-def _contradicted(choices: Sequence[Choice]) -> int:
-    """How many are there with the other winner too, of which no reward can be right more than half the time."""
-    counts = Counter((one.chosen, one.rejected) for one in choices)
-    return sum(count for (won, lost), count in counts.items() if (lost, won) in counts)
 
 
 def _agreed(votes: tuple[float, float] | None, share: float) -> bool:

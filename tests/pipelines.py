@@ -27,17 +27,17 @@ def _randomise(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.05)
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(shift: float | None = 0.0, scale: float = 0.7, blocks: int = 2) -> AutoencoderKL:
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
-        scaling_factor=0.7,
-        shift_factor=0.0,
+        scaling_factor=scale,
+        shift_factor=shift,
     )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderDC,
-    AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaPipeline,
@@ -65,7 +64,7 @@ from transformers import (
 
 from align.families.folder import SAMPLING_FILE
 from align.shapes.scripts import pretrain
-from tests.pipelines import _randomise
+from tests.pipelines import _randomise, tiny_vae
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CHAT = (
@@ -153,18 +152,8 @@ def _qwen3(cls: type, tokenizer: Qwen2Tokenizer, width: int, layers: int) -> Any
 
 
 # autoencoders
-def _kl(channels: int = 4, shift: float | None = 0.1159, scale: float = 0.3611, blocks: int = 2) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=(8,) * blocks,
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=scale,
-        shift_factor=shift,
-    )
+FLUX_LATENTS = {"shift": 0.1159, "scale": 0.3611}
+SDXL_LATENTS = {"shift": None, "scale": 0.13025}
 
 
 def _flux2_vae() -> AutoencoderKLFlux2:
@@ -213,7 +202,7 @@ def sdxl(turbo: bool = False) -> StableDiffusionXLPipeline:
     scheduler = EulerAncestralDiscreteScheduler if turbo else EulerDiscreteScheduler
     spacing = {"timestep_spacing": "trailing"} if turbo else {"timestep_spacing": "leading", "steps_offset": 1}
     return StableDiffusionXLPipeline(
-        vae=_kl(4, None, 0.13025),
+        vae=tiny_vae(**SDXL_LATENTS),
         text_encoder=pretrain.new_text_encoder(tokenizer, 64, CLIPTextModel),
         text_encoder_2=pretrain.new_text_encoder(tokenizer, 64, CLIPTextModelWithProjection),
         tokenizer=tokenizer,
@@ -239,7 +228,7 @@ def flux(dev: bool = True) -> FluxPipeline:
     )
     return FluxPipeline(
         scheduler=_euler(3.0, **FLUX_SHIFT) if dev else _euler(),
-        vae=_kl(),
+        vae=tiny_vae(**FLUX_LATENTS),
         text_encoder=pretrain.new_text_encoder(clip, 64, CLIPTextModel),
         tokenizer=clip,
         text_encoder_2=_t5_encoder(t5),
@@ -263,7 +252,7 @@ def chroma() -> ChromaPipeline:
         **AXES,
     )
     parts = {"text_encoder": _t5_encoder(t5), "tokenizer": t5, "transformer": transformer}
-    return ChromaPipeline(scheduler=_euler(), vae=_kl(), **parts)
+    return ChromaPipeline(scheduler=_euler(), vae=tiny_vae(**FLUX_LATENTS), **parts)
 
 
 def qwen_image() -> QwenImagePipeline:
@@ -327,7 +316,7 @@ def z_image(shift: float = 6.0) -> ZImagePipeline:
         axes_lens=[512, 32, 32],
     )
     text = {"text_encoder": _qwen3(Qwen3Model, tokenizer, 16, 2), "tokenizer": tokenizer}
-    return ZImagePipeline(scheduler=_euler(shift), vae=_kl(), transformer=transformer, **text)
+    return ZImagePipeline(scheduler=_euler(shift), vae=tiny_vae(**FLUX_LATENTS), transformer=transformer, **text)
 
 
 def _flux2_transformer(dev: bool) -> Flux2Transformer2DModel:
@@ -421,7 +410,9 @@ def lumina2() -> Lumina2Pipeline:
         cap_feat_dim=16,
     )
     text = {"text_encoder": _gemma_encoder(tokenizer), "tokenizer": tokenizer}
-    return Lumina2Pipeline(transformer=transformer, scheduler=_euler(6.0), vae=_kl(blocks=4), **text)
+    return Lumina2Pipeline(
+        transformer=transformer, scheduler=_euler(6.0), vae=tiny_vae(blocks=4, **FLUX_LATENTS), **text
+    )
 
 
 def pixart() -> PixArtSigmaPipeline:
@@ -447,7 +438,7 @@ def pixart() -> PixArtSigmaPipeline:
     times = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
     scheduler = DDIMScheduler(**times, set_alpha_to_one=False, steps_offset=1)
     text = {"text_encoder": _t5_encoder(t5), "tokenizer": t5}
-    return PixArtSigmaPipeline(vae=_kl(4, None, 0.13025), transformer=transformer, scheduler=scheduler, **text)
+    return PixArtSigmaPipeline(vae=tiny_vae(**SDXL_LATENTS), transformer=transformer, scheduler=scheduler, **text)
 
 
 BUILD: dict[str, Callable[[], DiffusionPipeline]] = {
@@ -478,7 +469,3 @@ def save(name: str, folder: Path) -> Path:
     pipe.save_pretrained(folder)
     (folder / SAMPLING_FILE).write_text(json.dumps({"resolution": RESOLUTION.get(name, 16)}))
     return folder
-
-
-def names(kinds: Sequence[str] = ()) -> list[str]:
-    return [name for name in BUILD if not kinds or name in kinds]

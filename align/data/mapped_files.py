@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -18,9 +19,10 @@ class MappedFiles:
 
     def __getitem__(self, file: Path) -> dict[str, Tensor]:
         """Raises :class:`DataError` where the file was cut since: touching what is gone would kill the process."""
-        size = file.stat().st_size if file.exists() else None  # one that was removed stays as long as it is mapped
         if file not in self._mapped:
-            self._mapped[file] = size or 0, load_file(file)
-        if size is not None and size < self._mapped[file][0]:
-            raise DataError(f"{file} was cut while it was read; remove it and start again, which makes it anew")
-        return self._mapped[file][1]
+            self._mapped[file] = file.stat().st_size, load_file(file)
+        whole, tensors = self._mapped[file]
+        with contextlib.suppress(FileNotFoundError):  # one that was removed stays as long as it is mapped
+            if file.stat().st_size < whole:
+                raise DataError(f"{file} was cut while it was read; remove it and start again, which makes it anew")
+        return tensors

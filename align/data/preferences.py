@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from align.data.latent_cache import EncodedBatch
 from rewards.data.pair_rows import PairRow
 from rewards.data.preferences import recognise
 from rewards.data.text import clean
+from rewards.data.verdicts import contradicted
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,9 @@ class PreferencePairs(EncodedData):
 
     def read(self) -> ExampleSet:
         examples = super().read()
-        opposite = contradicted(examples.items)
+        # the same caption and images, by where these lie
+        keys = ([(e.caption, str(image)) for image in e.images] for e in examples.items)
+        opposite = contradicted((won, lost) for won, lost in keys)
         told = f"{self.path}: {opposite} of {len(examples)} pairs are there with the other winner too"
         if opposite > self.max_contradicted_share * len(examples):
             raise DataError(
@@ -75,9 +77,3 @@ class PreferencePairs(EncodedData):
                 raise DataError(f"{row.source} is a tie; remove it, or drop ties with ties: drop")
             else:
                 yield None
-
-
-def contradicted(pairs: Iterable[Example]) -> int:
-    """How many of ``pairs`` are there with the other winner too: the same caption and images, by where these lie."""
-    counts = Counter((pair.caption, *map(str, pair.images)) for pair in pairs)
-    return sum(count for (caption, won, lost), count in counts.items() if (caption, lost, won) in counts)

@@ -10,6 +10,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from align.common.errors import UserError
 from align.diffusion.kernels import Kernel
 from align.diffusion.process import Grid, Prediction, PredictionType, upcast
 from align.families.conditioning import Conditioning
-from align.families.folder import Unsupported, recommended
+from align.families.folder import Unsupported, recommendations
 from align.families.identity import identity
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Family(ABC):
     """One model family over a loaded diffusers pipeline. Subclasses fill in the abstract methods and the constants."""
 
     pipeline: ClassVar[type[DiffusionPipeline]]
+    read_options: ClassVar[dict[str, Any]] = {}  # of ``from_pretrained``, beside those that every pipeline has
     denoiser_name: ClassVar[str]  # the pipeline's own attribute, also the prefix of its LoRA keys
     lora_targets: tuple[str, ...]
     idle: tuple[str, ...] = ()  # modules of the denoiser whose output goes nowhere, and which so have no gradient
@@ -43,7 +45,7 @@ class Family(ABC):
     patch: ClassVar[int] = 1  # latent cells along the side of a token; a side of a latent is a multiple of it
 
     def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
-        self.pipe, self.source = pipe, source
+        self.pipe, self.source, self._recommended = pipe, source, recommendations(source)
         self._uncond: Conditioning | None = None
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
@@ -54,7 +56,7 @@ class Family(ABC):
     @classmethod
     def read(cls, path: str, options: dict[str, Any]) -> DiffusionPipeline:
         """The family's pipeline from a folder or hub id; ``options`` are diffusers' ``from_pretrained`` ones."""
-        return cls.pipeline.from_pretrained(path, **options)
+        return cls.pipeline.from_pretrained(path, **options | cls.read_options)
 
     @classmethod  # noqa: B027  # a family may refuse nothing
     def require_supported(cls, source: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -159,21 +161,19 @@ class Family(ABC):
         """In which a denoiser of half-precision weights takes the float32 states of the process; none for float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    @property
+    @cached_property
     def default_guidance_scale(self) -> float:
         """The guidance scale that the folder recommends, else the one its pipeline class uses by default; of a few-step
         model without classifier-free guidance none."""
         plain = self.few_steps() is not None and self.guidance_kind != "embedded"
-        return recommended(
-            self.source, "guidance_scale", self.unguided_scale if plain else self._stock(self.guidance_argument)
-        )
+        default = self.unguided_scale if plain else self._stock(self.guidance_argument)
+        return self._recommended.get("guidance_scale", float(default))
 
-    @property
+    @cached_property
     def default_num_inference_steps(self) -> int:
         """The number of sampler steps that the folder recommends, else :meth:`few_steps`, else the pipeline class's."""
-        return int(
-            recommended(self.source, "num_inference_steps", self.few_steps() or self._stock("num_inference_steps"))
-        )
+        default = self.few_steps() or self._stock("num_inference_steps")
+        return int(self._recommended.get("num_inference_steps", default))
 
     def _stock(self, argument: str) -> float:
         """The default of the stock pipeline's ``__call__``."""
@@ -182,7 +182,7 @@ class Family(ABC):
     @property
     def scheduler_name(self) -> str:
         """The diffusers scheduler that :meth:`grid` and a deterministic step are; the pipeline may have another."""
-        return type(self.pipe.scheduler).__name__
+        return type(self.stock_scheduler(self.pipe.scheduler)).__name__
 
     @classmethod
     def stock_scheduler(cls, scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -198,7 +198,7 @@ class Family(ABC):
                 f"{self.source}: {self.denoiser_name}/config.json has sample_size {side}; expected the side of a "
                 "square latent"
             )
-        return int(recommended(self.source, "resolution", side * self.pipe.vae_scale_factor))
+        return int(self._recommended.get("resolution", side * self.pipe.vae_scale_factor))
 
     @property
     def channels(self) -> int:

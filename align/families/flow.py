@@ -16,6 +16,18 @@ from align.diffusion.process import Grid, PredictionType
 from align.families.family import Family
 from align.families.schedules import require_flow
 
+# both streams' attention of an MMDiT, as diffusers calls it
+JOINT_ATTENTION = (
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
 
 class Flow(Family):
     """Times are sigma times the scheduler's ``num_train_timesteps``; :meth:`call` brings them to the network's units.
@@ -40,10 +52,6 @@ class Flow(Family):
     @property
     def kernel(self) -> Kernel:
         return FlowSDE(noise=0.7)
-
-    @property
-    def scheduler_name(self) -> str:
-        return type(self.scheduler).__name__
 
     @classmethod
     def stock_scheduler(cls, scheduler: SchedulerMixin) -> FlowMatchEulerDiscreteScheduler:
@@ -90,8 +98,8 @@ class Flow(Family):
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Logit-normal(0, 1), moved by :attr:`shift` (Esser et al. 2024, §3.1 and eq. 23)."""
-        sigma = torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6)).sigmoid()
-        sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        shift, sigma = self.shift, torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6)).sigmoid()
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
         return (sigma * self.scheduler.config.num_train_timesteps).float()
 
 

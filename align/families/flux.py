@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from align.families.conditioning import Conditioning
 from align.families.family import GuidanceKind
-from align.families.flow import Packed, pack, unpack
+from align.families.flow import JOINT_ATTENTION, Packed, pack, unpack
 
 T5_TOKENS = 512  # FluxPipeline's own default for max_sequence_length
 
@@ -20,16 +20,7 @@ class Flux(Packed):
 
     pipeline = FluxPipeline
     token_limits = {"tokenizer_2": T5_TOKENS}  # noqa: RUF012  # a constant of the class
-    lora_targets = (
-        "attn.to_k",
-        "attn.to_q",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     @property
     def guidance_kind(self) -> GuidanceKind:

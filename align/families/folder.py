@@ -19,14 +19,15 @@ class Unsupported(UserError):
     """A model folder that is missing, or of a pipeline class without a family."""
 
 
-def recommended(source: str, name: str, default: float) -> float:
-    """What ``sampling.json`` in ``source`` says of ``name``. Raises :class:`Unsupported`."""
+def recommendations(source: str) -> dict[str, float]:
+    """What ``sampling.json`` in ``source`` says, by the names in :data:`LEAST`. Raises :class:`Unsupported`."""
     path = Path(locate(source)) / SAMPLING_FILE
     try:
         content = upgrade(json.loads(path.read_text())) if path.is_file() else {}
-        value = float(content.get(name, default))
+        found = {name: float(value) for name, value in content.items() if name in LEAST}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Unsupported(f"{path} is no JSON object of numbers: {error}") from error
-    if not math.isfinite(value) or value < LEAST[name]:
-        raise Unsupported(f"{path}: {name} is {value}; expected a number of at least {LEAST[name]}")
-    return value
+    for name, value in found.items():
+        if not math.isfinite(value) or value < LEAST[name]:
+            raise Unsupported(f"{path}: {name} is {value}; expected a number of at least {LEAST[name]}")
+    return found

@@ -9,27 +9,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from align.families.parts import tokenizers
+
 if TYPE_CHECKING:
     from align.families.family import Family
 
 
 def identity(family: Family) -> Mapping[str, Mapping[str, object]]:
     """:meth:`Family.identity`: of ``pictures`` the VAE, of ``captions`` all but it and the denoiser."""
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
     parts = {name: part for name, part in family.pipe.components.items() if name != family.denoiser_name}
     weights = {name: _fingerprint(part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    tokenizers = {}
-    for name, part in parts.items():
-        words = part.tokenizer if isinstance(part, ProcessorMixin) else part
-        if isinstance(words, PreTrainedTokenizerBase):
-            template = getattr(part, "chat_template", None)
-            tokenizers[name] = [words.model_max_length, _digest(sorted(words.get_vocab().items())), template]
+    words = {
+        name: [part.model_max_length, _digest(sorted(part.get_vocab().items())), parts[name].chat_template]
+        for name, part in tokenizers(family.pipe).items()
+    }
     scaling = [part.tolist() if isinstance(part, Tensor) else part for part in family.statistics()]
     kind, vae = {"family": type(family).__name__}, weights.pop("vae")
     return {
         "pictures": kind | {"vae": vae, "scaling": scaling},
-        "captions": kind | {"weights": weights, "tokenizers": tokenizers},
+        "captions": kind | {"weights": weights, "tokenizers": words},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import DiffusionPipeline, PixArtSigmaPipeline
+from diffusers import PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from align.families.conditioning import Conditioning
@@ -18,6 +18,7 @@ class PixArtSigma(SD):
     """Full fine-tuning only: diffusers' PixArt transformer takes no LoRA."""
 
     pipeline = PixArtSigmaPipeline
+    read_options = {}  # noqa: RUF012  # a constant of the class
     denoiser_name = "transformer"
     lora_targets = ()
     patch = 2
@@ -26,10 +27,6 @@ class PixArtSigma(SD):
     @classmethod
     def require_supported(cls, source: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
         require_schedule(source, configs.get("scheduler", {}))
-
-    @classmethod
-    def read(cls, path: str, options: dict[str, Any]) -> DiffusionPipeline:
-        return cls.pipeline.from_pretrained(path, **options)
 
     @property
     def guidance_kind(self) -> GuidanceKind:

@@ -23,6 +23,8 @@ class SD(Family):
     """Samples on the DDIM grid of the pipeline's own scheduler config, whichever scheduler it came with."""
 
     pipeline: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    # the safety checker costs 1.2 GB and would black out what a reward should see
+    read_options: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
     denoiser_name = "unet"
     lora_targets: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
 
@@ -44,16 +46,6 @@ class SD(Family):
                 f"{source}: the unet expects prompts of {unet['cross_attention_dim']} channels and the text encoder "
                 f"gives {text['hidden_size']}; one of them is another model's"
             )
-
-    @classmethod
-    def read(cls, path: str, options: dict[str, Any]) -> StableDiffusionPipeline:
-        # the safety checker costs 1.2 GB and would black out what a reward should see
-        unchecked = {"safety_checker": None, "requires_safety_checker": False}
-        return StableDiffusionPipeline.from_pretrained(path, **options | unchecked)
-
-    @property
-    def scheduler_name(self) -> str:
-        return type(self.scheduler).__name__
 
     @classmethod
     def stock_scheduler(cls, scheduler: SchedulerMixin) -> DDIMScheduler:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.families.conditioning import Conditioning
-from align.families.flow import Flow
+from align.families.flow import JOINT_ATTENTION, Flow
 from align.families.parts import require_latents
 
 T5_TOKENS = 256  # StableDiffusion3Pipeline's own default for max_sequence_length
@@ -27,16 +27,7 @@ class SD3(Flow):
     pipeline = StableDiffusion3Pipeline
     patch = 2
     token_limits = {"tokenizer_3": T5_TOKENS}  # noqa: RUF012  # a constant of the class
-    lora_targets = (
-        "attn.to_k",
-        "attn.to_q",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     def __init__(self, pipe: StableDiffusion3Pipeline, source: str) -> None:
         super().__init__(pipe, source)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from align.families.conditioning import Conditioning
@@ -20,6 +20,7 @@ class SDXL(SD):
     """The network is told that the image was taken whole and at the size in which it is drawn."""
 
     pipeline = StableDiffusionXLPipeline
+    read_options = {"add_watermarker": False}  # noqa: RUF012  # a constant of the class
 
     def __init__(self, pipe: StableDiffusionXLPipeline, source: str) -> None:
         super().__init__(pipe, source)
@@ -38,10 +39,6 @@ class SDXL(SD):
         if missing := [part for part in ("text_encoder", "text_encoder_2") if part not in configs]:
             raise Unsupported(f"{source} has no {missing[0]}; SDXL's base model reads prompts by both of its encoders")
         require_latents(source, "unet", unet, configs.get("vae", {}))
-
-    @classmethod
-    def read(cls, path: str, options: dict[str, Any]) -> DiffusionPipeline:
-        return cls.pipeline.from_pretrained(path, add_watermarker=False, **options)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipe.encode_prompt(

@@ -28,7 +28,7 @@ class LoRAWeights(Weights):
     def __init__(self, family: Family, lora: LoRA, initial: Path | None, anchored: bool, reference: bool) -> None:
         super().__init__(family, family.denoiser)
         self.denoiser, self.lora = family.denoiser, lora
-        if not hasattr(self.denoiser, "add_adapter"):
+        if not family.lora_targets:
             kind = type(self.denoiser).__name__
             raise UserError(f"diffusers has no LoRA for a {kind}; set lora: null, which trains every weight")
         config = LoraConfig(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 
 # as our own files, pages with two images side by side, and Label Studio's Pairwise spell it
 WORDS = {
@@ -51,3 +52,10 @@ def number(value: object) -> float | None:
     except (ValueError, OverflowError):
         return None
     return result if math.isfinite(result) else None
+
+
+def contradicted(choices: Iterable[tuple[Hashable, Hashable]]) -> int:
+    """How many of the (winner, loser) are there the other way round too, of which no reward can be right more than half
+    the time."""
+    counts = Counter(choices)
+    return sum(count for (won, lost), count in counts.items() if (lost, won) in counts)

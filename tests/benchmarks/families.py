@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import yaml
-from PIL import Image
 
 import align.train
 import pruning
@@ -40,7 +39,7 @@ from align.testing import FamilyCase
 from pruning.quantize import quantize
 from tests import tiny_families
 from tests.benchmarks import record
-from tests.test_more_families import Flux2Case
+from tests.test_more_families import Flux2Case, pairs
 
 QUICK = ("sdxl", "flux-schnell", "z-image")
 STEPS = 2
@@ -128,19 +127,11 @@ def trained(case: FamilyCase, root: Path) -> dict[str, float]:
     """The loss of one update of each objective, by command."""
     family: Family = case.load()
     (root / "prompts.txt").write_text("a red circle\ntwo blue stars\n")
-    side, rows = family.resolution, []
-    for k in range(4):
-        generator = torch.Generator().manual_seed(k)
-        pixels = torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(root / f"{k}.png")
-    for k in (0, 2):
-        rows.append({"caption": f"a picture {k}", "chosen": f"{k}.png", "rejected": f"{k + 1}.png"})
-    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = pairs(root, family.resolution)
     losses = {}
     for name, arguments in OBJECTIVES.items():
-        pairs = {"path": str(root / "pairs.jsonl"), "cache_dir": str(root / "cache")}
         prompts = {"path": str(root / "prompts.txt")}
-        data = {"class_path": "PreferencePairs", "init_args": pairs} if name == "DPO" else None
+        data = {"class_path": "PreferencePairs", "init_args": drawn} if name == "DPO" else None
         config = {
             "pretrained_model_name_or_path": str(case.folder),
             "data": data or {"class_path": "Prompts", "init_args": prompts},

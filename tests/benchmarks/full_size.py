@@ -34,23 +34,10 @@ from align.families.z_image import ZImage
 from pruning.architectures import REFUSED
 from pruning.graph import BlockGraph
 from pruning.quantize import choose
-from tests.benchmarks import record
+from tests.benchmarks import record, sizes
 
 RANK = 16
 ATTENTION = ZImage.lora_targets
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,7 @@ class Model:
 
 KLEIN = {"guidance_embeds": False}
 MODELS = {
-    "SDXL": Model("UNet2DConditionModel", "2.57", (4, 128), 77 * 2048 + 1280, SDXL.lora_targets, SDXL_UNET),
+    "SDXL": Model("UNet2DConditionModel", "2.57", (4, 128), 77 * 2048 + 1280, SDXL.lora_targets, sizes.SDXL[2]),
     "SD3.5 large": Model(
         "SD3Transformer2DModel", "8.1", (16, 128), 333 * 4096 + 2048, SD3.lora_targets,
         {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
