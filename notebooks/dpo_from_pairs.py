@@ -2,7 +2,7 @@
 
     python notebooks/dpo_from_pairs.py
 
-Put a path of your own in place of "shapes-preferences" (parquet, JSONL, folders), and your pipeline in place of
+Give ``--pairs`` a path of your own (a folder of train.parquet, JSONL, images, ...), and put your pipeline in place of
 "shapes-sd". The LoRA that comes out loads into stock diffusers.
 """
 
@@ -24,11 +24,12 @@ PROMPTS = ["three red stars", "two green circles", "a yellow star and a purple s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="updates; 300 and an EMA give configs/dpo_shapes.yaml")
+    parser.add_argument("--pairs", default="shapes-preferences", help="pairs of your own")
     parser.add_argument("--output", type=Path, default=Path("outputs/dpo_from_pairs"))
     arguments = parser.parse_args()
 
     config = TrainConfig(
-        data=PreferencePairs("shapes-preferences", split="train"),
+        data=PreferencePairs(arguments.pairs, split="train"),
         objective=DPO(beta=200.0),
         pretrained_model_name_or_path="shapes-sd",
         lora=LoRA(rank=16),

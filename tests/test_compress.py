@@ -67,7 +67,7 @@ def test_nothing_removed_is_nothing_to_learn(tiny_folders: dict[str, Path], tmp_
     assert metrics["output"].item() == metrics["feature"].item() == 0.0
 
 
-@pytest.mark.parametrize("kind", ["flow", "epsilon"])
+@pytest.mark.parametrize("kind", ["flow", pytest.param("epsilon", marks=pytest.mark.slow)])
 def test_healing_teaches_the_student_and_leaves_the_teacher(
     tiny_folders: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:

@@ -6,7 +6,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+
+import align
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 TINY = {
@@ -27,6 +30,10 @@ def test_every_example_is_tried_and_short() -> None:
 )
 def test_an_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, written = TINY[name]
+    if name == "dpo_from_pairs":  # a few pairs: encoding all that are shipped takes most of the time
+        few = pq.read_table(Path(align.__file__).parent / "shapes/shapes-preferences/train.parquet").slice(0, 32)
+        pq.write_table(few, tmp_path / "train.parquet")
+        options = [*options, "--pairs", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--output", str(tmp_path / "out")])
     runpy.run_path(str(NOTEBOOKS / f"{name}.py"), run_name="__main__")
     assert (tmp_path / "out" / written).is_file()

@@ -50,7 +50,9 @@ def draw(pipe: Any) -> Tensor:
     return torch.from_numpy(pipe("a star", num_inference_steps=2, generator=generator, output_type="np").images)
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "torch.float32"])
+@pytest.mark.parametrize(
+    "name", ["bfloat16", *(pytest.param(n, marks=pytest.mark.slow) for n in ("float32", "torch.float32"))]
+)
 def test_a_dtype_is_taken_by_name(made: Path, name: str) -> None:
     wanted = getattr(torch, name.removeprefix("torch."))
     by_name, by_dtype = pruning.load(made / "int4", name), pruning.load(made / "int4", wanted)
@@ -66,7 +68,7 @@ def test_what_is_no_dtype_is_refused(made: Path, dtype: Any) -> None:
             pruning.load(folder, dtype)
 
 
-@pytest.mark.parametrize("words", [(torch.bfloat16,), ("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("words", [(torch.bfloat16,), pytest.param(("cpu", torch.bfloat16), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("by_key", [False, True])
 def test_to_a_dtype_is_loading_in_it(made: Path, words: tuple[Any, ...], by_key: bool) -> None:
     pipe = pruning.load(made / "int4", "float32")

@@ -123,7 +123,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"folder": tmp_path_factory.mktemp("once")}
 
 
-SLOW = ("quantization", "weights")
+SLOW = ("quantization", "weights", "text encoders")
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in CHANGES])
@@ -248,8 +248,8 @@ def test_healing_by_importance_needs_the_profile(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["plan.json", "profile.json"])
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"dropped": 3}'])
+@pytest.mark.parametrize("name", ["plan.json", pytest.param("profile.json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("content", ["", pytest.param("{", marks=pytest.mark.slow), "[1]", '{"dropped": 3}'])
 def test_a_broken_plan_or_profile_is_named(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
 ) -> None:
@@ -371,7 +371,7 @@ def test_impossible_weights_of_healing_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.7])
+@pytest.mark.parametrize("scale", [0.0, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_calibration_at_or_below_guidance_1_is_the_prompted_model(
     config: dict[str, Any], tmp_path: Path, scale: float
 ) -> None:

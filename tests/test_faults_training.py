@@ -110,7 +110,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }
 
 
-QUICK = ("no state", "step negative", "weights cut", "weights not a number", "no moments", "settings a word")
+QUICK = ("no state", "step negative", "weights cut", "weights not a number")
 
 
 @pytest.mark.parametrize("damage", [d if d in QUICK else pytest.param(d, marks=pytest.mark.slow) for d in DAMAGE])

@@ -139,7 +139,7 @@ def test_the_run_ends_at_max_rollouts(config: dict[str, Any]) -> None:
     assert [line["step"] for line in lines(config["output_dir"])] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_what_a_rollout_measured_is_logged_whatever_logging_steps_is(config: dict[str, Any], every: int) -> None:
     assert main(["--config", write(config, max_rollouts=4, logging_steps=every)]) == 0
     assert [line["rollout"] for line in lines(config["output_dir"]) if "rollout/reward/total" in line] == [1, 2, 3, 4]

@@ -675,7 +675,7 @@ def distilling(pipeline: Path, folder: Path, school: Path, **arguments: Any) -> 
     return config | {"rewards": [], "rollout_batch_size": 4, "train_batch_size": 8, "learning_rate": 1e-2}
 
 
-@pytest.mark.parametrize(("kind", "form"), [("epsilon", "sde"), ("flow", "ode")])
+@pytest.mark.parametrize(("kind", "form"), [pytest.param("epsilon", "sde", marks=pytest.mark.slow), ("flow", "ode")])
 def test_a_run_trains_the_student_and_nothing_else(
     tiny: Build,
     tiny_folders: dict[str, Path],
@@ -831,7 +831,10 @@ class LinearTeacher(Teacher):
         return policy.answer(self.map.expand(len(x), 4, 4), x, t)
 
 
-@pytest.mark.parametrize(("form", "normalize"), [("ode", "code"), ("sde", "paper"), ("sde", "velocity")])
+@pytest.mark.parametrize(
+    ("form", "normalize"),
+    [("ode", "code"), *(pytest.param("sde", n, marks=pytest.mark.slow) for n in ("paper", "velocity"))],
+)
 def test_a_toy_student_reaches_two_teachers(form: Form, normalize: Normalize) -> None:
     """On disjoint prompts, to a mean square of 1e-3, which the average of the two misses by far."""
     teachers: Sequence[LinearTeacher] = [LinearTeacher("a", None, 1), LinearTeacher("b", None, 2)]

@@ -12,6 +12,7 @@ def test_a_folder_of_0_1_goes_on_as_it_did(name: str) -> None:
     assert freeze.check_folders([name]) == []
 
 
+@pytest.mark.slow  # test_smoke reads every config as well
 def test_every_config_says_what_it_said() -> None:
     assert freeze.check_configs() == []
 
