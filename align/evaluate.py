@@ -1,14 +1,18 @@
-"""Base against tuned: the same prompts and seeds through both, scored, compared and shown.
+"""Base against tuned: the same prompts and noise through any number of models, scored, compared and shown.
 
     python -m align.evaluate --tuned outputs/run --prompts shapes --reward Shapes
+    accelerate launch -m align.evaluate --tuned [outputs/a,outputs/b] --prompts prompts.jsonl --samples_per_prompt 4
 
-Writes ``scores.json`` (means, medians, win rates with intervals, per task), ``images.jsonl`` (every image's scores),
-``gallery.png`` and ``gallery.html`` into ``output_dir``, and the figures into a tuned run folder's model card.
+Writes into ``output_dir``: ``images/MODEL/`` (PNG files with ``metadata.jsonl``, which ``rewards.score`` reads),
+``scores.json`` (means, medians, differences and win rates with intervals, per task, and what they depend on),
+``images.jsonl`` (every image's scores), ``gallery.png`` and ``gallery.html``; and the figures into a tuned run folder's
+model card. The same command goes on after a kill, and draws again what was drawn with other settings.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,35 +20,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align import families
+from align.common.assets import EMBEDDED
 from align.common.command import command, parse
-from align.common.errors import require_at_least
+from align.common.errors import UserError, require_at_least
 from align.common.provenance import provenance
-from align.evaluation.compare import Comparison, diversity, draw_and_compare, summary, table
+from align.evaluation.compare import Comparison, depends, diversity, draw_and_compare, summary, table
 from align.families import Family
 from align.sampling.diversity import Features
 from align.training.model_card import add_section
 from align.training.run_folder import base_of
 from rewards.common.command import exit_status
-from rewards.common.device import pick_device
+from rewards.common.device import Launched, pick_device
 from rewards.common.files import locked, write_text
 
 
 @dataclass(kw_only=True)
 class Evaluate(Comparison):
-    """Compare a tuned pipeline with its base.
+    """Compare tuned pipelines with their base.
 
     Args:
-        tuned: run folder, LoRA folder or pipeline.
-        base: pipeline; default the one that the tuned run folder started from.
-        output_dir: where to write; default ``evaluation`` in the tuned folder.
+        tuned: run folder, LoRA folder or file, or whole pipeline (folder or hub id: a pruned or quantized one too); or
+            a list of them.
+        base: pipeline; default the one that the first tuned run folder started from.
+        output_dir: where to write; default ``evaluation`` in the first tuned folder.
         resolution: side in pixels; null is the model's own.
         diversity_features: a vision model (DINOv2, CLIP) or ``lpips:FILE`` to measure diversity by, beside pixels;
             with several images a prompt.
         device: where to run; null takes a GPU where there is one.
-        mixed_precision: of both models: no (float32), fp16 or bf16.
+        mixed_precision: of all models: no (float32), fp16 or bf16.
     """
 
-    tuned: Path
+    tuned: list[Path] | Path
     base: str | None = None
     output_dir: Path | None = None
     resolution: int | None = None
@@ -52,41 +58,92 @@ class Evaluate(Comparison):
     device: str | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
 
+    @property
+    def sources(self) -> list[Path]:
+        """What ``tuned`` names. Raises :class:`UserError` where that is nothing."""
+        sources = self.tuned if isinstance(self.tuned, list) else [self.tuned]
+        if not sources:
+            raise UserError("tuned is empty; expected a run folder, a LoRA or a pipeline")
+        return sources
 
-def evaluate(config: Evaluate) -> dict[str, Any]:
-    """Sample, score, compare and write; returns what ``scores.json`` holds."""
+
+def names(sources: Sequence[Path]) -> list[str]:
+    """A name of each, which a folder can have: ``tuned``, or of several the last part of the path, with a number where
+    two have the same."""
+    if len(sources) == 1:
+        return ["tuned"]
+    found: list[str] = []
+    for source in sources:
+        stem = re.sub(r"[^\w.+-]+", "_", source.stem if source.suffix == ".safetensors" else source.name).strip("._")
+        name = stem if stem not in ("", "base") else f"model_{stem}"
+        same = sum(other == name or re.fullmatch(rf"{re.escape(name)}-\d+", other) is not None for other in found)
+        found.append(f"{name}-{same + 1}" if same else name)
+    return found
+
+
+def is_pipeline(source: Path) -> bool:
+    """Whether ``source`` draws by itself: a whole pipeline's folder, an embedded one, a hub id."""
+    return (source / "model_index.json").is_file() or str(source) in EMBEDDED or not source.exists()
+
+
+def beside(source: Path) -> Path:
+    """Where the results of ``source`` are written unasked."""
+    if not source.exists():
+        return Path("outputs/evaluation")
+    return (source if source.is_dir() else source.parent) / "evaluation"
+
+
+def evaluate(config: Evaluate) -> dict[str, Any] | None:
+    """Sample, score, compare and write; returns what ``scores.json`` holds, in the first process."""
     require_at_least(1, config, "resolution")
-    bench = config.bench()
-    base, device = config.base or base_of(config.tuned), pick_device(config.device)
-    family = families.load(base, families.DTYPES[config.mixed_precision], device)
-    families.what_is_tuned(family, config.tuned)  # now, not after the base's images
-    output = config.output_dir or config.tuned / "evaluation"
+    launched, sources = Launched.here(), config.sources
+    device = pick_device(config.device, launched.local)
+    bench = config.bench(device)
+    base, dtype = config.base or base_of(sources[0]), families.DTYPES[config.mixed_precision]
+    family = families.load(base, dtype, device)
+    for source in sources:  # now, not after the base's images
+        if is_pipeline(source):
+            families.find(str(source))
+        else:
+            families.what_is_tuned(family, source)
+    output = config.output_dir or beside(sources[0])
     guidance_scale = family.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
-    config = replace(config, guidance_scale=guidance_scale)  # the base's own for both
+    config = replace(config, guidance_scale=guidance_scale)  # the base's own for all
 
     def models() -> Iterator[tuple[str, Family]]:
         yield "base", family
-        yield "tuned", families.tuned(family, str(config.tuned))
+        for number, (name, source) in enumerate(zip(names(sources), sources, strict=True)):
+            if is_pipeline(source):
+                yield name, families.load(str(source), dtype, device)
+            else:  # the first uses up the base
+                yield name, families.tuned(families.load(base, dtype, device) if number else family, str(source))
 
     with locked(output):
-        compared, samples = draw_and_compare(models(), config, bench, config.resolution), config.samples_per_prompt
-        report = dict(compared.report)
+        compared = draw_and_compare(models(), config, bench, output, config.resolution, launched)
+        if compared is None:
+            return None
+        report, samples = dict(compared.report), config.samples_per_prompt
         if samples > 1:
             features = Features(config.diversity_features, device) if config.diversity_features else None
             report["diversity"] = diversity(compared.images, samples, features)
         report |= {
             "base": base,
-            "tuned": str(config.tuned),
-            "prompts": len(bench.prompts),
+            "tuned": str(sources[0]) if len(sources) == 1 else list(map(str, sources)),
+            "prompts": len(bench.rows),
             "samples_per_prompt": samples,
             "num_inference_steps": config.num_inference_steps or family.default_num_inference_steps,
             "guidance_scale": guidance_scale,
+            "noise": config.noise,
+            "seed": config.seed,
+            "scorers": [reward.record() for reward in config.reward],
             "gallery": str(output / "gallery.html"),
         }
-        compared.show(output, f"{base} against {config.tuned}", [table(report)])
+        title = f"{base} against {', '.join(map(str, sources))}"
+        compared.show(output, title, [table(report)])
         write_text(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in compared.rows()))
         write_text(output / "scores.json", json.dumps(report | provenance(), indent=2) + "\n")
-        add_section(config.tuned / "README.md", "Held-out prompts, base against tuned", table(report).markdown())
+        for source in sources:
+            add_section(source / "README.md", "Held-out prompts, base against tuned", table(report).markdown())
     return report
 
 
@@ -96,8 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         report = evaluate(config)
-        print(table(report).markdown())
-        print(json.dumps(summary(report)))
+        if report is not None:
+            print(table(report).markdown())
+            print(depends(report))
+            print(json.dumps(summary(report)))
 
     return command(run, argv)
 

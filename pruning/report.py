@@ -113,7 +113,8 @@ def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str
             opened[name] = open_pipeline(source)
             yield name, opened[name]
 
-    compared = compare.draw_and_compare(models(), settings, bench)
+    compared = compare.draw_and_compare(models(), settings, bench, output)
+    assert compared is not None, "there is one process"
     seconds = latencies(opened, min(settings.batch_size, 64), settings.repeats)
     pipelines = {
         name: sizes(source, opened[name])

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rewards.common.command import OldName, add_reading_options, check_at_least, exit_status, new_parser, status
+from rewards.common.device import Launched
 from rewards.common.errors import RewardError, WriteError
 from rewards.common.files import atomic, locked, sweep, write_text
 from rewards.config import parse_rewards
@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise RewardError(f"--output is {output}; expected a file name that ends in .parquet, or a folder's name")
     least = {"batch_size": 1, "shard_size": 1, "threads": 1, "workers": 1, "max_bad": 0, "limit": 1, "gallery": 1}
     check_at_least(arguments, **least, patience=0)
-    rank, local, world = (_environment(*pair) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    launched = Launched.here()
+    rank, world = launched.rank, launched.world
     named = parse_rewards(arguments.reward, weighted=False)
     labels = [one.title for one in named]
     source = open_input(
@@ -108,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.engine == "ray":
                 rows = _ray().score_there(arguments, source, named, shards, bad_file)
             else:
-                scorer = open_scorer(arguments, source, named, shards, bad_file, local)
+                scorer = open_scorer(arguments, source, named, shards, bad_file, launched.local)
                 rows = score_here(scorer, arguments.retry_bad, rank, world)
             if rank:
                 return 0
@@ -179,13 +180,6 @@ def _ray() -> ModuleType:
         return importlib.import_module("rewards.scoring.ray_engine")
     except ImportError as error:
         raise RewardError(f"--engine ray needs {error.name}: pip install 't2i-align[ray]'") from error
-
-
-def _environment(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise RewardError(f"the environment variable {name} is {text!r}; expected a number, as accelerate sets it")
-    return int(text)
 
 
 @exit_status

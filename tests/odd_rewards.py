@@ -73,3 +73,15 @@ class Mode:
     ) -> Tensor:
         half = torch.is_autocast_enabled("cpu")
         return images.mean((1, 2, 3)) + 10.0 * half + 100.0 * torch.is_grad_enabled()
+
+
+class Counts:
+    """Reads of a prompt's metadata, GenEval's, how many objects it asks for; without any it fails."""
+
+    differentiable: ClassVar[bool] = False
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        assert metadata is not None, "the metadata did not come along"
+        return torch.tensor([float(row["include"][0]["count"]) for row in metadata])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from align import families
+from align.common.errors import UserError
 from align.evaluate import main
-from align.evaluation.compare import bootstrap, compare
+from align.evaluation import pictures
+from align.evaluation.compare import Comparison, bootstrap, compare
+from align.evaluation.pictures import METADATA, Drawing, PictureFolder, Wanted, noise_seed
 from align.families import LORA_FILE
 from align.policy.policy import LoRA, Policy
 from align.sampling import generate
+from rewards.common.device import Launched
 from rewards.common.page import Table
+from rewards.data.formats import open_input
 from tests.helpers import HOSTILE, texts_of
 from tests.pipelines import Build
 from tests.test_policy import disturb
@@ -48,7 +55,7 @@ def test_bootstrap_interval_covers_as_it_says() -> None:
     rng = np.random.default_rng(0)
     hits = 0
     for k in range(300):
-        low, high = bootstrap((rng.random(100) < 0.6).astype(float), 500, k)
+        low, high = bootstrap((rng.random(100) < 0.6).astype(float), None, 500, k)
         hits += low <= 0.6 <= high
     assert 0.91 <= hits / 300 <= 0.98
 
@@ -63,8 +70,6 @@ def test_pictures_do_not_depend_on_the_batch(tiny: Build) -> None:
 
 @pytest.fixture
 def tuned(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
-    from align import families
-
     policy = Policy(families.load(str(tiny_folders["epsilon"])), LoRA(2))
     disturb(policy, 0.1)
     policy.save(tmp_path)
@@ -99,6 +104,109 @@ def test_the_command_writes_scores_gallery_and_card(tuned: Path, capsys: pytest.
     assert card.count("base against tuned") == 1
 
 
+def test_a_difference_is_paired_and_over_tasks() -> None:
+    """Two tasks of unlike size: the mean over tasks, and an interval of what prompts differ in, not of their level."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(size=60) * 100
+    scores = {"base": {"r": level}, "a": {"r": level + 1}, "b": {"r": level + np.repeat([0.0, 3.0], [50, 10])}}
+    entry = compare(scores, ["x"] * 50 + ["y"] * 10, 1, "r")["rewards"]["r"]
+    assert entry["a_difference"] == pytest.approx(1) and np.ptp(entry["a_difference_ci"]) < 1e-9
+    assert entry["b_difference"] == pytest.approx(1.5)  # (0 + 3) / 2
+    assert np.ptp(entry["base_ci"]) > 10
+
+
+# pictures on disk
+def folder(path: Path, prompts: list[str], settings: Comparison) -> PictureFolder:
+    return PictureFolder(path, settings.wanted([{"prompt": text} for text in prompts]), settings.batch_size)
+
+
+PROMPTS = ["a star", "two red stars", "a red circle", "a blue square", "a"]
+FEW = Drawing(2, 2.0)
+
+
+def test_noise_is_named_by_prompt_and_number(tiny: Build, tmp_path: Path) -> None:
+    """Another order, a subset and other batches draw the same pictures; another seed or number draws others."""
+    family, settings = tiny("flow"), Comparison(samples_per_prompt=2, batch_size=3)
+    whole = folder(tmp_path / "whole", PROMPTS, settings)
+    whole.draw(family, FEW, Launched(), "")
+    part = folder(tmp_path / "part", [PROMPTS[3], PROMPTS[0]], Comparison(samples_per_prompt=1, batch_size=2))
+    part.draw(family, FEW, Launched(), "")
+    assert (part[0] - whole[6]).abs().max() <= 1 / 255 and (part[1] - whole[0]).abs().max() <= 1 / 255
+    seeds = {noise_seed(text, k, seed) for text in PROMPTS for k in range(3) for seed in (0, 1)}
+    assert len(seeds) == 30 and all(0 <= seed < 2**63 for seed in seeds)
+    old = Comparison(samples_per_prompt=2, noise="index", seed=7).wanted([{"prompt": text} for text in PROMPTS])
+    assert [one.seed for one in old] == list(range(7, 17))
+
+
+def test_what_a_kill_left_out_is_drawn_again_to_the_byte(tiny: Build, tmp_path: Path) -> None:
+    family, settings = tiny("epsilon"), Comparison(batch_size=2)
+    drawn = folder(tmp_path / "p", PROMPTS, settings)
+    drawn.draw(family, FEW, Launched(), "")
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in drawn.path.iterdir()}
+    drawn.file(2).unlink()
+    again = folder(tmp_path / "p", PROMPTS, settings)
+    again.draw(family, FEW, Launched(), "")
+    after = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in again.path.iterdir()}
+    assert {name: data for name, (data, _) in before.items()} == {name: data for name, (data, _) in after.items()}
+    assert {name for name in before if before[name][1] != after[name][1]} == {"00002.png", "00003.png"}  # its batch
+    lines = [json.loads(line) for line in (again.path / METADATA).read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS and lines[1]["seed"] == noise_seed(PROMPTS[1], 0, 1000)
+    again.draw(family, Drawing(3, 2.0), Launched(), "")
+    assert all((again.path / name).read_bytes() != data for name, (data, _) in before.items() if name != METADATA)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_processes_draw_what_one_does(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
+) -> None:
+    family, other = (families.load(str(tiny_folders["epsilon"])) for _ in range(2))
+    settings = Comparison(batch_size=2)
+    one = folder(tmp_path / "one", PROMPTS, settings)
+    one.draw(family, FEW, Launched(), "")
+    monkeypatch.setattr(pictures, "PATIENCE", 20)
+    with ThreadPoolExecutor(2) as pool:
+        shares = [folder(tmp_path / "two", PROMPTS, settings) for _ in range(2)]
+        ends = [pool.submit(shares[k].draw, (family, other)[k], FEW, Launched(k, k, 2), "") for k in order]
+        for end in ends:
+            end.result(timeout=60)
+    assert [f.read_bytes() for f in sorted((tmp_path / "two").iterdir())] == [
+        f.read_bytes() for f in sorted((tmp_path / "one").iterdir())
+    ]
+
+
+def test_a_folder_that_is_somebodys_is_left_alone(tiny: Build, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="was not drawn by this command"):
+        PictureFolder(tmp_path / "mine", [Wanted("a star", 0, {})], 1).draw(tiny("epsilon"), FEW, Launched(), "")
+
+
+def test_several_models_and_what_a_prompt_file_says(
+    tuned: Path, tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GenEval's metadata reaches the reward; a LoRA file and a whole pipeline stand beside the run."""
+    rows = [
+        {"tag": "counting", "include": [{"class": "star", "count": 2}], "prompt": "two red stars"},
+        {"tag": "colors", "include": [{"class": "circle", "count": 5}], "prompt": "a red circle"},
+    ]
+    prompts = tmp_path / "evaluation_metadata.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = [str(tuned), str(tuned / LORA_FILE), str(tiny_folders["flow"])]
+    options = ["--tuned", json.dumps(models), "--output_dir", str(tmp_path / "out"), "--num_inference_steps", "1"]
+    options += ["--prompts", str(prompts), "--task_column", "tag", "--reward", "[tests.odd_rewards.Counts]"]
+    assert main(options) == 0
+    report = json.loads((tmp_path / "out/scores.json").read_text())
+    assert report["models"] == ["base", tuned.name, "pytorch_lora_weights", "flow"]
+    entry = report["rewards"]["tests.odd_rewards.Counts"]
+    assert entry["tasks"] == {
+        "counting": dict.fromkeys(report["models"], 2),
+        "colors": dict.fromkeys(report["models"], 5),
+    }
+    same = [(tmp_path / "out/images" / name / "00000.png").read_bytes() for name in report["models"]]
+    assert same[1] == same[2] != same[0] and same[3] not in same[:3]
+    assert f"{tuned.name}, win rate" in capsys.readouterr().out
+    assert open_input(str(tmp_path / "out/images/flow")).listed[1].metadata["include"] == rows[1]["include"]
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_an_untrained_lora_wins_exactly_half(tuned: Path, precision: str) -> None:
     weights = {name: torch.zeros_like(value) for name, value in load_file(tuned / LORA_FILE).items()}
@@ -126,7 +234,7 @@ def test_hostile_prompts_are_text_on_the_page_and_in_the_card(tuned: Path, tmp_p
     card = (tuned / "README.md").read_text()
     assert not re.search(r"(?<!\\)(<script|<img|\[a star)", card)
     table = [line for line in card.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5} and len(table) == 2 + 1 + len(HOSTILE) + 1
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {6} and len(table) == 2 + 1 + len(HOSTILE) + 1
 
 
 def test_a_table_reads_as_its_cells_do() -> None:
@@ -162,7 +270,7 @@ def test_mistakes_are_one_line(
 def test_nothing_is_drawn_for_nothing(
     tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
-    monkeypatch.setattr(generate, "sample_images", lambda *_: pytest.fail("drawn for nothing"))
+    monkeypatch.setattr(pictures, "draw", lambda *_: pytest.fail("drawn for nothing"))
     if mistake == "nothing tuned in":
         (tuned / LORA_FILE).unlink()
     else:

@@ -1,7 +1,8 @@
 """Models side by side: the same prompts and noise through each, scored, and what the scores say of the differences.
 
-:func:`draw_and_compare` runs the models, the first of which is the baseline that every other is held against;
-:func:`compare`, :func:`diversity` and :func:`table` only read its results.
+:func:`draw_and_compare` runs the models, the first of which is the baseline that every other is held against, and keeps
+what they drew (:mod:`align.evaluation.pictures`) and how it scored (:mod:`align.evaluation.scored`); :func:`compare`,
+:func:`diversity` and :func:`table` only read its results.
 """
 
 from __future__ import annotations
@@ -10,27 +11,28 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from align.common.errors import require_at_least
+from align.common.errors import UserError, require_at_least
 from align.data.prompts import read_prompt_rows
 from align.evaluation.gallery import save_grid, to_pil
+from align.evaluation.pictures import Drawing, PictureFolder, Wanted, noise_seed
+from align.evaluation.scored import score_pictures
 from align.families import Family
-from align.sampling import generate
 from align.sampling.diversity import Features, pairwise, thumbnails
 from align.shapes.world import held_out_prompts
 from rewards import RewardConfig, RewardSum, parse_rewards
+from rewards.common.device import Launched
 from rewards.common.files import write_text
 from rewards.common.page import Card, Figure, Page, Table
 from rewards.models.shapes import Shapes
 from rewards.models.shapes import parse as parse_caption
 
 STRICT = "Shapes (strict)"  # the right picture against a wrong one, beside Shapes' partial credit
-Images = Mapping[str, Tensor]  # model -> (P*K, 3, H, W): K images a prompt, one prompt after another
+Images = Mapping[str, PictureFolder]  # model -> P*K pictures: K a prompt, one prompt after another
 Scores = Mapping[str, Mapping[str, np.ndarray]]  # model -> reward -> (P*K,), as the images
 
 
@@ -39,24 +41,30 @@ class Comparison:
     """What models are compared on.
 
     Args:
-        prompts: a prompt file (.txt, .jsonl with ``prompt`` and perhaps ``task``, .json) or ``shapes``, the embedded
-            world's held-out set.
+        prompts: a prompt file (.txt, .jsonl, .json, .csv, .tsv) or ``shapes``, the embedded world's held-out set. What
+            it says of a prompt beside its text goes to the rewards as metadata.
+        task_column: tables show every reward for each value of this column too, where all prompts have one.
         reward: what the pictures are scored by, as :func:`rewards.parse_rewards` reads it, without weights; default
             ``Shapes``. The first decides the win rate (``Shapes``: by its strict verdict, the right picture against a
             wrong one).
         samples_per_prompt: pictures per prompt, each with a seed of its own.
         num_inference_steps: sampler steps; null is the pipeline's own default.
         guidance_scale: guidance scale; null is the pipeline's own default.
-        seed: picture k of prompt j starts from seed + j * samples_per_prompt + k, for every model.
+        noise: what names the noise that a picture starts from: ``prompt``, the text and the number of the picture of it
+            (:func:`align.evaluation.pictures.noise_seed`), whatever else is drawn; or ``index``, the older rule by
+            which picture k of prompt j has the seed ``seed + j * samples_per_prompt + k``.
+        seed: another one is other noise, for every model.
         batch_size: pictures sampled at once.
         max_prompts: use evenly spaced prompts, so many at most.
     """
 
     prompts: str = "shapes"
+    task_column: str = "task"
     reward: list[RewardConfig] = field(default_factory=list)
     samples_per_prompt: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    noise: Literal["prompt", "index"] = "prompt"
     seed: int = 1000
     batch_size: int = 64
     max_prompts: int | None = None
@@ -68,7 +76,7 @@ class Comparison:
     def deciding_reward(self) -> str:
         return STRICT if self.reward[0].title == "Shapes" else self.reward[0].title
 
-    def bench(self) -> Bench:
+    def bench(self, device: str | None = None) -> Bench:
         """Read the prompts, evenly spaced where there are more than ``max_prompts``, and load the rewards, with
         ``Shapes`` its strict verdict too. Raises :class:`UserError`, also for counts below 1."""
         require_at_least(1, self, "samples_per_prompt", "num_inference_steps", "batch_size", "max_prompts")
@@ -78,19 +86,39 @@ class Comparison:
             rows = read_prompt_rows(self.prompts)
         if self.max_prompts and self.max_prompts < len(rows):
             rows = [rows[k] for k in evenly_spaced(len(rows), self.max_prompts)]
-        tasks = [str(row["task"]) for row in rows] if all("task" in row for row in rows) else None
-        named = RewardSum.of(self.reward).rewards
+        column = self.task_column
+        tasks = [str(row[column]) for row in rows] if all(column in row for row in rows) else None
+        if tasks is None and column != "task":
+            raise UserError(f"{self.prompts}: not every prompt has a {column!r}; the first has {', '.join(rows[0])}")
+        named = RewardSum.of(self.reward, device).rewards
         rewards = RewardSum(named | ({STRICT: Shapes(mode="strict")} if "Shapes" in named else {}))
-        return Bench([row["prompt"] for row in rows], tasks, rewards)
+        return Bench(rows, tasks, rewards, device or "cpu")
+
+    def wanted(self, rows: Sequence[Mapping[str, Any]]) -> list[Wanted]:
+        """The pictures to draw of ``rows``, prompt after prompt."""
+        each, wanted = self.samples_per_prompt, []
+        for j, row in enumerate(rows):
+            others = {key: value for key, value in row.items() if key != "prompt"}
+            for k in range(each):
+                named = self.noise == "prompt"
+                seed = noise_seed(row["prompt"], k, self.seed) if named else self.seed + j * each + k
+                wanted.append(Wanted(row["prompt"], seed, others))
+        return wanted
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The prompts that models are compared on, their tasks where all have one, and the rewards that judge."""
+    """The prompts that models are compared on, each a row with ``prompt`` and what rewards read beside, their tasks
+    where all have one, and the rewards that judge."""
 
-    prompts: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
     tasks: Sequence[str] | None
     rewards: RewardSum
+    device: str = "cpu"
+
+    @property
+    def prompts(self) -> list[str]:
+        return [row["prompt"] for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -99,16 +127,16 @@ class Compared:
 
     settings: Comparison
     prompts: Sequence[str]
-    images: dict[str, Tensor]
+    images: dict[str, PictureFolder]
     scores: dict[str, dict[str, np.ndarray]]
     report: dict[str, Any]
 
     def rows(self) -> list[dict[str, Any]]:
         """Prompt, seed and every model's scores of each image."""
         return [
-            {"prompt": text, "seed": seed}
+            {"prompt": one.prompt, "seed": one.seed}
             | {f"{model}/{reward}": float(v[k]) for model in self.scores for reward, v in self.scores[model].items()}
-            for k, (text, seed) in enumerate(zip(*texts_and_seeds(self.settings, self.prompts), strict=True))
+            for k, one in enumerate(next(iter(self.images.values())).wanted)
         ]
 
     def show(self, folder: Path, title: str, tables: Sequence[Table]) -> None:
@@ -132,25 +160,29 @@ class Compared:
         write_text(folder / "gallery.html", Page(title, introduction, tables, cards).html())
 
 
-def texts_and_seeds(settings: Comparison, prompts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Prompt and seed of every image."""
-    texts = [prompt for prompt in prompts for _ in range(settings.samples_per_prompt)]
-    return texts, list(range(settings.seed, settings.seed + len(texts)))
-
-
 def draw_and_compare(
-    models: Iterable[tuple[str, Family]], settings: Comparison, bench: Bench, resolution: int | None = None
-) -> Compared:
-    """Every model, by name, on ``bench``. Models come one by one, so a later may use up an earlier."""
-    texts, seeds = texts_and_seeds(settings, bench.prompts)
-    sampler = settings.num_inference_steps, settings.guidance_scale, settings.batch_size
-    images: dict[str, Tensor] = {}
-    scores: dict[str, dict[str, np.ndarray]] = {}
+    models: Iterable[tuple[str, Family]],
+    settings: Comparison,
+    bench: Bench,
+    folder: Path,
+    resolution: int | None = None,
+    launched: Launched | None = None,
+) -> Compared | None:
+    """Every model, by name, on ``bench``; pictures are kept in ``folder/images/MODEL`` and scores in
+    ``folder/scores/``, where they are found again. Models come one by one, so a later may use up an earlier. Of several
+    processes each draws and scores a share, and the first returns the result."""
+    drawing = Drawing(settings.num_inference_steps, settings.guidance_scale, resolution)
+    wanted, images = settings.wanted(bench.rows), {}
+    launched = launched or Launched()
     for name, family in models:
-        images[name] = generate.sample_images(family.predict, family, texts, seeds, *sampler, resolution, name)
-        components = bench.rewards.components(images=images[name], prompts=texts)
-        scores[name] = {reward: components[reward].double().numpy() for reward in bench.rewards.rewards}
+        images[name] = PictureFolder(folder / "images" / name, wanted, settings.batch_size)
+        images[name].draw(family, drawing, launched, name)
+    how = bench.rewards, settings.reward, folder / "scores", min(settings.batch_size, 64), bench.device, launched
+    scores = {name: score_pictures(pictures, *how) for name, pictures in images.items()}
+    if launched.rank:
+        return None
     report = compare(scores, bench.tasks, settings.samples_per_prompt, settings.deciding_reward)
+    report["drawn"] = {name: {k: v for k, v in one.record.items() if k != "weights"} for name, one in images.items()}
     return Compared(settings, bench.prompts, images, scores, report)
 
 
@@ -160,7 +192,8 @@ def compare(scores: Scores, tasks: Sequence[str] | None, samples: int, decides: 
     Win rate: the share of pictures where a model scores higher than the first, ties one half; its 95 % interval is a
     bootstrap over prompts, since pictures of one prompt are not independent. With one model beside the first it is
     called ``win_rate``, with several ``{model}_win_rate``. Task means and ``overall``, the mean over tasks, follow
-    GenEval.
+    GenEval. ``{model}_ci`` is the interval of a model's mean, with tasks of the mean over them, and ``difference`` how
+    far that is above the first model's, on the same prompts and noise, with its interval ``difference_ci``.
     """
     models = list(scores)
     challengers = {model: f"{model}_" if len(models) > 2 else "" for model in models[1:]}
@@ -169,12 +202,16 @@ def compare(scores: Scores, tasks: Sequence[str] | None, samples: int, decides: 
         values = {model: scores[model][reward] for model in models}
         entry: dict[str, Any] = {f"{model}_mean": v.mean() for model, v in values.items()}
         entry |= {f"{model}_median": np.median(v) for model, v in values.items()}
+        each = {model: v.reshape(-1, samples).mean(1) for model, v in values.items()}
+        entry |= {f"{model}_ci": bootstrap(v, tasks) for model, v in each.items()}
         for model, prefix in challengers.items():
             wins = ((values[model] > baseline) + 0.5 * (values[model] == baseline)).reshape(-1, samples).mean(1)
             entry |= {f"{prefix}win_rate": wins.mean(), f"{prefix}win_rate_ci": bootstrap(wins)}
+            more = each[model] - each[models[0]]
+            entry |= {f"{prefix}difference": over_tasks(more, tasks), f"{prefix}difference_ci": bootstrap(more, tasks)}
         if tasks is not None:
-            each, names = np.repeat(np.array(tasks), samples), list(dict.fromkeys(tasks))
-            entry["tasks"] = {t: {model: v[each == t].mean() for model, v in values.items()} for t in names}
+            of, names = np.array(tasks), list(dict.fromkeys(tasks))
+            entry["tasks"] = {t: {model: v[of == t].mean() for model, v in each.items()} for t in names}
             entry |= {f"{model}_overall": np.mean([entry["tasks"][t][model] for t in names]) for model in models}
         report["rewards"][reward] = entry
     report |= {key: value for key, value in report["rewards"][decides].items() if "win_rate" in key}
@@ -186,11 +223,20 @@ def overall(entry: Mapping[str, Any], model: str) -> float:
     return entry.get(f"{model}_overall", entry[f"{model}_mean"])
 
 
-def bootstrap(values: np.ndarray, resamples: int = 4000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of ``values`` (N,)."""
+def over_tasks(values: np.ndarray, tasks: Sequence[str] | None) -> float:
+    """The mean of ``values`` (N,), one a prompt; with ``tasks`` the mean over tasks of their means, GenEval's."""
+    parts = [values] if tasks is None else [values[np.array(tasks) == task] for task in dict.fromkeys(tasks)]
+    return float(np.mean([part.mean() for part in parts]))
+
+
+def bootstrap(
+    values: np.ndarray, tasks: Sequence[str] | None = None, resamples: int = 4000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of :func:`over_tasks` of ``values`` (N,); prompts are drawn again within a task."""
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    parts = [values] if tasks is None else [values[np.array(tasks) == task] for task in dict.fromkeys(tasks)]
+    means = [part[rng.integers(len(part), size=(resamples, len(part)))].mean(1) for part in parts]
+    low, high = np.quantile(np.mean(means, 0), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -199,7 +245,8 @@ def diversity(images: Images, samples: int, features: Features | None) -> dict[s
     distances: dict[str, dict[str, float]] = {"pixels": {}}
     for model, drawn in images.items():
         groups = torch.arange(len(drawn)) // samples
-        distances["pixels"][model] = pairwise(thumbnails(drawn), groups).mean().item()
+        small = torch.cat([thumbnails(part) for part in drawn.split(64)])
+        distances["pixels"][model] = pairwise(small, groups).mean().item()
         if features is not None:
             values = torch.cat([features(part) for part in drawn.split(64)])
             distances.setdefault("features", {})[model] = pairwise(values, groups, features.power).mean().item()
@@ -214,17 +261,30 @@ def table(report: Mapping[str, Any]) -> Table:
     for reward, entry in report["rewards"].items():
         intervals = [(entry[rate], *entry[f"{rate}_ci"]) for rate in rates]
         cells = [f"{rate:.3f} ({low:.3f}–{high:.3f})" for rate, low, high in intervals]
+        differences = [name.replace("win_rate", "difference") for name in rates]
+        cells += ["{:+.3f} ({:+.3f}–{:+.3f})".format(entry[d], *entry[f"{d}_ci"]) for d in differences]
         rows.append([reward, *(f"{overall(entry, model):.3f}" for model in models), *cells])
         for task, means in entry.get("tasks", {}).items():
             rows.append([f"{reward}: {task.replace('_', ' ')}", *(f"{means[model]:.3f}" for model in models)])
     for name, means in report.get("diversity", {}).items():
         rows.append([f"diversity, {name}", *(f"{means[model]:.4f}" for model in models)])
-    return Table(["", *models, *(f"{title} (95 % interval)" for title in rates.values())], rows)
+    titles = [*rates.values(), *(title.replace("win rate", "difference") for title in rates.values())]
+    return Table(["", *models, *(f"{title} (95 % interval)" for title in titles)], rows)
+
+
+def depends(report: Mapping[str, Any]) -> str:
+    """What the figures depend on, in a line."""
+    drawn = next(iter(report["drawn"].values()))
+    words = [f"{drawn['num_inference_steps']} steps", f"guidance {drawn['guidance_scale']:g}", drawn["dtype"]]
+    words.append(f"{drawn['resolution'] or 'own'} resolution, latents {' x '.join(map(str, drawn['latents']))}")
+    words.append(f"{report['samples_per_prompt']} pictures of each of {report['prompts']} prompts")
+    words.append(f"noise by {report['noise']}, seed {report['seed']}")
+    return "; ".join(words)
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     """The few figures that scripts read: the last line that ``align.evaluate`` prints."""
-    figures = {name: report[name] for name in ("win_rate", "win_rate_ci", "gallery")}
+    figures = {name: value for name, value in report.items() if "win_rate" in name or name == "gallery"}
     strict = report["rewards"].get(STRICT)
     if strict is None:
         return figures

@@ -45,6 +45,12 @@ def meaning(family: Family) -> dict[str, object]:
     }
 
 
+def weights_of(family: Family) -> dict[str, object]:
+    """What tells the weights of every part of a pipeline, LoRA among them, from others, by the part's name."""
+    parts = family.pipe.components.items()
+    return {name: _fingerprint(part) for name, part in parts if isinstance(part, nn.Module)}
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(str(value).encode()).hexdigest()
 

@@ -1,6 +1,9 @@
-"""Which device a command computes on."""
+"""Which device a command computes on, and which of the processes of one launch it is."""
 
 from __future__ import annotations
+
+import os
+from dataclasses import dataclass
 
 import torch
 
@@ -20,3 +23,24 @@ def pick_device(wanted: str | None, local: int = 0) -> str:
         reason = " ".join(str(error).split())
         raise RewardError(f"--device is {wanted}; expected cpu, cuda, cuda:0, ... ({reason})") from error
     return str(device)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Which process this is, by the environment that ``accelerate launch`` and ``torchrun`` set: number ``rank`` of
+    ``world``, number ``local`` of its machine."""
+
+    rank: int = 0
+    local: int = 0
+    world: int = 1
+
+    @staticmethod
+    def here() -> Launched:
+        return Launched(_environment("RANK", 0), _environment("LOCAL_RANK", 0), _environment("WORLD_SIZE", 1))
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise RewardError(f"the environment variable {name} is {text!r}; expected a number, as accelerate sets it")
+    return int(text)
