@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from align import families
 from align.common.assets import EMBEDDED
 from align.common.command import command, parse
@@ -86,6 +88,13 @@ def is_pipeline(source: Path) -> bool:
     return (source / "model_index.json").is_file() or str(source) in EMBEDDED or not source.exists()
 
 
+def open_model(source: Path, base: str | None, dtype: torch.dtype, device: str) -> Family:
+    """A whole pipeline, or what was tuned put into ``base`` or the pipeline that its run started from."""
+    if is_pipeline(source):
+        return families.load(str(source), dtype, device)
+    return families.tuned(families.load(base or base_of(source), dtype, device), str(source))
+
+
 def beside(source: Path) -> Path:
     """Where the results of ``source`` are written unasked."""
     if not source.exists():
@@ -113,10 +122,10 @@ def evaluate(config: Evaluate) -> dict[str, Any] | None:
     def models() -> Iterator[tuple[str, Family]]:
         yield "base", family
         for number, (name, source) in enumerate(zip(names(sources), sources, strict=True)):
-            if is_pipeline(source):
-                yield name, families.load(str(source), dtype, device)
-            else:  # the first uses up the base
-                yield name, families.tuned(families.load(base, dtype, device) if number else family, str(source))
+            if number or is_pipeline(source):
+                yield name, open_model(source, base, dtype, device)
+            else:  # it uses up the base
+                yield name, families.tuned(family, str(source))
 
     with locked(output):
         compared = draw_and_compare(models(), config, bench, output, config.resolution, launched)

@@ -85,3 +85,14 @@ class Counts:
     ) -> Tensor:
         assert metadata is not None, "the metadata did not come along"
         return torch.tensor([float(row["include"][0]["count"]) for row in metadata])
+
+
+class Letters:
+    """How long the prompt is."""
+
+    differentiable: ClassVar[bool] = False
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        return torch.tensor([float(len(prompt)) for prompt in prompts])

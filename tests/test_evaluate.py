@@ -17,7 +17,8 @@ from align import families
 from align.common.errors import UserError
 from align.evaluate import main
 from align.evaluation import pictures
-from align.evaluation.compare import Comparison, bootstrap, compare
+from align.evaluation.compare import Comparison, compare
+from align.evaluation.intervals import bootstrap
 from align.evaluation.pictures import METADATA, Drawing, PictureFolder, Wanted, noise_seed
 from align.families import LORA_FILE
 from align.policy.policy import LoRA, Policy

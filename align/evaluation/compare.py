@@ -19,6 +19,7 @@ import torch
 from align.common.errors import UserError, require_at_least
 from align.data.prompts import read_prompt_rows
 from align.evaluation.gallery import save_grid, to_pil
+from align.evaluation.intervals import bootstrap, over_tasks
 from align.evaluation.pictures import Drawing, PictureFolder, Wanted, noise_seed
 from align.evaluation.scored import score_pictures
 from align.families import Family
@@ -84,12 +85,17 @@ class Comparison:
             rows = [{"prompt": prompt, "task": parse_caption(prompt).task} for prompt in held_out_prompts()]
         else:
             rows = read_prompt_rows(self.prompts)
+        return self.of(rows, self.task_column, device)
+
+    def of(self, rows: Sequence[Mapping[str, Any]], task_column: str | None, device: str | None = None) -> Bench:
+        """:meth:`bench` of ``rows`` that are read already."""
         if self.max_prompts and self.max_prompts < len(rows):
             rows = [rows[k] for k in evenly_spaced(len(rows), self.max_prompts)]
-        column = self.task_column
-        tasks = [str(row[column]) for row in rows] if all(column in row for row in rows) else None
-        if tasks is None and column != "task":
-            raise UserError(f"{self.prompts}: not every prompt has a {column!r}; the first has {', '.join(rows[0])}")
+        tasks = None
+        if task_column is not None and all(task_column in row for row in rows):
+            tasks = [str(row[task_column]) for row in rows]
+        if tasks is None and task_column not in (None, "task"):
+            raise UserError(f"not every prompt has a {task_column!r}; the first has {', '.join(rows[0])}")
         named = RewardSum.of(self.reward, device).rewards
         rewards = RewardSum(named | ({STRICT: Shapes(mode="strict")} if "Shapes" in named else {}))
         return Bench(rows, tasks, rewards, device or "cpu")
@@ -223,23 +229,6 @@ def overall(entry: Mapping[str, Any], model: str) -> float:
     return entry.get(f"{model}_overall", entry[f"{model}_mean"])
 
 
-def over_tasks(values: np.ndarray, tasks: Sequence[str] | None) -> float:
-    """The mean of ``values`` (N,), one a prompt; with ``tasks`` the mean over tasks of their means, GenEval's."""
-    parts = [values] if tasks is None else [values[np.array(tasks) == task] for task in dict.fromkeys(tasks)]
-    return float(np.mean([part.mean() for part in parts]))
-
-
-def bootstrap(
-    values: np.ndarray, tasks: Sequence[str] | None = None, resamples: int = 4000, seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % percentile interval of :func:`over_tasks` of ``values`` (N,); prompts are drawn again within a task."""
-    rng = np.random.default_rng(seed)
-    parts = [values] if tasks is None else [values[np.array(tasks) == task] for task in dict.fromkeys(tasks)]
-    means = [part[rng.integers(len(part), size=(resamples, len(part)))].mean(1) for part in parts]
-    low, high = np.quantile(np.mean(means, 0), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def diversity(images: Images, samples: int, features: Features | None) -> dict[str, dict[str, float]]:
     """Mean distance of two images of a prompt, over prompts, for every model: in pixels, and in features."""
     distances: dict[str, dict[str, float]] = {"pixels": {}}
@@ -257,6 +246,7 @@ def table(report: Mapping[str, Any]) -> Table:
     """:func:`compare`'s report, with ``diversity`` where it was added."""
     models, several = report["models"], len(report["models"]) > 2
     rates = {f"{model}_win_rate": f"{model}, win rate" for model in models[1:]} if several else {"win_rate": "win rate"}
+    rates = rates if len(models) > 1 else {}
     rows = []
     for reward, entry in report["rewards"].items():
         intervals = [(entry[rate], *entry[f"{rate}_ci"]) for rate in rates]

@@ -1,0 +1,200 @@
+"""A public bench: its prompts drawn by its protocol, scored, and set beside what others have reported.
+
+    python -m align.bench --list
+    python -m align.bench partiprompts --models stabilityai/sdxl-turbo --prompts PartiPrompts.tsv --dry_run
+    accelerate launch -m align.bench shapes --models [shapes-sd,outputs/demo]
+
+Writes into ``output_dir``: ``images/MODEL/``, ``scores/``, ``bench.json``, ``bench.md``, ``gallery.html``; of GenEval
+also ``geneval/MODEL/``, which the official scorer reads. The same command goes on after a kill. ``--shard 2/8`` draws
+and scores the second of eight shares, on a machine that sees the same folder; the first writes the results.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from align import families
+from align.common.command import command, parse
+from align.common.errors import UserError, require_at_least
+from align.common.provenance import provenance
+from align.evaluate import is_pipeline, names, open_model
+from align.evaluation import bench_spec as benches
+from align.evaluation.bench_spec import BenchSpec
+from align.evaluation.compare import Comparison, depends, draw_and_compare, table
+from align.families import Family
+from rewards import RewardConfig
+from rewards.common.command import exit_status
+from rewards.common.device import Launched, pick_device
+from rewards.common.files import locked, write_text
+
+
+@dataclass(kw_only=True)
+class BenchRun:
+    """Run a bench.
+
+    Args:
+        name: the bench, or a YAML file of one; also the first word of the command.
+        models: runs, LoRA folders or files, pipelines, hub ids; the first is the baseline.
+        base: the pipeline that LoRA files go into; a run folder knows its own.
+        prompts: the bench's prompt file, or a folder of one file a task; null is its hub id.
+        reward: other scorers than the bench's, or its own with arguments: ``HPSv2:path=/models/hpsv2``.
+        output_dir: where to write; default ``outputs/bench/NAME``.
+        num_inference_steps: null is the bench's; another is said beside the figures, as is every other difference.
+        guidance_scale: null is the bench's.
+        samples_per_prompt: null is the bench's.
+        resolution: null is the bench's.
+        max_prompts: use evenly spaced prompts, so many at most.
+        seed: another one is other noise.
+        batch_size: pictures drawn at once.
+        device: where to run; null takes a GPU where there is one.
+        mixed_precision: of all models.
+        shard: ``i/n``, the i-th of n shares.
+        dry_run: say what would be drawn, and stop.
+    """
+
+    name: str = ""
+    models: list[str] | str = field(default_factory=list)
+    base: str | None = None
+    prompts: str | None = None
+    reward: list[RewardConfig] = field(default_factory=list)
+    output_dir: Path | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    samples_per_prompt: int | None = None
+    resolution: int | None = None
+    max_prompts: int | None = None
+    seed: int = 0
+    batch_size: int = 16
+    device: str | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    shard: str | None = None
+    dry_run: bool = False
+
+
+def comparison(config: BenchRun, spec: BenchSpec) -> Comparison:
+    """The bench's protocol but for what ``config`` sets."""
+    given, official = config, spec.protocol
+    return Comparison(
+        reward=config.reward or list(spec.reward),  # type: ignore[arg-type]  # parsed there
+        samples_per_prompt=given.samples_per_prompt or official.samples_per_prompt,
+        num_inference_steps=given.num_inference_steps or official.num_inference_steps,
+        guidance_scale=official.guidance_scale if given.guidance_scale is None else given.guidance_scale,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        max_prompts=config.max_prompts,
+    )
+
+
+def share(config: BenchRun) -> Launched:
+    """Which part this process does: of a launch, or by ``shard``. Raises :class:`UserError`."""
+    here = Launched.here()
+    if config.shard is None:
+        return here
+    match = re.fullmatch(r"(\d+)/(\d+)", config.shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"shard is {config.shard!r}; expected i/n with i from 1 to n, such as 2/8")
+    if here.world > 1:
+        raise UserError("shard is for machines that are started one by one; accelerate launch shares among its own")
+    return Launched(int(match[1]) - 1, 0, int(match[2]))
+
+
+def run(config: BenchRun) -> dict[str, Any] | None:
+    """Draw, score, write; returns what ``bench.json`` holds, in the first process."""
+    require_at_least(1, config, "resolution", "samples_per_prompt", "num_inference_steps", "max_prompts")
+    spec, launched = benches.load_spec(config.name), share(config)
+    sources = [Path(source) for source in ([config.models] if isinstance(config.models, str) else config.models)]
+    if not sources:
+        raise UserError("say which models: --models shapes-sd, or --models [BASE,outputs/run]")
+    resolution = spec.protocol.resolution if config.resolution is None else config.resolution
+    settings, device = comparison(config, spec), pick_device(config.device, launched.local)
+    rows, told = benches.read_rows(spec, config.prompts)
+    total = len(rows)
+    bench = settings.of(rows, spec.task_column, device) if not config.dry_run else None
+    count = min(total, config.max_prompts or total)
+    used = {
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "samples_per_prompt": settings.samples_per_prompt,
+        "resolution": resolution,
+    }
+    told += benches.differences(spec, used) + ([f"{count} of {total} prompts"] if count < total else [])
+    pictures = count * settings.samples_per_prompt
+    print(f"{spec.title}: {count} prompts x {settings.samples_per_prompt} = {pictures} pictures of each of "
+          f"{len(sources)} models; prompts {spec.prompts.licence}, from {spec.prompts.where}")  # fmt: skip
+    print(f"protocol: {'not the bench: ' + '; '.join(told) if told else 'as the bench has it'}")
+    if config.dry_run:
+        steps = settings.num_inference_steps
+        each = f"{steps} sampler steps" if steps else "the pipeline's own number of sampler steps"
+        print(f"{pictures * len(sources):,} pictures of {each} each")
+        return None
+    assert bench is not None
+    output, dtype = config.output_dir or Path("outputs/bench") / spec.name, families.DTYPES[config.mixed_precision]
+    for source in sources:
+        if is_pipeline(source):
+            families.find(str(source))
+    labels = names(sources) if len(sources) > 1 else [re.sub(r"[^\w.+-]+", "_", sources[0].stem) or "model"]
+
+    def models() -> Iterator[tuple[str, Family]]:
+        for label, source in zip(labels, sources, strict=True):
+            yield label, open_model(source, config.base, dtype, device)
+
+    with locked(output):
+        compared = draw_and_compare(models(), settings, bench, output, resolution, launched)
+        if compared is None:
+            return None
+        benches.require_heed(spec, bench, compared.images[labels[0]])
+        report = compared.report | {
+            "bench": spec.name,
+            "prompts": len(bench.rows),
+            "samples_per_prompt": settings.samples_per_prompt,
+            "noise": settings.noise,
+            "seed": settings.seed,
+            "scorers": [reward.record() for reward in settings.reward],
+            "differences": told,
+            "published": [vars(row) for row in spec.published],
+            "gallery": str(output / "gallery.html"),
+        }
+        if spec.layout == "geneval":
+            for label, pictured in compared.images.items():
+                folder, scores = output / "geneval" / label, compared.scores[label]
+                benches.write_geneval(folder, pictured, scores, settings.samples_per_prompt)
+        tables = [benches.results(spec, report), table(report)]
+        notes = [depends(report), *(f"not the bench's: {line}" for line in told)]
+        compared.show(output, spec.title, tables)
+        text = "\n\n".join([f"# {spec.title}", spec.about, *(each.markdown() for each in tables), "; ".join(notes)])
+        write_text(output / "bench.md", text + "\n")
+        write_text(output / "bench.json", json.dumps(report | provenance(), indent=2) + "\n")
+    print(text)
+    return report
+
+
+@exit_status
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--list" in words:
+        for name in benches.names():
+            spec = benches.load_spec(name)
+            print(f"{name:<16} {spec.title}: {spec.about}")
+        return 0
+    if words and not words[0].startswith("-"):
+        words = [f"--name={words[0]}", *words[1:]]
+    config, _ = parse(BenchRun, "align.bench", __doc__, words)
+
+    def start() -> None:
+        report = run(config)
+        if report is not None:
+            print(
+                json.dumps({"bench": report["bench"], "report": str(Path(report["gallery"]).with_name("bench.json"))})
+            )
+
+    return command(start, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Means over prompts and tasks, and how sure they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def over_tasks(values: np.ndarray, tasks: Sequence[str] | None) -> float:
+    """The mean of ``values`` (N,), one a prompt; with ``tasks`` the mean over tasks of their means, GenEval's."""
+    parts = [values] if tasks is None else [values[np.array(tasks) == task] for task in dict.fromkeys(tasks)]
+    return float(np.mean([part.mean() for part in parts]))
+
+
+def bootstrap(
+    values: np.ndarray, tasks: Sequence[str] | None = None, resamples: int = 4000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of :func:`over_tasks` of ``values`` (N,); prompts are drawn again within a task."""
+    rng = np.random.default_rng(seed)
+    parts = [values] if tasks is None else [values[np.array(tasks) == task] for task in dict.fromkeys(tasks)]
+    means = [part[rng.integers(len(part), size=(resamples, len(part)))].mean(1) for part in parts]
+    low, high = np.quantile(np.mean(means, 0), [0.025, 0.975])
+    return float(low), float(high)
