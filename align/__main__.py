@@ -10,6 +10,7 @@ COMMANDS = {
     "sample": "align.sample",
     "rollout": "align.rollout",
     "evaluate": "align.evaluate",
+    "export": "align.export",
     "score": "rewards.score",
     "agree": "rewards.agree",
     "serve": "rewards.serve",
