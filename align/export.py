@@ -10,6 +10,7 @@ write a LoRA with that program's names and its alpha; ``--to diffusers --merge``
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -167,7 +168,8 @@ def _base(config: Export) -> str:
         return config.pretrained_model_name_or_path
     for folder in (config.run, config.run.parent):  # a checkpoint's settings are the run's
         if (folder / "config.yaml").is_file():
-            return base_of(folder)
+            with contextlib.suppress(KeyError):  # the settings of something else
+                return base_of(folder)
     raise UserError(f"{config.run} does not say which model it is of; give --pretrained_model_name_or_path")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from tests.pipelines import Build, tiny_sd, tiny_sd3
 from tests.test_policy import disturb
 
 RANK = 4
+FACTORS = [2.0, *(pytest.param(factor, marks=pytest.mark.slow) for factor in (0.5, 1.0))]  # alpha / rank
 BUILD: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": lambda: tiny_sd().pipe,
     "sd3": lambda: tiny_sd3(dual=(0,)).pipe,
@@ -107,17 +108,17 @@ def modules_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def lora_for(pipe: DiffusionPipeline, factor: float = 1.0, without: str = "", rank: int = RANK) -> LoRAFile:
+def lora_for(pipe: DiffusionPipeline, factor: float = 1.0, without: tuple[str, ...] = ()) -> LoRAFile:
     """A LoRA of alpha = factor * rank on what the family trains, but what ends like ``without``."""
     targets = families.of(pipe, "tiny").lora_targets or ("to_q", "to_k", "to_v", "to_out.0")
     name, generator = denoiser_of(pipe), torch.Generator().manual_seed(7)
     layers = {}
     for path, module in network_of(pipe).named_modules():
         if isinstance(module, nn.Linear) and f".{path}".endswith(tuple(f".{t}" for t in targets)):
-            if without and path.endswith(without):
+            if path.endswith(without):
                 continue
-            a = torch.randn(rank, module.in_features, generator=generator)
-            b = torch.randn(module.out_features, rank, generator=generator)
+            a = torch.randn(RANK, module.in_features, generator=generator)
+            b = torch.randn(module.out_features, RANK, generator=generator)
             layers[f"{name}.{path}"] = LoRALayer(a, b, factor)
     return LoRAFile(Path("made.safetensors"), layers)
 
@@ -188,7 +189,7 @@ PROGRAMS = [(name, program) for name in BUILD for program in ("comfyui", "kohya"
 PROGRAMS.remove(("pixart-sigma", "kohya"))
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize(("name", "program"), PROGRAMS)
 def test_a_program_adds_what_was_trained(name: str, program: Target, factor: float) -> None:
     pipe = BUILD[name]()
@@ -208,7 +209,7 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
     return f"lora_unet_{names[name].replace('.', '_')}.{part}"
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("name", [name for name in BUILD if name != "pixart-sigma"])
 def test_stock_diffusers_reads_its_form_from_tensors_alone(name: str, factor: float) -> None:
     pipe = BUILD[name]()
@@ -221,7 +222,7 @@ def test_stock_diffusers_reads_its_form_from_tensors_alone(name: str, factor: fl
         torch.testing.assert_close(weight, before[path] + layer.delta(), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0])
+@pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "flux2-dev", "qwen-image", "z-image"])  # of FLUX.1 it knows 3072 alone
 def test_stock_diffusers_reads_kohyas_form(name: str, factor: float) -> None:
     pipe = BUILD[name]()
@@ -235,11 +236,14 @@ def test_stock_diffusers_reads_kohyas_form(name: str, factor: float) -> None:
 
 
 # and back
-@pytest.mark.parametrize("without", ["", "to_k", ("to_q", "to_k")])
-@pytest.mark.parametrize(("name", "program"), PROGRAMS)
-def test_there_and_back_is_the_same_lora(name: str, program: Target, without: Any, tmp_path: Path) -> None:
-    if without and name not in ("sd3", "flux-dev", "lumina2"):
-        pytest.skip("one of each kind")
+SOME = [("sd3", "kohya"), ("flux-dev", "kohya"), ("lumina2", "comfyui")]  # of what fuses, with layers missing
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "without"),
+    [*((*each, ()) for each in PROGRAMS), *((*each, gone) for each in SOME for gone in (("to_k",), ("to_q", "to_k")))],
+)
+def test_there_and_back_is_the_same_lora(name: str, program: Target, without: tuple[str, ...], tmp_path: Path) -> None:
     pipe = BUILD[name]()
     file = lora_for(pipe, 1.5, without)
     state = tensors_for(program, file, modules_of(pipe), denoiser_of(pipe))
@@ -297,6 +301,21 @@ def test_splitting_is_exact(rows: tuple[int, ...], kind: str) -> None:
         for part, layer in zip(parts, layers, strict=True):
             assert (part is None) == (layer is None)
             assert part is None or (torch.equal(part.A, layer.A) and torch.equal(part.B, layer.B))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+def test_scale_and_shift_change_places(name: str, tmp_path: Path) -> None:
+    """diffusers' last norm reads (scale, shift), the originals' (shift, scale)."""
+    pipe = BUILD[name]()
+    module = network_of(pipe).get_submodule("norm_out.linear")
+    b = torch.cat([torch.ones(module.out_features // 2, 1), torch.zeros(module.out_features // 2, 1)])
+    layer = LoRALayer(torch.ones(1, module.in_features), b, 1.0)
+    file = LoRAFile(Path("made"), {"transformer.norm_out.linear": layer})
+    state = tensors_for("kohya", file, modules_of(pipe), "transformer")
+    assert torch.equal(state["lora_unet_final_layer_adaLN_modulation_1.lora_up.weight"], b.flip(0))
+    write(tmp_path / "a.safetensors", state, {})
+    (again,) = read_lora(tmp_path / "a.safetensors", pipe).layers.values()
+    assert torch.equal(again.B, b)
 
 
 def test_scales_that_differ_are_folded_once_and_in_float32() -> None:
@@ -391,9 +410,9 @@ def test_a_layer_of_a_text_encoder_is_found_with_and_without_text_model(tiny: Bu
 
 
 # the command
-def run_of(folder: Path, base: Path, factor: float = 2.0, lora: LoRA | None = None, rank: int = RANK) -> Path:
+def run_of(folder: Path, base: Path, factor: float = 2.0) -> Path:
     """A run folder whose every layer has moved, as training leaves one."""
-    policy = Policy(families.load(str(base)), lora or LoRA(rank, factor * rank))
+    policy = Policy(families.load(str(base)), LoRA(RANK, factor * RANK))
     disturb(policy, 0.5)
     policy.save(folder)
     (folder / "config.yaml").write_text(f"pretrained_model_name_or_path: {base}\n")
@@ -408,7 +427,7 @@ def drawn(pipe: DiffusionPipeline, **arguments: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     size = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "pt"} | arguments
-    return torch.as_tensor(pipe("two red stars", generator=generator, **size).images)
+    return torch.as_tensor(pipe(prompt="two red stars", generator=generator, **size).images)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
@@ -517,3 +536,154 @@ def test_a_single_file_is_read_back_by_stock_diffusers(build: Callable[[], Diffu
         theirs = modules_of(again)[name].state_dict()
         for key, tensor in part.state_dict().items():
             assert torch.equal(theirs[key], tensor), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("trained", ["lora", "every weight", pytest.param("pipeline", marks=pytest.mark.slow)])
+def test_what_was_trained_is_merged(trained: str, tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    base, run = tiny_folders["epsilon"], tmp_path / "run"
+    if trained == "lora":
+        run_of(run, base)
+    elif trained == "every weight":
+        policy = Policy(families.load(str(base)), None)
+        disturb(policy, 0.05)
+        policy.save(run)
+        (run / "config.yaml").write_text(f"pretrained_model_name_or_path: {base}\n")
+    else:
+        shutil.copytree(base, run)
+    right = drawn(families.tuned(families.load(str(base)), str(run)).pipe)
+    assert told(run, "--to", "diffusers", "--merge", "--output", tmp_path / "whole") == 0
+    torch.testing.assert_close(drawn(DiffusionPipeline.from_pretrained(tmp_path / "whole")), right, atol=1e-3, rtol=0)
+    assert told(run, "--to", "single-file", "--output", tmp_path / "one.safetensors") == 0
+    pipe = StableDiffusionPipeline.from_single_file(str(tmp_path / "one.safetensors"), config=str(base))
+    torch.testing.assert_close(drawn(pipe), right, atol=1e-3, rtol=0)
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.architecture"] == "stable-diffusion-v1"
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_merged_weights_are_rounded_once(precision: str, tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    base, run = tiny_folders["epsilon"], run_of(tmp_path / "run", tiny_folders["epsilon"])
+    out, dtype = tmp_path / "one.safetensors", families.DTYPES[precision]
+    assert told(run, "--to", "single-file", "--output", out, "--mixed_precision", precision) == 0
+    state = load_file(out)
+    assert {tensor.dtype for tensor in state.values()} == {dtype}
+    unet, file = families.load(str(base)).denoiser, read_lora(run)
+    for name, layer in file.of("unet").items():
+        original = next(o.name for o in originals(unet) if o.parts == (name,))
+        weight = unet.get_submodule(name).weight
+        weight = weight.to(dtype).float() if precision == "bf16" else weight  # which is read in bf16
+        right = (weight + layer.delta().view(weight.shape)).to(dtype)
+        assert torch.equal(state[f"model.diffusion_model.{original}.weight"], right)
+
+
+def edited(folder: Path, part: str, **settings: object) -> Path:
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "words", "message"),
+    [
+        ("nothing", ["--to", "comfyui"], "there is no"),
+        ("noise", ["--to", "comfyui"], "holds learned initial noise"),
+        ("noise file", ["--to", "diffusers"], "holds learned initial noise"),
+        ("full", ["--to", "kohya"], "has no LoRA"),
+        ("lora", ["--to", "kohya", "--merge"], "--merge writes a pipeline folder"),
+        ("alone", ["--to", "kohya"], "does not say which model it is of"),
+        ("pickle", ["--to", "kohya"], "may run code when read"),
+        ("torn", ["--to", "diffusers"], "no whole safetensors file"),
+        ("pruned", ["--to", "kohya"], "lost parts of blocks"),
+        ("pruned", ["--to", "single-file"], "lost parts of blocks"),
+        ("packed", ["--to", "single-file"], "in 4 or 8 bit"),
+        ("other", ["--to", "kohya"], "made for another model"),
+        ("overwrite", ["--to", "diffusers"], "is what is read"),
+        ("suffix", ["--to", "kohya"], "expected the name of a .safetensors file"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(
+    case: str,
+    words: list[str],
+    message: str,
+    tiny_folders: Mapping[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out.safetensors"
+    shutil.copytree(tiny_folders["flow" if case == "other" else "epsilon"], base)
+    run.mkdir()
+    if case in ("noise", "noise file"):
+        (run / "find.safetensors").touch()
+        run = run / "find.safetensors" if case == "noise file" else run
+    elif case == "full":
+        (run / "unet").mkdir()
+        (run / "unet/config.json").write_text("{}")
+    elif case == "pickle":
+        run = run / "lora.bin"
+        run.touch()
+    elif case == "torn":
+        (run / "pytorch_lora_weights.safetensors").write_bytes(b"\x00")
+    elif case != "nothing":
+        file = lora_for(BUILD["sd"]())
+        write(run / "pytorch_lora_weights.safetensors", file.state_dict(), {})
+        if case != "alone":
+            (run / "config.yaml").write_text(f"pretrained_model_name_or_path: {base}\n")
+    if case == "nothing":
+        run = tmp_path / "nowhere"
+    if case == "pruned":
+        edited(base, "unet", pruning={"removed": ["down_blocks.0.resnets.0"]})
+    if case == "packed":
+        edited(base, "unet", quantization_config={"quant_method": "bitsandbytes"})
+    if case == "overwrite":
+        run = out = run / "pytorch_lora_weights.safetensors"
+    before = out.read_bytes() if out.exists() else b""
+    assert told(run, *words, "--output", tmp_path / "out" if case == "suffix" else out) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert (out.read_bytes() if out.exists() else b"") == before
+
+
+def test_programs_without_a_network_are_named() -> None:
+    pipe = BUILD["sana"]()
+    for program, name in (("comfyui", "ComfyUI"), ("kohya", "kohya's trainers")):
+        with pytest.raises(UserError, match=f"{name} knows no SanaTransformer2DModel"):
+            tensors_for(program, lora_for(pipe), modules_of(pipe), "transformer")  # type: ignore[arg-type]
+
+
+def test_what_readers_of_a_single_file_would_mistake_is_refused() -> None:
+    with pytest.raises(UserError, match="64 wide, and readers of a single file tell them by their width"):
+        checkpoint(tiny_families.BUILD["sdxl"]())
+    pipe = sd3()
+    pipe.text_encoder.text_projection.weight.data += 1
+    with pytest.raises(UserError, match="put the identity in the place"):
+        checkpoint(pipe)
+    with pytest.raises(UserError, match="a FluxPipeline has no single file here"):
+        checkpoint(tiny_families.BUILD["flux-dev"]())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("name", [name for name in tiny_families.BUILD if name != "pixart-sigma"])
+def test_every_family_is_drawn_alike_from_every_file(name: str, factor: float, tmp_path: Path) -> None:
+    base = tiny_families.save(name, tmp_path / "base")
+    run = run_of(tmp_path / "run", base, factor)
+    side = tiny_families.RESOLUTION.get(name, 16)
+    size = {"height": side, "width": side}
+    stock = DiffusionPipeline.from_pretrained(base)
+    before = drawn(stock, **size)
+    stock.load_lora_weights(run)
+    right = drawn(stock, **size)
+    assert (right - before).abs().max() > 1e-3
+    for program in ("diffusers",) if name == "sana" else ("diffusers", "comfyui", "kohya"):
+        out = tmp_path / f"{program}.safetensors"
+        assert told(run, "--to", program, "--output", out) == 0
+        pipe = DiffusionPipeline.from_pretrained(base)
+        if program == "kohya" or (program == "comfyui" and name in ("lumina2", "sdxl", "sdxl-turbo")):
+            families.load_lora(pipe, out, denoiser_of(pipe))
+        else:
+            pipe.load_lora_weights(load_file(out))
+        torch.testing.assert_close(drawn(pipe, **size), right, atol=1e-3, rtol=0)
+    assert told(run, "--to", "diffusers", "--merge", "--output", tmp_path / "whole") == 0
+    torch.testing.assert_close(
+        drawn(DiffusionPipeline.from_pretrained(tmp_path / "whole"), **size), right, atol=2e-3, rtol=0
+    )

@@ -115,9 +115,12 @@ FLUX = {
     "txt_in": ("context_embedder",),
     **FINAL,
 }
-CHROMA = FLUX | _embedder(  # no modulation in its blocks, which the expansion leaves out
-    "distilled_guidance_layer.layers.*", "distilled_guidance_layer.layers.*", "in_layer", "out_layer"
-)
+_GUIDANCE = "distilled_guidance_layer"
+CHROMA = {  # it has no modulation in its blocks
+    **FLUX,
+    **_embedder(f"{_GUIDANCE}.layers.*", f"{_GUIDANCE}.layers.*", "in_layer", "out_layer"),
+    **{f"{_GUIDANCE}.{end}": (f"{_GUIDANCE}.{end}",) for end in ("in_proj", "out_proj")},
+}
 FLUX2 = {
     **_block(
         "double_blocks.*",
