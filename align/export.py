@@ -89,11 +89,14 @@ def _lora(config: Export) -> Path:
             f"{config.run} has no LoRA; of a run that trained every weight --to diffusers --merge writes the pipeline "
             "and --to single-file a checkpoint"
         )
-    if config.to == "diffusers" and config.pretrained_model_name_or_path is None and _spelled_by_diffusers(path):
-        file, bones = families.read_lora(config.run), None
-        state, known = lora_formats.tensors_for("diffusers", file, {}, ""), None
+    keys = _keys(path)
+    spelled = all(key.startswith(("unet.", "transformer.", "text_encoder")) for key in keys)  # so no model is needed
+    if config.to == "diffusers" and config.pretrained_model_name_or_path is None and spelled:
+        file, known = families.read_lora(config.run), None
+        state = lora_formats.tensors_for("diffusers", file, {}, "")
     else:
-        bones = _bones(_base(config))
+        source, encoders = _base(config), any(key.startswith(("text_encoder", "lora_te")) for key in keys)
+        bones = skeleton(source, families.pipeline_class(source), encoders)
         file = read_layers(config.run, bones.modules, bones.denoiser, bones.pipeline)
         if config.to != "diffusers":
             _require_known_shapes(bones)
@@ -110,7 +113,7 @@ def _lora(config: Export) -> Path:
 def _whole(config: Export) -> Path:
     itself = (config.run / "model_index.json").is_file()
     source = str(config.run) if itself else _base(config)
-    bones = _bones(source)
+    bones = skeleton(source, families.pipeline_class(source), encoders=False)
     if config.to == "single-file":
         require_single_file(bones.pipeline)
     _require_known_shapes(bones)
@@ -141,10 +144,6 @@ def _whole(config: Export) -> Path:
     return config.output
 
 
-def _bones(source: str) -> Skeleton:
-    return skeleton(source, families.pipeline_class(source))
-
-
 def _require_known_shapes(bones: Skeleton) -> None:
     if bones.pruned:
         raise UserError(
@@ -153,11 +152,10 @@ def _require_known_shapes(bones: Skeleton) -> None:
         )
 
 
-def _spelled_by_diffusers(path: Path) -> bool:
-    """Whether the LoRA names its layers as diffusers does, so that no model is needed to read it."""
+def _keys(path: Path) -> list[str]:
     try:
         with safe_open(path, "pt") as file:
-            return all(name.startswith(("unet.", "transformer.", "text_encoder")) for name in file.keys())  # noqa: SIM118
+            return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no whole safetensors file: {error}") from error
 

@@ -277,6 +277,20 @@ def test_a_lora_that_kohya_trained_is_read_and_written_as_it_was(name: str, tmp_
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
 
 
+def test_a_fused_layer_of_another_size_is_refused(tmp_path: Path) -> None:
+    pipe = BUILD["sd3"]()
+    state = tensors_for("kohya", lora_for(pipe), modules_of(pipe), "transformer")
+    key = "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight"
+    save_file({**state, key: torch.ones(7, 3 * RANK)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="attn_qkv has 7 rows, and .*to_q, .*to_v have 48 together"):
+        read_lora(tmp_path / "a.safetensors", pipe)
+    twice = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 16)}
+    twice["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"] = torch.ones(16, 1)
+    save_file(state | twice, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="two layers for transformer.transformer_blocks.0.attn.to_q"):
+        read_lora(tmp_path / "a.safetensors", pipe)
+
+
 @pytest.mark.parametrize("rows", [(3, 3, 3), (5, 2, 2), (4, 4, 4, 16)])
 @pytest.mark.parametrize("kind", ["dense", "diagonal", "without the second", "zero", "sparse"])
 def test_splitting_is_exact(rows: tuple[int, ...], kind: str) -> None:

@@ -42,7 +42,7 @@ class Skeleton:
         return [name for name, config in self.configs.items() if "quantization_config" in config]
 
 
-def skeleton(source: str, pipeline: str, encoders: bool = True) -> Skeleton:
+def skeleton(source: str, pipeline: str, encoders: bool) -> Skeleton:
     """The networks of the ``pipeline`` class in ``source``, a folder, a hub id or an embedded name, with the text
     encoders or without. Raises :class:`Unsupported`."""
     folder = Path(locate(source))
