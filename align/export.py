@@ -77,8 +77,8 @@ def export(config: Export) -> Path:
     if config.to != "diffusers" or not whole:
         if config.output.suffix != ".safetensors":
             raise UserError(f"--output {config.output}: expected the name of a .safetensors file")
-        if config.output.is_dir() or (config.output.exists() and config.output.samefile(config.run)):
-            raise UserError(f"--output {config.output} is what is read, or a folder; name another file")
+        if config.output.is_dir():
+            raise UserError(f"--output {config.output} is a folder; name a file")
     return _whole(config) if whole else _lora(config)
 
 
@@ -89,6 +89,8 @@ def _lora(config: Export) -> Path:
             f"{config.run} has no LoRA; of a run that trained every weight --to diffusers --merge writes the pipeline "
             "and --to single-file a checkpoint"
         )
+    if config.output.exists() and config.output.samefile(path):
+        raise UserError(f"--output {config.output} is what is read; name another file")
     keys = _keys(path)
     spelled = all(key.startswith(("unet.", "transformer.", "text_encoder")) for key in keys)  # so no model is needed
     if config.to == "diffusers" and config.pretrained_model_name_or_path is None and spelled:
@@ -101,11 +103,8 @@ def _lora(config: Export) -> Path:
         if config.to != "diffusers":
             _require_known_shapes(bones)
         state = lora_formats.tensors_for(config.to, file, bones.modules, bones.denoiser)  # type: ignore[arg-type]
-        known = (
-            lora_formats.readers(bones.modules[bones.denoiser], bones.v_prediction)
-            if config.to != "diffusers"
-            else None
-        )
+        network = bones.modules[bones.denoiser]
+        known = None if config.to == "diffusers" else lora_formats.readers(network, bones.v_prediction)
     header = lora_formats.header(config.to, file, known, config.output.stem)  # type: ignore[arg-type]
     return lora_formats.write(config.output, state, header)
 

@@ -612,6 +612,7 @@ def edited(folder: Path, part: str, **settings: object) -> Path:
         ("packed", ["--to", "single-file"], "in 4 or 8 bit"),
         ("other", ["--to", "kohya"], "made for another model"),
         ("overwrite", ["--to", "diffusers"], "is what is read"),
+        ("overwrite in the folder", ["--to", "kohya"], "is what is read"),
         ("suffix", ["--to", "kohya"], "expected the name of a .safetensors file"),
     ],
 )
@@ -648,13 +649,25 @@ def test_what_cannot_be_is_refused_in_a_sentence(
         edited(base, "unet", pruning={"removed": ["down_blocks.0.resnets.0"]})
     if case == "packed":
         edited(base, "unet", quantization_config={"quant_method": "bitsandbytes"})
-    if case == "overwrite":
-        run = out = run / "pytorch_lora_weights.safetensors"
+    if case.startswith("overwrite"):
+        out = run / "pytorch_lora_weights.safetensors"
+        run = out if case == "overwrite" else run
     before = out.read_bytes() if out.exists() else b""
     assert told(run, *words, "--output", tmp_path / "out" if case == "suffix" else out) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
     assert (out.read_bytes() if out.exists() else b"") == before
+
+
+def test_a_lora_beside_4_bit_weights_is_a_lora_of_the_whole(tiny_folders: Mapping[str, Path], tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out.safetensors"
+    shutil.copytree(tiny_folders["epsilon"], base)
+    edited(base, "unet", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    file = lora_for(BUILD["sd"]())
+    write(tmp_path / "lora.safetensors", file.state_dict(), {})
+    words = "--to", "kohya", "--output", out, "--pretrained_model_name_or_path", base
+    assert told(tmp_path / "lora.safetensors", *words) == 0
+    assert len(load_file(out)) == 3 * len(file.layers)
 
 
 def test_programs_without_a_network_are_named() -> None:
