@@ -11,6 +11,7 @@ COMMANDS = {
     "rollout": "align.rollout",
     "evaluate": "align.evaluate",
     "bench": "align.bench",
+    "export": "align.export",
     "score": "rewards.score",
     "agree": "rewards.agree",
     "serve": "rewards.serve",

@@ -5,9 +5,11 @@ where readers that look at tensors alone lose it.
 |---|---|---|
 | this toolkit, diffusers | ``unet.….to_q.lora_A.weight``, older ``….lora.down.weight`` | JSON in the header |
 | peft | ``base_model.model.….lora_A.weight`` | ``adapter_config.json`` |
-| kohya and kin | ``lora_unet_…_to_q.lora_down.weight`` | tensors ``….alpha`` |
+| kohya and kin | ``lora_unet_…_to_q.lora_down.weight``, ``lora_unet_…_qkv.…`` | tensors ``….alpha`` |
+| for ComfyUI | ``diffusion_model.….qkv.lora_A.weight``, ``lycoris_…``, names without a prefix | tensors ``….alpha`` |
 
-Without any the scale is 1 (alpha = rank). DoRA, LoKr and LoHa, which are no B · A, are refused.
+Without any the scale is 1 (alpha = rank). A layer by the original network's name (:mod:`original_names`) is split where
+diffusers has several. DoRA, LoKr and LoHa, which are no B · A, are refused.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,26 +28,22 @@ from torch import Tensor, nn
 
 from align.common.errors import UserError
 from align.families.folder import LORA_FILE
+from align.families.lora_layers import LoRALayer, split, swapped
+from align.families.original_names import Original, originals
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PEFT_FILE, PEFT_SETTINGS, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 HEADER = "lora_adapter_metadata"  # diffusers' key in the header of a safetensors file
-_PARTS = re.compile(r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up|lora_linear_layer\.(?:down|up)|alpha)")
+_PARTS = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up|lora_linear_layer\.(?:down|up)|alpha)(?:\.default)?"
+)
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.")  # diffusers before 0.20
-_KOHYA = {"lora_unet_": "", "lora_transformer_": "", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
-_KOHYA |= {"lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3"}  # "" is the denoiser
+_DENOISERS = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model.")  # of other tools' keys
+_ENCODERS = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+_ENCODERS |= {"lora_te3_": "text_encoder_3"}
 _OTHERS = ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_", "oft_", "lora_embedding")
-
-
-@dataclass(frozen=True)
-class LoRALayer:
-    """What is added to one weight: ``scale * B @ A``, A (r, in[, kh, kw]) and B (out, r[, 1, 1])."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class LoRAFile:
         for name, layer in self.layers.items():
             if name.startswith(component):
                 state[f"{name}.lora_A.weight"] = layer.A
-                state[f"{name}.lora_B.weight"] = layer.B if layer.scale == 1.0 else layer.B * layer.scale
+                state[f"{name}.lora_B.weight"] = layer.folded().B
         return state
 
 
@@ -98,6 +96,16 @@ def read_lora(source: Path, pipe: DiffusionPipeline | None = None, denoiser: str
     ``denoiser`` is the component that peft's and kohya's files are of; both need ``pipe``. Raises :class:`UserError`
     for a file that is no LoRA or of a kind that is not B · A; and for layers that ``pipe`` does not have, naming them.
     """
+    if pipe is None:
+        return read_layers(source, {}, denoiser, "")
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    denoiser = denoiser or ("unet" if "unet" in modules else "transformer")
+    return read_layers(source, modules, denoiser, type(pipe).__name__)
+
+
+def read_layers(source: Path, modules: Mapping[str, nn.Module], denoiser: str | None, what: str) -> LoRAFile:
+    """:func:`read_lora` with the ``modules``, by component, of a pipeline of the class ``what``: also such as have no
+    weights (:mod:`skeleton`)."""
     path = lora_path(source)
     if path is None:
         raise UserError(f"no LoRA at {source}; expected the folder of a LoRA run ({LORA_FILE}) or a .safetensors file")
@@ -107,33 +115,24 @@ def read_lora(source: Path, pipe: DiffusionPipeline | None = None, denoiser: str
             header = (file.metadata() or {}).get(HEADER, "{}")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no whole safetensors file: {error}") from error
-    if pipe is not None and denoiser is None:
-        denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
     settings = _settings(path, header, denoiser)
-    names = _kohya_names(pipe, denoiser) if pipe is not None and denoiser is not None else {}
+    names = _names(modules, denoiser) if denoiser is not None and denoiser in modules else {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, part = _parse(path, key, names, denoiser)
         parts.setdefault(name, {})[part] = tensor
-    layers = {}
+    layers: dict[str, LoRALayer] = {}
     for name, found in parts.items():
-        if "A" not in found or "B" not in found:
-            raise UserError(f"{path}: {name} has {' and '.join(sorted(found))} alone, and a layer needs both A and B")
-        a, b = found["A"], found["B"]
-        if a.ndim < 2 or b.ndim < 2 or len(a) != b.shape[1] or not len(a):
-            raise UserError(f"{path}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, whose ranks differ")
-        if not (a.is_floating_point() and b.is_floating_point()):
-            raise UserError(f"{path}: {name} has weights of {a.dtype} and {b.dtype}, and a LoRA's are floating-point")
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise UserError(f"{path}: {name} has NaN or infinite weights; was training stopped too late?")
-        scale = _scale(path, name, len(a), found.get("alpha"), settings)
-        layers[name] = LoRALayer(a, b, scale)
+        for ours, own in _ours(path, name, _layer(path, name, found, settings), names, modules):
+            if ours in layers:
+                raise UserError(f"{path} has two layers for {ours}, under two names; which is meant?")
+            layers[ours] = own
     if not layers:
         raise UserError(f"{path} has no LoRA layers; expected keys such as unet.….lora_A.weight")
-    if pipe is not None:
-        _fits(path, layers, pipe)
+    if modules:
+        _fits(path, layers, modules, what)
     if not any(layer.B.any() for layer in layers.values()):
-        warnings.warn(f"the LoRA in {path} changes nothing: every B is zero", stacklevel=2)
+        warnings.warn(f"the LoRA in {path} changes nothing: every B is zero", stacklevel=3)
     return LoRAFile(path, layers)
 
 
@@ -147,7 +146,7 @@ def load_lora(pipe: DiffusionPipeline, source: Path, denoiser: str, adapter: str
     return file
 
 
-def _parse(path: Path, key: str, names: Mapping[str, str], denoiser: str | None) -> tuple[str, str]:
+def _parse(path: Path, key: str, names: Collection[str], denoiser: str | None) -> tuple[str, str]:
     """The layer and the part of it (A, B, alpha) that ``key`` is of."""
     if any(other in key for other in _OTHERS) or key.endswith((".bias", ".diff", ".diff_b")):
         raise UserError(
@@ -163,22 +162,62 @@ def _parse(path: Path, key: str, names: Mapping[str, str], denoiser: str | None)
     name, part = match[1], "alpha" if match[2] == "alpha" else "A" if match[2].endswith(("A", "down")) else "B"
     if name.startswith(PEFT_PREFIX) and denoiser is not None:
         return f"{denoiser}.{name.removeprefix(PEFT_PREFIX)}", part
-    if name.startswith(tuple(_KOHYA)):
-        if name not in names:
-            raise UserError(f"{path}: {name!r} is the layer of another model, or in a spelling other than diffusers'")
-        return names[name], part
+    if name not in names and name.startswith((*_DENOISERS, *_ENCODERS)):
+        raise UserError(f"{path}: {name!r} is the layer of another model, or in a spelling that is not known here")
     return name, part
 
 
-def _kohya_names(pipe: DiffusionPipeline, denoiser: str) -> dict[str, str]:
-    """kohya's name of every module of ``pipe`` -> ours."""
-    names: dict[str, str] = {}
-    for prefix, component in _KOHYA.items():
-        module = getattr(pipe, component or denoiser, None)
-        if isinstance(module, nn.Module):
-            paths = (name for name, _ in module.named_modules())
-            names |= {prefix + path.replace(".", "_"): f"{component or denoiser}.{path}" for path in paths}
+def _layer(path: Path, name: str, found: Mapping[str, Tensor], settings: Mapping[str, Any]) -> LoRALayer:
+    if "A" not in found or "B" not in found:
+        raise UserError(f"{path}: {name} has {' and '.join(sorted(found))} alone, and a layer needs both A and B")
+    a, b = found["A"], found["B"]
+    if a.ndim < 2 or b.ndim < 2 or len(a) != b.shape[1] or not len(a):
+        raise UserError(f"{path}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, whose ranks differ")
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise UserError(f"{path}: {name} has weights of {a.dtype} and {b.dtype}, and a LoRA's are floating-point")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise UserError(f"{path}: {name} has NaN or infinite weights; was training stopped too late?")
+    return LoRALayer(a, b, _scale(path, name, len(a), found.get("alpha"), settings))
+
+
+def _names(modules: Mapping[str, nn.Module], denoiser: str) -> dict[str, Original]:
+    """By every name that another tool may give a layer of ``modules``, the layers of ours that it is."""
+    names: dict[str, Original] = {}
+    layers = [Original(path, (path,)) for path, _ in modules[denoiser].named_modules() if path]
+    for layer in [*layers, *originals(modules[denoiser])]:
+        own = replace(layer, parts=tuple(f"{denoiser}.{part}" for part in layer.parts))
+        names |= {p + (layer.name if p.endswith(".") else layer.name.replace(".", "_")): own for p in _DENOISERS}
+        names.setdefault(layer.name, own)
+    encoders = _ENCODERS if "text_encoder_3" in modules else _ENCODERS | {"lora_te3_": "text_encoder_2"}  # FLUX's T5
+    for prefix, component in encoders.items():
+        for path, _ in modules[component].named_modules() if component in modules else ():
+            own = Original(path, (f"{component}.{path}",))
+            bare = path.removeprefix("text_model.")  # transformers 5.6 has taken it away from some classes
+            for spelled in (path, bare, f"text_model.{bare}"):
+                names |= {prefix + spelled.replace(".", "_"): own, f"{component}.{spelled}": own}
     return names
+
+
+def _ours(
+    path: Path, name: str, layer: LoRALayer, names: Mapping[str, Original], modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, LoRALayer]]:
+    """Our layers that the layer called ``name`` in the file at ``path`` is."""
+    if (original := names.get(name)) is None:
+        yield name, layer
+        return
+    own = swapped(layer) if original.swapped else layer
+    if len(original.parts) == 1:
+        yield original.parts[0], own
+        return
+    rows = [_rows(modules, part) for part in original.parts]
+    if sum(rows) != len(own.B):
+        raise UserError(
+            f"the LoRA in {path} was made for another model: {name} has {len(own.B)} rows, and "
+            f"{', '.join(original.parts)} have {sum(rows)} together"
+        )
+    for part, cut in zip(original.parts, split(own, rows), strict=True):
+        if cut is not None:
+            yield part, cut
 
 
 def _settings(path: Path, header: str, denoiser: str | None) -> dict[str, Any]:
@@ -215,12 +254,9 @@ def _scale(path: Path, name: str, rank: int, alpha: Tensor | None, settings: Map
     return scale
 
 
-def _fits(path: Path, layers: Mapping[str, LoRALayer], pipe: DiffusionPipeline) -> None:
-    """Raise :class:`UserError` where a layer is none of ``pipe``, or of another size."""
-    modules: dict[str, nn.Module] = {}
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module):
-            modules |= {f"{name}.{inner}": module for inner, module in part.named_modules()}
+def _fits(path: Path, layers: Mapping[str, LoRALayer], parts: Mapping[str, nn.Module], what: str) -> None:
+    """Raise :class:`UserError` where a layer is none of the pipeline's ``parts``, or of another size."""
+    modules = {f"{name}.{inner}": module for name, part in parts.items() for inner, module in part.named_modules()}
     missing = [name for name in layers if name not in modules]
     wrong = []
     for name, layer in layers.items():
@@ -231,9 +267,16 @@ def _fits(path: Path, layers: Mapping[str, LoRALayer], pipe: DiffusionPipeline) 
     if missing or wrong:
         example = f"for example {missing[0]}" if missing else f"for example {wrong[0]}"
         raise UserError(
-            f"the LoRA in {path} was made for another model than this {type(pipe).__name__}: {len(missing)} of its "
+            f"the LoRA in {path} was made for another model than this {what}: {len(missing)} of its "
             f"{len(layers)} layers are not there and {len(wrong)} have another size, {example}"
         )
+
+
+def _rows(modules: Mapping[str, nn.Module], name: str) -> int:
+    component, _, path = name.partition(".")
+    module = modules[component].get_submodule(path)
+    shape = _shape(getattr(module, "base_layer", module))
+    return shape[0] if shape else 0
 
 
 def _shape(module: nn.Module) -> tuple[int, ...] | None:
