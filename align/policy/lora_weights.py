@@ -15,6 +15,7 @@ from torch import nn
 from align.common.errors import UserError
 from align.families import LORA_FILE, Family, LoRAFile, read_lora
 from align.policy.lora import LoRA
+from align.policy.sharding import Sharding, exchange, part, whole
 from align.policy.weights import Weights
 from rewards.common.files import atomic
 
@@ -102,10 +103,18 @@ class LoRAWeights(Weights):
         finally:
             exchange(True)
 
+    def shard(self, sharding: Sharding) -> None:
+        super().shard(sharding)
+        if self.ref_params is not None:
+            self.ref_params = [part(r, p) for r, p in zip(self.ref_params, self.parameters(), strict=True)]
+
     def _swap(self, _on: bool) -> None:
-        """Exchange the trained weights and the reference, without a copy."""
+        """Exchange the trained weights and the reference, without a copy where each process has them whole."""
         assert self.ref_params is not None
         for k, parameter in enumerate(self.parameters()):
+            if self.sharded:  # what is gathered is the memory of a part, whatever tensor names it
+                exchange(parameter, self.ref_params[k])
+                continue
             parameter.data, self.ref_params[k] = self.ref_params[k], parameter.data
         torch.clear_autocast_cache()  # it would answer with the half-precision copies of the weights that were there
 
@@ -135,6 +144,8 @@ class LoRAWeights(Weights):
         try:
             for layer in self.layers:
                 layer.set_adapter(name)
+            for parameter, flag in flags:  # peft unfreezes what it turns on
+                parameter.requires_grad_(flag)
             yield self.denoiser
         finally:
             for layer in self.layers:
@@ -175,11 +186,13 @@ class LoRAWeights(Weights):
     def save(self, folder: Path) -> Path:
         """``pytorch_lora_weights.safetensors`` with rank and alpha in its metadata, for ``load_lora_weights``."""
         name, target = self.family.denoiser_name, folder / LORA_FILE
-        with self.ema_scope(), atomic(target) as draft:
-            layers = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.denoiser).items()}
-            arguments = {
-                f"{name}_lora_layers": layers,
-                f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
-            }
-            type(self.family.pipe).save_lora_weights(draft.parent, weight_name=draft.name, **arguments)
+        with self.ema_scope():
+            layers = whole(get_peft_model_state_dict(self.denoiser))
+            if self.writes:
+                arguments = {
+                    f"{name}_lora_layers": layers,
+                    f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
+                }
+                with atomic(target) as draft:
+                    type(self.family.pipe).save_lora_weights(draft.parent, weight_name=draft.name, **arguments)
         return target
