@@ -64,6 +64,9 @@ MAY_CHANGE = frozenset(
 )
 
 
+MADE_OF = {"rows of an update": " (train_batch_size x gradient_accumulation_steps x processes)"}
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
     """What two settings of a run differ in but for :data:`MAY_CHANGE`: ``learning_rate: 0.001, was 0.0001``. A setting
     that only one of them knows is of another version, and none."""
@@ -75,7 +78,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new, f"{key}.")
         elif old != new:
-            lines.append(f"{key}: {new}, was {old}")
+            lines.append(f"{key}: {new}, was {old}{MADE_OF.get(key, '')}")
     return sorted(lines)
 
 
