@@ -31,11 +31,15 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "DPO": {"beta": 20.0},
     "PolicyGradient": {"sampler": SAMPLER, "images_per_prompt": 2, "clip_range": 0.01, "beta": 0.5},
     "D3PO": {"sampler": SAMPLER, "images_per_prompt": 3},
-    "NFT": {"sampler": SAMPLER, "images_per_prompt": 2, "kl_weight": 0.1},
+    "NFT": {"sampler": SAMPLER, "images_per_prompt": 2, "kl_weight": 0.1, "old": "average"},
     "B2DiffuRL": {
         "update": {
             "class_path": "PolicyGradient",
-            "init_args": {"sampler": {"num_inference_steps": 3}, "images_per_prompt": 3, "clip_range": 0.01},
+            "init_args": {
+                "sampler": {"num_inference_steps": 3, "guidance_scale": 1.0},
+                "images_per_prompt": 3,
+                "clip_range": 0.01,
+            },
         },
         "first": 2,
         "stages": 4,
@@ -85,7 +89,7 @@ def require_alike(one: Path, other: Path, steps: int = 3, start: Path | None = N
         before = trained(start)
         way = sum(float((alone[name] - before[name]).square().sum()) for name in alone)
         apart = sum(float((alone[name] - together[name]).square().sum()) for name in alone)
-        assert 0 < way and (apart / way) ** 0.5 < 0.01
+        assert way > 0 and (apart / way) ** 0.5 < 0.01
     for name in alone:
         torch.testing.assert_close(alone[name], together[name], atol=1e-4 if start is None else 5e-4, rtol=1e-3)
     assert len(untimed(one)) == len(untimed(other)) == steps
@@ -134,6 +138,27 @@ def test_two_processes_that_share_the_weights_are_one(
     model: Any = SD3Transformer2DModel if kind == "flow" else UNet2DConditionModel
     loaded = model.from_pretrained(tmp_path / "run", subfolder="transformer" if kind == "flow" else "unet")
     assert type(loaded).__name__ == loaded.config["_class_name"] == model.__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["D3PO", "NFT"])
+def test_an_anchored_reference_is_that_of_all_processes(
+    tiny_folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """It takes the place of the weights in all processes for each pass of one, who may ask it alone (D3PO); with layers
+    that stay gathered, as in ZeRO-2."""
+    config = config_of(tiny_folders["flow"], tmp_path, name, True)
+    before = config | {"output_dir": str(tmp_path / "before"), "rewards": [{"name": "tests.helpers.Bright"}]}
+    assert main(["--config", write(before, learning_rate=0.1)]) == 0
+    config["objective"]["init_args"] = ARGUMENTS[name] | {"reference": "start"}
+    if name == "D3PO":
+        config["objective"]["init_args"]["reference_batch"] = 3
+    config["initial_weights"] = before["output_dir"]
+    assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
+    half = config["train_batch_size"] // (2 if name == "NFT" else 1)
+    stay = FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
+    assert launch_together(["--config", write(config, train_batch_size=half)], **stay) == [0, 0]
+    require_alike(tmp_path / "one", tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -350,3 +375,30 @@ def _updated(chunks: Sequence[Rows], sizes: Sequence[int], count: int) -> Tensor
     Trainer.update(loop, None, chunks, [], sizes)  # type: ignore[arg-type]
     assert weights.grad is not None
     return weights.grad
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs/accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_configs_of_accelerate_are_read_by_it_and_heard_by_us(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path
+) -> None:
+    """What accelerate's launcher makes of the file is an environment that a run takes."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    assert load_config_from_file(str(file)).num_processes > 1
+    arguments, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(file), "--num_processes", "2", "train.py"])
+    )
+    environment = prepare_multi_gpu_env(arguments)
+    shares_weights = environment.get("ACCELERATE_USE_FSDP") == "true"
+    assert shares_weights == (file.stem in ("fsdp2", "zero2", "zero3"))
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    if shares_weights:
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_RESHARD_AFTER_FORWARD"].lower() == str(file.stem != "zero2").lower()
+    for name, value in environment.items():
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(name, value)
+    config = config_of(tiny_folders["epsilon"], tmp_path, "DPO", True) | {"dry_run": True}
+    assert main(["--config", write(config)]) == 0

@@ -96,21 +96,22 @@ class LoRAWeights(Weights):
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        exchange = self._swap if self.ref_params is not None else self._switch
+        anchored = self.ref_params is not None
         try:
-            exchange(False)
+            self.swap() if anchored else self._switch(False)
             yield self.denoiser
         finally:
-            exchange(True)
+            self.swap() if anchored else self._switch(True)
 
     def shard(self, sharding: Sharding) -> None:
         super().shard(sharding)
         if self.ref_params is not None:
             self.ref_params = [part(r, p) for r, p in zip(self.ref_params, self.parameters(), strict=True)]
 
-    def _swap(self, _on: bool) -> None:
-        """Exchange the trained weights and the reference, without a copy where each process has them whole."""
+    def swap(self) -> None:
+        """Without a copy where each process has them whole."""
         assert self.ref_params is not None
+        self.let_go()
         for k, parameter in enumerate(self.parameters()):
             if self.sharded:  # what is gathered is the memory of a part, whatever tensor names it
                 exchange(parameter, self.ref_params[k])

@@ -91,6 +91,7 @@ class Policy:
         self.answering: nn.Module | None = None  # what answers in place of the trained weights
         self.evaluations = {"trained": 0, "frozen": 0}  # rows that went through the network, with and without gradient
         self.lockstep: Lockstep | None = None  # where processes share the weights
+        self._number = 0  # what a lockstep calls those in force: 1 where a reference has weights of its own
 
     def initial(self, prompts: Sequence[str], noise: Tensor) -> Tensor:
         """Where pictures of ``prompts`` start: ``noise`` (B, C, h, w) itself, or what was learned to make of it."""
@@ -105,7 +106,7 @@ class Policy:
         if self.answering is not None:
             model = self.answering
         if self.lockstep is not None:
-            self.lockstep.forward(self.weights.networks.index(model))
+            self.lockstep.forward(self._number)
         rows = len(x_t) * self.family.evaluations(guidance_scale)
         self.evaluations["trained" if torch.is_grad_enabled() else "frozen"] += rows
         return self.family.predict(x_t, t, cond, guidance_scale, model)
@@ -129,8 +130,20 @@ class Policy:
 
         self.weights.shard(sharding)
         self.model = self.weights.module
-        helps = [partial(self._nothing, network) for network in self.weights.networks]
-        self.lockstep = Lockstep(helps, exchange_over_gloo())
+        self.lockstep = Lockstep([partial(self._help, number) for number in (0, 1)], exchange_over_gloo())
+
+    def _help(self, number: int) -> Tensor:
+        """A pass for other processes, through what trains (0) or other weights (1), whichever are in force here: what
+        is gathered are the parts of all."""
+        weights = self.weights
+        turned = number != self._number and weights.ref_params is not None
+        if turned:
+            weights.swap()
+        try:
+            return self._nothing(weights.frozen if number and weights.frozen is not None else weights.module)
+        finally:
+            if turned:
+                weights.swap()
 
     @property
     def sharded(self) -> bool:
@@ -149,21 +162,23 @@ class Policy:
         """To be called before processes exchange anything: wait for those that still pass through shared weights."""
         if self.lockstep is not None:
             self.lockstep.settle()
+            self.weights.let_go()
 
     # other weights in force
     @contextmanager
-    def _answering(self, scope: AbstractContextManager[nn.Module]) -> Iterator[None]:
+    def _answering(self, scope: AbstractContextManager[nn.Module], number: int = 0) -> Iterator[None]:
         with scope as network:
-            self.answering = network
+            self.answering, self._number = network, number
             try:
                 yield
             finally:
-                self.answering = None
+                self.answering, self._number = None, 0
 
     def reference(self) -> AbstractContextManager[None]:
         """Within, :meth:`predict` answers with the weights that training started from. Leave it before backward:
         gradient checkpointing recomputes with whatever adapters are then active."""
-        return self._answering(self.weights.reference())
+        own = self.weights.frozen is not None or self.weights.ref_params is not None
+        return self._answering(self.weights.reference(), int(own))
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Load the LoRA in ``folder`` beside the one that trains: frozen, silent but within :meth:`adapter`."""
@@ -177,9 +192,14 @@ class Policy:
         """Start the LoRA that trains at the mean of the adapters ``names``."""
         self.weights.average_adapters(names)
 
-    def ema_scope(self) -> AbstractContextManager[None]:
-        """Within, the trained weights are their moving average, where one is kept."""
-        return self.weights.ema_scope()
+    @contextmanager
+    def ema_scope(self) -> Iterator[None]:
+        """Within, the trained weights are their moving average, where one is kept. Processes that share the weights go
+        in and out together."""
+        self.settle()
+        with self.weights.ema_scope():
+            yield
+            self.settle()
 
     # the trained weights, see :class:`align.policy.weights.Weights`
     @property

@@ -31,11 +31,14 @@ class Sharding:
         blocks: class names of the layers that are gathered one at a time; none takes the network's own
             ``_no_split_modules``.
         output_dtype: what the network's output is cast to; None leaves it.
+        let_go: each layer is let go after its pass and gathered again for the backward one (ZeRO-3); else it stays
+            until :func:`let_go` or the end of a backward pass (as in ZeRO-2).
     """
 
     mesh: DeviceMesh
     blocks: tuple[str, ...] = ()
     output_dtype: torch.dtype | None = None
+    let_go: bool = True
 
     @property
     def world(self) -> int:
@@ -46,11 +49,10 @@ class Sharding:
 
         Weights are gathered in the precision they are kept in and autocast does the rest, as on one process: float32
         adapters stand beside a bf16 backbone, and nothing is rounded that was not before. What is packed in 4 bit stays
-        whole in every process. Every layer is let go after a forward pass, the outermost too, since a pass without a
-        backward one would leave it stale.
+        whole in every process.
         """
         packed = {p for p in module.parameters() if not p.is_floating_point()}
-        divide = partial(fully_shard, mesh=self.mesh, reshard_after_forward=True, ignored_params=packed)
+        divide = partial(fully_shard, mesh=self.mesh, reshard_after_forward=self.let_go, ignored_params=packed)
         blocks = self.blocks or tuple(getattr(module, "_no_split_modules", None) or ())
         for child in reversed(list(module.modules())[1:]):  # inner before outer
             if type(child).__name__ in blocks:
@@ -99,6 +101,14 @@ def exchange(a: Tensor, b: Tensor) -> None:
     b.detach().copy_(kept)
 
 
+def let_go(module: nn.Module) -> None:
+    """Leave ``module`` with this process's part alone, which is then what its parameters are: where layers stay
+    gathered they are whole, and would be stale after the next step."""
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
+
+
 def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
@@ -121,7 +131,8 @@ class Lockstep:
     over gloo a pass, which waits for no GPU.
 
     Args:
-        helps: for each network, a pass through it at no image in particular: 0, with a gradient of 0.
+        helps: for each network, a pass through it at no image in particular: 0, with a gradient of 0. The same network
+            with other values in its weights is another one.
         exchange: gives every process's number for one's own, in the order of the processes.
     """
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from align.common.errors import UserError
 from align.families import Family
-from align.policy.sharding import Sharding, is_sharded, part, skeleton, whole
+from align.policy.sharding import Sharding, is_sharded, let_go, part, skeleton, whole
 from rewards.common.files import atomic
 
 if TYPE_CHECKING:
@@ -96,10 +96,18 @@ class Weights(ABC):
         for network in self.networks:
             sharding.shard(network)
 
+    def let_go(self) -> None:
+        """Leave this process with its part alone, see :func:`align.policy.sharding.let_go`."""
+        let_go(self.module)
+
     @property
     def writes(self) -> bool:
         """Whether this process is the one that :meth:`save` writes in, of those that call it."""
         return not self.sharded or torch.distributed.get_rank() == 0
+
+    def swap(self) -> None:
+        """Exchange the trained weights and :attr:`ref_params`."""
+        raise RuntimeError(f"{self.kind} has no reference that takes the place of what trains")
 
     # what answers in their place
     @abstractmethod
@@ -118,6 +126,7 @@ class Weights(ABC):
         if self.ema is None:
             yield
             return
+        self.let_go()
         parameters = self.parameters()
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
@@ -125,6 +134,7 @@ class Weights(ABC):
         try:
             yield
         finally:
+            self.let_go()
             self.ema.restore(parameters)
             torch.clear_autocast_cache()
 

@@ -33,6 +33,11 @@ def launch(config: TrainConfig) -> Accelerator:
         "DeepSpeed": _set("ACCELERATE_USE_DEEPSPEED"),
         "parallelism": _set("ACCELERATE_USE_PARALLELISM_CONFIG"),
     }
+    if asked["DeepSpeed"]:
+        raise UserError(
+            "accelerate is configured for DeepSpeed, which this loop does not drive; configs/accelerate/zero2.yaml and "
+            "zero3.yaml are the same stages by torch's FSDP 2"
+        )
     if unheard := [name for name, wanted in asked.items() if wanted]:
         raise UserError(
             f"accelerate is configured for {' and '.join(unheard)}, which this loop does not use; launch with "
@@ -98,6 +103,7 @@ def sharding_of(accelerator: Accelerator) -> Sharding | None:
         tuple(name.strip() for name in named.split(",") if name.strip()),
         # accelerate's own wrapper, which is not used then, gives float32 whatever autocast computes in
         torch.float32 if accelerator.mixed_precision != "no" else None,
+        os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "0", "shard_grad_op"),
     )
 
 

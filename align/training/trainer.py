@@ -252,7 +252,6 @@ class Trainer:
                 path = self.folder.path / f"samples/step-{self.step:06d}.png"
                 images = sample_grid(config, self.policy, self.family, path)
                 log_images(accelerator, images, self.step)
-            self.policy.settle()
         self.policy.evaluations = before
         if values:
             self.log({f"validation/{name}": value for name, value in values.items()})
