@@ -91,6 +91,7 @@ class Policy:
         self.answering: nn.Module | None = None  # what answers in place of the trained weights
         self.evaluations = {"trained": 0, "frozen": 0}  # rows that went through the network, with and without gradient
         self.lockstep: Lockstep | None = None  # where processes share the weights
+        self.shards = 1  # processes that each hold a part
         self._number = 0  # what a lockstep calls those in force: 1 where a reference has weights of its own
 
     def initial(self, prompts: Sequence[str], noise: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class Policy:
         from align.policy.sharding import Lockstep, exchange_over_gloo
 
         self.weights.shard(sharding)
-        self.model = self.weights.module
+        self.model, self.shards = self.weights.module, sharding.world
         self.lockstep = Lockstep([partial(self._help, number) for number in (0, 1)], exchange_over_gloo())
 
     def _help(self, number: int) -> Tensor:
