@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from align.policy.weights import WEIGHTS_FILE
 from align.train import main
 from align.training.batch_plan import shares
 from align.training.trainer import Trainer
+from tests.benchmarks.parallel import measured
 from tests.helpers import FSDP2, errors, launch_together, lines, online, untimed, write
 
 SAMPLER = {"num_inference_steps": 2, "guidance_scale": 2.0}
@@ -132,12 +134,17 @@ def test_two_processes_that_share_the_weights_are_one(
     assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
     half = config["train_batch_size"] // 2 if name not in ("D3PO", "B2DiffuRL") else config["train_batch_size"]
     changes = {"train_batch_size": half, "gradient_checkpointing": name == "DPO"}
-    assert launch_together(["--config", write(config, **changes)], **FSDP2) == [0, 0]
+    assert launch_together(["--config", write(config, **changes)], target=measured, **FSDP2) == [0, 0]
     start = None if lora else tiny_folders[kind]
     # B2-DiffuRL divides by how far branches of one trunk differ, which is next to nothing and the last bits of weights
     require_alike(tmp_path / "one", tmp_path / "run", 3, start, 1 if name == "B2DiffuRL" else 3)
     if lora:
         return
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in trained(tmp_path / "run").values())
+    for rank in range(2):  # also of the reference, where one is kept; layers of odd sizes do not halve
+        kept = json.loads((tmp_path / f"bytes-run-{rank}.json").read_text())
+        assert kept["reference"] in (0, kept["weights"]) and kept["moments"] == 2 * kept["weights"]
+        assert kept["weights"] < 0.6 * whole
     model: Any = SD3Transformer2DModel if kind == "flow" else UNet2DConditionModel
     loaded = model.from_pretrained(tmp_path / "run", subfolder="transformer" if kind == "flow" else "unet")
     assert type(loaded).__name__ == loaded.config["_class_name"] == model.__name__
