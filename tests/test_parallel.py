@@ -412,3 +412,14 @@ def test_the_configs_of_accelerate_are_read_by_it_and_heard_by_us(
             monkeypatch.setenv(name, value)
     config = config_of(tiny_folders["epsilon"], tmp_path, "DPO", True) | {"dry_run": True}
     assert main(["--config", write(config)]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False])
+def test_shared_weights_in_half_precision(tiny_folders: dict[str, Path], tmp_path: Path, lora: bool) -> None:
+    """float32 adapters beside a bf16 backbone, or float32 weights under autocast; a replay gives what was drawn."""
+    config = config_of(tiny_folders["flow"], tmp_path, "PolicyGradient", lora) | {"mixed_precision": "bf16"}
+    assert launch_together(["--config", write(config, train_batch_size=8)], **FSDP2) == [0, 0]
+    saved = trained(tmp_path / "run")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in saved.values())
+    assert abs(lines(tmp_path / "run")[0]["ratio_max"] - 1) < 0.1
