@@ -387,7 +387,9 @@ def _updated(chunks: Sequence[Rows], sizes: Sequence[int], count: int) -> Tensor
     return weights.grad
 
 
-@pytest.mark.parametrize("file", sorted(Path("configs/accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "configs/accelerate").glob("*.yaml")), ids=lambda file: file.stem
+)
 def test_the_configs_of_accelerate_are_read_by_it_and_heard_by_us(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path
 ) -> None:
