@@ -150,14 +150,20 @@ def kill_when(process: ForkServerProcess, folder: Path, seen: str) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def launch_together(arguments: Sequence[str], world: int = 2) -> list[int | None]:
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
+def launch_together(
+    arguments: Sequence[str], world: int = 2, target: Callable[..., None] = command, **environment: str
+) -> list[int | None]:
     """The command in ``world`` processes that meet over gloo, as accelerate's launcher starts them; exit codes."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    common |= environment
     common["OMP_NUM_THREADS"] = "1"  # or accelerate gives each process as many threads as there are cores
-    running = [launch(arguments, RANK=str(k), LOCAL_RANK=str(k), **common) for k in range(world)]
+    running = [launch(arguments, target, RANK=str(k), LOCAL_RANK=str(k), **common) for k in range(world)]
     for process in running:
         process.join(120)
         if process.exitcode is None:  # say where it stands, which is seen nowhere else

@@ -15,6 +15,7 @@ from torch import nn
 from align.common.errors import UserError
 from align.families import LORA_FILE, Family, LoRAFile, read_lora
 from align.policy.lora import LoRA
+from align.policy.sharding import Sharding, exchange, part, whole
 from align.policy.weights import Weights
 from rewards.common.files import atomic
 
@@ -95,17 +96,26 @@ class LoRAWeights(Weights):
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        exchange = self._swap if self.ref_params is not None else self._switch
+        anchored = self.ref_params is not None
         try:
-            exchange(False)
+            self.swap() if anchored else self._switch(False)
             yield self.denoiser
         finally:
-            exchange(True)
+            self.swap() if anchored else self._switch(True)
 
-    def _swap(self, _on: bool) -> None:
-        """Exchange the trained weights and the reference, without a copy."""
+    def shard(self, sharding: Sharding) -> None:
+        super().shard(sharding)
+        if self.ref_params is not None:
+            self.ref_params = [part(r, p) for r, p in zip(self.ref_params, self.parameters(), strict=True)]
+
+    def swap(self) -> None:
+        """Without a copy where each process has them whole."""
         assert self.ref_params is not None
+        self.let_go()
         for k, parameter in enumerate(self.parameters()):
+            if self.sharded:  # what is gathered is the memory of a part, whatever tensor names it
+                exchange(parameter, self.ref_params[k])
+                continue
             parameter.data, self.ref_params[k] = self.ref_params[k], parameter.data
         torch.clear_autocast_cache()  # it would answer with the half-precision copies of the weights that were there
 
@@ -135,6 +145,8 @@ class LoRAWeights(Weights):
         try:
             for layer in self.layers:
                 layer.set_adapter(name)
+            for parameter, flag in flags:  # peft unfreezes what it turns on
+                parameter.requires_grad_(flag)
             yield self.denoiser
         finally:
             for layer in self.layers:
@@ -175,11 +187,13 @@ class LoRAWeights(Weights):
     def save(self, folder: Path) -> Path:
         """``pytorch_lora_weights.safetensors`` with rank and alpha in its metadata, for ``load_lora_weights``."""
         name, target = self.family.denoiser_name, folder / LORA_FILE
-        with self.ema_scope(), atomic(target) as draft:
-            layers = {k: v.detach().cpu() for k, v in get_peft_model_state_dict(self.denoiser).items()}
-            arguments = {
-                f"{name}_lora_layers": layers,
-                f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
-            }
-            type(self.family.pipe).save_lora_weights(draft.parent, weight_name=draft.name, **arguments)
+        with self.ema_scope():
+            layers = whole(get_peft_model_state_dict(self.denoiser))
+            if self.writes:
+                arguments = {
+                    f"{name}_lora_layers": layers,
+                    f"{name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
+                }
+                with atomic(target) as draft:
+                    type(self.family.pipe).save_lora_weights(draft.parent, weight_name=draft.name, **arguments)
         return target

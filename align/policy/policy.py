@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from align.policy.lora import LoRA
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
+    from align.policy.sharding import Lockstep, Sharding
     from align.policy.weights import Weights
 
 
@@ -88,41 +90,96 @@ class Policy:
         self.model: nn.Module = self.weights.module  # accelerate's wrapper takes this place
         self.answering: nn.Module | None = None  # what answers in place of the trained weights
         self.evaluations = {"trained": 0, "frozen": 0}  # rows that went through the network, with and without gradient
+        self.lockstep: Lockstep | None = None  # where processes share the weights
+        self.shards = 1  # processes that each hold a part
+        self._number = 0  # what a lockstep calls those in force: 1 where a reference has weights of its own
 
     def initial(self, prompts: Sequence[str], noise: Tensor) -> Tensor:
         """Where pictures of ``prompts`` start: ``noise`` (B, C, h, w) itself, or what was learned to make of it."""
         return noise if self.trained is None else self.trained.initial(prompts, noise)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: Scale = None) -> Prediction:
-        """What the weights in force say at ``x_t`` (B, C, h, w) and ``t`` (B,), see :meth:`Family.forward`."""
-        model = self.model if self.trained is None else self.denoiser
-        if self.answering is not None:  # past any wrapper: its hooks expect a backward pass that never comes
+        """What the weights in force say at ``x_t`` (B, C, h, w) and ``t`` (B,), see :meth:`Family.forward`.
+
+        Only what is to be differentiated goes through accelerate's wrapper: its hooks expect a backward pass, and it
+        exchanges buffers with the other processes, which may draw less."""
+        model = self.model if self.trained is None and torch.is_grad_enabled() else self.denoiser
+        if self.answering is not None:
             model = self.answering
+        if self.lockstep is not None:
+            self.lockstep.forward(self._number)
         rows = len(x_t) * self.family.evaluations(guidance_scale)
         self.evaluations["trained" if torch.is_grad_enabled() else "frozen"] += rows
         return self.family.predict(x_t, t, cond, guidance_scale, model)
 
     def zero(self) -> Tensor:
         """0 with a gradient of 0 for every trained parameter, through the whole network at no image in particular."""
+        return self._nothing(self.model)
+
+    def _nothing(self, model: nn.Module) -> Tensor:
         family = self.family
         x = torch.zeros(1, *family.latent_shape(), device=family.device)
         t = family.sample_timesteps(torch.tensor([0.5])).to(family.device)
-        return 0.0 * family.predict(x, t, family.uncond.to(family.device), None, self.model).raw.float().sum()
+        return 0.0 * family.predict(x, t, family.uncond.to(family.device), None, model).raw.float().sum()
+
+    # several processes
+    def shard(self, sharding: Sharding) -> None:
+        """Leave every process its part of the denoiser and of a frozen reference (FSDP2). All then pass through them
+        together, see :class:`align.policy.sharding.Lockstep`. To be called after :meth:`add_adapter` and before
+        :meth:`set_lr_scales`. Raises :class:`UserError` where no weight of the denoiser trains."""
+        from align.policy.sharding import Lockstep, exchange_over_gloo
+
+        self.weights.shard(sharding)
+        self.model, self.shards = self.weights.module, sharding.world
+        self.lockstep = Lockstep([partial(self._help, number) for number in (0, 1)], exchange_over_gloo())
+
+    def _help(self, number: int) -> Tensor:
+        """A pass for other processes, through what trains (0) or other weights (1), whichever are in force here: what
+        is gathered are the parts of all."""
+        weights = self.weights
+        turned = number != self._number and weights.ref_params is not None
+        if turned:
+            weights.swap()
+        try:
+            return self._nothing(weights.frozen if number and weights.frozen is not None else weights.module)
+        finally:
+            if turned:
+                weights.swap()
+
+    @property
+    def sharded(self) -> bool:
+        return self.lockstep is not None
+
+    def absent(self) -> Tensor:
+        """The loss of a process without rows: :meth:`zero`, so that the others need not wait; where they share weights,
+        nothing, since :meth:`joined` waits for them."""
+        return self.zero() if self.lockstep is None else torch.zeros((), device=self.family.device)
+
+    def joined(self, loss: Tensor) -> Tensor:
+        """``loss`` with what this process has passed through the network for others; to be called before backward."""
+        return loss if self.lockstep is None else self.lockstep.backward(loss)
+
+    def settle(self) -> None:
+        """To be called before processes exchange anything: wait for those that still pass through shared weights."""
+        if self.lockstep is not None:
+            self.lockstep.settle()
+            self.weights.let_go()
 
     # other weights in force
     @contextmanager
-    def _answering(self, scope: AbstractContextManager[nn.Module]) -> Iterator[None]:
+    def _answering(self, scope: AbstractContextManager[nn.Module], number: int = 0) -> Iterator[None]:
         with scope as network:
-            self.answering = network
+            self.answering, self._number = network, number
             try:
                 yield
             finally:
-                self.answering = None
+                self.answering, self._number = None, 0
 
     def reference(self) -> AbstractContextManager[None]:
         """Within, :meth:`predict` answers with the weights that training started from. Leave it before backward:
         gradient checkpointing recomputes with whatever adapters are then active."""
-        return self._answering(self.weights.reference())
+        own = self.weights.frozen is not None or self.weights.ref_params is not None
+        return self._answering(self.weights.reference(), int(own))
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Load the LoRA in ``folder`` beside the one that trains: frozen, silent but within :meth:`adapter`."""
@@ -136,9 +193,14 @@ class Policy:
         """Start the LoRA that trains at the mean of the adapters ``names``."""
         self.weights.average_adapters(names)
 
-    def ema_scope(self) -> AbstractContextManager[None]:
-        """Within, the trained weights are their moving average, where one is kept."""
-        return self.weights.ema_scope()
+    @contextmanager
+    def ema_scope(self) -> Iterator[None]:
+        """Within, the trained weights are their moving average, where one is kept. Processes that share the weights go
+        in and out together."""
+        self.settle()
+        with self.weights.ema_scope():
+            yield
+            self.settle()
 
     # the trained weights, see :class:`align.policy.weights.Weights`
     @property

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from align.common.errors import UserError
 from align.families import Family
+from align.policy.sharding import Sharding, is_sharded, let_go, part, skeleton, whole
 from rewards.common.files import atomic
 
 if TYPE_CHECKING:
+    from diffusers import ModelMixin
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from align.policy.policy import Trained
@@ -76,6 +78,37 @@ class Weights(ABC):
             found.setdefault(factor, []).append(parameter)
         return found
 
+    # divided among processes
+    @property
+    def sharded(self) -> bool:
+        """Whether every process holds a part; then all have to call :meth:`state` and :meth:`save` together, which only
+        the first fills and writes."""
+        return is_sharded(self.module)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Those that are divided: the one that trains, and the frozen one that is the reference."""
+        return [self.module] if self.frozen is None else [self.module, self.frozen]
+
+    def shard(self, sharding: Sharding) -> None:
+        """Leave every process its part of :attr:`networks`. To be called before the first pass through them and before
+        :meth:`set_lr_scales`."""
+        for network in self.networks:
+            sharding.shard(network)
+
+    def let_go(self) -> None:
+        """Leave this process with its part alone, see :func:`align.policy.sharding.let_go`."""
+        let_go(self.module)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that :meth:`save` writes in, of those that call it."""
+        return not self.sharded or torch.distributed.get_rank() == 0
+
+    def swap(self) -> None:
+        """Exchange the trained weights and :attr:`ref_params`."""
+        raise RuntimeError(f"{self.kind} has no reference that takes the place of what trains")
+
     # what answers in their place
     @abstractmethod
     def reference(self) -> AbstractContextManager[nn.Module]:
@@ -93,6 +126,7 @@ class Weights(ABC):
         if self.ema is None:
             yield
             return
+        self.let_go()
         parameters = self.parameters()
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
@@ -100,6 +134,7 @@ class Weights(ABC):
         try:
             yield
         finally:
+            self.let_go()
             self.ema.restore(parameters)
             torch.clear_autocast_cache()
 
@@ -117,8 +152,8 @@ class Weights(ABC):
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
-        """:meth:`named` on the CPU."""
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.named().items()}
+        """:meth:`named` on the CPU, whole."""
+        return whole(self.named())
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -135,7 +170,7 @@ class Weights(ABC):
                 f"{tuple(state[wrong[0]].shape)}, expected {tuple(named[wrong[0]].shape)}"
             )
         for name, parameter in named.items():
-            parameter.copy_(state[name])
+            parameter.copy_(part(state[name], parameter))
 
     # what stock diffusers loads
     @abstractmethod
@@ -167,6 +202,11 @@ class FullWeights(Weights):
         self.upcast()
         if initial is not None and not anchored:
             self._take(initial)
+        self._skeleton: ModelMixin | None = None  # of a denoiser that is divided, to save it with
+
+    def shard(self, sharding: Sharding) -> None:
+        self._skeleton = skeleton(self.denoiser)
+        super().shard(sharding)
 
     def _take(self, folder: Path) -> None:
         """Put in what :meth:`write` wrote, in one file or in shards. Raises :class:`UserError`."""
@@ -198,9 +238,21 @@ class FullWeights(Weights):
     def save(self, folder: Path) -> Path:
         """``unet/`` or ``transformer/``, for ``from_pretrained(folder, subfolder=...)``."""
         target = folder / self.family.denoiser_name
-        with self.ema_scope(), atomic(target) as draft:
-            self.denoiser.save_pretrained(draft)
+        with self.ema_scope():
+            plain = self._plain()
+            if self.writes:
+                with atomic(target) as draft:
+                    plain.save_pretrained(draft)
         return target
+
+    def _plain(self) -> ModelMixin:
+        """The denoiser as one process has it; where it is divided, the first process alone."""
+        if self._skeleton is None:
+            return self.denoiser
+        state = whole(self.denoiser.state_dict())
+        if self.writes:
+            self._skeleton.load_state_dict(state, assign=True)
+        return self._skeleton
 
 
 class ModuleWeights(Weights):
@@ -216,6 +268,12 @@ class ModuleWeights(Weights):
         family.denoiser.requires_grad_(False)
         trained.to(family.device)
         self.upcast()
+
+    def shard(self, sharding: Sharding) -> None:
+        raise UserError(
+            f"FSDP divides the denoiser's weights, and this objective trains {self.kind} beside them; launch with "
+            "configs/accelerate/ddp.yaml"
+        )
 
     def reference(self) -> AbstractContextManager[nn.Module]:
         raise RuntimeError("this policy was built without a reference (reference=False)")

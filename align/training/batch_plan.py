@@ -117,8 +117,8 @@ class BatchPlan:
             "evaluations per rollout": f"{cost.trained * samples * config.inner_epochs} trained + "
             f"{frozen * samples} frozen",
             "trainable parameters": f"{trained:,} of {total:,} ({kind})",
-            "estimated memory": f"{(weights * copies + state) / 2**20:,.0f} MiB for denoiser, gradients and optimiser, "
-            "activations not counted",
+            "estimated memory": f"{(weights * copies + state) / policy.shards / 2**20:,.0f} MiB for denoiser, "
+            "gradients and optimiser, activations not counted",
             **cost.notes,
         }
         width = max(map(len, lines))

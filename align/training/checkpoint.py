@@ -27,6 +27,7 @@ from torch import Tensor
 
 from align.common.errors import UserError
 from align.objectives.objective import KeepsState, Objective
+from align.policy.sharding import part, whole
 from rewards.common.files import write_text
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ MAY_CHANGE = frozenset(
 )
 
 
+MADE_OF = {"rows of an update": " (train_batch_size x gradient_accumulation_steps x processes)"}
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
     """What two settings of a run differ in but for :data:`MAY_CHANGE`: ``learning_rate: 0.001, was 0.0001``. A setting
     that only one of them knows is of another version, and none."""
@@ -74,7 +78,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new, f"{key}.")
         elif old != new:
-            lines.append(f"{key}: {new}, was {old}")
+            lines.append(f"{key}: {new}, was {old}{MADE_OF.get(key, '')}")
     return sorted(lines)
 
 
@@ -95,20 +99,29 @@ class Parts:
         return {f"{name}-{WEIGHTS}": tensors for name, tensors in values if tensors is not None}
 
 
-def write(folder: Path, parts: Parts, state: Mapping[str, Any]) -> None:
-    """Write the files of a checkpoint into ``folder``, which is there and empty."""
-    save_file(parts.policy.state(), folder / WEIGHTS)
+def write(folder: Path, parts: Parts, state: Mapping[str, Any], writes: bool = True) -> None:
+    """Write the files of a checkpoint into ``folder``, which is there and empty. Where processes share the weights, all
+    of them call this, and those that do not write (``writes``) help to gather."""
+
+    def save(tensors: Mapping[str, Tensor], name: str) -> None:
+        gathered = whole(tensors)
+        if writes:
+            save_file(gathered, folder / name)
+
+    save(parts.policy.weights.named(), WEIGHTS)
     if parts.policy.lora is not None:
         parts.policy.save(folder)  # for ``load_lora_weights``: a checkpoint is a LoRA as well
     for name, values in parts.beside().items():
-        save_file({str(k): p.cpu().contiguous() for k, p in enumerate(values)}, folder / name)
+        save({str(k): p for k, p in enumerate(values)}, name)
     optimizer = parts.optimizer.state_dict()
     moments: dict[str, Any] = {}
     numbers: dict[str, Any] = {}
     for k, entries in optimizer["state"].items():
         for name, value in entries.items():
             (moments if isinstance(value, Tensor) else numbers)[f"{k}.{name}"] = value
-    save_file({name: value.cpu().contiguous() for name, value in moments.items()}, folder / OPTIMIZER)
+    save(moments, OPTIMIZER)
+    if not writes:
+        return
     memory = {k: v.cpu().contiguous() for k, v in state["objective"].items() if isinstance(v, Tensor)}
     if memory:
         save_file(memory, folder / MEMORY)
@@ -163,12 +176,12 @@ def load(folder: Path, parts: Parts) -> dict[str, Any]:
         for name, values in parts.beside().items():
             saved = load_file(folder / name)
             for k, parameter in enumerate(values):
-                parameter.copy_(saved[str(k)].reshape(parameter.shape))
+                parameter.copy_(part(saved[str(k)].reshape(parameter.shape), parameter))
         if parts.policy.ema is not None:
             parts.policy.ema.optimization_step = state["step"]
         old = not (folder / OPTIMIZER).is_file()
         optimizer = _old(folder / OLD_OPTIMIZER) if old else _optimizer(folder, state)
-        _require_shapes(optimizer["state"], parts.optimizer)
+        _take_parts(optimizer["state"], parts.optimizer)
         parts.optimizer.load_state_dict(optimizer)
         parts.scheduler.load_state_dict(_old(folder / OLD_SCHEDULER) if old else state["scheduler"])
         if parts.scaler is not None:
@@ -195,14 +208,18 @@ def _optimizer(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": entries, "param_groups": state["optimizer"]["groups"]}
 
 
-def _require_shapes(moments: Mapping[int, Mapping[str, Any]], optimizer: Any) -> None:
-    """Torch takes any tensor for a parameter's moment, and finds out at the first step."""
+def _take_parts(moments: Mapping[int, dict[str, Any]], optimizer: Any) -> None:
+    """Cut moments as their parameters are, where processes share these. Raises ValueError for another shape: torch
+    takes any tensor for a parameter's moment, and finds out at the first step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, entries in moments.items():
         for name in ("exp_avg", "exp_avg_sq", "state1", "state2"):  # torch's and bitsandbytes' names
             if name in entries and entries[name].shape != parameters[number].shape:
                 shapes = tuple(entries[name].shape), tuple(parameters[number].shape)
                 raise ValueError(f"{name} of parameter {number} is {shapes[0]}, the parameter {shapes[1]}")
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameters[number].shape:
+                entries[name] = part(value, parameters[number])
 
 
 def _old(path: Path) -> Any:

@@ -10,9 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from align.policy.policy import Policy
 
-def gather_of(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+
+def gather_of(accelerator: Accelerator, policy: Policy) -> Callable[[Tensor], Tensor]:
     def gather(tensor: Tensor) -> Tensor:
+        policy.settle()
         if accelerator.num_processes == 1:
             return tensor.cpu()
         return accelerator.gather(tensor.to(accelerator.device)).cpu()
@@ -30,5 +33,14 @@ def merged(totals: Mapping[str, Tensor], gather: Callable[[list[Any]], list[Any]
     return joined
 
 
-def gather_text_of(accelerator: Accelerator) -> Callable[[list[Any]], list[Any]]:
-    return lambda values: gather_object(values) if accelerator.num_processes > 1 else values
+def summed(counts: Mapping[str, int], gather: Callable[[Tensor], Tensor]) -> dict[str, int]:
+    """``counts`` of all processes together."""
+    return dict(zip(counts, gather(torch.tensor([list(counts.values())])).sum(0).tolist(), strict=True))
+
+
+def gather_text_of(accelerator: Accelerator, policy: Policy) -> Callable[[list[Any]], list[Any]]:
+    def gather(values: list[Any]) -> list[Any]:
+        policy.settle()
+        return gather_object(values) if accelerator.num_processes > 1 else values
+
+    return gather

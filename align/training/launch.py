@@ -10,9 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import filter_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import AutocastKwargs, set_seed
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
+from align import families
 from align.common.errors import UserError
+from align.families import Family
+from align.policy.sharding import Sharding
 
 if TYPE_CHECKING:
     from align.training.config import TrainConfig
@@ -25,13 +30,18 @@ def launch(config: TrainConfig) -> Accelerator:
     """
     asked = {
         "dynamo": os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""),
-        "FSDP": os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
-        "DeepSpeed": os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+        "DeepSpeed": _set("ACCELERATE_USE_DEEPSPEED"),
+        "parallelism": _set("ACCELERATE_USE_PARALLELISM_CONFIG"),
     }
+    if asked["DeepSpeed"]:
+        raise UserError(
+            "accelerate is configured for DeepSpeed, which this loop does not drive; configs/accelerate/zero2.yaml and "
+            "zero3.yaml are the same stages by torch's FSDP 2"
+        )
     if unheard := [name for name, wanted in asked.items() if wanted]:
         raise UserError(
-            f"accelerate is configured for {' and '.join(unheard)}, which this loop does not use; run `accelerate "
-            "config` again without, or launch with --multi_gpu (data-parallel processes)"
+            f"accelerate is configured for {' and '.join(unheard)}, which this loop does not use; launch with "
+            "--config_file configs/accelerate/ddp.yaml (data-parallel processes), or fsdp2.yaml (shared weights)"
         )
     accumulated = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulated not in ("1", "auto", str(config.gradient_accumulation_steps)):
@@ -43,15 +53,72 @@ def launch(config: TrainConfig) -> Accelerator:
     precision = config.mixed_precision = configured() if config.mixed_precision == "auto" else config.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision: fp16 has no gradients to scale on a CPU; take bf16, or no")
+    if _set("ACCELERATE_USE_FSDP"):
+        require_shardable(config, precision)
     if config.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("report_to: wandb is not installed; pip install wandb, or report_to: tensorboard")
     # accelerate keeps the first configuration of a process for good, and a notebook trains more than once in one
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision, project_dir=str(config.output_dir))
+    # cached casts of shared weights would leave every process with all of them
+    autocast = AutocastKwargs(cache_enabled=not _set("ACCELERATE_USE_FSDP"))
+    accelerator = Accelerator(mixed_precision=precision, project_dir=str(config.output_dir), kwargs_handlers=[autocast])
     set_seed(config.seed)  # LoRA's initial weights; every draw after that is keyed
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     return accelerator
+
+
+def _set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def require_shardable(config: TrainConfig, precision: str) -> None:
+    """Raise :class:`UserError` for settings of accelerate's FSDP, or of ours beside it, that are not heard."""
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise UserError(f"accelerate is configured for FSDP {version}; this loop shards by FSDP 2: set fsdp_version: 2")
+    unheard = {
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading leaves text encoders empty in all processes "
+        "but the first; set it to false: networks are divided from the CPU's memory anyway",
+        "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params is not supported; set it to false",
+        "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing is not used; set it to false, and "
+        "gradient_checkpointing: true here",
+    }
+    if wrong := [text for name, text in unheard.items() if _set(name)]:
+        raise UserError(f"accelerate: {wrong[0]}")
+    if precision == "fp16":
+        raise UserError("mixed_precision: fp16 does not scale gradients that processes share (FSDP); take bf16, or no")
+    if config.use_8bit_adam:
+        raise UserError(
+            "use_8bit_adam does not know weights that processes share (FSDP), which need it least; leave it"
+        )
+
+
+def sharding_of(accelerator: Accelerator) -> Sharding | None:
+    """How accelerate was configured to divide networks among the processes; None where each has its own."""
+    if not _set("ACCELERATE_USE_FSDP") or accelerator.num_processes == 1:  # accelerate itself leaves CPUs out
+        return None
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP") or ""
+    return Sharding(
+        init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        tuple(name.strip() for name in named.split(",") if name.strip()),
+        # accelerate's own wrapper, which is not used then, gives float32 whatever autocast computes in
+        torch.float32 if accelerator.mixed_precision != "no" else None,
+        os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "0", "shard_grad_op"),
+    )
+
+
+def load_family(config: TrainConfig, device: torch.device, sharded: bool) -> Family:
+    """The pipeline of a run on ``device``, its frozen parts in the run's precision. A denoiser that is going to be
+    divided waits on the CPU, since a GPU need not hold it whole."""
+    dtype = families.DTYPES[config.precision] if config.lora else torch.float32
+    source, first = config.pretrained_model_name_or_path, torch.device("cpu") if sharded else device
+    family = families.load(source, dtype, first, config.revision, config.variant)
+    for part in family.pipe.components.values() if sharded else ():
+        if isinstance(part, torch.nn.Module) and part is not family.denoiser:
+            part.to(device)
+    if config.attention_backend:
+        families.set_attention_backend(family, config.attention_backend)
+    return family
 
 
 def configured() -> Literal["no", "fp16", "bf16"]:
@@ -71,6 +138,13 @@ def describe_precision(config: TrainConfig) -> str:
     return config.mixed_precision + (
         f", not accelerate's {other}" if other not in ("no", config.mixed_precision) else ""
     )
+
+
+def log_images(accelerator: Accelerator, images: Tensor, step: int) -> None:
+    """Show pictures (N, 3, H, W) in TensorBoard, where it runs."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"samples": images.numpy()}, step=step, dataformats="NCHW")
 
 
 def start_trackers(accelerator: Accelerator, report_to: str) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
+from torch.distributed.tensor import DTensor
 
 from align.policy.policy import Policy
 from align.training.config import TrainConfig
@@ -28,6 +31,20 @@ def build_optimizer(config: TrainConfig, policy: Policy, rate: float) -> torch.o
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
     )
+
+
+def prepare(accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
+    """accelerate's wrappers around what trains: the network, but where it is divided already, and the optimizer."""
+    if policy.sharded:
+        return accelerator.prepare_optimizer(optimizer)
+    policy.model, prepared = accelerator.prepare(policy.model, optimizer)
+    return prepared
+
+
+def clip(accelerator: Accelerator, policy: Policy, max_norm: float) -> float:
+    """Scale the gradients down to ``max_norm``; the norm that they had, over all of a network that processes share."""
+    norm = accelerator.clip_grad_norm_(policy.parameters(), max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def build_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

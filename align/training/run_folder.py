@@ -114,10 +114,14 @@ class RunFolder:
             f"{[path.name for path in self.checkpoints()]} in {self.path}"
         )
 
-    def checkpoint(self, parts: Parts, state: dict[str, Any], limit: int | None) -> None:
+    def checkpoint(self, parts: Parts, state: dict[str, Any], limit: int | None, writes: bool = True) -> None:
         """Save what :func:`align.training.checkpoint.load` reads, whole or not at all, and keep the newest ``limit``
-        checkpoints. Raises :class:`UserError` where the disk takes no more."""
+        checkpoints; a process that does not write (``writes``) helps to gather shared weights. Raises
+        :class:`UserError` where the disk takes no more."""
         final, last = self.path / f"checkpoint-{state['step']}", self.latest()
+        if not writes:
+            checkpoint.write(final, parts, state, writes=False)
+            return
         try:
             with atomic(final) as draft:
                 draft.mkdir()

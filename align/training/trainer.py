@@ -23,7 +23,6 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from align import families
 from align.common import rng
 from align.common.command import dumped
 from align.data.dataset import Setup, shuffled
@@ -37,9 +36,9 @@ from align.training.batch_plan import BatchPlan, require_rows
 from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
 from align.training.finite import require_finite
-from align.training.gather import gather_of, gather_text_of, merged
-from align.training.launch import describe_precision, launch, start_trackers
-from align.training.optimizer import build_optimizer, build_scheduler
+from align.training.gather import gather_of, gather_text_of, merged, summed
+from align.training.launch import describe_precision, launch, load_family, log_images, sharding_of, start_trackers
+from align.training.optimizer import build_optimizer, build_scheduler, clip, prepare
 from align.training.preemption import Preempted, Preemption
 from align.training.progress import drawing
 from align.training.validation import held_out_values, sample_grid
@@ -57,12 +56,8 @@ class Trainer:
         precision = describe_precision(config)
         self.accelerator = launch(config)
         self.resolved = re.sub("(?m)^(mixed_precision): auto$", rf"\1: '{config.precision}'", resolved)
-        frozen = families.DTYPES[config.precision] if config.lora else torch.float32
-        self.family = families.load(
-            config.pretrained_model_name_or_path, frozen, self.accelerator.device, config.revision, config.variant
-        )
-        if config.attention_backend:
-            families.set_attention_backend(self.family, config.attention_backend)
+        sharding = sharding_of(self.accelerator)
+        self.family = load_family(config, self.accelerator.device, sharding is not None)
         objective = config.objective
         self.policy = Policy(
             self.family,
@@ -78,6 +73,8 @@ class Trainer:
         self.scorer = config.scorer()
         if isinstance(objective, Prepares):
             objective.prepare(self.policy, self.scorer)
+        if sharding:
+            self.policy.shard(sharding)
         # also where nothing is scaled: an average of weights begins at what prepare() has put in
         self.policy.set_lr_scales(objective.lr_scale if isinstance(objective, ScalesLearningRates) else lambda _: 1.0)
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
@@ -101,12 +98,13 @@ class Trainer:
         self.held_out = config.validation_data.prepare(Setup(self.family)) if config.validation_data else None
         rate = config.learning_rate * (self.sizes.update * accelerator.num_processes if config.scale_lr else 1)
         optimizer = build_optimizer(config, self.policy, rate)
-        self.policy.model, self.optimizer = accelerator.prepare(self.policy.model, optimizer)
+        self.optimizer = prepare(accelerator, self.policy, optimizer)
         self.scheduler = build_scheduler(config, optimizer)  # not prepared: accelerate steps it once per process
         if source is not None:
             state = checkpoint.load(source, self._parts())
             self.step, self.rollouts = state["step"], state["rollouts"]
-            self.policy.evaluations = state["evaluations"]
+            if accelerator.is_main_process:  # they are of all processes
+                self.policy.evaluations = state["evaluations"]
             accelerator.print(f"resumed from {source} at step {self.step}")
         if accelerator.is_main_process:
             self.folder.start(self.resolved, self.step if source is not None else None)
@@ -148,8 +146,9 @@ class Trainer:
                 if self.preempted:
                     raise Preempted
         held_out = self.validate()
-        if accelerator.is_main_process:
+        if accelerator.is_main_process or self.policy.sharded:
             weights = self.policy.save(self.folder.path)
+        if accelerator.is_main_process:
             self.folder.card(self.config, self.policy, self.sizes.describe(self.policy), self.step, held_out)
             print(f"saved {weights}")
         accelerator.wait_for_everyone()  # one that leaves early takes the others' connections with it
@@ -172,8 +171,8 @@ class Trainer:
             self.rollouts,
             range(first, first + mine),
             self.scorer,
-            gather_of(accelerator),
-            gather_text_of(accelerator),
+            gather_of(accelerator, self.policy),
+            gather_text_of(accelerator, self.policy),
             tolerance=TOLERANCES[config.precision],
             features=self.features,
             resolution=config.data.resolution,
@@ -191,8 +190,7 @@ class Trainer:
         counts, self.preempted = told[:, 0].tolist(), bool(told[:, 1].any())  # rows of every process, which may differ
         measured = {f"rollout/{name}": value for name, value in table.metrics.items()}
         if measured:  # those of this rollout, and of all training before it
-            everywhere = ctx.gather(torch.tensor([list(self.policy.evaluations.values())])).sum(0).tolist()
-            measured |= {f"evaluations/{k}": n for k, n in zip(self.policy.evaluations, everywhere, strict=True)}
+            measured |= {f"evaluations/{k}": n for k, n in summed(self.policy.evaluations, ctx.gather).items()}
         if not any(counts):
             self.log(measured | {"rollout": self.rollouts})
         self.barren = 0 if any(counts) else self.barren + 1
@@ -218,18 +216,21 @@ class Trainer:
         calls = -(-max(sizes) // config.train_batch_size)
         for k in range(calls):
             share = len(chunks[k]) / sum(sizes) if k < len(chunks) else 0.0
-            with contextlib.nullcontext() if k + 1 == calls else accelerator.no_sync(self.policy.model):
+            # shared weights' gradients are summed up in parts, at every pass: whole ones would not fit
+            at_once = k + 1 == calls or self.policy.sharded
+            with contextlib.nullcontext() if at_once else accelerator.no_sync(self.policy.model):
                 with accelerator.autocast():
-                    loss, metrics = config.objective.loss(ctx, chunks[k]) if share else (self.policy.zero(), {})
-                accelerator.backward(loss * share * len(sizes))  # processes average their gradients
+                    loss, metrics = config.objective.loss(ctx, chunks[k]) if share else (self.policy.absent(), {})
+                    scaled = self.policy.joined(loss * share * len(sizes))  # processes average their gradients
+                accelerator.backward(scaled)
             losses += [loss.detach()] if share else []
             for name, value in ({"loss": losses[-1], **metrics} if share else {}).items():
                 if name.endswith("_max"):
                     totals[name] = torch.maximum(totals.get(name, value), value)
                 else:
                     totals[name] = totals.get(name, 0) + value * share
-        norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
-        values = {**merged(totals, gather_text_of(accelerator)), "grad_norm": norm.item()}
+        norm = clip(accelerator, self.policy, config.max_grad_norm)
+        values = merged(totals, gather_text_of(accelerator, self.policy)) | {"grad_norm": norm}
         require_finite(
             values, losses, chunks, ids, self.sizes.group, self.step + 1, self.folder.latest(), accelerator.scaler
         )
@@ -238,7 +239,7 @@ class Trainer:
         self.scheduler.step()
         self.policy.after_step()
         self.step += 1
-        return values | {"lr": self.scheduler.get_last_lr()[0]}
+        return values | {"lr": float(self.scheduler.get_last_lr()[0])}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -250,9 +251,7 @@ class Trainer:
             if config.samples.prompts and accelerator.is_main_process:
                 path = self.folder.path / f"samples/step-{self.step:06d}.png"
                 images = sample_grid(config, self.policy, self.family, path)
-                for tracker in accelerator.trackers:
-                    if tracker.name == "tensorboard":
-                        tracker.log_images({"samples": images.numpy()}, step=self.step, dataformats="NCHW")
+                log_images(accelerator, images, self.step)
         self.policy.evaluations = before
         if values:
             self.log({f"validation/{name}": value for name, value in values.items()})
@@ -265,8 +264,10 @@ class Trainer:
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Save all that a resumed run needs; processes have the same, and wait for the one that writes."""
-        if self.accelerator.is_main_process:
-            self.folder.checkpoint(self._parts(), state, self.config.checkpoints_total_limit)
+        main = self.accelerator.is_main_process
+        state |= {"evaluations": summed(state["evaluations"], gather_of(self.accelerator, self.policy))}
+        if main or self.policy.sharded:
+            self.folder.checkpoint(self._parts(), state, self.config.checkpoints_total_limit, main)
         self.accelerator.wait_for_everyone()
 
     def _parts(self) -> Parts:

@@ -32,7 +32,7 @@ def held_out_values(
     if isinstance(held_out, PromptSet):
         if scorer is None:
             raise UserError("validation_data holds prompts: set rewards, to score their images")
-        rank, gather = accelerator.process_index, gather_text_of(accelerator)
+        rank, gather = accelerator.process_index, gather_text_of(accelerator, policy)
         scores = validation_scores(config, policy, scorer, held_out, rank, accelerator.num_processes)
         return {name: statistics.fmean(gather(values)) for name, values in scores.items()}
     if held_out is None:

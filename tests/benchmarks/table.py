@@ -369,6 +369,25 @@ def _overhead_online() -> str:
     )
 
 
+def _parallel() -> str:
+    found = load("parallel")
+    lines = [
+        f"**Two processes and one** ({found['date']}, {found['hardware']}, {found['cores']} cores, load "
+        f"{found['load_before']} before): Flow-GRPO on `shapes-sd3` with a LoRA, {found['images']} images a rollout, "
+        f"medians of {found['rollouts'] - 1} rollouts with their updates, one thread a process. All weights of "
+        f"`shapes-sd3` by DPO, with the frozen reference and the moments: {sum(found['bytes_one'].values()):,} bytes "
+        f"in one process, {sum(found['bytes_fsdp2'].values()):,} in each of two that share them "
+        f"({found['bytes_share']:.3f}).",
+        "",
+        "| processes | images a second | rows a second | over one |",
+        "|---|---|---|---|",
+    ]
+    for name, kind in {"one": "one", "two, data-parallel": "ddp", "two, FSDP2": "fsdp2"}.items():
+        over = 1.0 if kind == "one" else found[f"{kind}_over_one"]
+        lines.append(f"| {name} | {found[kind]['images_s']} | {found[kind]['rows_s']} | {over:.2f} |")
+    return "\n".join(lines)
+
+
 def _shapes() -> str:
     found = load("shapes_reward")
     return f"**The reward that looks** ({found['date']}): {found['summary']}"
@@ -598,6 +617,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "pretrain": _pretrain,
     "overhead": _overhead,
     "overhead_online": _overhead_online,
+    "parallel": _parallel,
     "faults": _faults,
     "families": _families,
     "full_size": _full_size,
