@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +18,7 @@ import numpy as np
 from align.common.errors import DataError
 from align.families import Family
 from rewards.common.files import write_text
+from rewards.data.verdicts import contradicted
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,23 @@ class Unlabelled:
     reason: str
 
 
+# layout, files that it depends on, rows; None: a tie
+Rows = tuple[str, Sequence[Path], Iterable[Example | Bad | Unlabelled | None]]
+
+
+def image_key(file: Path, stats: dict[Path, tuple[str, int, int]]) -> tuple[str, int, int]:
+    """A file's true name, size and time, which ``stats`` remembers."""
+    if (known := stats.get(file)) is None:
+        found = os.stat(file)
+        known = stats[file] = os.path.realpath(file), found.st_size, found.st_mtime_ns
+    return known
+
+
+def text_key(text: str) -> bytes:
+    """128 bits that are equal for equal texts."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 @dataclass(frozen=True)
 class ExampleSet:
     """The usable examples of a source of ``layout``, in file order, and what was left out of its ``total`` rows."""
@@ -70,17 +90,33 @@ class ExampleSet:
     bad: list[Bad]
     ties: int
     total: int
-    files: Sequence[Path] = ()
-    unlabelled: int = 0
+    unlabelled: int
+    contradicted: int  # of pairs, how many are there with the other winner too
+    numbers: np.ndarray[Any, np.dtype[np.int32]]  # of each item's caption, in the order in which captions first occur
+    firsts: np.ndarray[Any, np.dtype[np.int32]]  # of each caption, the first item that has it
+    digest: str  # of the images, by the names, sizes and times of their files, and of where in these they lie
+    caption_digest: str
 
     @staticmethod
     def of(layout: str, rows: Iterable[Example | Bad | Unlabelled | None], files: Sequence[Path] = ()) -> ExampleSet:
-        """Sort ``rows`` into examples, bad rows, unlabelled ones and ties (None)."""
+        """Sort ``rows`` into examples, bad rows, unlabelled ones and ties (None), all in memory."""
         kept = list(rows)
         items = [row for row in kept if isinstance(row, Example)]
         bad = [row for row in kept if isinstance(row, Bad)]
         unlabelled = sum(isinstance(row, Unlabelled) for row in kept)
-        return ExampleSet(layout, items, bad, kept.count(None), len(kept), files, unlabelled)
+        sides = ([(item.caption, str(image)) for image in item.images] for item in items if len(item.images) == 2)
+        captions = list(dict.fromkeys(item.caption for item in items))
+        number = {caption: place for place, caption in enumerate(captions)}
+        numbers = np.array([number[item.caption] for item in items], np.int32)
+        stats: dict[Path, tuple[str, int, int]] = {}
+        keys = [[i.id, [(*image_key(image.file, stats), image.row, image.column) for image in i.images]] for i in items]
+        described = [layout, [image_key(file, stats) for file in files], keys]
+        images = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        texts = hashlib.sha256(b"".join(map(text_key, captions))).hexdigest()
+        firsts = np.unique(numbers, return_index=True)[1].astype(np.int32)
+        opposite = contradicted((won, lost) for won, lost in sides)
+        counts = kept.count(None), len(kept), unlabelled, opposite
+        return ExampleSet(layout, items, bad, *counts, numbers, firsts, images, texts)
 
     def counts(self) -> str:
         """What the rows were, in words."""
@@ -164,6 +200,6 @@ def shuffled(count: int, size: int, seed: int, step: int) -> list[int]:
     return [int(_epoch(count, seed, place // count)[place % count]) for place in places]
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch(count: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+@functools.lru_cache(maxsize=2)
+def _epoch(count: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(count, dtype=np.int32))

@@ -2,15 +2,16 @@
 
 A cache folder is named by everything that its contents depend on: latents by the images, how they are cut, and the
 VAE; embeddings by the captions and the text encoders. So models of one VAE, such as a model and its quantised copy,
-share latents. A folder holds shards of 256 examples or captions, each whole or not there: a killed run goes on there.
+share latents. A folder holds shards of 256 examples or 64 captions, each whole or not there: a killed run goes on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import math
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,23 +21,20 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from align.common.errors import DataError
 from align.data.dataset import Bad, Example, ExampleSet, Setup
-from align.data.mapped_files import MappedFiles
-from align.families import Conditioning, Family
-from rewards.common.files import atomic
+from align.data.packed import Storage
+from align.data.shards import Shards
+from align.data.text_cache import TEXTS, Captions, Embeddings, EncodedOnDisk, EncodedWhenAsked, TextCache
+from align.families import Conditioning, Family, Truncated
 from rewards.data.images import UnreadableError, decode
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # raise it when the same inputs would give other files
-SHARD = 256  # examples, or captions, in a file
-TEXTS = 64  # captions in one call of the text encoders
+SHARD = 256  # examples in a file
 DECODE = 8  # examples whose images are in memory at a time
 
 
@@ -87,147 +85,139 @@ class EncodedBatch:
     ids: list[int]
 
 
-class Shards:
-    """Files of ``SHARD`` rows each, in a folder that is named by what they depend on."""
-
-    def __init__(self, home: Path, stem: str, count: int, depends: dict[str, object]) -> None:
-        self.count = count
-        self.key = hashlib.sha256(json.dumps({"format": FORMAT} | depends, sort_keys=True).encode()).hexdigest()
-        self.folder = home / self.key[:24]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.files = [self.folder / f"{stem}-{k:05d}.safetensors" for k in range(-(-count // SHARD))]
-        self._tensors = MappedFiles()
-
-    def todo(self, setup: Setup) -> list[tuple[Path, slice]]:
-        """This process's share of the files that are missing, and which rows belong in each."""
-        spans = [(file, slice(k * SHARD, min((k + 1) * SHARD, self.count))) for k, file in enumerate(self.files)]
-        share = spans[setup.process_index :: setup.num_processes]
-        return [(file, span) for file, span in share if self._header(file) is None]
-
-    def save(self, file: Path, tensors: dict[str, Tensor], **header: object) -> None:
-        """Write a shard whole or not at all; ``header`` is what it says of itself beside its key."""
-        with atomic(file) as draft:
-            metadata = {name: json.dumps(value) for name, value in ({"key": self.key} | header).items()}
-            save_file(tensors, draft, metadata=metadata)
-
-    def headers(self) -> list[dict[str, Any]]:
-        """What every shard says of itself; :class:`DataError` where one is not there."""
-        headers = {file: header for file in self.files if (header := self._header(file)) is not None}
-        if missing := [file for file in self.files if file not in headers]:
-            raise DataError(f"{missing[0]} is not there or not whole; all processes must share cache_dir")
-        return list(headers.values())
-
-    def rows(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a shard; a batch reads only its own rows of them."""
-        return self._tensors[self.files[number]]
-
-    def _header(self, file: Path) -> dict[str, Any] | None:
-        """None when a shard is missing, damaged or another's, and must be made again."""
-        try:
-            with safe_open(file, framework="pt") as opened:
-                header = {name: json.loads(text) for name, text in (opened.metadata() or {}).items()}
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            logger.warning("%s is damaged (%s) and will be encoded again", file, error)
-            return None
-        if header.get("key") != self.key:
-            logger.warning("%s belongs to other data and will be encoded again", file)
-            return None
-        return header
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where a kept example lies: row ``row`` of latents shard ``shard``, and its caption's number."""
-
-    id: int
-    shard: int
-    row: int
-    caption: int
-
-
 class EncodedDataset:
-    """The cached examples, as batches of ``batch_type``."""
+    """The cached examples, as batches of ``batch_type``. In memory are six bytes an example, where its latents lie."""
 
     def __init__(
-        self, batch_type: type[EncodedBatch], latents: Shards, conds: Shards, entries: list[Entry], captions: list[str]
+        self,
+        batch_type: type[EncodedBatch],
+        latents: Shards,
+        texts: Embeddings,
+        examples: ExampleSet,
+        places: np.ndarray[Any, np.dtype[np.uint32]],
+        rows: np.ndarray[Any, np.dtype[np.uint16]],
     ) -> None:
-        self.batch_type, self.entries, self.captions = batch_type, entries, captions
-        self.latents, self.conds = latents, conds
-        self.ids = [entry.id for entry in entries]
+        self.batch_type, self.latents, self.texts, self.examples = batch_type, latents, texts, examples
+        self.places, self.rows = places, rows  # of each readable example among all, and in its shard
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.places)
+
+    @property
+    def ids(self) -> list[int]:
+        return [self.examples.items[place].id for place in self.places.tolist()]
 
     def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> Any:
         """The examples at ``indices``, each seen as its view in ``variants`` (default the first)."""
-        entries = [self.entries[index] for index in indices]
-        views = zip(entries, variants or [0] * len(entries), strict=True)
-        latents = torch.stack([self.latents.rows(e.shard)["latents"][e.row, variant] for e, variant in views])
-        texts = [(self.conds.rows(e.caption // SHARD), e.caption % SHARD) for e in entries]
-        cond = Conditioning.cat([Conditioning(shard).take(slice(row, row + 1)) for shard, row in texts])
+        places, rows = self.places[list(indices)].tolist(), self.rows[list(indices)].tolist()
+        lie = zip(places, rows, variants or [0] * len(places), strict=True)
+        size = self.latents.size
+        latents = torch.stack([self.latents.tensors(p // size)["latents"][row, variant] for p, row, variant in lie])
+        items = [self.examples.items[place] for place in places]
+        cond = self.texts.take(self.examples.numbers[places].tolist())
         latents = latents[:, 0] if self.batch_type.images == 1 else latents
-        return self.batch_type(latents, cond, [self.captions[e.caption] for e in entries], [e.id for e in entries])
+        return self.batch_type(latents, cond, [item.caption for item in items], [item.id for item in items])
 
 
 class LatentCache:
-    """``items`` of ``found``, as ``views`` of their images, on disk below ``home``: latents in its folder ``name``,
-    embeddings in ``captions``."""
+    """The first ``count`` of ``examples``, as ``views`` of their images, on disk below ``home``: latents in its folder
+    ``name``, embeddings in ``captions``, or where ``text_cache`` says."""
 
     def __init__(
-        self, home: Path, name: str, source: ExampleSet, items: Sequence[Example], views: Views, setup: Setup
+        self,
+        home: Path,
+        name: str,
+        examples: ExampleSet,
+        count: int,
+        views: Views,
+        setup: Setup,
+        text_cache: TextCache = "disk",
+        storage: Storage = "model",
     ) -> None:
-        self.name, self.items, self.views, self.setup = name, items, views, setup
-        self.captions = list(dict.fromkeys(item.caption for item in items))
-        model = setup.family.identity()
-        files = sorted({*source.files, *(image.file for item in items for image in item.images)})
-        number = {file: index for index, file in enumerate(files)}
+        self.home, self.name, self.examples, self.views, self.setup = home, name, examples, views, setup
+        self.captions = Captions(examples, count)
         images: dict[str, object] = {
             "dtype": str(setup.family.dtype),
-            "layout": source.layout,
-            "files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-            "items": [[i.id, *([number[image.file], image.row, image.column] for image in i.images)] for i in items],
+            "examples": [examples.digest, count],
             "views": views.key(),
-            "model": dict(model["pictures"]),
+            "model": dict(setup.family.identity()["pictures"]),
         }
-        texts = {"dtype": images["dtype"], "captions": self.captions, "model": dict(model["captions"])}
-        self.latents = Shards(home / name, "latents", len(items), images)
-        self.conds = Shards(home / "captions", "conds", len(self.captions), texts)
+        self.latents = Shards(home / name, "latents", count, SHARD, images)
+        self.shape = (views.variants, len(examples.items[0].images), *setup.family.latent_shape(views.resolution))
+        self.texts = (
+            EncodedOnDisk(home, setup, self.captions, storage)
+            if text_cache == "disk"
+            else EncodedWhenAsked(setup.family, self.captions, text_cache == "memory", storage)
+        )
 
     def encode(self, vae_batch: int) -> None:
         """Write what is missing, with the other processes."""
-        setup, latents, conds = self.setup, self.latents.todo(self.setup), self.conds.todo(self.setup)
-        count = sum(span.stop - span.start for _, span in [*latents, *conds])
-        logger.info("%d %s, %d captions: %s", len(self.items), self.name, len(self.captions), self.latents.folder)
+        setup, latents, todo = self.setup, self.latents, self.latents.todo(self.setup)
+        texts = self.texts if isinstance(self.texts, EncodedOnDisk) else None
+        spans = [latents.span(number) for number in todo]
+        spans += [texts.shards.span(number) for number in texts.todo] if texts else []
+        count = sum(span.stop - span.start for span in spans)
         show = setup.progress and setup.process_index == 0 and count > 0
+        if setup.process_index == 0 and count:
+            self._announce(texts)
         threads = min(8, os.cpu_count() or 1)
         with tqdm(total=count, desc="encode", disable=not show) as bar, ThreadPoolExecutor(threads) as pool:
-            for file, span in latents:
-                tensor, kept, bad = self._latents(self.items[span], vae_batch, pool, bar.update)
-                self.latents.save(file, {"latents": tensor}, kept=kept, bad=bad)
-            for file, span in conds:
-                self.conds.save(file, _conds(setup.family, self.captions[span], bar.update))
+            for number in todo:
+                items = self.examples.items[latents.span(number)]
+                tensor, kept, bad = self._latents(items, vae_batch, pool, bar.update)
+                latents.save(number, {"latents": tensor}, kept=kept, bad=bad)
+            if texts:
+                texts.write(bar.update)
         setup.wait_for_everyone()
+
+    def _announce(self, texts: EncodedOnDisk | None) -> None:
+        """Say what the whole cache takes; :class:`DataError` where the disk does not hold what is missing of it."""
+        latents = self.latents.count * math.prod(self.shape) * _stored(self.setup.family).itemsize
+        words = len(self.captions) * texts.row_bytes if texts else 0.0
+        told = f"{self.latents.count} {self.name}: {_size(latents)} of latents"
+        told += f", {_size(words)} of text for {len(self.captions)} captions" if words else ""
+        logger.info("%s", self.latents.folder)
+        if self.setup.progress:
+            print(f"cache: {told}, in {self.home}", file=sys.stderr)
+        folders = [self.latents.folder, *([texts.shards.folder] if texts else [])]
+        there = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+        free = shutil.disk_usage(self.home).free
+        if latents + words - there > free:
+            raise DataError(
+                f"the cache would take {told}, but {self.home} has {_size(free)} left; name another cache_dir, or "
+                "store fewer texts: text_cache_dtype: float8, text_cache: memory or none"
+            )
 
     def open(self, batch_type: type[EncodedBatch]) -> tuple[EncodedDataset, list[Bad]]:
         """The whole cache, and the rows that encoding found unusable; every process sees the same."""
-        number = {caption: index for index, caption in enumerate(self.captions)}
-        self.conds.headers()
-        entries, bad = list[Entry](), list[Bad]()
-        for shard, header in enumerate(self.latents.headers()):
-            items = self.items[shard * SHARD : (shard + 1) * SHARD]
-            kept = [items[place] for place in header["kept"]]
-            entries += [Entry(item.id, shard, row, number[item.caption]) for row, item in enumerate(kept)]
-            bad += [Bad(items[place].id, items[place].source, reason) for place, reason in header["bad"]]
-        return EncodedDataset(batch_type, self.latents, self.conds, entries, self.captions), bad
+        if isinstance(self.texts, EncodedOnDisk):
+            self.texts.open()
+        else:
+            parts = range(0, len(self.captions), TEXTS)
+            texts = ([self.captions[k] for k in range(n, min(n + TEXTS, len(self.captions)))] for n in parts)
+            cut = (Truncated.among(self.setup.family, part) for part in texts)
+            sum(cut, Truncated()).tell(len(self.captions))
+        places, rows, bad = (
+            np.empty(self.latents.count, np.uint32),
+            np.empty(self.latents.count, np.uint16),
+            list[Bad](),
+        )
+        count = 0
+        for shard in range(self.latents.number):
+            header, first = self.latents.require(shard), shard * self.latents.size
+            kept = np.array(header["kept"], np.uint32)
+            places[count : count + len(kept)], rows[count : count + len(kept)] = kept + first, np.arange(len(kept))
+            count += len(kept)
+            for place, reason in header["bad"]:
+                item = self.examples.items[first + place]
+                bad.append(Bad(item.id, item.source, reason))
+        return EncodedDataset(batch_type, self.latents, self.texts, self.examples, places[:count], rows[:count]), bad
 
     def _latents(
         self, items: Sequence[Example], vae_batch: int, pool: Executor, done: Callable[[int], object]
     ) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
         """Latents (n, variants, images, C, h, w) of the readable ``items``, their places there, the others' faults."""
-        family, images = self.setup.family, len(self.items[0].images)
-        shape = (self.views.variants, images, *family.latent_shape(self.views.resolution))
+        family, shape = self.setup.family, self.shape
         latents, kept, bad = [torch.empty(0, *shape)], list[int](), list[tuple[int, str]]()
         for start in range(0, len(items), DECODE):
             part = items[start : start + DECODE]
@@ -252,7 +242,7 @@ class LatentCache:
                 f"the VAE's latents of {items[kept[wrong[0]]].source} are not finite; SDXL's own VAE overflows in "
                 "float16: use float32 or bfloat16, or madebyollin/sdxl-vae-fp16-fix"
             )
-        return tensor.to(family.dtype if family.dtype.itemsize == 2 else torch.float32), kept, bad
+        return tensor.to(_stored(family)), kept, bad
 
     def _see(self, item: Example, data: list[bytes] | str) -> Tensor | str:
         """The example's views (variants, images, 3, H, W) uint8, or why there are none."""
@@ -283,10 +273,11 @@ def _bytes(item: Example) -> list[bytes] | str:
     return codes
 
 
-def _conds(family: Family, captions: Sequence[str], done: Callable[[int], object]) -> dict[str, Tensor]:
-    parts = []
-    for start in range(0, len(captions), TEXTS):
-        with torch.no_grad():
-            parts.append(family.encode(captions[start : start + TEXTS]))
-        done(len(parts[-1]))
-    return {name: tensor.cpu().contiguous() for name, tensor in Conditioning.cat(parts).tensors.items()}
+def _stored(family: Family) -> torch.dtype:
+    """What latents are kept in."""
+    return family.dtype if family.dtype.itemsize == 2 else torch.float32
+
+
+def _size(count: float) -> str:
+    power = next((k for k in (4, 3, 2, 1) if count >= 1000**k), 0)
+    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
