@@ -17,9 +17,8 @@ import torch
 
 from align import families
 from align.common.errors import DataError
-from align.data import Images, PreferencePairs, latent_cache, text_cache
+from align.data import Images, PreferencePairs, equal_keys, latent_cache, text_cache
 from align.data.dataset import shuffled
-from align.data.equal_keys import contradictions, first_equal
 from align.data.mapped_files import MappedFiles
 from align.data.packed import pack, unpack
 from align.families import Conditioning
@@ -100,7 +99,7 @@ def test_an_index_follows_the_file(parquet: Path, tmp_path: Path) -> None:
     assert count() == COUNT
     pq.write_table(pq.read_table(parquet).slice(0, 7), parquet)
     assert count() == 7
-    next((tmp_path / "c/index").glob("*/numbers.npy")).write_bytes(b"half")
+    next((tmp_path / "c/index").glob("*/numbers.int32")).write_bytes(b"half")
     assert count() == 7
 
 
@@ -136,16 +135,29 @@ def test_captioned_images_have_an_index_too(tmp_path: Path, reads: list[str]) ->
     assert same(one, two) and not reads
 
 
-def test_equal_keys_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_keys_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    monkeypatch.setattr("align.data.equal_keys.BUCKET", 16)
+    monkeypatch.setattr(equal_keys, "PART", 16)
     keys = rng.integers(0, 9, (200, 2)).astype(np.uint64)
     rows = [tuple(row) for row in keys.tolist()]
-    assert first_equal(keys).tolist() == [rows.index(row) for row in rows]
-    sides = rng.integers(0, 2**60, (6, 2)).astype(np.uint64)[rng.integers(0, 6, (300, 2))].reshape(300, 4)
-    sides = sides[(sides[:, :2] != sides[:, 2:]).any(1)]
-    assert contradictions(sides) == contradicted(((a, b), (c, d)) for a, b, c, d in sides.tolist()) > 0
-    assert contradictions(sides[:1]) == 0
+    first = equal_keys.first_equal(keys, tmp_path / "first")
+    assert first.tolist() == [rows.index(row) for row in rows]
+    equal_keys.number_distinct(first, tmp_path / "firsts", tmp_path / "numbers")
+    distinct = list(dict.fromkeys(rows))
+    assert [rows[k] for k in equal_keys.mapped(tmp_path / "firsts", np.int32)] == distinct
+    assert [distinct[k] for k in equal_keys.mapped(tmp_path / "numbers", np.int32)] == rows
+    assert not len(equal_keys.first_equal(keys[:0], tmp_path / "none"))
+
+
+def test_contradictions_are_counted_as_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(equal_keys, "PART", 16)
+    images = rng.integers(0, 7, (60, 2))
+    images = images[images[:, 0] != images[:, 1]]
+    pairs = np.sort(images, 1).astype(np.uint64)
+    first = equal_keys.first_equal(pairs, tmp_path / "first")
+    expected = contradicted((a, b) for a, b in images.tolist())
+    assert equal_keys.contradictions(first, images[:, 0] < images[:, 1]) == expected > 0
 
 
 def test_an_epoch_is_the_permutation_it_was() -> None:

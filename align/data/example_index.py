@@ -3,7 +3,7 @@
 An index is a folder named by all that its rows depend on: the settings by which they are read, the readers' code, and
 the names, sizes and times of the files at the path. Images that are files of their own may lie anywhere: a start looks
 whether each is still of its size and time (a stat, not a read). Building holds a few thousand rows at a time and, at
-its end, some 20 bytes an example; an open index holds none.
+its end, of pairs of files, two bytes an example; an open index holds none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 import rewards.data
 from align.data.dataset import Bad, Example, ExampleSet, Rows, Unlabelled, image_key, text_key
-from align.data.equal_keys import contradictions, first_equal, read_keys
+from align.data.equal_keys import contradictions, first_equal, mapped, number_distinct, parts
 from rewards.common.files import atomic, one_at_a_time
 from rewards.data.paths import NO_SUCH_FILE
 from rewards.data.tables import Cells, LazyImage
@@ -174,7 +174,9 @@ def _open(folder: Path, cells: Callable[[], Cells | None], look: bool) -> Exampl
     try:
         about = _About(**json.loads((folder / "about.json").read_text(encoding="utf-8")))
         items = Index(folder / "examples.arrow", cells)
-        numbers, firsts = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("numbers", "firsts"))
+        numbers, firsts = (mapped(folder / f"{name}.int32", np.int32) for name in ("numbers", "firsts"))
+        if len(numbers) != len(items):
+            return None
         with (folder / "bad.jsonl").open(encoding="utf-8") as file:
             bad = [Bad(**json.loads(line)) for line in file]
     except (OSError, ValueError, TypeError):  # not there, or not whole
@@ -215,28 +217,35 @@ class _Writer:
         image = {"file": pa.string(), "row": pa.int64(), "column": pa.string(), "inside": pa.bool_()}
         images = pa.list_(pa.struct(image | {"size": pa.int64(), "time": pa.int64()}))
         schema = pa.schema({"id": pa.int64(), "source": pa.string(), "caption": pa.string(), "images": images})
-        captions, pairs = self.draft / "captions.keys", self.draft / "pairs.keys"
+        files_of = {name: self.draft / f"{name}.tmp" for name in ("captions", "first", "pairs", "upward", "equal")}
         with (
             pa.ipc.new_file(str(self.draft / "examples.arrow"), schema) as table,
             (self.draft / "bad.jsonl").open("w", encoding="utf-8") as bad,
-            captions.open("wb") as caption_keys,
-            pairs.open("wb") as pair_keys,
+            files_of["captions"].open("wb") as captions,
+            files_of["pairs"].open("wb") as pairs,
+            files_of["upward"].open("wb") as upward,
         ):
             examples = self._examples(rows, bad)
             while batch := list(itertools.islice(examples, ROWS)):
                 table.write_batch(pa.RecordBatch.from_pylist([self._described(row) for row in batch], schema))
                 for row in batch:
-                    caption_keys.write(key := text_key(row.caption))
+                    captions.write(key := text_key(row.caption))
                     if len(row.images) == 2:  # the same caption and images, by where these lie
-                        pair_keys.write(b"".join(text_key(f"{key.hex()} {image}") for image in row.images))
-        first = first_equal(read_keys(captions, 2))
-        firsts = np.flatnonzero(first == np.arange(len(first), dtype=first.dtype)).astype(np.int32)
-        np.save(self.draft / "firsts.npy", firsts)
-        np.save(self.draft / "numbers.npy", np.searchsorted(firsts, first).astype(np.int32))
-        contradicted = contradictions(read_keys(pairs, 4)) if self.own_files else 0
-        texts = hashlib.sha256(read_keys(captions, 2)[firsts].tobytes())
-        captions.unlink()
-        pairs.unlink()
+                        won, lost = (text_key(f"{key.hex()} {image}") for image in row.images)
+                        pairs.write(bytes(a ^ b for a, b in zip(won, lost, strict=True)))
+                        upward.write(bytes([won < lost]))
+        keys = mapped(files_of["captions"], np.uint64, 2)
+        firsts = self.draft / "firsts.int32"
+        number_distinct(first_equal(keys, files_of["first"]), firsts, self.draft / "numbers.int32")
+        texts = hashlib.sha256()
+        for part in parts(len(mapped(firsts, np.int32))):
+            texts.update(keys[mapped(firsts, np.int32)[part]].tobytes())
+        contradicted = 0
+        if self.own_files:  # what lies inside a file is a row's own
+            equal = first_equal(mapped(files_of["pairs"], np.uint64, 2), files_of["equal"])
+            contradicted = contradictions(equal, mapped(files_of["upward"], np.bool_))
+        for file in files_of.values():
+            file.unlink(missing_ok=True)
         counts = self.total, self.ties, self.unlabelled, contradicted
         about = _About(layout, *counts, self.digest.hexdigest(), texts.hexdigest(), self.own_files, self.lacking)
         (self.draft / "about.json").write_text(json.dumps(asdict(about)), encoding="utf-8")
