@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from align import families
 from align.common.command import command, parse
-from align.common.errors import require_at_least
 from align.common.provenance import provenance
+from align.common.resolution import Resolution, sides
 from align.evaluation.compare import Comparison, diversity, draw_and_compare, summary, table
 from align.families import Family
 from align.sampling.diversity import Features
@@ -37,7 +37,7 @@ class Evaluate(Comparison):
         tuned: run folder, LoRA folder or pipeline.
         base: pipeline; default the one that the tuned run folder started from.
         output_dir: where to write; default ``evaluation`` in the tuned folder.
-        resolution: side in pixels; null is the model's own.
+        resolution: pixels a side, or WIDTHxHEIGHT; null is the model's own.
         diversity_features: a vision model (DINOv2, CLIP) or ``lpips:FILE`` to measure diversity by, beside pixels;
             with several images a prompt.
         device: where to run; null takes a GPU where there is one.
@@ -47,7 +47,7 @@ class Evaluate(Comparison):
     tuned: Path
     base: str | None = None
     output_dir: Path | None = None
-    resolution: int | None = None
+    resolution: Resolution = None
     diversity_features: str | None = None
     device: str | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -55,7 +55,7 @@ class Evaluate(Comparison):
 
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Sample, score, compare and write; returns what ``scores.json`` holds."""
-    require_at_least(1, config, "resolution")
+    sides(config.resolution)
     bench = config.bench()
     base, device = config.base or base_of(config.tuned), pick_device(config.device)
     family = families.load(base, families.DTYPES[config.mixed_precision], device)

@@ -25,10 +25,11 @@ from align.common.errors import DataError
 from align.data import captioned, latent_cache, text_cache
 from align.data import prompts as prompts_module
 from align.data.dataset import ExampleSet, Setup, shuffled
-from align.data.latent_cache import EncodedDataset, cut
+from align.data.latent_cache import EncodedDataset
 from align.data.mapped_files import MappedFiles
 from align.data.preferences import PairBatch, PreferencePairs
 from align.data.prompts import Prompts, PromptSet, read_prompts
+from align.data.views import cut
 from align.families import Conditioning
 from rewards.data.images import UnreadableError, decode
 from rewards.data.tables import LazyImage
@@ -52,9 +53,9 @@ class Tiny:
     pipe = SimpleNamespace(components={})  # no tokenizer
     device = torch.device("cpu")
 
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        side = (resolution or self.resolution) // 4
-        return (3, side, side)
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        height = height or self.resolution
+        return (3, height // 4, (width or height) // 4)
 
     def to_latent(self, images: Tensor) -> Tensor:
         assert images.dtype == torch.float32

@@ -14,11 +14,13 @@ from typing import ClassVar
 
 from align.common.assets import locate
 from align.common.errors import DataError
+from align.common.resolution import Resolution, sides
 from align.data.dataset import Bad, Data, Example, ExampleSet, Rows, Setup, check_bad, image_key
 from align.data.example_index import code_of, indexed, listing
-from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache, Views
+from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache
 from align.data.packed import Storage
 from align.data.text_cache import TextCache
+from align.data.views import Views, buckets_of
 from rewards.data.formats import open_input
 from rewards.data.images import ImageRow, ImageSource
 from rewards.data.paths import no_such_file
@@ -29,7 +31,19 @@ logger = logging.getLogger(__name__)
 
 CACHE = "~/.cache/t2i-align"
 # settings of which the rows do not depend
-VIEWS = frozenset({"limit", "resolution", "center_crop", "random_flip", "variants", "cache_dir", "vae_batch"})
+VIEWS = frozenset(
+    {
+        "limit",
+        "resolution",
+        "aspect_ratio_buckets",
+        "bucket_reso_steps",
+        "center_crop",
+        "random_flip",
+        "variants",
+        "cache_dir",
+        "vae_batch",
+    }
+)
 LIMITS = frozenset({"max_bad_share", "max_contradicted_share", "text_cache", "text_cache_dtype"})
 
 
@@ -41,8 +55,12 @@ class EncodedData(Data):
         path: a file, a folder or a hub id.
         split: the split of a hub id (default train), or of a folder that holds several.
         limit: use the first so many items.
-        resolution: side of the square images, in pixels; default the model's own.
-        center_crop: cut the square from the middle; otherwise at random.
+        resolution: of the images, pixels a side of squares, or WIDTHxHEIGHT; default the model's own.
+        aspect_ratio_buckets: ``true`` cuts each image to the aspect ratio that is nearest to its own, of all that sides
+            in multiples of ``bucket_reso_steps`` make within as many pixels as ``resolution`` has; a list of sizes,
+            ``[1024x1024, 768x1344, ..]``, takes those. A pair's two images share one. A batch holds one.
+        bucket_reso_steps: pixels between the sides of buckets.
+        center_crop: cut from the middle; otherwise at random.
         random_flip: mirror half of the views.
         variants: how many random views of each item are cached. A pair's two images share crop and flip.
         max_bad_share: stop when more of the rows than this are unusable.
@@ -57,7 +75,9 @@ class EncodedData(Data):
     path: str
     split: str | None = None
     limit: int | None = None
-    resolution: int | None = None
+    resolution: Resolution = None
+    aspect_ratio_buckets: bool | list[str] = False
+    bucket_reso_steps: int = 64
     center_crop: bool = True
     random_flip: bool = False
     variants: int = 1
@@ -73,8 +93,10 @@ class EncodedData(Data):
 
     def __post_init__(self) -> None:
         self._items: tuple[str, ExampleSet] | None = None
-        if self.variants < 1 or self.vae_batch < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"variants, vae_batch and limit must be positive, found {self}")
+        if min(self.variants, self.vae_batch, self.bucket_reso_steps) < 1 or (
+            self.limit is not None and self.limit < 1
+        ):
+            raise ValueError(f"variants, vae_batch, bucket_reso_steps and limit must be positive, found {self}")
         if self.variants > 1 and self.center_crop and not self.random_flip:
             raise ValueError("all variants would be the same: set center_crop: false or random_flip: true")
 
@@ -134,8 +156,10 @@ class EncodedData(Data):
         that is unusable, or latents that are not finite."""
         examples = self.items()
         count = min(len(examples), self.limit or len(examples))
-        resolution = self.resolution or setup.family.resolution
-        views = Views(resolution, self.center_crop, self.random_flip, self.variants, setup.seed)
+        height, width = sides(self.resolution or setup.family.resolution)
+        assert height and width
+        sizes = buckets_of((height, width), self.aspect_ratio_buckets, self.bucket_reso_steps)
+        views = Views(sizes, self.center_crop, self.random_flip, self.variants, setup.seed)
         how = self.text_cache, self.text_cache_dtype
         cache = LatentCache(self.cache, self.what, examples, count, views, setup, *how)
         cache.encode(self.vae_batch)

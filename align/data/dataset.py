@@ -8,14 +8,15 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from align.common.errors import DataError
+from align.common.resolution import Resolution
 from align.families import Family
 from rewards.common.files import write_text
 from rewards.data.verdicts import contradicted
@@ -176,7 +177,7 @@ class Data(ABC):
     """What a run trains on. ``batch_type`` is what :meth:`prepare`'s result gives; objectives name what they take."""
 
     batch_type: ClassVar[type]
-    resolution: int | None  # pixels a side; None is the model's own
+    resolution: Resolution
     variants: int = 1  # cached views of each item
     multiple: int = 1  # a process has to be given a multiple of so many items
 
@@ -187,6 +188,44 @@ class Data(ABC):
     @abstractmethod
     def prepare(self, setup: Setup) -> Dataset:
         """Encode what is to be encoded."""
+
+
+@runtime_checkable
+class Bucketed(Protocol):
+    """Data whose items are of several sizes; ``buckets`` are the items of each, of which alone a batch is made."""
+
+    buckets: Sequence[Sequence[int]]
+
+
+def batches(data: Dataset, size: int) -> Iterator[Sequence[int]]:
+    """All items, at most ``size`` at a time, of one bucket each."""
+    for bucket in data.buckets if isinstance(data, Bucketed) else [range(len(data))]:
+        for start in range(0, len(bucket), size):
+            yield [int(item) for item in bucket[start : start + size]]
+
+
+def drawn(data: Dataset, size: int, seed: int, step: int) -> list[int]:
+    """The ``size`` items, of one bucket, that step ``step`` trains on, a pure function of ``seed`` and ``step``.
+
+    A bucket of n of N items has n of every N steps, in an order that is shuffled anew every N steps, and goes through
+    its own items in epochs that do not end with those: none is thrown away or filled up, and in N steps every item is
+    drawn ``size`` times. With one bucket this is :func:`shuffled`.
+    """
+    if not isinstance(data, Bucketed) or len(data.buckets) == 1:
+        return shuffled(len(data), size, seed, step)
+    counts = tuple(map(len, data.buckets))
+    cycle, place = divmod(step, sum(counts))
+    turns = _turns(counts, seed, cycle)
+    bucket = int(turns[place])
+    turn = cycle * counts[bucket] + int(np.count_nonzero(turns[:place] == bucket))
+    return [int(data.buckets[bucket][item]) for item in shuffled(counts[bucket], size, seed, turn)]
+
+
+@functools.lru_cache(maxsize=2)
+def _turns(counts: tuple[int, ...], seed: int, cycle: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Which bucket has each step of a cycle."""
+    turns = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
+    return np.random.default_rng([seed, cycle, len(counts)]).permutation(turns)
 
 
 def shuffled(count: int, size: int, seed: int, step: int) -> list[int]:

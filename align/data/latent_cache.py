@@ -12,23 +12,24 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from align.common.errors import DataError
 from align.data.dataset import Bad, Example, ExampleSet, Setup
+from align.data.equal_keys import Numbers
 from align.data.packed import Storage
 from align.data.shards import Shards
 from align.data.text_cache import TEXTS, Captions, Embeddings, EncodedOnDisk, EncodedWhenAsked, TextCache
+from align.data.views import Views, cut
 from align.families import Conditioning, Family, Truncated
 from rewards.data.images import UnreadableError, decode
 
@@ -36,41 +37,6 @@ logger = logging.getLogger(__name__)
 
 SHARD = 256  # examples in a file
 DECODE = 8  # examples whose images are in memory at a time
-
-
-def cut(image: Image.Image, resolution: int, x: float, y: float, flip: bool) -> Tensor:
-    """A square of an RGB image as (3, H, W) uint8: the shorter edge becomes ``resolution`` (bilinear, antialiased),
-    then the window at the fraction (x, y) of the free way is cut and perhaps mirrored."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    x0, y0 = round(x * (width - resolution)), round(y * (height - resolution))
-    image = image.crop((x0, y0, x0 + resolution, y0 + resolution))
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-@dataclass(frozen=True)
-class Views:
-    """Which squares of an image are seen."""
-
-    resolution: int
-    center_crop: bool
-    random_flip: bool
-    variants: int
-    seed: int
-
-    def of(self, example: int) -> Iterator[tuple[float, float, bool]]:
-        """(x, y, flip) of each variant: where the square lies on the free way from 0 to 1, and whether mirrored."""
-        for variant in range(self.variants):
-            x, y, coin = np.random.default_rng([self.seed, example, variant]).random(3)
-            yield (*((0.5, 0.5) if self.center_crop else (x, y)), self.random_flip and coin < 0.5)
-
-    def key(self) -> dict[str, object]:
-        """Without randomness the seed does not matter, and runs of different seeds share a cache."""
-        return asdict(self) | ({} if self.random_flip or not self.center_crop else {"seed": None})
 
 
 @dataclass(frozen=True)
@@ -85,34 +51,41 @@ class EncodedBatch:
     ids: list[int]
 
 
+# where a readable example lies: its place among all, its bucket, and its row among those of both its shard and bucket
+LIES = np.dtype([("place", np.uint32), ("bucket", np.uint16), ("row", np.uint16)])
+Lies = np.ndarray[Any, np.dtype[np.void]]
+
+
 class EncodedDataset:
-    """The cached examples, as batches of ``batch_type``. In memory are six bytes an example, where its latents lie."""
+    """The cached examples, as batches of ``batch_type``; in memory is where the latents lie, eight bytes an example."""
 
     def __init__(
-        self,
-        batch_type: type[EncodedBatch],
-        latents: Shards,
-        texts: Embeddings,
-        examples: ExampleSet,
-        places: np.ndarray[Any, np.dtype[np.uint32]],
-        rows: np.ndarray[Any, np.dtype[np.uint16]],
+        self, batch_type: type[EncodedBatch], latents: Shards, texts: Embeddings, examples: ExampleSet, lies: Lies
     ) -> None:
-        self.batch_type, self.latents, self.texts, self.examples = batch_type, latents, texts, examples
-        self.places, self.rows = places, rows  # of each readable example among all, and in its shard
+        self.batch_type, self.latents, self.texts, self.examples, self.lies = batch_type, latents, texts, examples, lies
+        present = np.flatnonzero(np.bincount(lies["bucket"])).tolist()
+        # the examples of each size, of which alone a batch can be made
+        self.buckets: list[Sequence[int] | Numbers] = [range(len(lies))]
+        if len(present) > 1:
+            self.buckets = [np.flatnonzero(lies["bucket"] == bucket).astype(np.int32) for bucket in present]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.lies)
 
     @property
     def ids(self) -> list[int]:
-        return [self.examples.items[place].id for place in self.places.tolist()]
+        return [self.examples.items[place].id for place in self.lies["place"].tolist()]
 
     def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> Any:
-        """The examples at ``indices``, each seen as its view in ``variants`` (default the first)."""
-        places, rows = self.places[list(indices)].tolist(), self.rows[list(indices)].tolist()
-        lie = zip(places, rows, variants or [0] * len(places), strict=True)
-        size = self.latents.size
-        latents = torch.stack([self.latents.tensors(p // size)["latents"][row, variant] for p, row, variant in lie])
+        """The examples at ``indices``, all of one bucket, each seen as its view in ``variants`` (default the first)."""
+        lies = self.lies[list(indices)].tolist()
+        places = [place for place, _, _ in lies]
+        latents = torch.stack(
+            [
+                self.latents.tensors(place // self.latents.size)[_name(bucket)][row, variant]
+                for (place, bucket, row), variant in zip(lies, variants or [0] * len(lies), strict=True)
+            ]
+        )
         items = [self.examples.items[place] for place in places]
         cond = self.texts.take(self.examples.numbers[places].tolist())
         latents = latents[:, 0] if self.batch_type.images == 1 else latents
@@ -143,7 +116,8 @@ class LatentCache:
             "model": dict(setup.family.identity()["pictures"]),
         }
         self.latents = Shards(home / name, "latents", count, SHARD, images)
-        self.shape = (views.variants, len(examples.items[0].images), *setup.family.latent_shape(views.resolution))
+        each = views.variants, len(examples.items[0].images)
+        self.shapes = [(*each, *setup.family.latent_shape(*size)) for size in views.sizes]
         self.texts = (
             EncodedOnDisk(home, setup, self.captions, storage)
             if text_cache == "disk"
@@ -164,15 +138,16 @@ class LatentCache:
         with tqdm(total=count, desc="encode", disable=not show) as bar, ThreadPoolExecutor(threads) as pool:
             for number in todo:
                 items = self.examples.items[latents.span(number)]
-                tensor, kept, bad = self._latents(items, vae_batch, pool, bar.update)
-                latents.save(number, {"latents": tensor}, kept=kept, bad=bad)
+                tensors, kept, bad = self._latents(items, vae_batch, pool, bar.update)
+                latents.save(number, tensors, kept=kept, bad=bad)
             if texts:
                 texts.write(bar.update)
         setup.wait_for_everyone()
 
     def _announce(self, texts: EncodedOnDisk | None) -> None:
         """Say what the whole cache takes; :class:`DataError` where the disk does not hold what is missing of it."""
-        latents = self.latents.count * math.prod(self.shape) * _stored(self.setup.family).itemsize
+        largest = max(map(math.prod, self.shapes))
+        latents = self.latents.count * largest * _stored(self.setup.family).itemsize
         words = len(self.captions) * texts.row_bytes if texts else 0.0
         told = f"{self.latents.count} {self.name}: {_size(latents)} of latents"
         told += f", {_size(words)} of text for {len(self.captions)} captions" if words else ""
@@ -197,55 +172,58 @@ class LatentCache:
             texts = ([self.captions[k] for k in range(n, min(n + TEXTS, len(self.captions)))] for n in parts)
             cut = (Truncated.among(self.setup.family, part) for part in texts)
             sum(cut, Truncated()).tell(len(self.captions))
-        places, rows, bad = (
-            np.empty(self.latents.count, np.uint32),
-            np.empty(self.latents.count, np.uint16),
-            list[Bad](),
-        )
-        count = 0
+        lies, count, bad = np.empty(self.latents.count, LIES), 0, list[Bad]()
         for shard in range(self.latents.number):
             header, first = self.latents.require(shard), shard * self.latents.size
-            kept = np.array(header["kept"], np.uint32)
-            places[count : count + len(kept)], rows[count : count + len(kept)] = kept + first, np.arange(len(kept))
-            count += len(kept)
+            rows = [0] * len(self.shapes)
+            for place, bucket in header["kept"]:
+                lies[count] = first + place, bucket, rows[bucket]
+                rows[bucket] += 1
+                count += 1
             for place, reason in header["bad"]:
                 item = self.examples.items[first + place]
                 bad.append(Bad(item.id, item.source, reason))
-        return EncodedDataset(batch_type, self.latents, self.texts, self.examples, places[:count], rows[:count]), bad
+        return EncodedDataset(batch_type, self.latents, self.texts, self.examples, lies[:count]), bad
 
     def _latents(
         self, items: Sequence[Example], vae_batch: int, pool: Executor, done: Callable[[int], object]
-    ) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
-        """Latents (n, variants, images, C, h, w) of the readable ``items``, their places there, the others' faults."""
-        family, shape = self.setup.family, self.shape
-        latents, kept, bad = [torch.empty(0, *shape)], list[int](), list[tuple[int, str]]()
+    ) -> tuple[dict[str, Tensor], list[tuple[int, int]], list[tuple[int, str]]]:
+        """By bucket, latents (n, variants, images, C, h, w) of the readable ``items``; their places and buckets; the
+        others' faults."""
+        family = self.setup.family
+        latents: list[list[Tensor]] = [[] for _ in self.shapes]
+        kept, bad = list[tuple[int, int]](), list[tuple[int, str]]()
         for start in range(0, len(items), DECODE):
             part = items[start : start + DECODE]
             # bytes in order, by one thread, as tables are read forward; decoding in parallel
-            views = list(pool.map(self._see, part, [_bytes(item) for item in part]))
-            good = {start + k: view for k, view in enumerate(views) if isinstance(view, Tensor)}
-            kept += good
-            bad += [(start + k, view) for k, view in enumerate(views) if isinstance(view, str)]
-            if good:
-                pixels = torch.stack([*good.values()]).flatten(0, 2).split(vae_batch)
+            seen = list(pool.map(self._see, part, [_bytes(item) for item in part]))
+            bad += [(start + k, fault) for k, fault in enumerate(seen) if isinstance(fault, str)]
+            kept += [(start + k, found[0]) for k, found in enumerate(seen) if not isinstance(found, str)]
+            for bucket, shape in enumerate(self.shapes):
+                good = [found[1] for found in seen if not isinstance(found, str) and found[0] == bucket]
+                if not good:
+                    continue
+                pixels = torch.stack(good).flatten(0, 2).split(vae_batch)
                 with torch.no_grad():
-                    encoded = torch.cat([family.to_latent(part.float() / 255) for part in pixels]).cpu()
+                    encoded = torch.cat([family.to_latent(some.float() / 255) for some in pixels]).cpu()
                 if encoded.shape[1:] != shape[2:]:
                     raise DataError(
                         f"expected latents of shape {shape[2:]} (C, h, w), the VAE gave {encoded.shape[1:]}"
                     )
-                latents.append(encoded.reshape(len(good), *shape))
+                latents[bucket].append(encoded.reshape(len(good), *shape))
             done(len(part))
-        tensor = torch.cat(latents)
-        if wrong := (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
-            raise DataError(
-                f"the VAE's latents of {items[kept[wrong[0]]].source} are not finite; SDXL's own VAE overflows in "
-                "float16: use float32 or bfloat16, or madebyollin/sdxl-vae-fp16-fix"
-            )
-        return tensor.to(_stored(family)), kept, bad
+        tensors = {_name(bucket): torch.cat(of) for bucket, of in enumerate(latents) if of}
+        for name, tensor in tensors.items():
+            if wrong := (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist():
+                places = [place for place, bucket in kept if _name(bucket) == name]
+                raise DataError(
+                    f"the VAE's latents of {items[places[wrong[0]]].source} are not finite; SDXL's own VAE overflows "
+                    "in float16: use float32 or bfloat16, or madebyollin/sdxl-vae-fp16-fix"
+                )
+        return {name: tensor.to(_stored(family)) for name, tensor in tensors.items()}, kept, bad
 
-    def _see(self, item: Example, data: list[bytes] | str) -> Tensor | str:
-        """The example's views (variants, images, 3, H, W) uint8, or why there are none."""
+    def _see(self, item: Example, data: list[bytes] | str) -> tuple[int, Tensor] | str:
+        """The example's bucket and views (variants, images, 3, H, W) uint8, or why there are none."""
         if isinstance(data, str):
             return data
         images = []
@@ -258,8 +236,9 @@ class LatentCache:
             data[0] == data[1] or (images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes())
         ):
             return "both images are the same"
-        views = self.views.of(item.id)
-        return torch.stack([torch.stack([cut(i, self.views.resolution, *view) for i in images]) for view in views])
+        bucket, views = self.views.bucket(images), self.views.of(item.id)
+        size = self.views.sizes[bucket]
+        return bucket, torch.stack([torch.stack([cut(image, size, *view) for image in images]) for view in views])
 
 
 def _bytes(item: Example) -> list[bytes] | str:
@@ -271,6 +250,11 @@ def _bytes(item: Example) -> list[bytes] | str:
         except UnreadableError as error:
             return f"{image}: {error}"
     return codes
+
+
+def _name(bucket: int) -> str:
+    """Of the tensor that holds a bucket's latents in a shard."""
+    return f"latents.{bucket}"
 
 
 def _stored(family: Family) -> torch.dtype:

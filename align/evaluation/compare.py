@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from align.common.errors import require_at_least
+from align.common.resolution import Resolution
 from align.data.prompts import read_prompt_rows
 from align.evaluation.gallery import save_grid, to_pil
 from align.families import Family
@@ -139,7 +140,7 @@ def texts_and_seeds(settings: Comparison, prompts: Sequence[str]) -> tuple[list[
 
 
 def draw_and_compare(
-    models: Iterable[tuple[str, Family]], settings: Comparison, bench: Bench, resolution: int | None = None
+    models: Iterable[tuple[str, Family]], settings: Comparison, bench: Bench, resolution: Resolution = None
 ) -> Compared:
     """Every model, by name, on ``bench``. Models come one by one, so a later may use up an earlier."""
     texts, seeds = texts_and_seeds(settings, bench.prompts)

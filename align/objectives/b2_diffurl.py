@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.common.resolution import Resolution
 from align.data.prompts import PromptBatch
 from align.families import Family
 from align.objectives.d3po import D3PO
@@ -103,7 +104,7 @@ class B2DiffuRL(Objective, KeepsState):
         prefix = total - k if self.branches else self.rule.images_per_prompt * (total - k)
         return prompts * (prefix + self.rule.images_per_prompt * k) * (2 if guided else 1)
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         inner = self.update.cost(family, resolution)
         first, last = (len(self.interval(stage)) for stage in (0, self.stages - 1))
         selected = f"best from {self.threshold_best:g}, worst below -{self.threshold_worst:g}"

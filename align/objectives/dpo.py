@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from align.common import rng
+from align.common.resolution import Resolution, sides
 from align.data.preferences import PairBatch
 from align.diffusion.process import Reduction, add_noise
 from align.families import Conditioning, Family
@@ -74,8 +75,8 @@ class DPO(Objective):
     def needs(self) -> Needs:
         return Needs((PairBatch,))
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
-        size = math.prod(family.latent_shape(resolution))
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
+        size = math.prod(family.latent_shape(*sides(resolution)))
         other, value = ("sum", self.beta / size) if self.reduction == "mean" else ("mean", self.beta * size)
         return Cost(2, 2, notes={"beta": f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"})
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from align.common import rng
 from align.common.errors import UserError
+from align.common.resolution import Resolution
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction, add_noise
@@ -106,7 +107,7 @@ class NFT(Objective, Prepares):
                 "old: average is the moving average of the weights, and none is kept: set ema_decay above 0"
             )
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         rows, each = self.draws_per_image, self.sampler.evaluations(family)
         steps, scale = self.sampler.num_inference_steps, self.sampler.guidance_scale_of(family)
         drawn = f"{steps} steps of {self.sampler.kernel or DDIM()}, guidance {scale:g}"

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from align.common.resolution import Resolution
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction
@@ -106,7 +107,7 @@ class OPD(Objective, Prepares):
         if self.cold_start:
             policy.average_adapters([teacher.name for teacher in self.teachers if isinstance(teacher, LoRATeacher)])
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         scale, steps = self._guidance(family), self.trained_steps
         each = family.evaluations(scale)
         scales = [teacher.scale(self.sampler, family) for teacher in self.teachers]

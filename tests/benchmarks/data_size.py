@@ -88,8 +88,8 @@ class Pooling:
     resolution, dtype, device = SIDE, torch.float32, torch.device("cpu")
     pipe = SimpleNamespace(components={})  # no tokenizer
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        return 3, resolution // 4, resolution // 4
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return 3, height // 4, width // 4
 
     def to_latent(self, images: Tensor) -> Tensor:
         return avg_pool2d(images, 4)

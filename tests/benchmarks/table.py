@@ -575,10 +575,10 @@ def _full_size() -> str:
 def _data_size() -> str:
     found = load("data_size")
     lines = [
-        f"**Data at size** ({found['date']}, {found['hardware']}): CPU seconds, and in brackets the most anonymous memory "
-        "in MiB, of a process that starts on so many 64-pixel pairs (the rows read into an index, or the index mapped) and "
-        "of one that encodes them or finds them encoded; autoencoder and text encoder are stand-ins, so that it is what is "
-        "around them that is measured",
+        f"**Data at size** ({found['date']}, {found['hardware']}): CPU seconds, and in brackets the most anonymous "
+        "memory in MiB, of a process that starts on so many 64-pixel pairs (the rows read into an index, or the index "
+        "mapped) and of one that encodes them or finds them encoded; the autoencoder and the text encoder are "
+        "stand-ins, so that it is what is around them that is measured",
         "",
         "| pairs | first start | later starts | encode | find encoded | index, MB |",
         "|---|---|---|---|---|---|",
