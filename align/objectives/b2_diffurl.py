@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.common.resolution import Resolution
 from align.data.prompts import PromptBatch
-from align.families import Family
+from align.families import Family, Resolution
 from align.objectives.d3po import D3PO
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
 from align.objectives.online.advantages import PromptHistory, staged_advantages

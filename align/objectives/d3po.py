@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from align.common.errors import UserError
-from align.common.resolution import Resolution
 from align.data.prompts import PromptBatch
 from align.data.trajectories import TrajectoryBatch
-from align.families import Family
+from align.families import Family, Resolution
 from align.objectives.losses import ratio_metrics
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
 from align.objectives.online.collect import collect

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from align.common import rng
-from align.common.resolution import Resolution, sides
 from align.data.preferences import PairBatch
 from align.diffusion.process import Reduction, add_noise
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, Resolution, sides
 from align.objectives.losses import PreferenceLoss, TargetSpace, denoising_error, preference_loss
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Reference
 from align.objectives.rows import Rows

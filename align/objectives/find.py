@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from align.common.errors import UserError
-from align.common.resolution import Resolution, sides
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch, Prompts
 from align.diffusion.process import Reduction
-from align.families import Family
+from align.families import Family, Resolution, sides
 from align.objectives.losses import clip_fraction, clipped_surrogate
 from align.objectives.noise_memory import FINDRows, NoiseMemory, NoiseSamples, ReplayBy
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, TrainsModule

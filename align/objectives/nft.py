@@ -26,11 +26,10 @@ from torch import Tensor
 
 from align.common import rng
 from align.common.errors import UserError
-from align.common.resolution import Resolution
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction, add_noise
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, Resolution
 from align.objectives.losses import adaptive_error, denoising_error
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, Reference
 from align.objectives.online.advantages import ScaleRewards, group_advantages, zero_std_mask

@@ -19,11 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from align.common.resolution import Resolution
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction
-from align.families import Family
+from align.families import Family, Resolution
 from align.objectives.losses import Form, Normalize, divergence
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, Reference
 from align.objectives.online.collect import collect

@@ -21,10 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from align.common.resolution import Resolution, sides
 from align.data.prompts import PromptBatch
 from align.diffusion.process import Reduction, append_dims, reduce_dims
-from align.families import Family
+from align.families import Family, Resolution, sides
 from align.objectives.losses import clip_fraction, clipped_surrogate, ratio_metrics
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
 from align.objectives.online.advantages import Advantage, AdvantageRule, PromptHistory, ScaleRewards

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from align.common import rng
 from align.common.errors import UserError
-from align.common.resolution import Resolution, sides
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch, Prompts
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, Resolution, sides
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, TrainsModule
 from align.objectives.online.rewards import Scorer
 from align.objectives.rows import SHARED, Rows
