@@ -605,7 +605,11 @@ def _data_size() -> str:
         sizes = [entry[name] for name in ("as_tensors", "disk", "float8")]
         whole = ", ".join(f"{size * texts['prompts'] / 1e9:.1f}" for size in sizes)
         lines.append(f"| {entry['model']} | {' | '.join(f'{size / 1e3:.0f}' for size in sizes)} | {whole} |")
-    lines += ["", "`memory` and `none` write nothing."]
+    lines += [
+        "",
+        "`memory` and `none` write nothing. SD3.5 attends to T5's padding, which differs from prompt to prompt and is kept; "
+        "what is dropped there is zeros beside CLIP's features.",
+    ]
     return "\n".join(lines)
 
 
