@@ -607,8 +607,8 @@ def _data_size() -> str:
         lines.append(f"| {entry['model']} | {' | '.join(f'{size / 1e3:.0f}' for size in sizes)} | {whole} |")
     lines += [
         "",
-        "`memory` and `none` write nothing. SD3.5 attends to T5's padding, which differs from prompt to prompt and is kept; "
-        "what is dropped there is zeros beside CLIP's features.",
+        "`memory` and `none` write nothing. SD3.5 attends to T5's padding, which differs from prompt to prompt and is "
+        "kept; what is dropped there is zeros beside CLIP's features.",
     ]
     return "\n".join(lines)
 
