@@ -23,6 +23,7 @@ from align import families
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
 from align.common.provenance import provenance
+from align.common.resolution import Resolution, sides
 from align.evaluate import is_pipeline, names, open_model
 from align.evaluation import bench_spec as benches
 from align.evaluation.bench_spec import BenchSpec
@@ -67,7 +68,7 @@ class BenchRun:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     samples_per_prompt: int | None = None
-    resolution: int | None = None
+    resolution: Resolution = None
     max_prompts: int | None = None
     seed: int = 0
     batch_size: int = 16
@@ -106,7 +107,8 @@ def share(config: BenchRun) -> Launched:
 
 def run(config: BenchRun) -> dict[str, Any] | None:
     """Draw, score, write; returns what ``bench.json`` holds, in the first process."""
-    require_at_least(1, config, "resolution", "samples_per_prompt", "num_inference_steps", "max_prompts")
+    sides(config.resolution)
+    require_at_least(1, config, "samples_per_prompt", "num_inference_steps", "max_prompts")
     spec, launched = benches.load_spec(config.name), share(config)
     sources = [Path(source) for source in ([config.models] if isinstance(config.models, str) else config.models)]
     if not sources:

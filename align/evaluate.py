@@ -24,8 +24,9 @@ import torch
 from align import families
 from align.common.assets import EMBEDDED
 from align.common.command import command, parse
-from align.common.errors import UserError, require_at_least
+from align.common.errors import UserError
 from align.common.provenance import provenance
+from align.common.resolution import Resolution, sides
 from align.evaluation.compare import Comparison, depends, diversity, draw_and_compare, summary, table
 from align.families import Family
 from align.sampling.diversity import Features
@@ -45,7 +46,7 @@ class Evaluate(Comparison):
             a list of them.
         base: pipeline; default the one that the first tuned run folder started from.
         output_dir: where to write; default ``evaluation`` in the first tuned folder.
-        resolution: side in pixels; null is the model's own.
+        resolution: pixels a side, or WIDTHxHEIGHT; null is the model's own.
         diversity_features: a vision model (DINOv2, CLIP) or ``lpips:FILE`` to measure diversity by, beside pixels;
             with several images a prompt.
         device: where to run; null takes a GPU where there is one.
@@ -55,7 +56,7 @@ class Evaluate(Comparison):
     tuned: list[Path] | Path
     base: str | None = None
     output_dir: Path | None = None
-    resolution: int | None = None
+    resolution: Resolution = None
     diversity_features: str | None = None
     device: str | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -104,7 +105,7 @@ def beside(source: Path) -> Path:
 
 def evaluate(config: Evaluate) -> dict[str, Any] | None:
     """Sample, score, compare and write; returns what ``scores.json`` holds, in the first process."""
-    require_at_least(1, config, "resolution")
+    sides(config.resolution)
     launched, sources = Launched.here(), config.sources
     device = pick_device(config.device, launched.local)
     bench = config.bench(device)

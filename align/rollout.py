@@ -23,6 +23,7 @@ from pathlib import Path
 from align import families
 from align.common.command import command, parse
 from align.common.errors import require_at_least
+from align.common.resolution import sides
 from align.data.prompts import Prompts, PromptSet
 from align.data.trajectories import RolloutFolder
 from align.evaluation.rollout_writer import RolloutSettings, RolloutWriter, record_of
@@ -36,7 +37,8 @@ from rewards.common.files import locked
 def rollout(config: RolloutSettings) -> Path:
     """Draw what ``config`` says and ``output_dir`` lacks; returns the folder."""
     require_at_least(2, config, "images_per_prompt")
-    require_at_least(1, config, "prompts_per_shard", "limit", "resolution")
+    require_at_least(1, config, "prompts_per_shard", "limit")
+    sides(config.resolution)
     rows = Prompts(config.prompts, config.limit).read()
     scorer = Scorer.of(config.rewards) if config.rewards else None
     with locked(config.output_dir):

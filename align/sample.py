@@ -20,6 +20,7 @@ from torch import Tensor
 from align import families
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
+from align.common.resolution import Resolution, sides
 from align.data.prompts import read_prompts
 from align.evaluation import gallery
 from align.policy.initial_noise import InitialNoise
@@ -47,7 +48,7 @@ class Sample:
         guidance_scale: guidance scale; null is the pipeline's own default.
         seed: picture k starts from seed + k.
         batch_size: pictures drawn at once.
-        resolution: side in pixels; null is the model's own.
+        resolution: pixels a side, or WIDTHxHEIGHT; null is the model's own.
         mixed_precision: the precision of the weights.
         device: where to run; null takes a GPU where there is one.
     """
@@ -62,14 +63,15 @@ class Sample:
     guidance_scale: float | None = None
     seed: int = 0
     batch_size: int = 32
-    resolution: int | None = None
+    resolution: Resolution = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     device: str | None = None
 
 
 def sample(config: Sample) -> Path:
     """Draw and write; returns the folder. Raises :class:`UserError`."""
-    require_at_least(1, config, "images_per_prompt", "num_inference_steps", "batch_size", "resolution")
+    require_at_least(1, config, "images_per_prompt", "num_inference_steps", "batch_size")
+    sides(config.resolution)
     if any(config.output_dir.glob("*.png")):
         raise UserError(f"{config.output_dir} holds pictures already; give another output_dir")
     noise = InitialNoise.load(config.noise) if config.noise else None

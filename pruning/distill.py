@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from align.common import rng
 from align.common.errors import UserError
+from align.common.resolution import Resolution
 from align.data.captioned import ImageBatch
 from align.data.prompts import PromptBatch
 from align.diffusion.process import add_noise
@@ -147,7 +148,7 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
         return next((self._rates[path] for path in paths if path in self._rates), 1.0)
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         sampling = self.sampler.num_inference_steps * self.sampler.evaluations(family)
         return Cost(self.count, self.count + sampling, self.count, sampling=sampling)
 

@@ -73,7 +73,7 @@ def read(
     path: str, split: str | None, caption_column: str | None, image_root: Path | None, limit: int | None
 ) -> Choices:
     """The first ``limit`` rows at ``path``. ``RewardError`` where it has no layout that is understood, or no pair."""
-    layout, _, rows = recognise(path, split, caption_column, image_root)
+    layout, _, rows, _ = recognise(path, split, caption_column, image_root)
     numbers: dict[tuple[str, str], int] = {}
     pairs = Choices(layout, [], [], [], [], [])
     for row in itertools.islice(rows, limit):

@@ -107,7 +107,7 @@ def test_pictures_in_larger_files_cost_one_pass(layouts: dict[str, Path]) -> Non
     items = Images(str(layouts["tar"])).read().items
     assert [item.images[0].data() for item in items] == PICTURES
     assert items[2].images[0].data() == PICTURES[2], "and going back is possible"
-    stream = items[0].images[0].table  # type: ignore[attr-defined]
+    stream = items[0].images[0].table.cells()  # type: ignore[attr-defined]
     asked: list[int] = []
     rows = stream.source.rows
     object.__setattr__(stream.source, "rows", lambda wanted: asked.append(1) or rows(wanted))

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from align.data.captioned import Images
-from align.data.latent_cache import cut
 from align.data.preferences import PreferencePairs
 from align.data.prompts import read_prompts
+from align.data.views import cut
 from rewards import agree
 from rewards.common import files
 from rewards.common.files import atomic

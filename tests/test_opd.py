@@ -797,7 +797,7 @@ class Lines(nn.Module):
 
     cell, unguided_scale = 1, 1.0
 
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+    def latent_shape(self, *_size: int | None) -> tuple[int, int, int]:
         return (1, 2, 2)
 
     def grid(self, steps: int, *_size: int) -> Grid:

@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 from urllib.parse import unquote
 
 from align.common.errors import DataError
+from align.common.resolution import Resolution
 from align.data.dataset import Data, Setup
 from align.data.trajectories import Rollout, RolloutFolder, TrajectoryBatch, TrajectoryPairs
 from rewards.data.records import RECORD_SUFFIXES, Broken, read_records
@@ -210,13 +211,13 @@ class LabelledRollout(Data):
         path: the rollout folder.
         labels: label files, of one kind or several.
         limit: use the first so many pairs.
-        resolution: side in pixels of the sample grid; the pairs have the rollout's own.
+        resolution: of the sample grid, pixels a side or WIDTHxHEIGHT; the pairs have the rollout's own.
     """
 
     path: str
     labels: list[str]
     limit: int | None = None
-    resolution: int | None = None
+    resolution: Resolution = None
 
     batch_type: ClassVar[type] = TrajectoryBatch
 

@@ -7,27 +7,44 @@ import json
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
 from align.common.assets import locate
 from align.common.errors import DataError
-from align.data.dataset import Bad, Data, Example, ExampleSet, Setup, Unlabelled, check_bad
-from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache, Views
-from align.families import tell_truncated
+from align.common.resolution import Resolution, sides
+from align.data.dataset import Bad, Data, Example, ExampleSet, Rows, Setup, check_bad, image_key
+from align.data.example_index import code_of, indexed, listing
+from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache
+from align.data.packed import Storage
+from align.data.text_cache import TextCache
+from align.data.views import Views, buckets_of
 from rewards.data.formats import open_input
 from rewards.data.images import ImageRow, ImageSource
 from rewards.data.paths import no_such_file
-from rewards.data.tables import LazyImage
+from rewards.data.tables import Cells, LazyImage
 from rewards.data.text import caption_fault, clean
 
 logger = logging.getLogger(__name__)
 
 CACHE = "~/.cache/t2i-align"
-# layout, files that it depends on, rows; None: a tie
-Rows = tuple[str, Sequence[Path], Iterable[Example | Bad | Unlabelled | None]]
+# settings of which the rows do not depend
+VIEWS = frozenset(
+    {
+        "limit",
+        "resolution",
+        "aspect_ratio_buckets",
+        "bucket_reso_steps",
+        "center_crop",
+        "random_flip",
+        "variants",
+        "cache_dir",
+        "vae_batch",
+    }
+)
+LIMITS = frozenset({"max_bad_share", "max_contradicted_share", "text_cache", "text_cache_dtype"})
 
 
 @dataclass
@@ -38,20 +55,29 @@ class EncodedData(Data):
         path: a file, a folder or a hub id.
         split: the split of a hub id (default train), or of a folder that holds several.
         limit: use the first so many items.
-        resolution: side of the square images, in pixels; default the model's own.
-        center_crop: cut the square from the middle; otherwise at random.
+        resolution: of the images, pixels a side of squares, or WIDTHxHEIGHT; default the model's own.
+        aspect_ratio_buckets: ``true`` cuts each image to the aspect ratio that is nearest to its own, of all that sides
+            in multiples of ``bucket_reso_steps`` make within as many pixels as ``resolution`` has; a list of sizes,
+            ``[1024x1024, 768x1344, ..]``, takes those. A pair's two images share one. A batch holds one.
+        bucket_reso_steps: pixels between the sides of buckets.
+        center_crop: cut from the middle; otherwise at random.
         random_flip: mirror half of the views.
         variants: how many random views of each item are cached. A pair's two images share crop and flip.
         max_bad_share: stop when more of the rows than this are unusable.
         caption_column: the caption's name, where it is not caption, prompt or text.
         cache_dir: where the encodings are kept; default ``~/.cache/t2i-align``. All ranks must see the same folder.
         vae_batch: images in one call of the VAE.
+        text_cache: where embeddings of captions are kept: on disk, as the latents are; in memory, once they were asked
+            for; or nowhere, and the text encoders, which stay loaded, run at every step.
+        text_cache_dtype: the model's own precision, exact, or float8 (e4m3 with a scale for each token): half of it.
     """
 
     path: str
     split: str | None = None
     limit: int | None = None
-    resolution: int | None = None
+    resolution: Resolution = None
+    aspect_ratio_buckets: bool | list[str] = False
+    bucket_reso_steps: int = 64
     center_crop: bool = True
     random_flip: bool = False
     variants: int = 1
@@ -59,14 +85,18 @@ class EncodedData(Data):
     caption_column: str | None = None
     cache_dir: str | None = None
     vae_batch: int = 8
+    text_cache: TextCache = "disk"
+    text_cache_dtype: Storage = "model"
 
     batch_type: ClassVar[type[EncodedBatch]]
     what: ClassVar[str]  # the items' name in messages and in the cache
 
     def __post_init__(self) -> None:
         self._items: tuple[str, ExampleSet] | None = None
-        if self.variants < 1 or self.vae_batch < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"variants, vae_batch and limit must be positive, found {self}")
+        if min(self.variants, self.vae_batch, self.bucket_reso_steps) < 1 or (
+            self.limit is not None and self.limit < 1
+        ):
+            raise ValueError(f"variants, vae_batch, bucket_reso_steps and limit must be positive, found {self}")
         if self.variants > 1 and self.center_crop and not self.random_flip:
             raise ValueError("all variants would be the same: set center_crop: false or random_flip: true")
 
@@ -74,11 +104,27 @@ class EncodedData(Data):
     def rows(self) -> Rows:
         """What stands at ``path``; no image is read yet. Raises :class:`DataError`."""
 
+    def cells(self) -> Cells | None:
+        """What the :class:`LazyImage`s of :meth:`rows` read from that lie inside larger files; where none do, or no
+        index is to be kept of these, nothing."""
+        return None
+
+    def _key(self) -> str:
+        """The index's name: what the rows depend on."""
+        place = Path(locate(self.path)).expanduser()
+        if place.exists():
+            there = [os.path.realpath(place), listing(place.resolve(), self.cache.resolve())]
+        else:  # of the hub
+            there = [self.path, *(str(image_key(file, {})) for file in self.rows()[1])]
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in VIEWS | LIMITS}
+        key = [type(self).__qualname__, code_of(type(self)), there, settings]
+        return hashlib.sha256(json.dumps(key, default=repr, sort_keys=True).encode()).hexdigest()[:24]
+
     def read(self) -> ExampleSet:
         """The examples, before ``limit``. :class:`DataError` for nothing there, no known layout, or too many bad rows,
         which are listed in :attr:`report`."""
-        layout, files, rows = self.rows()
-        examples = ExampleSet.of(layout, rows, files)
+        examples = indexed(self.cache / "index" / self._key(), self.rows, self.cells)
+        layout = examples.layout
         logger.info("%s (%s): %d %s of %s", self.path, layout, len(examples), self.what, examples.counts())
         check_bad(examples.bad, examples.total, self.max_bad_share, self.report)
         if not examples.items:
@@ -109,21 +155,23 @@ class EncodedData(Data):
         """Encode what the cache lacks, check every row, and open the cache. Raises :class:`DataError` for a data set
         that is unusable, or latents that are not finite."""
         examples = self.items()
-        items = examples.items[: self.limit]
-        resolution = self.resolution or setup.family.resolution
-        views = Views(resolution, self.center_crop, self.random_flip, self.variants, setup.seed)
-        cache = LatentCache(self.cache, self.what, examples, items, views, setup)
-        tell_truncated(setup.family, cache.captions)
+        count = min(len(examples), self.limit or len(examples))
+        height, width = sides(self.resolution or setup.family.resolution)
+        assert height and width
+        sizes = buckets_of((height, width), self.aspect_ratio_buckets, self.bucket_reso_steps)
+        views = Views(sizes, self.center_crop, self.random_flip, self.variants, setup.seed)
+        how = self.text_cache, self.text_cache_dtype
+        cache = LatentCache(self.cache, self.what, examples, count, views, setup, *how)
         cache.encode(self.vae_batch)
         dataset, unreadable = cache.open(self.batch_type)
         # every process sees the same rows here, so that all of them stop or none
         total = (
-            examples.total if len(items) == len(examples) else items[-1].id + 1
+            examples.total if count == len(examples) else examples[count - 1].id + 1
         )  # rows beyond the limit do not count
         bad = sorted((row for row in [*examples.bad, *unreadable] if row.row < total), key=lambda row: row.row)
         check_bad(bad, total, self.max_bad_share, self.report if setup.process_index == 0 else None)
         if not len(dataset):
-            raise DataError(f"{self.path}: none of {len(items)} {self.what} is readable")
+            raise DataError(f"{self.path}: none of {count} {self.what} is readable")
         return dataset
 
 
@@ -150,11 +198,17 @@ class Images(EncodedData):
     what = "images"
 
     def rows(self) -> Rows:
+        place, source = self._source()
+        return json.dumps(source.identity, sort_keys=True), (), _examples(place, source)
+
+    def cells(self) -> Cells:
+        return InOrder(self._source()[1])
+
+    def _source(self) -> tuple[Path, ImageSource]:
         place = Path(locate(self.path)).expanduser()
         if not place.exists():
             raise DataError(f"there is no file or folder {place}; expected captioned images, see align.data.Images")
-        source = open_input(str(place), None, self.caption_column, self.image_column, self.split)
-        return json.dumps(source.identity, sort_keys=True), (), _examples(place, source)
+        return place, open_input(str(place), None, self.caption_column, self.image_column, self.split)
 
 
 def _examples(place: Path, source: ImageSource) -> Iterator[Example | Bad]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from align.common.errors import DataError
+from align.common.resolution import Resolution
 from align.families import Family
 from rewards.common.files import write_text
+from rewards.data.verdicts import contradicted
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,23 @@ class Unlabelled:
     reason: str
 
 
+# layout, files that it depends on, rows; None: a tie
+Rows = tuple[str, Sequence[Path], Iterable[Example | Bad | Unlabelled | None]]
+
+
+def image_key(file: Path, stats: dict[Path, tuple[str, int, int]]) -> tuple[str, int, int]:
+    """A file's true name, size and time, which ``stats`` remembers."""
+    if (known := stats.get(file)) is None:
+        found = os.stat(file)
+        known = stats[file] = os.path.realpath(file), found.st_size, found.st_mtime_ns
+    return known
+
+
+def text_key(text: str) -> bytes:
+    """128 bits that are equal for equal texts."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 @dataclass(frozen=True)
 class ExampleSet:
     """The usable examples of a source of ``layout``, in file order, and what was left out of its ``total`` rows."""
@@ -70,17 +91,33 @@ class ExampleSet:
     bad: list[Bad]
     ties: int
     total: int
-    files: Sequence[Path] = ()
-    unlabelled: int = 0
+    unlabelled: int
+    contradicted: int  # of pairs, how many are there with the other winner too
+    numbers: np.ndarray[Any, np.dtype[np.int32]]  # of each item's caption, in the order in which captions first occur
+    firsts: np.ndarray[Any, np.dtype[np.int32]]  # of each caption, the first item that has it
+    digest: str  # of the images, by the names, sizes and times of their files, and of where in these they lie
+    caption_digest: str
 
     @staticmethod
     def of(layout: str, rows: Iterable[Example | Bad | Unlabelled | None], files: Sequence[Path] = ()) -> ExampleSet:
-        """Sort ``rows`` into examples, bad rows, unlabelled ones and ties (None)."""
+        """Sort ``rows`` into examples, bad rows, unlabelled ones and ties (None), all in memory."""
         kept = list(rows)
         items = [row for row in kept if isinstance(row, Example)]
         bad = [row for row in kept if isinstance(row, Bad)]
         unlabelled = sum(isinstance(row, Unlabelled) for row in kept)
-        return ExampleSet(layout, items, bad, kept.count(None), len(kept), files, unlabelled)
+        sides = ([(item.caption, str(image)) for image in item.images] for item in items if len(item.images) == 2)
+        captions = list(dict.fromkeys(item.caption for item in items))
+        number = {caption: place for place, caption in enumerate(captions)}
+        numbers = np.array([number[item.caption] for item in items], np.int32)
+        stats: dict[Path, tuple[str, int, int]] = {}
+        keys = [[i.id, [(*image_key(image.file, stats), image.row, image.column) for image in i.images]] for i in items]
+        described = [layout, [image_key(file, stats) for file in files], keys]
+        images = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        texts = hashlib.sha256(b"".join(map(text_key, captions))).hexdigest()
+        firsts = np.unique(numbers, return_index=True)[1].astype(np.int32)
+        opposite = contradicted((won, lost) for won, lost in sides)
+        counts = kept.count(None), len(kept), unlabelled, opposite
+        return ExampleSet(layout, items, bad, *counts, numbers, firsts, images, texts)
 
     def counts(self) -> str:
         """What the rows were, in words."""
@@ -140,7 +177,7 @@ class Data(ABC):
     """What a run trains on. ``batch_type`` is what :meth:`prepare`'s result gives; objectives name what they take."""
 
     batch_type: ClassVar[type]
-    resolution: int | None  # pixels a side; None is the model's own
+    resolution: Resolution
     variants: int = 1  # cached views of each item
     multiple: int = 1  # a process has to be given a multiple of so many items
 
@@ -151,6 +188,44 @@ class Data(ABC):
     @abstractmethod
     def prepare(self, setup: Setup) -> Dataset:
         """Encode what is to be encoded."""
+
+
+@runtime_checkable
+class Bucketed(Protocol):
+    """Data whose items are of several sizes; ``buckets`` are the items of each, of which alone a batch is made."""
+
+    buckets: Sequence[Sequence[int]]
+
+
+def batches(data: Dataset, size: int) -> Iterator[Sequence[int]]:
+    """All items, at most ``size`` at a time, of one bucket each."""
+    for bucket in data.buckets if isinstance(data, Bucketed) else [range(len(data))]:
+        for start in range(0, len(bucket), size):
+            yield [int(item) for item in bucket[start : start + size]]
+
+
+def drawn(data: Dataset, size: int, seed: int, step: int) -> list[int]:
+    """The ``size`` items, of one bucket, that step ``step`` trains on, a pure function of ``seed`` and ``step``.
+
+    A bucket of n of N items has n of every N steps, in an order that is shuffled anew every N steps, and goes through
+    its own items in epochs that do not end with those: none is thrown away or filled up, and in N steps every item is
+    drawn ``size`` times. With one bucket this is :func:`shuffled`.
+    """
+    if not isinstance(data, Bucketed) or len(data.buckets) == 1:
+        return shuffled(len(data), size, seed, step)
+    counts = tuple(map(len, data.buckets))
+    cycle, place = divmod(step, sum(counts))
+    turns = _turns(counts, seed, cycle)
+    bucket = int(turns[place])
+    turn = cycle * counts[bucket] + int(np.count_nonzero(turns[:place] == bucket))
+    return [int(data.buckets[bucket][item]) for item in shuffled(counts[bucket], size, seed, turn)]
+
+
+@functools.lru_cache(maxsize=2)
+def _turns(counts: tuple[int, ...], seed: int, cycle: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Which bucket has each step of a cycle."""
+    turns = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
+    return np.random.default_rng([seed, cycle, len(counts)]).permutation(turns)
 
 
 def shuffled(count: int, size: int, seed: int, step: int) -> list[int]:
@@ -164,6 +239,6 @@ def shuffled(count: int, size: int, seed: int, step: int) -> list[int]:
     return [int(_epoch(count, seed, place // count)[place % count]) for place in places]
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch(count: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+@functools.lru_cache(maxsize=2)
+def _epoch(count: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(count, dtype=np.int32))

@@ -10,13 +10,13 @@ from typing import Literal
 
 from align.common.assets import locate
 from align.common.errors import DataError
-from align.data.captioned import EncodedData, Rows
-from align.data.dataset import Bad, Example, ExampleSet, Unlabelled
+from align.data.captioned import EncodedData
+from align.data.dataset import Bad, Example, ExampleSet, Rows, Unlabelled
 from align.data.latent_cache import EncodedBatch
 from rewards.data.pair_rows import PairRow
-from rewards.data.preferences import recognise
+from rewards.data.preferences import Layout, recognise
+from rewards.data.tables import Cells
 from rewards.data.text import clean
-from rewards.data.verdicts import contradicted
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +46,19 @@ class PreferencePairs(EncodedData):
     what = "pairs"
 
     def rows(self) -> Rows:
-        root = Path(self.image_root) if self.image_root else None
-        layout, files, rows = recognise(locate(self.path), self.split, self.caption_column, root)
+        layout, files, rows, _ = self._recognised()
         return layout, files, self._examples(rows)
+
+    def cells(self) -> Cells | None:
+        return self._recognised().cells
+
+    def _recognised(self) -> Layout:
+        root = Path(self.image_root) if self.image_root else None
+        return recognise(locate(self.path), self.split, self.caption_column, root)
 
     def read(self) -> ExampleSet:
         examples = super().read()
-        # the same caption and images, by where these lie
-        keys = ([(e.caption, str(image)) for image in e.images] for e in examples.items)
-        opposite = contradicted((won, lost) for won, lost in keys)
+        opposite = examples.contradicted
         told = f"{self.path}: {opposite} of {len(examples)} pairs are there with the other winner too"
         if opposite > self.max_contradicted_share * len(examples):
             raise DataError(

@@ -12,6 +12,7 @@ import torch
 
 from align.common.assets import locate
 from align.common.errors import DataError
+from align.common.resolution import Resolution
 from align.data.dataset import Data, Setup
 from align.families import Conditioning, Family, tell_truncated
 from rewards.data.records import Broken, caption_of, read_records
@@ -66,12 +67,12 @@ class Prompts(Data):
         path: .jsonl with {"prompt"} and whatever rewards want to know, a JSON list, text with one on each line, or
             ``shapes-prompts``, the embedded world's.
         limit: use the first so many.
-        resolution: side of the images in pixels; default the model's own.
+        resolution: of the images: pixels a side, or WIDTHxHEIGHT; default the model's own.
     """
 
     path: str
     limit: int | None = None
-    resolution: int | None = None
+    resolution: Resolution = None
 
     batch_type: ClassVar[type] = PromptBatch
 
@@ -128,12 +129,12 @@ class TaskPrompts(Data):
     Args:
         tasks: a prompt file (see :class:`Prompts`) for each task; its name becomes ``task`` of its prompts' metadata.
         limit: use the first so many of each.
-        resolution: side of the images in pixels; default the model's own.
+        resolution: of the images: pixels a side, or WIDTHxHEIGHT; default the model's own.
     """
 
     tasks: dict[str, str]
     limit: int | None = None
-    resolution: int | None = None
+    resolution: Resolution = None
 
     batch_type: ClassVar[type] = PromptBatch
 

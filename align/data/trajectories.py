@@ -15,6 +15,7 @@ from torch import Tensor
 from align.common.errors import DataError, UserError
 from align.common.provenance import provenance
 from align.common.renames import upgrade
+from align.common.resolution import Resolution, sides
 from align.data.mapped_files import MappedFiles
 from align.data.prompts import PromptSet
 from align.families import Family
@@ -34,7 +35,7 @@ class RolloutRecord:
     seed: int
     sampler: dict[str, Any]
     shared_noise: bool
-    resolution: int | None
+    resolution: Resolution
     latent_shape: list[int]
     prompts: int
     prompts_digest: str
@@ -217,7 +218,7 @@ class TrajectoryBatch:
                 f"objective.sampler has {differ}, but the trajectories in {folder} were drawn otherwise; set in "
                 f"objective.sampler {expected}"
             )
-        shape, stored = list(family.latent_shape(record.resolution)), record.latent_shape
+        shape, stored = list(family.latent_shape(*sides(record.resolution))), record.latent_shape
         if shape != stored:
             raise UserError(
                 f"{family.source} has latents of shape {shape}, but the trajectories in {folder} have {stored}; "

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from align.common.errors import DataError, UserError
+from align.common.resolution import Resolution
 from align.evaluation.compare import Bench, overall
 from align.evaluation.pictures import PictureFolder
 from align.shapes.world import held_out_prompts
@@ -49,7 +50,7 @@ class Protocol:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     samples_per_prompt: int = 1
-    resolution: int | None = None
+    resolution: Resolution = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from align.common.errors import UserError, require_at_least
+from align.common.resolution import Resolution
 from align.data.prompts import read_prompt_rows
 from align.evaluation.gallery import save_grid, to_pil
 from align.evaluation.intervals import bootstrap, over_tasks
@@ -171,7 +172,7 @@ def draw_and_compare(
     settings: Comparison,
     bench: Bench,
     folder: Path,
-    resolution: int | None = None,
+    resolution: Resolution = None,
     launched: Launched | None = None,
 ) -> Compared | None:
     """Every model, by name, on ``bench``; pictures are kept in ``folder/images/MODEL`` and scores in

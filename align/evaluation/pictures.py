@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from align.common.errors import UserError
+from align.common.resolution import Resolution, sides
 from align.evaluation.gallery import save_png, to_pil
 from align.families import Family
 from align.families.identity import weights_of
@@ -63,12 +64,12 @@ class Drawing:
 
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    resolution: int | None = None
+    resolution: Resolution = None
 
     def resolved(self, family: Family) -> dict[str, Any]:
         """What every number that is measured on the pictures depends on, in words and numbers."""
         steps, scale = self.num_inference_steps, self.guidance_scale
-        _, rows, columns = family.latent_shape(self.resolution)
+        _, rows, columns = family.latent_shape(*sides(self.resolution))
         return {
             "pipeline": type(family.pipe).__name__,
             "sampler": family.prediction_type,

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from align.common.errors import NonFinite
+from align.common.resolution import Resolution, sides
 from align.data.prompts import PromptSet
 from align.data.trajectories import ManifestLine, RolloutFolder, RolloutRecord, describe
 from align.evaluation import gallery
@@ -46,7 +47,7 @@ class RolloutSettings:
         rewards: what the pictures are scored by, for the manifest; nothing trains on it.
         prompts_per_shard: prompts drawn and written at once; the draws do not depend on it.
         half: keep the states in float16, half the disk; ``log_probs`` are of the states before rounding.
-        resolution: side in pixels; null is the model's own.
+        resolution: pixels a side, or WIDTHxHEIGHT; null is the model's own.
         mixed_precision: autocast; the weights are kept in this precision too.
         device: where to run; null takes a GPU where there is one.
     """
@@ -63,7 +64,7 @@ class RolloutSettings:
     rewards: list[RewardConfig] = field(default_factory=list)
     prompts_per_shard: int = 16
     half: bool = False
-    resolution: int | None = None
+    resolution: Resolution = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     device: str | None = None
 
@@ -83,7 +84,7 @@ def record_of(config: RolloutSettings, rows: Sequence[Mapping[str, Any]], family
         sampler=describe(config.sampler, family),
         shared_noise=config.shared_noise,
         resolution=config.resolution,
-        latent_shape=list(family.latent_shape(config.resolution)),
+        latent_shape=list(family.latent_shape(*sides(config.resolution))),
         prompts=len(rows),
         prompts_digest=hashlib.sha256(text.encode()).hexdigest()[:16],
         images_per_prompt=config.images_per_prompt,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from align.families.family import Family
@@ -19,27 +20,52 @@ def token_limits(family: Family) -> dict[str, int]:
     return {name: family.token_limits.get(name, part.model_max_length) for name, part in found.items()}
 
 
-def tell_truncated(family: Family, prompts: Sequence[str]) -> int:
-    """Say on the standard error, by the first process, how many of ``prompts`` every tokenizer of ``family`` cuts; each
-    prompt is told once. Returns the number. What is kept ends with the end token."""
-    limits = token_limits(family)
-    told = _TOLD.setdefault(family, set())
-    fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in told]
-    if not limits or not fresh:
-        return 0
+@dataclass(frozen=True)
+class Truncated:
+    """How many captions every tokenizer cuts, at how many tokens the longest reader of them stops, and one of them."""
+
+    count: int = 0
+    limit: int = 0
+    example: str = ""
+
+    @staticmethod
+    def among(family: Family, captions: Sequence[str]) -> Truncated:
+        cut = truncated(family, captions)
+        return Truncated(len(cut), max(token_limits(family).values()), cut[0][:60]) if cut else Truncated()
+
+    def __add__(self, other: Truncated) -> Truncated:
+        return Truncated(self.count + other.count, max(self.limit, other.limit), self.example or other.example)
+
+    def tell(self, total: int) -> None:
+        """On the standard error, by the first process."""
+        if self.count and int(os.environ.get("RANK", "0")) == 0:
+            print(
+                f"warning: {self.count} of {total} captions are longer than the {self.limit} tokens that the text "
+                f"encoder reads, and are cut there, for example {self.example!r}",
+                file=sys.stderr,
+            )
+
+
+def truncated(family: Family, captions: Sequence[str]) -> list[str]:
+    """Those that every tokenizer of ``family`` cuts. What is kept of one ends with the end token."""
+    if not (limits := token_limits(family)):
+        return []
     words = tokenizers(family.pipe)
     lengths = [  # a token is a byte or more, so that short prompts need no counting
         (prompt, [len(words[name](prompt, truncation=False, verbose=False).input_ids) for name in limits])
-        for prompt in fresh
+        for prompt in captions
         if len(prompt.encode()) + 2 > min(limits.values())
     ]
-    cut = [prompt for prompt, counts in lengths if all(n > limits[k] for n, k in zip(counts, limits, strict=True))]
+    return [text for text, counts in lengths if all(n > limits[k] for n, k in zip(counts, limits, strict=True))]
+
+
+def tell_truncated(family: Family, prompts: Sequence[str]) -> int:
+    """Say on the standard error, by the first process, how many of ``prompts`` every tokenizer of ``family`` cuts; each
+    prompt is told once. Returns the number."""
+    told = _TOLD.setdefault(family, set())
+    fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in told]
+    cut = truncated(family, fresh)
     told.update(cut)
-    if cut and int(os.environ.get("RANK", "0")) == 0:
-        longest = max(limits.values())
-        print(
-            f"warning: {len(cut)} of {len(fresh)} captions are longer than the {longest} tokens that the text encoder "
-            f"reads, and are cut there, for example {cut[0][:60]!r}",
-            file=sys.stderr,
-        )
+    if cut:
+        Truncated(len(cut), max(token_limits(family).values()), cut[0][:60]).tell(len(fresh))
     return len(cut)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from align.data.prompts import PromptBatch
-from align.families import Family
+from align.families import Family, Resolution
 from align.objectives.d3po import D3PO
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
 from align.objectives.online.advantages import PromptHistory, staged_advantages
@@ -103,7 +103,7 @@ class B2DiffuRL(Objective, KeepsState):
         prefix = total - k if self.branches else self.rule.images_per_prompt * (total - k)
         return prompts * (prefix + self.rule.images_per_prompt * k) * (2 if guided else 1)
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         inner = self.update.cost(family, resolution)
         first, last = (len(self.interval(stage)) for stage in (0, self.stages - 1))
         selected = f"best from {self.threshold_best:g}, worst below -{self.threshold_worst:g}"

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch
 from align.data.trajectories import TrajectoryBatch
-from align.families import Family
+from align.families import Family, Resolution
 from align.objectives.losses import ratio_metrics
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
 from align.objectives.online.collect import collect
@@ -91,7 +91,7 @@ class D3PO(Objective, KeepsState):
         """Steps of each trajectory that are trained, where each has noise; see :func:`count_trained`."""
         return count_trained(self.sampler, self.window, self.timestep_fraction)
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         each, steps = self.sampler.evaluations(family), self.sampler.num_inference_steps
         trained = count_trained(self.sampler, self.window, self.timestep_fraction, family)
         bound = self.beta * torch.log(torch.tensor((1 + self.clip_range) / (1 - self.clip_range))).item()

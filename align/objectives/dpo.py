@@ -19,7 +19,7 @@ from torch import Tensor
 from align.common import rng
 from align.data.preferences import PairBatch
 from align.diffusion.process import Reduction, add_noise
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, Resolution, sides
 from align.objectives.losses import PreferenceLoss, TargetSpace, denoising_error, preference_loss
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Reference
 from align.objectives.rows import Rows
@@ -74,8 +74,8 @@ class DPO(Objective):
     def needs(self) -> Needs:
         return Needs((PairBatch,))
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
-        size = math.prod(family.latent_shape(resolution))
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
+        size = math.prod(family.latent_shape(*sides(resolution)))
         other, value = ("sum", self.beta / size) if self.reduction == "mean" else ("mean", self.beta * size)
         return Cost(2, 2, notes={"beta": f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"})
 

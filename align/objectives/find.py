@@ -25,7 +25,7 @@ from align.common.errors import UserError
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch, Prompts
 from align.diffusion.process import Reduction
-from align.families import Family
+from align.families import Family, Resolution, sides
 from align.objectives.losses import clip_fraction, clipped_surrogate
 from align.objectives.noise_memory import FINDRows, NoiseMemory, NoiseSamples, ReplayBy
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, TrainsModule
@@ -91,11 +91,11 @@ class FIND(Objective, KeepsState, TrainsModule):
     def trains(self, family: Family, data: Data) -> InitialNoise:
         if not isinstance(data, Prompts):
             raise UserError(f"FIND learns the noise of single prompts: expected Prompts, got {type(data).__name__}")
-        prompts, shape = [row["prompt"] for row in data.read()], family.latent_shape(data.resolution)
+        prompts, shape = [row["prompt"] for row in data.read()], family.latent_shape(*sides(data.resolution))
         return InitialNoise(prompts, shape, family.source, family.scheduler_name, self.kl_budget, self.typical)
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
-        size, each = math.prod(family.latent_shape(resolution)), self.sampler.evaluations(family)
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
+        size, each = math.prod(family.latent_shape(*sides(resolution))), self.sampler.evaluations(family)
         budget = f"{self.kl_budget:g} nats a dimension" if self.kl_budget else "unbounded"
         steps, scale = self.sampler.num_inference_steps, self.sampler.guidance_scale_of(family)
         drawn = f"{steps} steps, {self.sampler.kernel or 'deterministic'}, guidance {scale:g}"

@@ -29,7 +29,7 @@ from align.common.errors import UserError
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction, add_noise
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, Resolution
 from align.objectives.losses import adaptive_error, denoising_error
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, Reference
 from align.objectives.online.advantages import ScaleRewards, group_advantages, zero_std_mask
@@ -106,7 +106,7 @@ class NFT(Objective, Prepares):
                 "old: average is the moving average of the weights, and none is kept: set ema_decay above 0"
             )
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         rows, each = self.draws_per_image, self.sampler.evaluations(family)
         steps, scale = self.sampler.num_inference_steps, self.sampler.guidance_scale_of(family)
         drawn = f"{steps} steps of {self.sampler.kernel or DDIM()}, guidance {scale:g}"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from align.common import rng
+from align.common.resolution import Resolution
 from align.objectives.rows import Rows
 from align.policy.policy import Policy, Trained
 
@@ -52,7 +53,7 @@ class Context:
     tolerance: float = 1e-3
     features: Features | None = None  # of images, to measure their diversity by
     progress: Callable[[int], object] | None = None
-    resolution: int | None = None  # pixels a side of the images; None is the model's own
+    resolution: Resolution = None  # of the images
 
     @property
     def rewards(self) -> Scorer:
@@ -119,7 +120,7 @@ class Objective(ABC):
         """What it has to be given, at its present settings."""
 
     @abstractmethod
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         """What a sample costs, and notes about hyper-parameters at this latent size."""
 
     @abstractmethod

@@ -22,7 +22,7 @@ from torch import Tensor
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction
-from align.families import Family
+from align.families import Family, Resolution
 from align.objectives.losses import Form, Normalize, divergence
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, Reference
 from align.objectives.online.collect import collect
@@ -106,7 +106,7 @@ class OPD(Objective, Prepares):
         if self.cold_start:
             policy.average_adapters([teacher.name for teacher in self.teachers if isinstance(teacher, LoRATeacher)])
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         scale, steps = self._guidance(family), self.trained_steps
         each = family.evaluations(scale)
         scales = [teacher.scale(self.sampler, family) for teacher in self.teachers]

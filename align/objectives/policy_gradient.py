@@ -23,7 +23,7 @@ from torch import Tensor
 
 from align.data.prompts import PromptBatch
 from align.diffusion.process import Reduction, append_dims, reduce_dims
-from align.families import Family
+from align.families import Family, Resolution, sides
 from align.objectives.losses import clip_fraction, clipped_surrogate, ratio_metrics
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
 from align.objectives.online.advantages import Advantage, AdvantageRule, PromptHistory, ScaleRewards
@@ -108,8 +108,8 @@ class PolicyGradient(Objective, KeepsState):
     def keeps_means(self) -> bool:  # of the steps as they were drawn
         return self.step_normalisation == "guard"
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
-        size, each = math.prod(family.latent_shape(resolution)), self.sampler.evaluations(family)
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
+        size, each = math.prod(family.latent_shape(*sides(resolution))), self.sampler.evaluations(family)
         rows = count_trained(self.sampler, self.window, self.timestep_fraction, family)
         frozen = (self.sampler.num_inference_steps + (rows if self.beta else 0)) * each
         nats = self.clip_range * (size if self.reduction == "mean" else 1)

@@ -25,7 +25,7 @@ from align.common import rng
 from align.common.errors import UserError
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch, Prompts
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, Resolution, sides
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, TrainsModule
 from align.objectives.online.rewards import Scorer
 from align.objectives.rows import SHARED, Rows
@@ -111,7 +111,7 @@ class ReNO(Objective, TrainsModule, Prepares):
                 f"ReNO learns the noise of single prompts: expected data: Prompts, got {type(data).__name__}"
             )
         prompts = [row["prompt"] for row in data.read()]
-        shape = family.latent_shape(data.resolution)
+        shape = family.latent_shape(*sides(data.resolution))
         return BestNoise(prompts, shape, family.source, family.scheduler_name, self.noise_seed)
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
@@ -119,7 +119,7 @@ class ReNO(Objective, TrainsModule, Prepares):
         if scorer and (blind := [name for name in scorer.weights if not differentiable[name]]):
             raise UserError(f"ReNO needs differentiable rewards, {', '.join(blind)} has no gradient; use FIND for it")
 
-    def cost(self, family: Family, resolution: int | None) -> Cost:
+    def cost(self, family: Family, resolution: Resolution) -> Cost:
         each = family.evaluations(self._guidance(family))
         return Cost(self.num_inference_steps * each, 0)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from align.common import rng
 from align.common.errors import UserError
+from align.common.resolution import Resolution, sides
 from align.diffusion.process import Reduction, reduce_dims
 from align.families import Family, stock_latents, stock_scheduler
 from align.policy.policy import Trained
@@ -181,13 +182,13 @@ class InitialNoise(Trained):
         found.left["mean"].data, found.left["log_std"].data = mean, std.clamp(min=FLOOR).log()
         return found
 
-    def check(self, family: Family, resolution: int | None = None) -> None:
+    def check(self, family: Family, resolution: Resolution = None) -> None:
         """Raise :class:`UserError` where this noise was learned for another model, shape or scheduler."""
         wrong = []
         if family.source != self.source:
             wrong.append(f"model {self.source!r}, not {family.source!r}")
-        if family.latent_shape(resolution) != self.shape:
-            wrong.append(f"latents of {self.shape}, not {family.latent_shape(resolution)}")
+        if family.latent_shape(*sides(resolution)) != self.shape:
+            wrong.append(f"latents of {self.shape}, not {family.latent_shape(*sides(resolution))}")
         if family.scheduler_name != self.scheduler:
             wrong.append(f"scheduler {self.scheduler}, not {family.scheduler_name}")
         if wrong:

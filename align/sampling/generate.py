@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from align.common.resolution import Resolution, sides
 from align.families import Family, tell_truncated
 from align.sampling.loop import Predictor, initial_noise, sample
 
@@ -25,13 +26,13 @@ def draw(
     seeds: Sequence[Sequence[int]],
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
-    resolution: int | None = None,
+    resolution: Resolution = None,
     initial: Callable[[Sequence[str], Tensor], Tensor] = as_drawn,
 ) -> Iterator[Tensor]:
     """The pictures of every batch of ``prompts`` as :func:`sample_images` draws them, a batch at a time."""
     tell_truncated(family, [prompt for batch in prompts for prompt in batch])
     steps = family.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-    grid, shape = family.grid(steps, resolution), family.latent_shape(resolution)
+    grid, shape = family.grid(steps, *sides(resolution)), family.latent_shape(*sides(resolution))
     scale = family.default_guidance_scale if guidance_scale is None else guidance_scale
     for texts, numbers in zip(prompts, seeds, strict=True):
         x = initial(texts, initial_noise(shape, numbers)).to(family.device)
@@ -48,7 +49,7 @@ def sample_images(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 32,
-    resolution: int | None = None,
+    resolution: Resolution = None,
     progress: str | None = None,
     initial: Callable[[Sequence[str], Tensor], Tensor] = as_drawn,
 ) -> Tensor:

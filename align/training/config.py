@@ -13,6 +13,7 @@ import align.data
 import align.objectives  # noqa: F401  imported, so that `--objective DPO` needs no import path
 from align import families
 from align.common.errors import UserError, require_at_least
+from align.common.resolution import sides
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch
 from align.objectives import Objective
@@ -176,7 +177,7 @@ class TrainConfig:
         families.find(self.pretrained_model_name_or_path, self.revision)
         for data in (self.data, self.validation_data):
             if data is not None:
-                require_at_least(1, data, "resolution")
+                sides(data.resolution)
                 data.check()
 
     @property

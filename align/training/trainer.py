@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from align.common import rng
 from align.common.command import dumped
-from align.data.dataset import Setup, shuffled
+from align.data.dataset import Setup, drawn
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
 from align.objectives.rows import Rows
@@ -179,7 +179,7 @@ class Trainer:
             progress=drawing(bar, mine, check) if bar is not None and self.scorer is not None else None,
         )
         items = range(first // self.sizes.group, (first + mine - 1) // self.sizes.group + 1)
-        chosen = shuffled(len(self.data), self.sizes.samples // self.sizes.group, config.seed, self.rollouts)
+        chosen = drawn(self.data, self.sizes.samples // self.sizes.group, config.seed, self.rollouts)
         views = (rng.uniform(ctx.generators("view")) * config.data.variants).long().tolist()[: len(items)]
         batch = self.data.batch([chosen[item] for item in items], views)
         self.last = copy.deepcopy(self._state())  # what a rollout that is given up goes back to

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from align.common.errors import UserError
-from align.data.dataset import Dataset
+from align.data.dataset import Dataset, batches
 from align.data.prompts import PromptSet
 from align.evaluation.gallery import save_grid
 from align.families import Family
@@ -44,8 +44,7 @@ def validation_metrics(objective: Objective, policy: Policy, data: Dataset, batc
     """The objective's loss and metrics over all of ``data``, each item with draws of its own that are the same at every
     call; means over items, but for what is called a maximum."""
     sums: dict[str, float] = {}
-    for start in range(0, len(data), batch_size):
-        index = range(start, min(start + batch_size, len(data)))
+    for index in batches(data, batch_size):
         ctx = Context(policy, 0, -1, index)
         table = objective.rollout(ctx, data.batch(index))
         for chunk in table.chunks(batch_size):

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what a file system without locks says
+_threads = threading.RLock()  # the system's locks are a process's, not a thread's
 _locked: set[Path] = set()  # by this process, which the system lets lock twice
 
 
@@ -118,6 +120,21 @@ def locked(folder: Path, passing: bool = False) -> Iterator[None]:
         if made or passing:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Lets the processes and threads that name the same ``path`` through one after the other, where its file system has
+    locks; each should look whether what it wants to make is there by then. The folder of ``path`` is made."""
+    with _threads, contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.with_name(f".{path.name}.lock").open("a"))
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise WriteError(f"cannot write {path}: {error.strerror}") from error
+        yield
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rewards.common.errors import DataError
-from rewards.data.tables import Table, columns_of, text_columns
+from rewards.data.tables import VALUES, Table, columns_of, text_columns
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,10 @@ class ArrowTable:
 
     def column(self, name: str, limit: int | None = None) -> list[Any]:
         return list(self.dataset.select_columns([name])[:limit][name])
+
+    def values(self, name: str) -> Iterator[Any]:
+        for batch in self.dataset.select_columns([name]).iter(VALUES):
+            yield from batch[name]
 
     def home(self, row: int) -> Path:
         return self.files[0] if self.files else Path()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,11 @@ class PairRow:
 
 
 # Rows of tables
-def column_of(table: Table, name: str | None) -> Sequence[Any]:
-    return table.column(name) if name is not None and name in table.names else [None] * len(table)
+def column_of(table: Table, name: str | None) -> Iterator[Any]:
+    return table.values(name) if name is not None and name in table.names else itertools.repeat(None, len(table))
 
 
-def cells_of(table: Table, name: str) -> Sequence[Any]:
+def cells_of(table: Table, name: str) -> Iterator[Any]:
     """An image column's texts; None where the images are inside, which are read when somebody looks."""
     return column_of(table, name if name in table.texts else None)
 
@@ -94,21 +94,21 @@ class _Source:
 def pairs_of(table: Table, root: Path | None, text: str, names: tuple[str, str], told: str | None) -> Iterator[PairRow]:
     """Two columns of images; the first is the winner, or column ``told`` says which is."""
     source = _Source(table, root)
-    table.select(names, others=False)
     votes = next((name for name in VOTES if name in table.names), None)
-    labels, others = column_of(table, told), column_of(table, "label_1" if told == "label_0" else None)
-    counted = counts_from_one(labels) if names == ("image_a", "image_b") else False
+    counted = counts_from_one(column_of(table, told)) if names == ("image_a", "image_b") else False
     columns = [column_of(table, name) for name in (text, votes, "has_label", "are_different")]
+    marks = [column_of(table, told), column_of(table, "label_1" if told == "label_0" else None)]
     sides = [cells_of(table, name) for name in names]
-    for row, (caption, counts, has_label, differ) in enumerate(zip(*columns, strict=True)):
+    for row, (caption, counts, has_label, differ, label, other, *both) in enumerate(
+        zip(*columns, *marks, *sides, strict=True)
+    ):
         if row in table.problems:
             yield source.problem(row, table.problems[row])
         elif is_false(has_label) or is_false(differ):
             reason = "has_label is false" if is_false(has_label) else "are_different is false"
             yield PairRow(table.where(row), caption, unlabelled=reason)
         else:
-            share = _share(labels[row], others[row], told, names, counted) if told else 1.0
-            both = [cells[row] for cells in sides]
+            share = _share(label, other, told, names, counted) if told else 1.0
             empty = any(name in table.texts and not cell for name, cell in zip(names, both, strict=True))
             if isinstance(share, str):
                 yield source.problem(row, share)
@@ -169,9 +169,7 @@ def _numbers(value: object, count: int) -> list[float] | None:
 def ranked_lists(table: Table, root: Path | None, text: str, images: str, mark: str) -> Iterator[PairRow]:
     """Rows with a list of images and one of marks, of which every two images are a pair, or with the best one's number,
     which wins over each other one."""
-    source = _Source(table, root)
-    table.select([images], others=False)
-    spread = Spread(table, images)
+    source, spread = _Source(table, root), Spread(table, images)
     columns = [column_of(table, name) for name in (text, mark, "raw_annotations")]
     for row, (caption, marks, raw), cells in zip(
         range(len(table)), zip(*columns, strict=True), cells_of(table, images), strict=True
@@ -222,8 +220,7 @@ def one_image_a_row(table: Table, root: Path | None, text: str, image: str, mark
     """ImageRewardDB's rows: an image, its prompt and its rank among those of the same ``group``, of which every two are
     a pair."""
     source = _Source(table, root)
-    table.select([image], others=False)
-    captions, cells = column_of(table, text), cells_of(table, image)
+    captions, cells = list(column_of(table, text)), list(cells_of(table, image))
     groups: dict[str, list[tuple[int, float]]] = {}
     for row, (key, value) in enumerate(zip(column_of(table, group), column_of(table, mark), strict=True)):
         if row in table.problems:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
+NO_SUCH_FILE = "no such file"  # how the reason of a row begins whose file is not there
 EXPECTED = frozenset({".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".html"})
 
 
@@ -26,11 +27,11 @@ def locate_file(root: Path, name: str) -> Path:
 def no_such_file(path: Path, root: Path, name: str | None = None) -> str:
     """What to say where ``path``, which a row calls ``name``, is not there: with the file that comes nearest to it."""
     if len(str(path)) > 1024:
-        return f"no such file: a name of {len(str(path))} characters"
+        return f"{NO_SUCH_FILE}: a name of {len(str(path))} characters"
     parts = _parts(name or str(path))
     tails = (_walk(root, parts[start:], _loose) for start in range(len(parts)))
     nearest = _walk(Path("/"), _parts(str(path)), _loose) or next(filter(None, tails), None)
-    return f"no such file: {path}" + (f"; the nearest that is there is {nearest}" if nearest else "")
+    return f"{NO_SUCH_FILE}: {path}" + (f"; the nearest that is there is {nearest}" if nearest else "")
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -24,15 +24,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from rewards.common.errors import DataError
-from rewards.data.arrow_tables import hub_table, is_hub_id, is_saved, saved_table
+from rewards.data.arrow_tables import Spread, hub_table, is_hub_id, is_saved, saved_table
 from rewards.data.formats import mention_columns
 from rewards.data.images import IMAGE_SUFFIXES
 from rewards.data.pair_rows import MARKS, PairRow, one_image_a_row, pairs_of, ranked_lists
 from rewards.data.paths import visible
 from rewards.data.records import RECORD_SUFFIXES, caption_column, read_records
-from rewards.data.tables import LazyImage, ParquetTable, RecordTable, Table
+from rewards.data.tables import Cells, LazyImage, ParquetTable, RecordTable, Table
 from rewards.data.text import read_text
 
 EXPECTED = (
@@ -52,8 +53,15 @@ SPLITS = frozenset(
 )
 
 
-# Finding the layout. Each reader gives (layout, files read, rows).
-Layout = tuple[str, list[Path], Iterable[PairRow]]
+# Finding the layout
+class Layout(NamedTuple):
+    """What a path holds: its layout, the files read, its rows, and what the images of these are read from where they
+    lie inside a larger file."""
+
+    name: str
+    files: list[Path]
+    rows: Iterable[PairRow]
+    cells: Cells | None = None
 
 
 def recognise(path: str, split: str | None, caption: str | None, root: Path | None) -> Layout:
@@ -152,15 +160,18 @@ def _table(what: str, table: Table, source: object, caption: str | None, root: P
         columns = ", ".join((text, *pairs[0], *([told] if told else [])))
         kind = "pairs" if records else "columns"
         kind = "Pick-a-Pic" if told == "label_0" else "imagefolder" if Path(what).stem == "metadata" else kind
-        return f"{kind} ({columns}), {what}", table.files, pairs_of(table, root, text, pairs[0], told)
+        table.select(pairs[0], others=False)
+        return Layout(f"{kind} ({columns}), {what}", table.files, pairs_of(table, root, text, pairs[0], told), table)
     if text and images and mark:
         columns = f"({text}, {images[0]}, {mark}), {what}"
+        table.select(images[:1], others=False)
         if mark == "best" or any(isinstance(value, list) for value in table.column(mark, 100)):
             kind = {"ranking": "ImageReward", "best": "best of a list"}.get(mark, "HPDv2")
-            return f"{kind} {columns}", table.files, ranked_lists(table, root, text, images[0], mark)
+            rows, spread = ranked_lists(table, root, text, images[0], mark), Spread(table, images[0])
+            return Layout(f"{kind} {columns}", table.files, rows, spread)
         group = "prompt_id" if "prompt_id" in names else text
         rows = one_image_a_row(table, root, text, images[0], mark, group)
-        return f"one row an image, grouped by {group} {columns}", table.files, rows
+        return Layout(f"one row an image, grouped by {group} {columns}", table.files, rows, table)
     wanted = f" (caption_column {caption!r})" if caption else ""
     raise DataError(f"{source} has {sorted(names)}, which is no layout that is understood{wanted}; {EXPECTED}")
 
@@ -193,4 +204,4 @@ def _siblings(folder: Path, winners: str, losers: str) -> Layout:
                 yield PairRow(f"{folder}: {stem}", caption, (LazyImage(won[stem][0]), LazyImage(lost[stem][0])))
 
     files = [file for group in texts.values() for file in group]
-    return f"sibling folders {winners}/ {losers}/ with captions as text files", files, rows()
+    return Layout(f"sibling folders {winners}/ {losers}/ with captions as text files", files, rows())

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk0", "Qk1", "SUkq", "TU0AK")  # how encoded images begin
 URL = re.compile("[a-z][a-z0-9]+://")
+VALUES = 4096  # rows of a column in memory at a time
 TEXT = re.compile(r"(large_)?list<\w+: (large_)?string>|(large_)?string")
 
 
@@ -49,6 +50,9 @@ class Table(Protocol):
 
     def column(self, name: str, limit: int | None = None) -> list[Any]:
         """The values of a column, of the first ``limit`` rows."""
+
+    def values(self, name: str) -> Iterator[Any]:
+        """:meth:`column`, a few rows at a time."""
 
     def record(self, row: int) -> dict[str, Any]:
         """The selected columns of a row; rows in order cost one pass."""
@@ -172,6 +176,9 @@ class RecordTable:
     def column(self, name: str, limit: int | None = None) -> list[Any]:
         return [row.get(name) for row in self.rows[:limit]]
 
+    def values(self, name: str) -> Iterator[Any]:
+        return (row.get(name) for row in self.rows)
+
     def home(self, row: int) -> Path:
         return self.files[0]
 
@@ -228,9 +235,16 @@ class ParquetTable:
         if limit is not None:
             batch = next(pq.ParquetFile(self.files[0]).iter_batches(limit, columns=[name]), None)
             return [] if batch is None else _values(self.files[0], name, batch.column(0))
-        return [
-            value for file in self.files for value in _values(file, name, pq.read_table(file, columns=[name])[name])
-        ]
+        return list(self.values(name))
+
+    def values(self, name: str) -> Iterator[Any]:
+        import pyarrow.parquet as pq
+
+        for file in self.files:
+            start = 0
+            for batch in pq.ParquetFile(file).iter_batches(VALUES, columns=[name]):
+                yield from _values(file, name, batch.column(0), start)
+                start += len(batch)
 
     def home(self, row: int) -> Path:
         return self.groups[bisect_right(self.starts, row) - 1][0]
@@ -256,12 +270,12 @@ class ParquetTable:
         return f"{self.home(row)} row {row}"
 
 
-def _values(file: Path, name: str, column: Any) -> list[Any]:
-    """A column's values; ``DataError`` names the row whose text is not UTF-8, which pyarrow does not."""
+def _values(file: Path, name: str, column: Any, start: int = 0) -> list[Any]:
+    """A column's values from row ``start``; ``DataError`` names the row that is not UTF-8, which pyarrow does not."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        for row, value in enumerate(column):
+        for row, value in enumerate(column, start):
             try:
                 value.as_py()
             except UnicodeDecodeError as error:

@@ -591,6 +591,47 @@ def _full_size() -> str:
     return "\n".join(lines)
 
 
+def _data_size() -> str:
+    found = load("data_size")
+    lines = [
+        f"**Data at size** ({found['date']}, {found['hardware']}): CPU seconds, and in brackets the most anonymous "
+        "memory in MiB, of a process that starts on so many 64-pixel pairs (the rows read into an index, or the index "
+        "mapped) and of one that encodes them or finds them encoded; the autoencoder and the text encoder are "
+        "stand-ins, so that it is what is around them that is measured",
+        "",
+        "| pairs | first start | later starts | encode | find encoded | index, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    encoded = {entry["pairs"]: entry for entry in found["encode"]}
+    for entry in found["start"]:
+        both = [entry["first"], entry["second"]]
+        both += [encoded[entry["pairs"]][name] for name in ("first", "second")] if entry["pairs"] in encoded else []
+        cells = [f"{one['cpu_seconds']:.3g} ({one['anonymous_mib']:.0f})" for one in both]
+        cells += [""] * (4 - len(cells))
+        lines.append(f"| {entry['pairs']:,} | {' | '.join(cells)} | {entry['index_bytes'] / 1e6:.1f} |")
+    kill, texts = found["kill"], found["texts"]
+    lines += [
+        "",
+        f"Killed with {kill['there_at_the_kill']} of {kill['shards']} shards of {kill['pairs']:,} pairs there: "
+        f"{kill['of_these_kept']} are kept, the rest is encoded, and every tensor is "
+        f"{'the same' if kill['same_tensors'] else 'NOT the same'} as of a run that nobody killed.",
+        "",
+        f"| captions on disk | kB each, as tensors | `disk` | with `float8` | GB of {texts['prompts']:,} "
+        "(Pick-a-Pic's prompts): as tensors, `disk`, `float8` |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in texts["bytes_a_caption"]:
+        sizes = [entry[name] for name in ("as_tensors", "disk", "float8")]
+        whole = ", ".join(f"{size * texts['prompts'] / 1e9:.1f}" for size in sizes)
+        lines.append(f"| {entry['model']} | {' | '.join(f'{size / 1e3:.0f}' for size in sizes)} | {whole} |")
+    lines += [
+        "",
+        "`memory` and `none` write nothing. SD3.5 attends to T5's padding, which differs from prompt to prompt and is "
+        "kept; what is dropped there is zeros beside CLIP's features.",
+    ]
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd", "Diffusion-DPO"),
     "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3", "Diffusion-DPO without guidance"),
@@ -618,6 +659,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "overhead": _overhead,
     "overhead_online": _overhead_online,
     "parallel": _parallel,
+    "data_size": _data_size,
     "faults": _faults,
     "families": _families,
     "full_size": _full_size,

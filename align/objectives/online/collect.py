@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from align.common import rng
+from align.common.resolution import sides
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import Gaussian, WindowedKernel
 from align.objectives.objective import Context
@@ -98,8 +99,8 @@ def collect(
     Raises :class:`UserError` where a kept step has no noise, and so no likelihood to train on.
     """
     family = ctx.policy.family
-    shape = family.latent_shape(ctx.resolution)
-    grid = family.grid(sampler.num_inference_steps, ctx.resolution)
+    shape = family.latent_shape(*sides(ctx.resolution))
+    grid = family.grid(sampler.num_inference_steps, *sides(ctx.resolution))
     guidance_scale = sampler.guidance_scale_of(family)
     kernel = sampler.kernel_of(family)
     if likelihood and stochastic is not None:
@@ -182,8 +183,8 @@ def collect_prefix(ctx: Context, sampler: Sampler, batch: PromptBatch, group_siz
     """Every prompt's trajectory up to step ``end``, sampled once, as the start of each of its images."""
     family = ctx.policy.family
     prompts = sorted({position // group_size for position in ctx.sample_indices})
-    shape = family.latent_shape(ctx.resolution)
-    grid = family.grid(sampler.num_inference_steps, ctx.resolution)
+    shape = family.latent_shape(*sides(ctx.resolution))
+    grid = family.grid(sampler.num_inference_steps, *sides(ctx.resolution))
     states = []
     for part in torch.arange(len(prompts)).split(sampler.batch_size):
         numbers = [prompts[k] for k in part.tolist()]

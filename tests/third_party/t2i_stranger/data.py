@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.data.captioned import EncodedData, Rows
-from align.data.dataset import Bad, Example
+from align.data.captioned import EncodedData
+from align.data.dataset import Bad, Example, Rows
 from align.data.preferences import PairBatch
 from rewards.data.tables import LazyImage
 
