@@ -369,6 +369,27 @@ def _overhead_online() -> str:
     )
 
 
+def _peers() -> str:
+    found = load("peers")
+    lines = [
+        f"**Beside other repositories** ({found['date']}, {found['hardware']}): their scripts, as they are, and ours on "
+        "the embedded pipelines, float32, in turn on one thread; medians. User CPU seconds an iteration once it runs, peak "
+        "resident memory with libraries and start-up. [`peers.py`](peers.py) says what an iteration is.",
+        "",
+        "| repository | runs | theirs, s | ours, s | ratio | theirs, MB | ours, MB | ratio | options of ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in found["peers"].items():
+        theirs, ours, ratio = entry["theirs"], entry["ours"], entry["ratio"]
+        options = " ".join(f"`{option}`" for option in entry["options"]) or "none"
+        lines.append(
+            f"| {name} ({entry['commit'][:7]}) | {entry['runs']} | {theirs['seconds']:.2f} | {ours['seconds']:.2f} "
+            f"| {ratio['seconds']:.2f} | {theirs['peak_mb']:.0f} | {ours['peak_mb']:.0f} | {ratio['peak_mb']:.2f} "
+            f"| {options} |"
+        )
+    return "\n".join(lines)
+
+
 def _shapes() -> str:
     found = load("shapes_reward")
     return f"**The reward that looks** ({found['date']}): {found['summary']}"
@@ -598,6 +619,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "pretrain": _pretrain,
     "overhead": _overhead,
     "overhead_online": _overhead_online,
+    "peers": _peers,
     "faults": _faults,
     "families": _families,
     "full_size": _full_size,
