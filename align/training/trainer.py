@@ -204,7 +204,7 @@ class Trainer:
                 fresh = epoch == k == 0
                 chunks = list(order.take(torch.arange(len(order))[parts[rank]]).chunks(config.train_batch_size))
                 sizes = [part.stop - part.start for part in parts]
-                metrics = self.update(dataclasses.replace(ctx, on_policy=fresh), chunks, batch.ids, sizes)
+                metrics = self.update(dataclasses.replace(ctx, on_policy=fresh, checks=[]), chunks, batch.ids, sizes)
                 yield metrics | (measured | {"rollout": self.rollouts} if fresh and measured else {})
 
     def update(
@@ -228,6 +228,8 @@ class Trainer:
                     totals[name] = torch.maximum(totals.get(name, value), value)
                 else:
                     totals[name] = totals.get(name, 0) + value * share
+        for check in ctx.checks or ():
+            check()
         norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
         values = {**merged(totals, gather_text_of(accelerator)), "grad_norm": norm.item()}
         require_finite(

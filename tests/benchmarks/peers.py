@@ -17,9 +17,9 @@ iterations are not in it; ``whole`` has all of the process. Peak memory is the p
 start-up with it. What either does a step:
 
 - ``diffusers``, ``train_diffusion_dpo.py``, shapes-sd, rank 16 on the same four layers, batches of 16 pairs of 256,
-  AdamW, clipping, loss logged each step. It decodes, encodes by VAE and text encoder at every step, which is what it is;
-  we read these from the cache, which ``whole`` has the making of. Both then pass 32 rows through the reference and the
-  policy, and back.
+  AdamW, clipping, loss logged each step. It decodes, encodes by VAE and text encoder at every step, which is what it
+  is; we read these from the cache, which ``whole`` has the making of. Both then pass 32 rows through the reference and
+  the policy, and back.
 - ``ddpo-pytorch``, ``scripts/train.py``, shapes-sd, rank 4 (theirs). An iteration draws 32 pictures in 10 guided steps,
   16 at once, scores each JPEG's size, and trains on every step of every picture once, 16 guided rows at once, forward
   and back: two optimizer steps of 160 rows. Both normalise by prompt with a history of 16 scores.
