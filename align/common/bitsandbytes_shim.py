@@ -1,6 +1,6 @@
 """Imports bitsandbytes without torch's compiler.
 
-diffusers imports bitsandbytes wherever it is installed, and that hands functions of its CPU backend to ``torch.compile``
+diffusers imports bitsandbytes wherever it is installed, which hands functions of its CPU backend to ``torch.compile``
 as it is imported: a second of CPU and 50 MB for what hardly a run calls. Here each is compiled when it is called first.
 """
 

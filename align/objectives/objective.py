@@ -63,6 +63,11 @@ class Context:
             raise RuntimeError("this objective learns from rewards, and the context has none")
         return self.scorer
 
+    def settle(self) -> None:
+        """Ask what waits in ``checks``; each raises what it finds wrong."""
+        for check in self.checks or ():
+            check()
+
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One generator for each sample of the local batch, keyed by (seed, purpose, step, position)."""
         return [rng.generator(self.seed, purpose, self.step, position) for position in self.sample_indices]

@@ -74,6 +74,7 @@ class Trainer:
             objective.reference == "start",
             objective.trains(self.family, config.data) if isinstance(objective, TrainsModule) else None,
             objective.around_packed,
+            config.compile,
         )
         self.scorer = config.scorer()
         if isinstance(objective, Prepares):
@@ -228,8 +229,7 @@ class Trainer:
                     totals[name] = torch.maximum(totals.get(name, value), value)
                 else:
                     totals[name] = totals.get(name, 0) + value * share
-        for check in ctx.checks or ():
-            check()
+        ctx.settle()
         norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
         values = {**merged(totals, gather_text_of(accelerator)), "grad_norm": norm.item()}
         require_finite(

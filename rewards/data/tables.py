@@ -228,9 +228,8 @@ class ParquetTable:
         if limit is not None:
             batch = next(pq.ParquetFile(self.files[0]).iter_batches(limit, columns=[name]), None)
             return [] if batch is None else _values(self.files[0], name, batch.column(0))
-        return [
-            value for file in self.files for value in _values(file, name, pq.read_table(file, columns=[name])[name])
-        ]
+        tables = ((file, pq.ParquetFile(file).read([name])) for file in self.files)  # read_table imports pandas
+        return [value for file, table in tables for value in _values(file, name, table[name])]
 
     def home(self, row: int) -> Path:
         return self.groups[bisect_right(self.starts, row) - 1][0]

@@ -372,9 +372,9 @@ def _overhead_online() -> str:
 def _peers() -> str:
     found = load("peers")
     lines = [
-        f"**Beside other repositories** ({found['date']}, {found['hardware']}): their scripts, as they are, and ours on "
-        "the embedded pipelines, float32, in turn on one thread; medians. User CPU seconds an iteration once it runs; "
-        "peak resident memory, libraries and start-up included. [`peers.py`](peers.py) says what an iteration is.",
+        f"**Beside other repositories** ({found['date']}, {found['hardware']}): their scripts, as they are, and ours "
+        "on the embedded pipelines, float32, in turn on one thread; medians. User CPU seconds an iteration once it "
+        "runs; peak resident memory, libraries and start-up included. [`peers.py`](peers.py) says what's in each.",
         "",
         "| repository | runs | theirs, s | ours, s | ratio | theirs, MB | ours, MB | ratio | options of ours |",
         "|---|---|---|---|---|---|---|---|---|",
