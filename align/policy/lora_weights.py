@@ -132,12 +132,10 @@ class LoRAWeights(Weights):
         torch.clear_autocast_cache()  # it would answer with the half-precision copies of the weights that were there
 
     def _switch(self, on: bool) -> None:
-        # peft freezes adapters when it turns them off and unfreezes all when it turns them on, also what lr_scale froze
-        flags = [(p, p.requires_grad) for layer in self.layers for p in layer.parameters()]
+        # not enable_adapters(), which freezes adapters when it turns them off and unfreezes all when it turns them on, also
+        # what lr_scale froze, in a hundredth of a small model's step
         for layer in self.layers:
-            layer.enable_adapters(on)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            layer._disable_adapters = not on
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Load the LoRA in ``folder`` beside the one that trains: frozen, silent but within :meth:`adapter`."""

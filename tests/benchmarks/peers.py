@@ -258,17 +258,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     peers = [(peer, checkout) for checkout in args.checkouts for peer in recognised(checkout)]
     more = [f"--{option}" for option in args.ours]
-    figures = {
-        peer.name: compared(peer, checkout, 1 if args.quick else args.runs, 1 if args.quick else peer.counted, more)
-        for peer, checkout in peers
-    }
-    if not args.quick:
-        from tests.benchmarks import RESULTS, record
-
-        file = RESULTS / "peers.json"
-        earlier = json.loads(file.read_text())["peers"] if file.exists() else {}
-        record("peers", {"peers": earlier | figures})
+    figures: dict[str, Any] = {}
+    for peer, checkout in peers:
+        runs, counted = (1, 1) if args.quick else (args.runs, peer.counted)
+        figures[peer.name] = compared(peer, checkout, runs, counted, more)
+        if not args.quick:
+            keep(figures)
     print(json.dumps(figures))
+
+
+def keep(figures: dict[str, Any]) -> None:
+    """Put ``figures`` beside what ``results/peers.json`` has of other repositories."""
+    from tests.benchmarks import RESULTS, record
+
+    file = RESULTS / "peers.json"
+    earlier = json.loads(file.read_text())["peers"] if file.exists() else {}
+    record("peers", {"peers": earlier | figures})
 
 
 if __name__ == "__main__":
