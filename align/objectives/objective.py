@@ -38,8 +38,8 @@ class Context:
     ``sample_indices`` are the places of this process's samples (pairs, images) in the global batch of this step, so
     that every process draws the numbers that a single process would have drawn for the same samples. ``gather`` joins a
     tensor (B, ...) over all processes in their order, on the CPU. ``on_policy`` says that the weights are still those
-    which made the rollout: a likelihood ratio must then be 1 within ``tolerance``. What has to be asked of a GPU before
-    the optimizer steps waits in ``checks``, where there are any.
+    which made the rollout: a likelihood ratio must then be 1 within ``tolerance``, which is asked before the optimizer
+    steps where there are ``checks`` to put the question in, and else at once.
     """
 
     policy: Policy
@@ -62,11 +62,6 @@ class Context:
         if self.scorer is None:
             raise RuntimeError("this objective learns from rewards, and the context has none")
         return self.scorer
-
-    def settle(self) -> None:
-        """Ask what waits in ``checks``; each raises what it finds wrong."""
-        for check in self.checks or ():
-            check()
 
     def generators(self, purpose: str) -> list[torch.Generator]:
         """One generator for each sample of the local batch, keyed by (seed, purpose, step, position)."""

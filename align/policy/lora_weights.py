@@ -132,8 +132,8 @@ class LoRAWeights(Weights):
         torch.clear_autocast_cache()  # it would answer with the half-precision copies of the weights that were there
 
     def _switch(self, on: bool) -> None:
-        # not enable_adapters(), which freezes adapters when it turns them off and unfreezes all when it turns them on, also
-        # what lr_scale froze, in a hundredth of a small model's step
+        # not enable_adapters(), which freezes adapters when it turns them off and unfreezes all when it turns them on,
+        # also what lr_scale froze, and takes a hundredth of a small model's step for it
         for layer in self.layers:
             layer._disable_adapters = not on
 

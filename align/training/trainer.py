@@ -36,7 +36,7 @@ from align.training import checkpoint, run_folder
 from align.training.batch_plan import BatchPlan, require_rows
 from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
-from align.training.finite import require_finite
+from align.training.finite import require_finite, settle
 from align.training.gather import gather_of, gather_text_of, merged
 from align.training.launch import describe_precision, launch, start_trackers
 from align.training.optimizer import build_optimizer, build_scheduler
@@ -229,7 +229,7 @@ class Trainer:
                     totals[name] = torch.maximum(totals.get(name, value), value)
                 else:
                     totals[name] = totals.get(name, 0) + value * share
-        ctx.settle()
+        settle(ctx.checks or ())
         norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
         values = {**merged(totals, gather_text_of(accelerator)), "grad_norm": norm.item()}
         require_finite(
