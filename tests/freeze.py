@@ -58,6 +58,7 @@ EXPECTED: dict[str, str] = {
     "validation_data.init_args.bucket_reso_steps": "the same",
     "reward[0].timeout": "the same",
     "report.reward[0].timeout": "the same",
+    "compile": "the denoiser's repeated blocks can be compiled",
     "overwrite_output_dir": "what another run left is replaced on request alone",
     "objective.init_args.timesteps": "DiffusionNFT can be set to the authors' run",
     "objective.init_args.loss_scale": "the same",

@@ -382,7 +382,7 @@ def _updated(chunks: Sequence[Rows], sizes: Sequence[int], count: int) -> Tensor
         folder=SimpleNamespace(latest=lambda: None),
         step=0,
     )
-    Trainer.update(loop, None, chunks, [], sizes)  # type: ignore[arg-type]
+    Trainer.update(loop, SimpleNamespace(checks=[]), chunks, [], sizes)  # type: ignore[arg-type]
     assert weights.grad is not None
     return weights.grad
 

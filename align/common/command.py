@@ -235,6 +235,9 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
 
 def command(run: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
     """Run a command quietly; its exit status is that of :func:`rewards.common.command.status`."""
+    from align.common import bitsandbytes_shim
+
+    bitsandbytes_shim.ensure()
     from diffusers.utils import logging as diffusers_logging  # here: --help and a wrong key need neither library
     from transformers.utils import logging as transformers_logging
 

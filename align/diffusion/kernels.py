@@ -10,12 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.diffusion.process import Grid, Prediction, Reduction, append_dims, reduce_dims, upcast
+from align.diffusion.process import (
+    Grid,
+    Prediction,
+    PredictionType,
+    Reduction,
+    append_dims,
+    reduce_dims,
+    upcast,
+    upload,
+)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """One reverse transition p(x_s | x_t): mean (B, ...), one standard deviation per sample, scalar or (B,)."""
+    """One reverse transition p(x_s | x_t): mean (B, ...), one standard deviation per sample, scalar or (B,).
+
+    Densities need a positive ``std``: ValueError tells on the CPU. On a GPU asking would be waiting for it, and the
+    answer is no finite number, which stops a run all the same.
+    """
 
     mean: Tensor
     std: Tensor
@@ -27,7 +40,7 @@ class Gaussian:
     def log_prob(self, x: Tensor, reduction: Reduction = "mean") -> Tensor:
         """(B,) log density of ``x``, averaged (default) or summed over the latent's dimensions."""
         std = append_dims(self.std, self.mean)
-        if bool((std <= 0).any()):
+        if std.device.type == "cpu" and bool((std <= 0).any()):
             raise ValueError("log_prob of a deterministic step (std 0): sample with eta > 0 or noise > 0")
         z = (upcast(x) - self.mean) / std
         return reduce_dims(-0.5 * z.square() - torch.log(std) - 0.5 * math.log(2 * math.pi), reduction)
@@ -35,7 +48,7 @@ class Gaussian:
     def kl(self, other: Gaussian, reduction: Reduction = "mean") -> Tensor:
         """(B,) KL(self || other) for two transitions of one standard deviation, as kernels of one grid have."""
         std = append_dims(self.std, self.mean)
-        if bool((std <= 0).any()) or not torch.equal(self.std, other.std):
+        if std.device.type == "cpu" and (bool((std <= 0).any()) or not torch.equal(self.std, other.std)):
             raise ValueError("kl needs two transitions with the same positive std")
         return reduce_dims((self.mean - other.mean).square() / (2 * std.square()), reduction)
 
@@ -56,8 +69,17 @@ class Kernel(ABC):
 
 def _knots(grid: Grid, i: Step, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """alpha and sigma at knots ``i`` and ``i + 1``, on the device of ``x``."""
-    i = i.to(grid.alpha.device) if isinstance(i, Tensor) else i
-    return tuple(c.to(x.device) for c in (grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]))  # type: ignore[return-value]
+    grid = grid.to(x.device)
+    i = upload(i, x.device) if isinstance(i, Tensor) else i
+    return grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
+
+
+def has_noise(kernel: Kernel, grid: Grid, i: int, prediction_type: PredictionType) -> bool:
+    """Whether ``kernel`` draws at step ``i`` of ``grid``, which no prediction changes. Asked on the grid's own device,
+    the CPU, so that nobody waits for a GPU."""
+    zero = torch.zeros(1, 1, 1, 1)
+    prediction = Prediction(zero, zero, grid.alpha[i], grid.sigma[i], prediction_type)
+    return bool((kernel(prediction, grid, i).std > 0).all())
 
 
 @dataclass(frozen=True)
@@ -88,7 +110,7 @@ class FlowSDE(Kernel):
     noise: float = 0.7
 
     def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
-        if not torch.allclose(grid.alpha + grid.sigma, torch.ones_like(grid.sigma), atol=1e-5):
+        if not grid.rectified:
             raise ValueError("FlowSDE needs a rectified-flow grid (alpha + sigma = 1); use DDIM(eta) for this model")
         x = upcast(prediction.x_t)
         _, t, _, s = _knots(grid, i, x)

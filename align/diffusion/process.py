@@ -26,9 +26,19 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on ``device``, without waiting for what a GPU has still to do."""
+    device = torch.device(device)
+    if device.type == "cpu" or x.device == device:  # what comes back has to have arrived
+        return x.to(device)
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def append_dims(value: Tensor, x: Tensor) -> Tensor:
     """Shape a per-sample coefficient, (B,) or scalar, to multiply ``x`` of shape (B, ...)."""
-    value = value.to(x.device)
+    value = upload(value, x.device)
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
 
 
@@ -59,6 +69,26 @@ class Grid:
     def __len__(self) -> int:
         """The number of steps T, one less than the number of knots."""
         return len(self.t) - 1
+
+    @cached_property
+    def rectified(self) -> bool:
+        """Whether this is a rectified flow's grid, alpha + sigma = 1."""
+        return torch.allclose(self.alpha + self.sigma, torch.ones_like(self.sigma), atol=1e-5)
+
+    @cached_property
+    def _elsewhere(self) -> dict[torch.device, Grid]:
+        return {}
+
+    def to(self, device: torch.device | str) -> Grid:
+        """The grid on ``device``, brought there once; what was asked of it here is not asked again there."""
+        device = torch.device(device)
+        if device == self.t.device:
+            return self
+        if device not in self._elsewhere:
+            moved = Grid(*(upload(tensor, device) for tensor in (self.t, self.alpha, self.sigma)))
+            moved.__dict__["rectified"] = self.rectified
+            self._elsewhere[device] = moved
+        return self._elsewhere[device]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from align.diffusion.process import upload
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -39,7 +41,8 @@ class Conditioning:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """On ``device``, and what are no masks in ``dtype``."""
-        moved = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.tensors.items()}
+        cast = {k: v.to(dtype or v.dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
+        moved = {k: upload(v, device) for k, v in cast.items()}
         return Conditioning(moved)
 
     @staticmethod

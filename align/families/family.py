@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from align.common.errors import UserError
 from align.diffusion.kernels import Kernel
-from align.diffusion.process import Grid, Prediction, PredictionType, upcast
+from align.diffusion.process import Grid, Prediction, PredictionType, upcast, upload
 from align.families.conditioning import Conditioning
 from align.families.folder import Unsupported, recommendations
 from align.families.identity import identity
@@ -276,7 +276,7 @@ class Family(ABC):
             return cond
         null = Conditioning({name: self.uncond[name].to(tensor) for name, tensor in cond.tensors.items()})
         rows = torch.arange(1, len(cond) + 1).masked_fill(empty.cpu(), 0)
-        return Conditioning.cat([null, cond]).take(rows.to(self.device))
+        return Conditioning.cat([null, cond]).take(upload(rows, self.device))
 
     def to_latent(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] to latents: the posterior's mean, in the denoiser's scale, float32."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from align.common.errors import UserError
 from align.diffusion.kernels import DDIM, Kernel
-from align.diffusion.process import Grid, PredictionType
+from align.diffusion.process import Grid, PredictionType, upload
 from align.families.conditioning import Conditioning
 from align.families.family import Family, GuidanceKind
 from align.families.folder import Unsupported
@@ -84,7 +84,7 @@ class SD(Family):
         return torch.where(t < 0, beyond, self.scheduler.alphas_cumprod[t.clamp(min=0)])
 
     def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        cumprod = self.scheduler.alphas_cumprod.to(t.device)[t.long()]
+        cumprod = upload(self.scheduler.alphas_cumprod, t.device)[t.long()]
         return cumprod.sqrt(), (1 - cumprod).sqrt()
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:

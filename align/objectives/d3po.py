@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from align.common.errors import UserError
 from align.data.prompts import PromptBatch
 from align.data.trajectories import TrajectoryBatch
+from align.diffusion.process import upload
 from align.families import Family, Resolution
 from align.objectives.losses import ratio_metrics
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
@@ -158,13 +159,12 @@ class D3PO(Objective, KeepsState):
         members = torch.stack([torch.cat([rows.winner, rows.loser]), rows.step.repeat(2)])
         (image, step), place = torch.unique(members, dim=1, return_inverse=True)
         new, y = replay_step(ctx, self.sampler, rows.trajectories, image, step)
-        log_ratio = (new.log_prob(y) - rows.reference[image, step].to(y.device))[place.to(y.device)]
+        log_ratio = (new.log_prob(y) - upload(rows.reference[image, step], y.device))[upload(place, y.device)]
         low, high = torch.log(torch.tensor([1 - self.clip_range, 1 + self.clip_range])).tolist()
         winner, loser = log_ratio.clamp(low, high).chunk(2)
-        logit = self.beta * (winner - loser)
         won, lost = log_ratio.detach().chunk(2)
         metrics = ratio_metrics(log_ratio) | {
             "implicit_acc": ((won > lost).float() + 0.5 * (won == lost).float()).mean(),
             "clip_fraction": ((log_ratio <= low) | (log_ratio >= high)).float().mean(),
         }
-        return -F.logsigmoid(logit).mean(), metrics
+        return -F.logsigmoid(self.beta * (winner - loser)).mean(), metrics

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from align.common import rng
 from align.data.preferences import PairBatch
-from align.diffusion.process import Reduction, add_noise
+from align.diffusion.process import Reduction, add_noise, upload
 from align.families import Conditioning, Family, Resolution, sides
 from align.objectives.losses import PreferenceLoss, TargetSpace, denoising_error, preference_loss
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Reference
@@ -82,9 +82,9 @@ class DPO(Objective):
     def rollout(self, ctx: Context, batch: PairBatch) -> DPORows:
         family, generators = ctx.policy.family, ctx.generators("dpo")
         cond = family.drop_prompts(batch.cond, rng.uniform(generators) < self.proportion_empty_prompts)
-        t = family.sample_timesteps(rng.uniform(generators)).to(family.device)
-        latents = batch.latents.to(family.device).float()
-        eps = rng.normal(tuple(latents.shape[2:]), generators).to(family.device)
+        t = upload(family.sample_timesteps(rng.uniform(generators)), family.device)
+        latents = upload(batch.latents, family.device).float()
+        eps = upload(rng.normal(tuple(latents.shape[2:]), generators), family.device)
         return DPORows(image=torch.arange(len(t)), latents=latents, cond=cond, eps=eps, t=t)
 
     def loss(self, ctx: Context, rows: DPORows) -> tuple[Tensor, Metrics]:

@@ -151,9 +151,9 @@ class FIND(Objective, KeepsState, TrainsModule):
         mean, log_std = ctx.policy.model(rows.index.to(device))  # accelerate's wrapper, if any, joins gradients
         log_ratio = log_prob(rows.noise.to(device), mean, log_std, self.reduction) - rows.log_prob.to(device)
         ratio, advantage = log_ratio.exp(), rows.advantage.to(device)
-        fresh = rows.rollout.to(device) == ctx.step
-        if ctx.on_policy and bool(fresh.any()):
-            require_on_policy(ratio[fresh], ctx.tolerance)
+        fresh = (rows.rollout == ctx.step).nonzero().flatten()
+        if ctx.on_policy and len(fresh):
+            require_on_policy(ctx, ratio[fresh.to(device)])
         surrogate = clipped_surrogate(ratio, advantage, self.clip_range)
         return (surrogate + self.kl_weight * kl(mean, log_std)).mean(), {
             "approx_kl": 0.5 * log_ratio.detach().square().mean(),

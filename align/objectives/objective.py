@@ -39,7 +39,7 @@ class Context:
     ``sample_indices`` are the places of this process's samples (pairs, images) in the global batch of this step, so
     that every process draws the numbers that a single process would have drawn for the same samples. ``gather`` joins a
     tensor (B, ...) over all processes in their order, on the CPU. ``on_policy`` says that the weights are still those
-    which made the rollout: a likelihood ratio must then be 1 within ``tolerance``.
+    which made the rollout: a ratio must be 1 within ``tolerance``; ``checks`` keeps the question, else it is asked now.
     """
 
     policy: Policy
@@ -53,6 +53,7 @@ class Context:
     tolerance: float = 1e-3
     features: Features | None = None  # of images, to measure their diversity by
     progress: Callable[[int], object] | None = None
+    checks: list[Callable[[], object]] | None = None
     resolution: Resolution = None  # of the images
 
     @property

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from align.data.prompts import PromptBatch
-from align.diffusion.process import Reduction, append_dims, reduce_dims
+from align.diffusion.process import Reduction, append_dims, reduce_dims, upload
 from align.families import Family, Resolution, sides
 from align.objectives.losses import clip_fraction, clipped_surrogate, ratio_metrics
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
@@ -140,18 +140,18 @@ class PolicyGradient(Objective, KeepsState):
     def loss(self, ctx: Context, rows: PolicyGradientRows) -> tuple[Tensor, Metrics]:
         trajectories, image, step = rows.trajectories, rows.image, rows.step
         new, y = replay_step(ctx, self.sampler, trajectories, image, step)
-        advantage = rows.advantage[image].to(y.device)
-        log_ratio = new.log_prob(y, "mean") - trajectories.log_probs_at(image, step).to(y.device)
+        advantage = upload(rows.advantage[image], y.device)
+        log_ratio = new.log_prob(y, "mean") - upload(trajectories.log_probs_at(image, step), y.device)
         weight = torch.ones_like(log_ratio)
         if self.step_normalisation == "guard":
-            mean = trajectories.means_at(image, step).to(y.device)
+            mean = upload(trajectories.means_at(image, step), y.device)
             log_ratio = reduce_dims((new.mean - mean) * (y - mean) / append_dims(new.std, y), "mean")
-            weight = 1 / step_lengths(ctx.policy.family, self.sampler, trajectories, step).to(y.device)
+            weight = 1 / upload(step_lengths(ctx.policy.family, self.sampler, trajectories, step), y.device)
         elif self.reduction == "sum":
             log_ratio = log_ratio * y[0].numel()
         ratio = log_ratio.exp()
         if ctx.on_policy:
-            require_on_policy(ratio, ctx.tolerance)
+            require_on_policy(ctx, ratio)
         loss = (weight * clipped_surrogate(ratio, advantage, self.clip_range)).mean()
         metrics = ratio_metrics(log_ratio) | {"clip_fraction": clip_fraction(ratio, advantage, self.clip_range)}
         if self.beta:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import layer as lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from align.common.errors import UserError
 from align.families import LORA_FILE, Family, LoRAFile, read_lora
@@ -18,6 +20,23 @@ from align.policy.lora import LoRA
 from align.policy.sharding import Sharding, exchange, part, whole
 from align.policy.weights import Weights
 from rewards.common.files import atomic
+
+
+class PlainLinear(lora_layers.Linear):
+    """peft's linear layer with LoRA, less what its general case costs one plain adapter: a product by a scale of 1, and
+    its gradient. The same bits."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = self.active_adapters
+        if args or kwargs or self.merged or self.lora_variant or len(active) > 1:
+            return super().forward(x, *args, **kwargs)
+        result: Tensor = self.base_layer(x)
+        if self.disable_adapters or not active or active[0] not in self.lora_A:
+            return result
+        name, dtype = active[0], result.dtype
+        down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        added = up(down(self.lora_dropout[name](self._cast_input_dtype(x, down.weight.dtype))))
+        return (result + (added if scale == 1 else added * scale)).to(dtype)
 
 
 class LoRAWeights(Weights):
@@ -54,6 +73,9 @@ class LoRAWeights(Weights):
                 f"lora.targets: no layer is called {', '.join(map(repr, missed))}; the family's own are {known}"
             )
         self.layers = self._layers()
+        for layer in self.layers:
+            if type(layer) is lora_layers.Linear:
+                layer.__class__ = PlainLinear
         self.upcast()
         if initial is not None:
             self._take(initial)
@@ -120,12 +142,10 @@ class LoRAWeights(Weights):
         torch.clear_autocast_cache()  # it would answer with the half-precision copies of the weights that were there
 
     def _switch(self, on: bool) -> None:
-        # peft freezes adapters when it turns them off and unfreezes all when it turns them on, also what lr_scale froze
-        flags = [(p, p.requires_grad) for layer in self.layers for p in layer.parameters()]
+        # not enable_adapters(), which freezes adapters when it turns them off and unfreezes all when it turns them on,
+        # also what lr_scale froze, and takes a hundredth of a small model's step for it
         for layer in self.layers:
-            layer.enable_adapters(on)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            layer._disable_adapters = not on
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Load the LoRA in ``folder`` beside the one that trains: frozen, silent but within :meth:`adapter`."""

@@ -54,6 +54,7 @@ class Policy:
     is in. ``reference=False`` spares full fine-tuning its frozen copy where the objective never asks for it. With
     ``trained``, that module trains and every weight of the pipeline stays as it is. With ``around_packed``,
     ``lora=None`` trains of a denoiser in 4 bit what is not packed; such a one is refused otherwise.
+    ``compiled`` hands the blocks that the denoiser repeats to ``torch.compile``, the reference's too.
     ``initial`` is a folder of :meth:`save` to start from; with ``anchored`` the reference is what stands there
     (D3PO's last round) rather than the pipeline without it.
     """
@@ -69,7 +70,9 @@ class Policy:
         anchored: bool = False,
         trained: Trained | None = None,
         around_packed: bool = False,
+        compiled: bool = False,
     ) -> None:
+        from align.policy.compiled import compile_blocks
         from align.policy.lora_weights import LoRAWeights  # peft and diffusers: seconds to import
         from align.policy.weights import FullWeights, ModuleWeights
 
@@ -84,6 +87,9 @@ class Policy:
             self.weights = LoRAWeights(family, lora, initial, anchored, reference)
         else:
             self.weights = FullWeights(family, initial, anchored, reference, around_packed)
+        for network in (self.denoiser, self.weights.frozen) if compiled else ():
+            if network is not None:
+                compile_blocks(network)
         if gradient_checkpointing and trained is None:
             self.denoiser.enable_gradient_checkpointing()
         self.weights.start(ema_decay)

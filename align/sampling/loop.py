@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from align.common import rng
-from align.diffusion.kernels import DDIM, Gaussian, Kernel
-from align.diffusion.process import Grid, Prediction
+from align.diffusion.kernels import DDIM, Gaussian, Kernel, has_noise
+from align.diffusion.process import Grid, Prediction, upload
 from align.families import Conditioning
 
 
@@ -43,15 +43,16 @@ def sample(
     from it, and keeps of it what it wants. ``steps`` runs a part of the grid, for a trajectory that is
     forked. Gradients flow unless the caller forbids them.
     """
+    there = grid.to(x.device)
     for i in steps if steps is not None else range(len(grid)):
-        t = grid.t[i].to(x.device).expand(len(x))
-        step = kernel(predict(x, t, cond, guidance_scale), grid, i)
-        if not bool((step.std > 0).any()):
+        prediction = predict(x, there.t[i].expand(len(x)), cond, guidance_scale)
+        step = kernel(prediction, there, i)
+        if not has_noise(kernel, grid, i, prediction.prediction_type):
             y = step.mean
         elif noise is None:
             raise ValueError("this kernel is stochastic: pass noise, a function of the step number")
         else:
-            y = step.sample(noise(i).to(x.device))
+            y = step.sample(upload(noise(i), x.device))
         if callback is not None:
             callback(i, x, step, y)
         x = y

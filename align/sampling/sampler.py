@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from align.common import rng
 from align.common.errors import UserError
-from align.diffusion.kernels import FlowSDE, Kernel
-from align.diffusion.process import Grid, Prediction
+from align.diffusion.kernels import FlowSDE, Kernel, has_noise
+from align.diffusion.process import Grid
 from align.families import Family
 
 
@@ -117,9 +116,8 @@ class Sampler:
         return self.kernel or family.kernel
 
     def _has_noise(self, family: Family, i: int) -> bool:
-        grid, zero = grid_of(family, self.num_inference_steps), torch.zeros(1, 1, 1, 1)
-        prediction = Prediction(zero, zero, grid.alpha[i], grid.sigma[i], family.prediction_type)
-        return bool((self.kernel_of(family)(prediction, grid, i).std > 0).all())
+        grid = grid_of(family, self.num_inference_steps)
+        return has_noise(self.kernel_of(family), grid, i, family.prediction_type)
 
     def with_noise(self, family: Family, steps: Sequence[int]) -> Sequence[int]:
         """``steps`` without those at the end that the kernel takes without noise, and which have no likelihood to train

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from align.diffusion.process import upload
 from align.families import Conditioning
 
 
@@ -57,15 +58,17 @@ class Trajectories:
     def cond_of(self, index: Tensor) -> Conditioning:
         """The conditions of the trajectories ``index`` (R,), on the device of ``cond``."""
         device = next(iter(self.cond.tensors.values())).device
-        return self.cond.take(self.prompt_index[index].to(device))
+        return self.cond.take(upload(self.prompt_index[index], device))
 
     def log_probs_at(self, index: Tensor, step: Tensor) -> Tensor:
         """(R,) the log-densities of kept steps ``step`` (R,). Raises ValueError where none were kept."""
-        return _kept(self.log_probs, "log_probs")[index, step]
+        values = _kept(self.log_probs, "log_probs")
+        return values[upload(index, values.device), upload(step, values.device)]
 
     def means_at(self, index: Tensor, step: Tensor) -> Tensor:
         """(R, C, h, w) the means of kept steps ``step`` (R,). Raises ValueError where none were kept."""
-        return _kept(self.means, "means")[index, step]
+        values = _kept(self.means, "means")
+        return values[upload(index, values.device), upload(step, values.device)]
 
 
 def _kept(values: Tensor | None, name: str) -> Tensor:

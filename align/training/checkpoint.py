@@ -57,6 +57,7 @@ MAY_CHANGE = frozenset(
         "gradient_checkpointing",
         "allow_tf32",
         "attention_backend",
+        "compile",
         "train_batch_size",
         "gradient_accumulation_steps",
         "data.init_args.cache_dir",

@@ -78,6 +78,8 @@ class TrainConfig:
         mixed_precision: autocast; frozen weights are kept in this precision too; ``auto`` is what accelerate is
             configured with.
         allow_tf32: TF32 matrix products on Ampere and later.
+        compile: compile the denoiser's repeated blocks (``torch.compile``): minutes at the first rollout and update,
+            less time in each after them, other last bits.
         attention_backend: a diffusers attention backend (``native``, ``xformers``, ``flash``, ...); null leaves it.
         checkpointing_steps: optimiser steps between checkpoints; 0 writes none.
         checkpoints_total_limit: how many checkpoints to keep; null keeps all.
@@ -123,6 +125,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     allow_tf32: bool = False
+    compile: bool = False
     attention_backend: str | None = None
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = None

@@ -1,8 +1,9 @@
-"""Stopping at a loss or gradient that is no number, by the name of the rows that gave it."""
+"""Stopping before the optimizer steps: at a loss or gradient that is no number, by the name of the rows that gave it,
+and at what an objective has asked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 
 from align.common.errors import NonFinite
 from align.objectives.rows import Rows
+
+
+def settle(checks: Iterable[Callable[[], object]]) -> None:
+    """Ask what waited until all rows of an update had passed; each raises what it finds wrong."""
+    for check in checks:
+        check()
 
 
 def require_finite(

@@ -18,3 +18,8 @@ def drawing(bar: Any, total: int, check: Callable[[], None]) -> Callable[[int], 
         bar.set_postfix_str(f"drawing {count}/{total}")
 
     return progress
+
+
+def crossed(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies after ``before`` and not after ``after``; never where it is 0."""
+    return every > 0 and before // every != after // every

@@ -35,12 +35,12 @@ from align.training import checkpoint, run_folder
 from align.training.batch_plan import BatchPlan, require_rows
 from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
-from align.training.finite import require_finite
+from align.training.finite import require_finite, settle
 from align.training.gather import gather_of, gather_text_of, merged, summed
 from align.training.launch import describe_precision, launch, load_family, log_images, sharding_of, start_trackers
 from align.training.optimizer import build_optimizer, build_scheduler, clip, prepare
 from align.training.preemption import Preempted, Preemption
-from align.training.progress import drawing
+from align.training.progress import crossed, drawing
 from align.training.validation import held_out_values, sample_grid
 from rewards.common.files import locked
 
@@ -69,6 +69,7 @@ class Trainer:
             objective.reference == "start",
             objective.trains(self.family, config.data) if isinstance(objective, TrainsModule) else None,
             objective.around_packed,
+            config.compile,
         )
         self.scorer = config.scorer()
         if isinstance(objective, Prepares):
@@ -138,10 +139,10 @@ class Trainer:
                     if self.step == config.updates:
                         break
                 bar.update(by_rollout)
-                if _crossed(before, self.step, config.validation_steps) and not self.done:
+                if crossed(before, self.step, config.validation_steps) and not self.done:
                     self.validate()
                 self.preempted |= self.preemption.asked and accelerator.num_processes == 1
-                if _crossed(before, self.step, config.checkpointing_steps) or self.preempted:
+                if crossed(before, self.step, config.checkpointing_steps) or self.preempted:
                     self.checkpoint(self._state())
                 if self.preempted:
                     raise Preempted
@@ -202,7 +203,7 @@ class Trainer:
                 fresh = epoch == k == 0
                 chunks = list(order.take(torch.arange(len(order))[parts[rank]]).chunks(config.train_batch_size))
                 sizes = [part.stop - part.start for part in parts]
-                metrics = self.update(dataclasses.replace(ctx, on_policy=fresh), chunks, batch.ids, sizes)
+                metrics = self.update(dataclasses.replace(ctx, on_policy=fresh, checks=[]), chunks, batch.ids, sizes)
                 yield metrics | (measured | {"rollout": self.rollouts} if fresh and measured else {})
 
     def update(
@@ -229,6 +230,7 @@ class Trainer:
                     totals[name] = torch.maximum(totals.get(name, value), value)
                 else:
                     totals[name] = totals.get(name, 0) + value * share
+        settle(ctx.checks or ())
         norm = clip(accelerator, self.policy, config.max_grad_norm)
         values = merged(totals, gather_text_of(accelerator, self.policy)) | {"grad_norm": norm}
         require_finite(
@@ -281,10 +283,6 @@ class Trainer:
             "settings": self.settings,
             "objective": self.config.objective.state() if isinstance(self.config.objective, KeepsState) else {},
         }
-
-
-def _crossed(before: int, after: int, every: int) -> bool:
-    return every > 0 and before // every != after // every
 
 
 def train(config: TrainConfig, resolved: str = "") -> Path:

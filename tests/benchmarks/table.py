@@ -388,6 +388,27 @@ def _parallel() -> str:
     return "\n".join(lines)
 
 
+def _peers() -> str:
+    found = load("peers")
+    lines = [
+        f"**Beside other repositories** ({found['date']}, {found['hardware']}): their scripts, as they are, and ours "
+        "on the embedded pipelines, float32, in turn on one thread; medians. User CPU seconds an iteration once it "
+        "runs; peak resident memory, libraries and start-up included. [`peers.py`](peers.py) says what's in each.",
+        "",
+        "| repository | runs | theirs, s | ours, s | ratio | theirs, MB | ours, MB | ratio | options of ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in found["peers"].items():
+        theirs, ours, ratio = entry["theirs"], entry["ours"], entry["ratio"]
+        options = " ".join(f"`{option}`" for option in entry["options"]) or "none"
+        lines.append(
+            f"| {name} ({entry['commit'][:7]}) | {entry['runs']} | {theirs['seconds']:.2f} | {ours['seconds']:.2f} "
+            f"| {ratio['seconds']:.2f} | {theirs['peak_mb']:.0f} | {ours['peak_mb']:.0f} | {ratio['peak_mb']:.2f} "
+            f"| {options} |"
+        )
+    return "\n".join(lines)
+
+
 def _shapes() -> str:
     found = load("shapes_reward")
     return f"**The reward that looks** ({found['date']}): {found['summary']}"
@@ -660,6 +681,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "overhead_online": _overhead_online,
     "parallel": _parallel,
     "data_size": _data_size,
+    "peers": _peers,
     "faults": _faults,
     "families": _families,
     "full_size": _full_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from align.common.errors import UserError
 from align.diffusion.kernels import Gaussian
-from align.diffusion.process import Prediction, Reduction
+from align.diffusion.process import Prediction, Reduction, upload
 from align.families import Family
 from align.objectives.objective import Context
 from align.sampling.sampler import Sampler, grid_of
@@ -23,7 +24,7 @@ def replay_step(
     """What the policy now says of kept step ``step`` (R,) of ``image`` (R,): the distribution of the next state, and
     the state that was drawn there; both (R, C, h, w)."""
     family, latents = ctx.policy.family, trajectories.latents
-    y = latents[image.to(latents.device), step.to(latents.device) + 1].to(family.device)
+    y = upload(_states(latents, image, step + 1), family.device)
     prediction = predict_at(ctx, sampler, trajectories, image, step)
     i = trajectories.kept_steps[step]
     return sampler.kernel_of(family)(prediction, grid_of(family, sampler.num_inference_steps, latents), i), y
@@ -32,9 +33,14 @@ def replay_step(
 def predict_at(ctx: Context, sampler: Sampler, trajectories: Trajectories, image: Tensor, step: Tensor) -> Prediction:
     """What the policy now says at the state before kept step ``step`` (R,) of ``image`` (R,)."""
     family, latents = ctx.policy.family, trajectories.latents
-    x = latents[image.to(latents.device), step.to(latents.device)].to(family.device)
-    t = grid_of(family, sampler.num_inference_steps, latents).t[trajectories.kept_steps[step]].to(family.device)
+    x = upload(_states(latents, image, step), family.device)
+    grid = grid_of(family, sampler.num_inference_steps, latents)
+    t = upload(grid.t[trajectories.kept_steps[step]], family.device)
     return ctx.policy.predict(x, t, trajectories.cond_of(image), sampler.guidance_scale_of(family))
+
+
+def _states(latents: Tensor, image: Tensor, step: Tensor) -> Tensor:
+    return latents[upload(image, latents.device), upload(step, latents.device)]
 
 
 def step_lengths(family: Family, sampler: Sampler, trajectories: Trajectories, step: Tensor) -> Tensor:
@@ -59,13 +65,21 @@ def reference_kl(
     with torch.no_grad(), ctx.policy.reference():
         reference, y = replay_step(ctx, sampler, trajectories, image, step)
     kl = new.kl(reference, reduction)
-    return kl if exact else kl * step_lengths(ctx.policy.family, sampler, trajectories, step).to(y.device)
+    return kl if exact else kl * upload(step_lengths(ctx.policy.family, sampler, trajectories, step), y.device)
 
 
-def require_on_policy(ratio: Tensor, tolerance: float) -> None:
-    """Stop when the weights that sampled the images do not give their densities again. Costs no evaluation."""
-    worst = (ratio.detach() - 1).abs().max().item()
-    if not worst <= tolerance:
+def require_on_policy(ctx: Context, ratio: Tensor) -> None:
+    """Stop when the weights that sampled the images do not give their densities again: at once, or where ``ctx`` says
+    so before the optimizer steps, so that no chunk of rows waits for a GPU. Costs no evaluation."""
+    worst = (ratio.detach() - 1).abs().max()
+    if ctx.checks is None:
+        _require_near(worst, ctx.tolerance)
+    else:
+        ctx.checks.append(partial(_require_near, worst, ctx.tolerance))
+
+
+def _require_near(worst: Tensor, tolerance: float) -> None:
+    if not worst.item() <= tolerance:
         raise UserError(
             f"replaying the rollout gives a likelihood ratio off 1 by {worst:.3g} (allowed {tolerance:g}): the forward "
             "pass of training is not the sampler's. Likely causes: half precision (try mixed_precision: no, or fp16 "
