@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -32,7 +32,7 @@ def blank(source: str, dtype: torch.dtype = torch.float32, revision: str | None 
     family, folder = find(source, revision), config_folder(source, revision)
     family.require_supported(source, configs(folder))
     index = read_json(folder / INDEX)
-    parts: dict[str, Any] = {name: None for name in family.pipeline._optional_components}
+    parts: dict[str, Any] = dict.fromkeys(family.pipeline._optional_components)
     for name, (library, class_name) in components(folder).items():
         if library in ("diffusers", "transformers") and (folder / name).is_dir():
             parts[name] = _part(folder / name, getattr(import_module(library), class_name, None), class_name, dtype)
@@ -84,7 +84,7 @@ def _part(where: Path, cls: Any, class_name: str, dtype: torch.dtype) -> Any:
 
 
 def _tokenizer(where: Path, cls: Any, config: Mapping[str, Any]) -> Any:
-    """The tokenizer, or what stands for one whose vocabulary is not there: its class, for the pipeline, and its limit."""
+    """The tokenizer, or what stands for one without its vocabulary: its class, for the pipeline, and its limit."""
     try:
         return cls.from_pretrained(str(where))
     except Exception:  # whatever a class says where files are missing
@@ -96,9 +96,9 @@ def _tokenizer(where: Path, cls: Any, config: Mapping[str, Any]) -> Any:
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """``module`` in ``dtype``, but for what its library keeps in float32: diffusers in any, transformers in float16."""
-    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-    if dtype == torch.bfloat16 and hasattr(module, "_keep_in_fp32_modules_strict"):
-        kept = tuple(module._keep_in_fp32_modules_strict or ())
+    strict = "_keep_in_fp32_modules_strict" if dtype == torch.bfloat16 else ""
+    attribute = strict if hasattr(module, strict) else "_keep_in_fp32_modules"
+    kept: Collection[str] = getattr(module, attribute, None) or ()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and not any(part in name.split(".") for part in kept):
             tensor.data = tensor.data.to(dtype)
@@ -127,7 +127,6 @@ def captions(family: Family, count: int) -> Conditioning:
 
 
 def _pooled(config: Mapping[str, Any]) -> int:
-    sizes = config.get("addition_time_embed_dim"), config.get("projection_class_embeddings_input_dim")
-    if config.get("addition_embed_type") == "text_time" and None not in sizes:
-        return int(sizes[1] - 6 * sizes[0])
+    if config.get("addition_embed_type") == "text_time":
+        return int(config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"])
     return int(config.get("pooled_projection_dim") or 0)

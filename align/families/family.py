@@ -150,7 +150,7 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.pipe.vae.parameters()).device
+        return next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,6 +1,6 @@
 """A device that is not there: shapes are computed on it, bytes are counted, and nothing is spent.
 
-The tensors of the device are on torch's ``meta``; those of the host are real, so that whatever a program decides by them
+The tensors of the device are on torch's ``meta``; those of the host are real, so that what a program decides by them
 (schedules, advantages, indices) it decides as ever. A small tensor of the device has a shadow on the host with its
 values, by which ``.item()`` and ``bool()`` are answered; what a network would have said is answered by 1.
 
@@ -12,9 +12,6 @@ operators, and attention is a fused kernel that keeps its result and one number 
 from __future__ import annotations
 
 import contextlib
-import enum
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -26,99 +23,16 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from align.training.ledger import Ledger, Part
 
 GHOST = torch.device("meta")
 SHADOWED = 1 << 13  # elements up to which a tensor of the device keeps its values
 SHADOWED_INDICES = 1 << 18  # and one of integers
-BLOCK = 512  # bytes in which the allocator of CUDA hands out memory
 aten = torch.ops.aten
 _BY_INDEX = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
-
-
-class Part(enum.Enum):
-    """What memory is taken by."""
-
-    WEIGHTS = "weights"
-    LORA = "LoRA"
-    GRADIENTS = "gradients"
-    OPTIMIZER = "optimizer"
-    AVERAGE = "moving average"
-    REFERENCE = "reference"
-    TEXT = "text encoders"
-    VAE = "VAE"
-    REWARDS = "rewards"
-    CACHES = "rollout and rows"
-    ACTIVATIONS = "activations"
-
-
-Bytes = Counter[Part]
-
-
-class Ledger:
-    """Bytes that live on the device, by part, and the most of each phase."""
-
-    def __init__(self) -> None:
-        self.live, self.part = Bytes(), Part.CACHES
-        self.total = self.most = 0
-        self.peak = Bytes()
-        self._entries: dict[int, tuple[weakref.ref[Any], int, Part]] = {}
-
-    def track(self, tensor: Tensor) -> None:
-        """Count the storage of ``tensor``, once, until it dies."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._entries or not storage.nbytes():
-            return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-
-        def freed(_: object, key: int = key) -> None:
-            _, size, part = self._entries.pop(key)
-            self.add(part, -size)
-
-        self._entries[key] = weakref.ref(storage, freed), size, self.part
-        self.add(self.part, size)
-
-    def add(self, part: Part, size: int) -> None:
-        self.live[part] += size
-        self.total += size
-        if self.total > self.most:
-            self.most, self.peak = self.total, self.live.copy()
-
-    def move(self, tensors: Sequence[Tensor], part: Part) -> None:
-        """``tensors`` belong to ``part``."""
-        for tensor in tensors:
-            self.track(tensor)
-            key = tensor.untyped_storage()._cdata
-            if key in self._entries:
-                ref, size, before = self._entries[key]
-                self._entries[key] = ref, size, part
-                self.live[before] -= size
-                self.live[part] += size
-
-    def since(self) -> tuple[int, int, Bytes]:
-        """Begin to look for a peak anew; gives back what was seen before, for :meth:`resume`."""
-        before = self.total, self.most, self.peak
-        self.most, self.peak = self.total, self.live.copy()
-        return before
-
-    def resume(self, before: tuple[int, int, Bytes]) -> int:
-        """End what :meth:`since` began; how many bytes more there were meanwhile."""
-        start, most, peak = before
-        rise = self.most - start
-        if self.most < most:
-            self.most, self.peak = most, peak
-        return rise
-
-    @contextmanager
-    def of(self, part: Part) -> Iterator[None]:
-        """What is allocated within belongs to ``part``."""
-        before, self.part = self.part, part
-        try:
-            yield
-        finally:
-            self.part = before
 
 
 class _Device(TorchDispatchMode):
@@ -164,12 +78,13 @@ class _Device(TorchDispatchMode):
         """``indices`` with the places where a mask is true in the mask's stead."""
         found: list[Tensor | None] = []
         for index in indices:
-            masked = index is not None and index.dtype == torch.bool and index.is_meta and index in self.shadows
-            places = self.shadows[index].nonzero().unbind(1) if masked else ()  # type: ignore[index]
-            for place in places:
-                found.append(torch.empty_like(place, device=GHOST))
-                self.shadows[found[-1]] = place
-            found += [] if masked else [index]
+            if index is None or index.dtype != torch.bool or not index.is_meta or index not in self.shadows:
+                found.append(index)
+                continue
+            for place in self.shadows[index].nonzero().unbind(1):
+                ghost = torch.empty_like(place, device=GHOST)
+                self.shadows[ghost] = place
+                found.append(ghost)
         return found
 
     def _shadowed(self, value: Any) -> Any:
@@ -320,7 +235,9 @@ class Ghost:
         ledger = self.ledger
 
         def kind(x: Any) -> Any:
-            return (x.shape, x.dtype) if isinstance(x, Tensor) else repr(x) if isinstance(x, int | float | str) else None
+            return (
+                (x.shape, x.dtype) if isinstance(x, Tensor) else repr(x) if isinstance(x, int | float | str) else None
+            )
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with ledger.of(part):

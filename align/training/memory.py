@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +22,9 @@ from align.common.errors import UserError
 from align.data.captioned import EncodedData
 from align.data.latent_cache import TEXTS, EncodedBatch
 from align.data.prompts import PromptBatch
-from align.families import Family
 from align.families.blank import blank, captions
+from align.families.loading import quantized
+from align.families.resting import Resting
 from align.objectives import Context
 from align.objectives.objective import Prepares, ScalesLearningRates, TrainsModule
 from align.objectives.online.rewards import Scorer
@@ -33,57 +32,9 @@ from align.policy.policy import Policy
 from align.sampling.generate import sample_images
 from align.training.batch_plan import BatchPlan
 from align.training.config import TrainConfig
-from align.training.ghost import GHOST, Bytes, Ghost, Part
+from align.training.ghost import GHOST, Ghost
+from align.training.ledger import Estimate, Part, Phase
 from align.training.optimizer import build_optimizer
-
-SHARDED = (Part.WEIGHTS, Part.GRADIENTS, Part.OPTIMIZER, Part.LORA, Part.AVERAGE, Part.REFERENCE)
-GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The most that lived at once within a phase of a run, by part, in bytes."""
-
-    name: str
-    parts: Bytes
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The phases of a run, and how they come out on one of ``shards`` processes that divide what is trained."""
-
-    phases: tuple[Phase, ...]
-    shards: int = 1
-    gathered: int = 0  # bytes of the blocks that a process has whole at a time
-
-    @property
-    def peak(self) -> Phase:
-        return max(map(self._of_one, self.phases), key=lambda phase: phase.total)
-
-    def _of_one(self, phase: Phase) -> Phase:
-        if self.shards == 1:
-            return phase
-        parts = Bytes({part: -(-size // (self.shards if part in SHARDED else 1)) for part, size in phase.parts.items()})
-        parts[Part.ACTIVATIONS] += self.gathered
-        return Phase(phase.name, parts)
-
-    def describe(self) -> str:
-        """A line for each part at the peak, and one for each phase."""
-        peak = self.peak
-        parts = sorted(((size, part.value) for part, size in peak.parts.items() if size), reverse=True)
-        lines = [f"peak memory, traced: {size_of(peak.total)} per GPU, in {peak.name}"]
-        lines += [f"  {name:<16} {size_of(size):>11}" for size, name in parts]
-        others = ", ".join(f"{p.name} {size_of(p.total)}" for p in map(self._of_one, self.phases))
-        return "\n".join([*lines, f"  by phase: {others}"])
-
-
-def size_of(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
 class _Untold(Scorer):
@@ -91,7 +42,7 @@ class _Untold(Scorer):
 
     def __init__(self, config: TrainConfig) -> None:
         weights = {reward.label or reward.name: reward.weight for reward in config.rewards}
-        super().__init__({name: _score for name in weights}, weights)  # type: ignore[arg-type]
+        super().__init__(dict.fromkeys(weights, _score), weights)  # type: ignore[arg-type]
         self._draws = torch.Generator().manual_seed(0)
 
     def submit(self, images: Tensor, *_: Any) -> Callable[[], dict[str, Tensor]]:
@@ -117,6 +68,31 @@ def trace(config: TrainConfig, world: int = 1, shards: int = 1) -> Estimate:
     """
     with torch.random.fork_rng(devices=[]):
         return _Trace(copy.deepcopy(config), world).run(shards)
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Weights and buffers; of one in 4 bit the scales too."""
+    found = [*module.parameters(), *module.buffers()]
+    states = [state for p in found if (state := getattr(p, "quant_state", None)) is not None]
+    nested = [state.state2 for state in states if state.state2 is not None]
+    return found + [x for s in (*states, *nested) for x in vars(s).values() if isinstance(x, Tensor)]
+
+
+class _Adam8bit(torch.optim.Optimizer):
+    """The state of bitsandbytes' AdamW8bit: two bytes a weight and two scales a block; small tensors have float32."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in [p for group in self.param_groups for p in group["params"] if not self.state[p]]:
+            if p.numel() < 4096:
+                self.state[p] = {"state1": torch.zeros_like(p), "state2": torch.zeros_like(p)}
+                continue
+            blocks = -(-p.numel() // 256)
+            for k in (1, 2):
+                self.state[p][f"state{k}"] = torch.zeros_like(p, dtype=torch.uint8)
+                self.state[p][f"absmax{k}"] = torch.zeros(blocks, device=p.device)
 
 
 class _Trace:
@@ -155,13 +131,17 @@ class _Trace:
 
     def _load(self) -> None:
         config, ledger, objective = self.config, self.ledger, self.config.objective
-        self.family = family = blank(
-            config.pretrained_model_name_or_path, self.dtype if config.lora else torch.float32, config.revision
-        )
+        self.family = family = blank(config.pretrained_model_name_or_path, config.frozen, config.revision)
+        if config.quantize:
+            quantized(family.denoiser)
+        if config.vae_slicing:
+            family.pipe.vae.enable_slicing()
         for name, part in family.pipe.components.items():
             if isinstance(part, nn.Module):
                 kind = Part.TEXT if name.startswith("text_encoder") else Part.VAE if name == "vae" else Part.WEIGHTS
-                ledger.move([*part.parameters(), *part.buffers()], kind)
+                ledger.move(tensors_of(part), kind)
+        if config.offload_idle:
+            Resting(family.pipe, family.denoiser, GHOST, self._move)
         self.policy = policy = Policy(
             family,
             config.lora,
@@ -181,10 +161,10 @@ class _Trace:
             ledger.move(policy.ema.shadow_params, Part.AVERAGE)
         if policy.weights.frozen is not None:
             frozen = policy.weights.frozen
-            ledger.move([*frozen.parameters(), *frozen.buffers()], Part.REFERENCE)
+            ledger.move(tensors_of(frozen), Part.REFERENCE)
             self.ghost.once(frozen)
         for parameter in policy.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.move([p.grad], Part.GRADIENTS))  # type: ignore[arg-type]
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.move([p.grad], Part.GRADIENTS))
         self.ghost.once(family.denoiser)
         for name in ("encode", "decode"):
             self.ghost.once(family.pipe.vae, name)
@@ -199,9 +179,15 @@ class _Trace:
             resolution=config.data.resolution,
         )
 
+    def _move(self, module: nn.Module, device: torch.device) -> None:
+        self.ledger.park(tensors_of(module), device.type == "cpu")
+
     def _optimizer(self) -> torch.optim.Optimizer:
         """The optimizer with its state, as after a first step."""
-        optimizer = build_optimizer(self.config, self.policy, self.config.learning_rate)
+        if self.config.use_8bit_adam:
+            optimizer: torch.optim.Optimizer = _Adam8bit(self.policy.parameters())
+        else:
+            optimizer = build_optimizer(self.config, self.policy, self.config.learning_rate)
         with self.ledger.of(Part.GRADIENTS):
             for parameter in self.policy.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -216,13 +202,12 @@ class _Trace:
     def _encode(self) -> None:
         """One call of the VAE and of the text encoders, as many inputs as the data gives them at once."""
         data, family = self.config.data, self.family
-        cached = isinstance(data, EncodedData)
         with torch.no_grad(), self.ledger.of(Part.ACTIVATIONS):
-            if cached:
+            if isinstance(data, EncodedData):
                 side = data.resolution or family.resolution
                 family.to_latent(torch.zeros(1, 3, side, side).expand(data.vae_batch, -1, -1, -1))
             with self.ghost.autocast(torch.float32):
-                self._encode_text(TEXTS if cached else 1)
+                self._encode_text(TEXTS if isinstance(data, EncodedData) else 1)
 
     def _encode_text(self, count: int) -> None:
         """Prompts of the most tokens through the text encoders; by themselves, where a tokenizer has no vocabulary."""

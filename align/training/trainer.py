@@ -23,7 +23,6 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from align import families
 from align.common import rng
 from align.common.command import dumped
 from align.data.dataset import Setup, shuffled
@@ -57,12 +56,7 @@ class Trainer:
         precision = describe_precision(config)
         self.accelerator = launch(config)
         self.resolved = re.sub("(?m)^(mixed_precision): auto$", rf"\1: '{config.precision}'", resolved)
-        frozen = families.DTYPES[config.precision] if config.lora else torch.float32
-        self.family = families.load(
-            config.pretrained_model_name_or_path, frozen, self.accelerator.device, config.revision, config.variant
-        )
-        if config.attention_backend:
-            families.set_attention_backend(self.family, config.attention_backend)
+        self.family = config.family(self.accelerator.device)
         objective = config.objective
         self.policy = Policy(
             self.family,
@@ -289,6 +283,11 @@ def _crossed(before: int, after: int, every: int) -> bool:
 def train(config: TrainConfig, resolved: str = "") -> Path:
     """Run ``config`` and return its run folder. ``resolved`` is the YAML kept there, which reruns it."""
     config.check()
+    if config.memory is not None:
+        from align.training.advice import report
+
+        print(report(config))
+        return config.output_dir
     loop = Trainer(config, resolved or dumped(config))
     loop.sizes.check()
     loop.accelerator.print(loop.sizes.describe(loop.policy))
