@@ -201,7 +201,7 @@ def library_lines(root: Path) -> int:
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
 STILL_TOO_LONG: dict[str, int] = {}
-LIBRARY_LINES = 22_000  # 16_429 before the rooms; then strangers' files and accidents, and nine families more
+LIBRARY_LINES = 23_200  # 16_429 before the rooms; then strangers' files and accidents, and nine families more
 
 
 def test_rooms_import_only_rooms_before_them() -> None:

@@ -99,9 +99,13 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     strict = "_keep_in_fp32_modules_strict" if dtype == torch.bfloat16 else ""
     attribute = strict if hasattr(module, strict) else "_keep_in_fp32_modules"
     kept: Collection[str] = getattr(module, attribute, None) or ()
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_floating_point() and not any(part in name.split(".") for part in kept):
-            tensor.data = tensor.data.to(dtype)
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                owner._buffers[name] = buffer.to(dtype)  # not its data: a view would keep what it is of
     return module
 
 

@@ -166,7 +166,7 @@ def processes() -> tuple[int, int]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what libraries say of models that have no weights and prompts that have no words."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -184,7 +184,7 @@ def report(config: TrainConfig) -> str:
     config = copy.deepcopy(config)
     if config.mixed_precision == "auto":
         config.mixed_precision = configured()
-    with _quiet():
+    with quiet():
         world, shards = processes()
         found = trace(config, world, shards)
         lines = [found.describe()]

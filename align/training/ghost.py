@@ -31,8 +31,22 @@ from align.training.ledger import Ledger, Part
 GHOST = torch.device("meta")
 SHADOWED = 1 << 13  # elements up to which a tensor of the device keeps its values
 SHADOWED_INDICES = 1 << 18  # and one of integers
+WORKSPACE = 2  # of a convolution in half precision, in its input and output: fitted to an H200's peaks (online_gpu)
 aten = torch.ops.aten
+_CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 _BY_INDEX = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in the arguments or the result of an operator, in order; pytree would take a quarter of a trace's time."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
 
 
 class _Device(TorchDispatchMode):
@@ -47,7 +61,7 @@ class _Device(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        ghosts = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.is_meta]
+        ghosts = [x for x in _tensors((args, kwargs)) if x.is_meta]
         wanted = kwargs.get("device")
         wanted = torch.device(wanted) if wanted is not None else None
         if not ghosts and (wanted is None or wanted.type != "meta"):
@@ -69,6 +83,9 @@ class _Device(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         self._remember(out, shadow)
+        if func in _CONVOLUTIONS and args[0].dtype.itemsize == 2:
+            moved = args[0].nbytes + (args[1] if func is aten.convolution_backward.default else out).nbytes
+            self.ledger.bump(WORKSPACE * moved)
         if shadow is None and func._schema.is_mutable:
             for x in ghosts:
                 self.shadows.pop(x, None)
@@ -97,10 +114,11 @@ class _Device(TorchDispatchMode):
 
     def _on_host(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What ``func`` says of the shadows, where that is small."""
-        sizes = [x.numel() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        given = [*_tensors((args, kwargs))]
+        sizes = [x.numel() for x in given]
         size = args[0] if args and isinstance(args[0], list | tuple | torch.Size) else ()
         asked = torch.Size(size).numel() if size and all(isinstance(n, int) for n in size) else 0
-        kinds = [x.is_floating_point() for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        kinds = [x.is_floating_point() for x in given]
         if max([asked, *sizes]) > (SHADOWED if any(kinds) or not kinds else SHADOWED_INDICES):
             return None
         if "device" in kwargs:
@@ -111,12 +129,14 @@ class _Device(TorchDispatchMode):
             return None
 
     def _remember(self, out: Any, shadow: Any) -> None:
-        values = tree_flatten(shadow)[0] if shadow is not None else ()
-        for k, x in enumerate(tree_flatten(out)[0]):
-            if isinstance(x, Tensor) and x.is_meta:
+        made = [*_tensors(out)]
+        for x in made:
+            if x.is_meta:
                 self.ledger.track(x)
-                if k < len(values) and isinstance(values[k], Tensor):
-                    self.shadows[x] = values[k]
+        if shadow is not None:
+            for x, value in zip(made, _tensors(shadow), strict=True):
+                if x.is_meta:
+                    self.shadows[x] = value
 
 
 # CUDA's autocast, by function: what goes down to half precision, what goes up to float32
@@ -251,8 +271,7 @@ class Ghost:
                     seen[key] = ledger.resume(before), tree_map_only(Tensor, lambda x: (x.shape, x.dtype), out)
                     return out
                 rise, specs = seen[key]
-                ledger.add(part, rise)
-                ledger.add(part, -rise)
+                ledger.bump(rise)
                 is_spec = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], torch.dtype)  # noqa: E731
                 return tree_map(
                     lambda s: torch.empty(s[0], dtype=s[1], device=GHOST) if is_spec(s) else s, specs, is_leaf=is_spec

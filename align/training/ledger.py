@@ -70,6 +70,11 @@ class Ledger:
         if self.total > self.most:
             self.most, self.peak = self.total, self.live.copy()
 
+    def bump(self, size: int) -> None:
+        """``size`` bytes more of the present part, for a moment."""
+        self.add(self.part, size)
+        self.add(self.part, -size)
+
     def move(self, tensors: Sequence[Tensor], part: Part) -> None:
         """``tensors`` belong to ``part``."""
         for tensor in tensors:

@@ -106,7 +106,8 @@ class _Trace:
     def run(self, shards: int) -> Estimate:
         with self.ghost.present():
             self._load()
-            optimizer = self._optimizer()
+            with self._phase("step"):
+                self._optimizer()
             with self._phase("encoding"):
                 self._encode()
             if self.config.samples.prompts:
@@ -118,8 +119,6 @@ class _Trace:
                 raise UserError("the traced rollout gave no row to train on; memory cannot be told")
             with self._phase("update"):
                 self._update(next(rows.chunks(self.config.train_batch_size)))
-            with self._phase("step"):
-                optimizer.step()
         return Estimate(tuple(self.phases), shards, 2 * self._largest_block() if shards > 1 else 0)
 
     @contextmanager
@@ -182,22 +181,23 @@ class _Trace:
     def _move(self, module: nn.Module, device: torch.device) -> None:
         self.ledger.park(tensors_of(module), device.type == "cpu")
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer with its state, as after a first step."""
+    def _optimizer(self) -> None:
+        """A first step: from here on there is the optimizer's state."""
         if self.config.use_8bit_adam:
-            optimizer: torch.optim.Optimizer = _Adam8bit(self.policy.parameters())
+            self.optimizer: torch.optim.Optimizer = _Adam8bit(self.policy.parameters())
         else:
-            optimizer = build_optimizer(self.config, self.policy, self.config.learning_rate)
+            self.optimizer = build_optimizer(self.config, self.policy, self.config.learning_rate)
+        optimizer = self.optimizer
+        for group in optimizer.param_groups:
+            if "foreach" in group:
+                group["foreach"] = True  # as torch has it on a GPU
         with self.ledger.of(Part.GRADIENTS):
             for parameter in self.policy.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        with self.ledger.of(Part.ACTIVATIONS):
+        with self.ledger.of(Part.OPTIMIZER):
             optimizer.step()
-        state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
-        self.ledger.move([x for x in state if x.is_meta], Part.OPTIMIZER)
         if self.config.gradient_accumulation_steps == 1:
             optimizer.zero_grad(set_to_none=True)
-        return optimizer
 
     def _encode(self) -> None:
         """One call of the VAE and of the text encoders, as many inputs as the data gives them at once."""
