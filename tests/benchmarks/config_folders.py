@@ -49,6 +49,8 @@ QWEN3_4B |= {"max_position_embeddings": 40960, "tie_word_embeddings": True}
 QWEN_VL: Config = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
 QWEN_VL |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
 QWEN_VL |= {"rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}}
+QWEN_SEES: Config = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+QWEN_SEES |= {"out_hidden_size": 3584}
 MISTRAL: Config = {"model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40}
 MISTRAL |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072}
 FLOW = "FlowMatchEulerDiscreteScheduler"
@@ -123,7 +125,7 @@ FOLDERS: dict[str, Folder] = {
         "QwenImagePipeline", _denoiser("Qwen-Image"), ("AutoencoderKLQwenImage", {}),
         (FLOW, {"shift": 1.0, "shift_terminal": 0.02, "base_shift": 0.5, "max_shift": 0.9, "use_dynamic_shifting": True}
          | {"base_image_seq_len": 256, "max_image_seq_len": 8192}),
-        (("Qwen2_5_VLForConditionalGeneration", {"text_config": QWEN_VL, "vision_config": {"out_hidden_size": 3584}}),),
+        (("Qwen2_5_VLForConditionalGeneration", {"text_config": QWEN_VL, "vision_config": QWEN_SEES}),),
         ("Qwen2Tokenizer",),
     ),
     "Z-Image": Folder(
