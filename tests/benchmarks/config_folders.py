@@ -1,7 +1,7 @@
 """Pipeline folders of full size without a weight: the JSON files alone, from which memory is traced.
 
 Denoisers are those of :mod:`tests.benchmarks.full_size`, whose parameters agree with the published numbers; SD1.5's and
-SD3.5-medium's are held the same way by ``tests/benchmarks/memory.py``. Text encoders and autoencoders are the published
+SD3.5-medium's are those that ``gpu_online.py`` measured. Text encoders and autoencoders are the published
 ones as their authors describe them, diffusers' and transformers' defaults for the rest.
 """
 
