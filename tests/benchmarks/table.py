@@ -610,7 +610,8 @@ def _memory() -> str:
         "",
         "Full size, traced, GiB a GPU, and in which phase; bf16, LoRA 16, gradient checkpointing, one row and one "
         "picture at once, 1024 pixels (SD1.5: 512), PixArt-Sigma every weight. *QLoRA*: NF4 (PixArt-Sigma: not), text "
-        "encoders and VAE on the CPU while idle, AdamW in 8 bit. *encoding* is of 64 captions at once.",
+        "encoders and VAE on the CPU while idle, AdamW in 8 bit. *encoding* is of 64 captions at once; an "
+        "update of QLoRA begins with the text encoders still there from encoding.",
         "",
     ]
     lines += [
