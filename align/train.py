@@ -20,6 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: TrainConfig, resolved: str) -> int:
+    if config.memory is not None:
+        from align.training.advice import report
+
+        config.check()
+        print(report(config))
+        return 0
     from align.training.preemption import STATUS, Preempted
     from align.training.trainer import train  # accelerate: not for --help or a wrong key
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import rewards  # noqa: F401  first: it makes torchvision importable beside a CPU torch
 
-__all__ = ["load", "reads"]
+__all__ = ["load", "pack", "reads"]
 
 
 def load(folder: Path | str, dtype: Any = None) -> Any:
@@ -21,6 +21,15 @@ def load(folder: Path | str, dtype: Any = None) -> Any:
     from pruning.loading import load as load_any  # bitsandbytes takes a second to import
 
     return load_any(folder, dtype)
+
+
+def pack(module: Any) -> None:
+    """Pack the Linears of a denoiser in NF4, in place, the blocks' scales in 8 bit, as QLoRA has it (Dettmers et al.
+    2023); multiplied in what is not packed. See :func:`pruning.quantize.quantize`."""
+    from pruning.nf4 import NF4
+    from pruning.quantize import quantize  # bitsandbytes, as above
+
+    quantize(module, NF4(double_quant=True, compute_dtype=str(module.dtype).removeprefix("torch.")))  # type: ignore[arg-type]
 
 
 def reads(folder: Path | str) -> bool:

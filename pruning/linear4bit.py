@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from unittest import mock
 
 import bitsandbytes as bnb
 import torch
@@ -83,14 +84,20 @@ def empty_layer(linear: nn.Linear, settings: NF4) -> Linear4bit:
 def pack(linear: nn.Linear, settings: NF4) -> Linear4bit:
     """``linear`` as NF4, on its device."""
     layer = empty_layer(linear, settings)
-    layer.weight = bnb.nn.Params4bit(
+    weight = bnb.nn.Params4bit(
         linear.weight.detach(),
         requires_grad=False,
         blocksize=BLOCK,
         compress_statistics=settings.double_quant,
         quant_type="nf4",
         module=layer,
-    ).to(linear.weight.device)
+    )
+    device = linear.weight.device
+    if device.type == "meta":  # shapes alone; bitsandbytes would keep its codebook of them for the real ones
+        with mock.patch.dict(bnb.functional.name2qmap, clear=True):
+            layer.weight = weight._quantize(device)
+    else:
+        layer.weight = weight.to(device)
     layer.bias = linear.bias
     return layer
 

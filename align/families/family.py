@@ -1,7 +1,6 @@
 """A family hides diffusers: text encoders, VAE scaling, packing, guidance, sizes, precision.
 
 Objectives see only :class:`Family` and :class:`Conditioning`. Pictures are (B, 3, H, W) float in [0, 1] everywhere.
-:func:`load` finds the right family from a pipeline folder's ``model_index.json``.
 """
 
 from __future__ import annotations
@@ -150,7 +149,8 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.pipe.vae.parameters()).device
+        places = [next(part.parameters()).device for part in (self.denoiser, self.pipe.vae)]  # one may wait on the CPU
+        return next((place for place in places if place.type != "cpu"), places[0])
 
     @property
     def dtype(self) -> torch.dtype:

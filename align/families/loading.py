@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.common.assets import EMBEDDED, locate
 from align.common.errors import UserError
@@ -111,9 +111,14 @@ def load(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     variant: str | None = None,
+    quantize: Literal["nf4"] | None = None,
+    offload_idle: bool = False,
 ) -> Family:
     """Load a diffusers folder, hub id or embedded pipeline as the family that fits it; also a folder that stock
     diffusers does not read, where an installed package does (:func:`reader`).
+
+    ``quantize`` packs the denoiser in 4 bit (:func:`quantized`); with ``offload_idle`` text encoders and autoencoder
+    are on ``device`` only while they work (:class:`align.families.resting.Resting`).
 
     Raises :class:`Unsupported` naming the pipeline class and those that are supported, or the part or file that is
     missing, damaged or another model's; :class:`UserError` for a device or precision that is not to be had here.
@@ -132,7 +137,14 @@ def load(
         except (TypeError, ValueError) as error:  # of a part that is named as none
             raise Unsupported(f"{source} is no whole pipeline: {' '.join(str(error).split())[:300]}") from error
     require_tokenizers(pipe, source, family.token_limits)
-    pipe.to(device)
+    if quantize is not None:
+        quantized(getattr(pipe, family.denoiser_name))
+    if offload_idle:
+        from align.families.resting import Resting
+
+        Resting(pipe, getattr(pipe, family.denoiser_name), device)
+    else:
+        pipe.to(device)
     require_finite(pipe, source)
     loaded = family(pipe, source)
     _require_usable(loaded)
@@ -199,6 +211,18 @@ def reader(folder: Path | str) -> Any | None:
     """
     readers = (entry.load() for entry in entry_points(group=READERS)) if Path(folder).is_dir() else ()
     return next((found for found in readers if found.reads(folder)), None)
+
+
+def quantized(module: nn.Module) -> None:
+    """Pack the Linears of ``module`` in NF4, in place, by the installed package that reads such models.
+
+    Raises :class:`UserError` where there is none, and for a module that is packed already.
+    """
+    packers = (entry.load() for entry in entry_points(group=READERS))
+    packer = next((found for found in packers if hasattr(found, "pack")), None)
+    if packer is None:
+        raise UserError("quantize: no installed package packs weights; install t2i-align whole, which has `pruning`")
+    packer.pack(module)
 
 
 def stock_scheduler(pipe: DiffusionPipeline) -> Any:

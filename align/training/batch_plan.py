@@ -118,7 +118,7 @@ class BatchPlan:
             f"{frozen * samples} frozen",
             "trainable parameters": f"{trained:,} of {total:,} ({kind})",
             "estimated memory": f"{(weights * copies + state) / policy.shards / 2**20:,.0f} MiB for denoiser, "
-            "gradients and optimiser, activations not counted",
+            "gradients and optimiser, activations not counted: `--dry_run --memory 24GB` traces the peak",
             **cost.notes,
         }
         width = max(map(len, lines))

@@ -16,6 +16,7 @@ from align.common.errors import UserError, require_at_least
 from align.common.resolution import sides
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch
+from align.families import Family
 from align.objectives import Objective
 from align.objectives.online.rewards import RewardConfig, Scorer
 from align.policy.policy import LoRA
@@ -71,10 +72,13 @@ class TrainConfig:
         adam_weight_decay: AdamW.
         adam_epsilon: AdamW.
         use_8bit_adam: bitsandbytes' AdamW; needs a GPU.
+        quantize: ``nf4`` packs the frozen denoiser in 4 bit when it is loaded (QLoRA); needs ``lora``.
         sgd_momentum: SGD with this Nesterov momentum instead of AdamW (ReNO: 0.9); null is AdamW.
         max_grad_norm: gradients are clipped to this norm.
         ema_decay: keep a moving average of the trained weights and save that; 0 keeps none.
         gradient_checkpointing: recompute activations in backward; less memory, more time.
+        offload_idle: text encoders and VAE wait on the CPU and come to the device when they are called.
+        vae_slicing: the VAE takes one picture at a time; less memory, more time.
         mixed_precision: autocast; frozen weights are kept in this precision too; ``auto`` is what accelerate is
             configured with.
         allow_tf32: TF32 matrix products on Ampere and later.
@@ -89,6 +93,8 @@ class TrainConfig:
         logging_steps: optimiser steps between lines of ``metrics.jsonl``.
         report_to: trackers.
         dry_run: print the plan and stop.
+        memory: with ``dry_run``, what a GPU has, such as ``24GB``: print what this run would take of it, traced from
+            the model's config files, and what to change where that is more. No weight is read, no GPU needed.
     """
 
     data: Data
@@ -119,10 +125,13 @@ class TrainConfig:
     adam_weight_decay: float = 1e-2
     adam_epsilon: float = 1e-8
     use_8bit_adam: bool = False
+    quantize: Literal["nf4"] | None = None
     sgd_momentum: float | None = None
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     gradient_checkpointing: bool = False
+    offload_idle: bool = False
+    vae_slicing: bool = False
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     allow_tf32: bool = False
     compile: bool = False
@@ -135,6 +144,7 @@ class TrainConfig:
     logging_steps: int = 1
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
     dry_run: bool = False
+    memory: str | None = None
 
     def check(self) -> None:
         """Everything that can be known to be wrong before a weight is loaded."""
@@ -164,8 +174,12 @@ class TrainConfig:
             raise UserError(f"adam_epsilon must be positive, got {self.adam_epsilon}")
         if self.sgd_momentum is not None and not 0 < self.sgd_momentum < 1:
             raise UserError(f"sgd_momentum must lie between 0 and 1, got {self.sgd_momentum}")
-        if self.use_8bit_adam and not torch.cuda.is_available():
+        if self.use_8bit_adam and not torch.cuda.is_available() and self.memory is None:
             raise UserError("use_8bit_adam needs a CUDA GPU here; set use_8bit_adam: false")
+        if self.quantize and self.lora is None:
+            raise UserError("quantize: nf4 is for a frozen denoiser; set lora, which trains beside it")
+        if self.memory is not None and not self.dry_run:
+            raise UserError("memory is asked about before a run: set dry_run: true")
         objective, wanted = type(self.objective).__name__, self.objective.needs.batch_types
         if self.data.batch_type not in wanted:
             raise UserError(
@@ -181,7 +195,8 @@ class TrainConfig:
         for data in (self.data, self.validation_data):
             if data is not None:
                 sides(data.resolution)
-                data.check()
+                if self.memory is None:
+                    data.check()
 
     @property
     def precision(self) -> str:
@@ -199,6 +214,27 @@ class TrainConfig:
     def draws(self) -> bool:
         """Whether pictures are drawn: an online objective on prompts."""
         return self.objective.needs.online and self.data.batch_type is PromptBatch
+
+    @property
+    def frozen(self) -> torch.dtype:
+        """Of weights that do not train, once the precision is known."""
+        return families.DTYPES[self.precision] if self.lora else torch.float32
+
+    def family(self, device: torch.device, sharded: bool = False) -> Family:
+        """The pipeline, loaded as this run has it. A denoiser that is going to be divided (``sharded``) waits on the
+        CPU, since a GPU need not hold it whole."""
+        source, first = self.pretrained_model_name_or_path, torch.device("cpu") if sharded else device
+        idle = self.offload_idle and not sharded
+        family = families.load(source, self.frozen, first, self.revision, self.variant, self.quantize, idle)
+        if sharded:
+            from align.families.resting import place_around
+
+            place_around(family.pipe, family.denoiser, device, self.offload_idle)
+        if self.vae_slicing:
+            family.pipe.vae.enable_slicing()
+        if self.attention_backend:
+            families.set_attention_backend(family, self.attention_backend)
+        return family
 
     def scorer(self) -> Scorer | None:
         """The rewards, loaded; None where there are none."""

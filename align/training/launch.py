@@ -14,9 +14,7 @@ from accelerate.utils import AutocastKwargs, set_seed
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from align import families
 from align.common.errors import UserError
-from align.families import Family
 from align.policy.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -105,20 +103,6 @@ def sharding_of(accelerator: Accelerator) -> Sharding | None:
         torch.float32 if accelerator.mixed_precision != "no" else None,
         os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "0", "shard_grad_op"),
     )
-
-
-def load_family(config: TrainConfig, device: torch.device, sharded: bool) -> Family:
-    """The pipeline of a run on ``device``, its frozen parts in the run's precision. A denoiser that is going to be
-    divided waits on the CPU, since a GPU need not hold it whole."""
-    dtype = families.DTYPES[config.precision] if config.lora else torch.float32
-    source, first = config.pretrained_model_name_or_path, torch.device("cpu") if sharded else device
-    family = families.load(source, dtype, first, config.revision, config.variant)
-    for part in family.pipe.components.values() if sharded else ():
-        if isinstance(part, torch.nn.Module) and part is not family.denoiser:
-            part.to(device)
-    if config.attention_backend:
-        families.set_attention_backend(family, config.attention_backend)
-    return family
 
 
 def configured() -> Literal["no", "fp16", "bf16"]:

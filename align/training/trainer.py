@@ -37,7 +37,7 @@ from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
 from align.training.finite import require_finite, settle
 from align.training.gather import gather_of, gather_text_of, merged, summed
-from align.training.launch import describe_precision, launch, load_family, log_images, sharding_of, start_trackers
+from align.training.launch import describe_precision, launch, log_images, sharding_of, start_trackers
 from align.training.optimizer import build_optimizer, build_scheduler, clip, prepare
 from align.training.preemption import Preempted, Preemption
 from align.training.progress import crossed, drawing
@@ -57,7 +57,7 @@ class Trainer:
         self.accelerator = launch(config)
         self.resolved = re.sub("(?m)^(mixed_precision): auto$", rf"\1: '{config.precision}'", resolved)
         sharding = sharding_of(self.accelerator)
-        self.family = load_family(config, self.accelerator.device, sharding is not None)
+        self.family = config.family(self.accelerator.device, sharding is not None)
         objective = config.objective
         self.policy = Policy(
             self.family,
