@@ -28,6 +28,7 @@ from align.evaluate import is_pipeline, names, open_model
 from align.evaluation import bench_spec as benches
 from align.evaluation.bench_spec import BenchSpec
 from align.evaluation.compare import Comparison, depends, draw_and_compare, table
+from align.evaluation.pictures import folder_name
 from align.families import Family
 from rewards import RewardConfig
 from rewards.common.command import exit_status
@@ -140,7 +141,7 @@ def run(config: BenchRun) -> dict[str, Any] | None:
     for source in sources:
         if is_pipeline(source):
             families.find(str(source))
-    labels = names(sources) if len(sources) > 1 else [re.sub(r"[^\w.+-]+", "_", sources[0].stem) or "model"]
+    labels = names(sources) if len(sources) > 1 else [folder_name(sources[0].stem, [])]
 
     def models() -> Iterator[tuple[str, Family]]:
         for label, source in zip(labels, sources, strict=True):

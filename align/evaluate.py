@@ -12,7 +12,6 @@ model card. The same command goes on after a kill, and draws again what was draw
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from align.common.errors import UserError
 from align.common.provenance import provenance
 from align.common.resolution import Resolution, sides
 from align.evaluation.compare import Comparison, depends, diversity, draw_and_compare, summary, table
+from align.evaluation.pictures import folder_name
 from align.families import Family
 from align.sampling.diversity import Features
 from align.training.model_card import add_section
@@ -75,13 +75,10 @@ def names(sources: Sequence[Path]) -> list[str]:
     two have the same."""
     if len(sources) == 1:
         return ["tuned"]
-    found: list[str] = []
+    found = ["base"]
     for source in sources:
-        stem = re.sub(r"[^\w.+-]+", "_", source.stem if source.suffix == ".safetensors" else source.name).strip("._")
-        name = stem if stem not in ("", "base") else f"model_{stem}"
-        same = sum(other == name or re.fullmatch(rf"{re.escape(name)}-\d+", other) is not None for other in found)
-        found.append(f"{name}-{same + 1}" if same else name)
-    return found
+        found.append(folder_name(source.stem if source.suffix == ".safetensors" else source.name, found))
+    return found[1:]
 
 
 def is_pipeline(source: Path) -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
+from align.policy.lora_weights import LoRAWeights
 from align.train import main
 from align.training.preemption import STATUS
 from tests.helpers import contents, errors, launch, online, same, untimed, weights, write
@@ -371,16 +371,17 @@ def test_a_signal_in_the_midst_of_exchanging_weights_leaves_a_whole_checkpoint(
     settings = online(tiny_folders["epsilon"], tmp_path, "D3PO", **arguments)
     settings |= {"train_batch_size": 12, "max_train_steps": 2, "checkpointing_steps": 0}
     assert main(["--config", write(settings, output_dir=str(tmp_path / "whole"))]) == 0
-    switch, calls = BaseTunerLayer.enable_adapters, []
+    switch, calls = LoRAWeights._switch, list[bool]()
 
-    def signalled(self: BaseTunerLayer, enabled: bool) -> None:
-        switch(self, enabled)
-        calls.append(enabled)
-        if len(calls) == 3:
+    def signalled(self: LoRAWeights, on: bool) -> None:
+        if not calls:
+            self.layers[0]._disable_adapters = True
             os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(on)
+        switch(self, on)
 
-    monkeypatch.setattr(BaseTunerLayer, "enable_adapters", signalled)
-    assert main(["--config", write(settings)]) == STATUS and calls[:3] == [False] * 3
+    monkeypatch.setattr(LoRAWeights, "_switch", signalled)
+    assert main(["--config", write(settings)]) == STATUS and calls[0] is False
     assert main(["--config", write(settings, resume_from_checkpoint="latest")]) == 0
     assert same(weights(settings["output_dir"]), weights(tmp_path / "whole"))
 

@@ -21,7 +21,7 @@ from align.common.resolution import Resolution
 from align.data.prompts import read_prompt_rows
 from align.evaluation.gallery import save_grid, to_pil
 from align.evaluation.intervals import bootstrap, over_tasks
-from align.evaluation.pictures import Drawing, PictureFolder, Wanted, noise_seed
+from align.evaluation.pictures import Drawing, PictureFolder, Wanted, folder_name, noise_seed
 from align.evaluation.scored import score_pictures
 from align.families import Family
 from align.sampling.diversity import Features, pairwise, thumbnails
@@ -45,7 +45,6 @@ class Comparison:
     Args:
         prompts: a prompt file (.txt, .jsonl, .json, .csv, .tsv) or ``shapes``, the embedded world's held-out set. What
             it says of a prompt beside its text goes to the rewards as metadata.
-        task_column: tables show every reward for each value of this column too, where all prompts have one.
         reward: what the pictures are scored by, as :func:`rewards.parse_rewards` reads it, without weights; default
             ``Shapes``. The first decides the win rate (``Shapes``: by its strict verdict, the right picture against a
             wrong one).
@@ -58,10 +57,10 @@ class Comparison:
         seed: another one is other noise, for every model.
         batch_size: pictures sampled at once.
         max_prompts: use evenly spaced prompts, so many at most.
+        task_column: tables show every reward for each value of this column too, where all prompts have one.
     """
 
     prompts: str = "shapes"
-    task_column: str = "task"
     reward: list[RewardConfig] = field(default_factory=list)
     samples_per_prompt: int = 1
     num_inference_steps: int | None = None
@@ -70,6 +69,7 @@ class Comparison:
     seed: int = 1000
     batch_size: int = 64
     max_prompts: int | None = None
+    task_column: str = "task"
 
     def __post_init__(self) -> None:
         self.reward = parse_rewards(self.reward or "Shapes", weighted=False)
@@ -179,10 +179,11 @@ def draw_and_compare(
     ``folder/scores/``, where they are found again. Models come one by one, so a later may use up an earlier. Of several
     processes each draws and scores a share, and the first returns the result."""
     drawing = Drawing(settings.num_inference_steps, settings.guidance_scale, resolution)
-    wanted, images = settings.wanted(bench.rows), {}
+    wanted, images = settings.wanted(bench.rows), dict[str, PictureFolder]()
     launched = launched or Launched()
     for name, family in models:
-        images[name] = PictureFolder(folder / "images" / name, wanted, settings.batch_size)
+        place = folder / "images" / folder_name(name, [pictures.path.name for pictures in images.values()])
+        images[name] = PictureFolder(place, wanted, settings.batch_size)
         images[name].draw(family, drawing, launched, name)
     how = bench.rewards, settings.reward, folder / "scores", min(settings.batch_size, 64), bench.device, launched
     scores = {name: score_pictures(pictures, *how) for name, pictures in images.items()}

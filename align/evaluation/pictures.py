@@ -13,8 +13,10 @@ processes, and whole after any kill.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,6 +49,12 @@ def noise_seed(prompt: str, sample: int, seed: int) -> int:
     """
     text = json.dumps([prompt, sample, seed], ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def folder_name(name: str, others: Sequence[str]) -> str:
+    """``name`` as a folder may be called, and as none of ``others`` is: letters, digits and ``._+-``."""
+    safe = re.sub(r"[^\w.+-]+", "_", name).strip("._") or "model"
+    return safe if safe not in others else next(n for k in itertools.count(2) if (n := f"{safe}-{k}") not in others)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,9 @@ class PictureFolder:
             "weights": weights_of(family),
             "pictures": hashlib.sha256(json.dumps([asdict(one) for one in self.wanted]).encode()).hexdigest(),
         }
+        family.grid(
+            self.record["num_inference_steps"], *sides(drawing.resolution)
+        )  # refused before anything is written
         self._start(launched)
         mine = self.batches[launched.rank :: launched.world]
         todo = [part for part in mine if not self._whole(part)]
