@@ -132,9 +132,8 @@ class PictureFolder:
             "weights": weights_of(family),
             "pictures": hashlib.sha256(json.dumps([asdict(one) for one in self.wanted]).encode()).hexdigest(),
         }
-        family.grid(
-            self.record["num_inference_steps"], *sides(drawing.resolution)
-        )  # refused before anything is written
+        # what no grid has is refused before anything is written
+        family.grid(self.record["num_inference_steps"], *sides(drawing.resolution))
         self._start(launched)
         mine = self.batches[launched.rank :: launched.world]
         todo = [part for part in mine if not self._whole(part)]
