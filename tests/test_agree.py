@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.agree import accuracy, kendall, main, spearman
+from rewards.agree import main
+from rewards.agreement import accuracy, kendall, spearman
+from rewards.presets import PRESETS, best_threshold, points, points_of_tie
 
 BRIGHT, RED = "tests.test_agree.Bright", "tests.test_agree.Red"
 ENDED = [f"--reward={BRIGHT}", f"--reward={RED}"]
@@ -149,6 +151,86 @@ def test_figures_are_those_of_a_loop(human_ties: str, tmp_path: Path, capsys: py
     assert report["pictures"] == len(seen)
     shown = capsys.readouterr().out
     assert f"{report['rewards'][RED]['accuracy']:.3f} (" in shown and f"{tau:+.3f}" in shown
+
+
+# Presets
+def test_imagerewards_rule_counts_equal_scores_as_wrong() -> None:
+    """``acc`` of its test.py, written down: pairs of different ranks, right only where strictly ordered."""
+    ranking, rewards = [1, 2, 2, 4], [3.0, 3.0, 1.0, 2.0]
+    right = total = 0
+    margins = []
+    for i, j in combinations(range(4), 2):
+        if ranking[i] != ranking[j]:
+            better, worse = (i, j) if ranking[i] < ranking[j] else (j, i)
+            total, right = total + 1, right + (rewards[better] > rewards[worse])
+            margins.append(rewards[better] - rewards[worse])
+    assert points(PRESETS["imagereward"], np.array(margins)).tolist() == [0, 1, 1, 1, 0]  # 1-2 is a tie of scores
+    assert points(PRESETS["imagereward"], np.array(margins)).mean() == right / total == 3 / 5
+
+
+def test_pickapics_rule_is_its_codes() -> None:
+    """``get_pred``, ``calc_score`` and the pick of the threshold of eval_preference_predictor.py, written down."""
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(200, 2)) * 2, rng.choice(["0", "1", "tie"], 200)
+    scores[:20, 1] = scores[:20, 0]
+
+    def official(threshold: float) -> float:
+        total = 0.0
+        for (a, b), label in zip(scores, labels, strict=True):
+            one = 1 / (1 + math.exp(b - a))
+            pred = "tie" if abs(1 - 2 * one) <= threshold else "0" if one > 0.5 else "1"
+            total += 1 if label == pred else 0.5 if "tie" in (label, pred) else 0
+        return total / len(labels)
+
+    preset, margin = PRESETS["pickapic"], scores[:, 0] - scores[:, 1]
+    won = np.where(labels == "0", margin, -margin)[labels != "tie"]
+    ties = margin[labels == "tie"]
+    thresholds = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    for threshold in thresholds:
+        ours = np.concatenate([points(preset, won, threshold), points_of_tie(ties, threshold)]).mean()
+        assert ours == pytest.approx(official(threshold))
+    assert best_threshold(preset, won, ties) == pytest.approx(
+        thresholds[int(np.argmax(list(map(official, thresholds))))]
+    )
+
+
+def test_presets_beside_the_published_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = World(2)
+    report = run("--pairs", world.hpdv2(tmp_path), *ENDED, "--preset", "hpdv2", output=tmp_path / "a.json")
+    by_prompt: dict[str, list[float]] = {}
+    for group, i, j in world.pairs():
+        if not world.tied((group, i, j)):
+            margin = world.score(RED, group, i) - world.score(RED, group, j)
+            by_prompt.setdefault(world.prompts[group], []).append(0.5 if margin == 0 else float(margin > 0))
+    found = report["preset"]["rewards"][RED]
+    assert found["accuracy"] == pytest.approx(share([share(each) for each in by_prompt.values()]))
+    assert found["accuracy"] != pytest.approx(report["rewards"][RED]["accuracy"])  # that is over pairs
+    assert "PickScore 79.8 %" in capsys.readouterr().out and report["preset"]["published"]["HPSv2"] == 83.3
+
+
+def test_pickapic_scores_ties_too_and_its_threshold_comes_from_the_validation_set(tmp_path: Path) -> None:
+    world, names = World(3), ("caption", "jpg_0", "jpg_1", "label_0")
+    for split, pairs in {"validation": world.pairs()[:18], "test": world.pairs()[18:]}.items():
+        cells = [
+            (world.prompts[g], world.png(g, i), world.png(g, j), 0.5 if world.tied((g, i, j)) else 1.0)
+            for g, i, j in pairs
+        ]
+        pq.write_table(
+            pa.table(dict(zip(names, map(list, zip(*cells, strict=True)), strict=True))), tmp_path / f"{split}.parquet"
+        )
+    options = ["--pairs", tmp_path / "test.parquet", *ENDED, "--preset", "pickapic"]
+    report = run(*options, "--validation", tmp_path / "validation.parquet", output=tmp_path / "a.json")
+    test = world.pairs()[18:]
+    for name in (BRIGHT, RED):
+        found = report["preset"]["rewards"][name]
+        counted = []
+        for group, i, j in test:
+            margin = world.score(name, group, i) - world.score(name, group, j)
+            alike = math.tanh(abs(margin) / 2) <= found["threshold"]
+            tied = world.tied((group, i, j))
+            counted.append(1.0 if tied and alike else 0.5 if tied or alike else float(margin > 0))
+        assert found["n"] == len(test) and found["accuracy"] == pytest.approx(share(counted))
+    assert main([*map(str, options[:-1]), "hpdv2", "--validation", "x"]) == 2
 
 
 def test_each_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

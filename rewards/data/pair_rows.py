@@ -25,14 +25,15 @@ class PairRow:
     """One row as a reader found it, winner first; without sides it is a tie, ``unlabelled`` (why nobody could choose),
     or bad when it has a ``problem``.
 
-    ``votes`` is how many annotators were for the winner and for the loser, where the data says so. ``root`` is where
-    its paths start.
+    ``votes`` is how many annotators were for the winner and for the loser, where the data says so; ``tied`` are the
+    sides of a tie. ``root`` is where its paths start.
     """
 
     source: str
     caption: object = None
     sides: Sides | None = None
     votes: tuple[float, float] | None = None
+    tied: Sides | None = None
     problem: str = ""
     unlabelled: str = ""
     root: Path = Path()
@@ -85,7 +86,7 @@ class _Source:
         """The row whose first side is better at ``share`` 1, whose second is at 0; at 0.5 they tie."""
         where = self.table.where(row)
         if share == 0.5:
-            return PairRow(where, caption)
+            return PairRow(where, caption, tied=sides, root=self.home(row))
         if share:
             return PairRow(where, caption, sides, votes, root=self.home(row))
         return PairRow(where, caption, sides[::-1], votes and votes[::-1], root=self.home(row))
