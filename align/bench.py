@@ -11,6 +11,7 @@ and scores the second of eight shares, on a machine that sees the same folder; t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -26,10 +27,11 @@ from align.common.provenance import provenance
 from align.common.resolution import Resolution, sides
 from align.evaluate import is_pipeline, names, open_model
 from align.evaluation import bench_spec as benches
-from align.evaluation.bench_spec import BenchSpec
+from align.evaluation.bench_spec import BenchSpec, drawn, noise
 from align.evaluation.compare import Comparison, depends, draw_and_compare, table
 from align.evaluation.pictures import folder_name
 from align.families import Family
+from align.training.run_folder import base_of
 from rewards import RewardConfig
 from rewards.common.command import exit_status
 from rewards.common.device import Launched, pick_device
@@ -109,7 +111,7 @@ def share(config: BenchRun) -> Launched:
 def run(config: BenchRun) -> dict[str, Any] | None:
     """Draw, score, write; returns what ``bench.json`` holds, in the first process."""
     sides(config.resolution)
-    require_at_least(1, config, "samples_per_prompt", "num_inference_steps", "max_prompts")
+    require_at_least(1, config, "samples_per_prompt", "num_inference_steps", "max_prompts", "batch_size")
     spec, launched = benches.load_spec(config.name), share(config)
     sources = [Path(source) for source in ([config.models] if isinstance(config.models, str) else config.models)]
     if not sources:
@@ -137,21 +139,25 @@ def run(config: BenchRun) -> dict[str, Any] | None:
         print(f"{pictures * len(sources):,} pictures of {each} each")
         return None
     assert bench is not None
+    if not launched.rank:
+        benches.require_heed(spec, bench, noise(settings.wanted(bench.rows)))
     output, dtype = config.output_dir or Path("outputs/bench") / spec.name, families.DTYPES[config.mixed_precision]
     for source in sources:
         if is_pipeline(source):
             families.find(str(source))
-    labels = names(sources) if len(sources) > 1 else [folder_name(sources[0].stem, [])]
+        elif config.base is None:
+            base_of(source)
+    labels = names(sources) if len(sources) > 1 else [folder_name(sources[0].name.removesuffix(".safetensors"), [])]
 
     def models() -> Iterator[tuple[str, Family]]:
         for label, source in zip(labels, sources, strict=True):
             yield label, open_model(source, config.base, dtype, device)
 
-    with locked(output):
+    with locked(output) if launched.rank == 0 else contextlib.nullcontext():  # a shard passes by the first one's
         compared = draw_and_compare(models(), settings, bench, output, resolution, launched)
         if compared is None:
             return None
-        benches.require_heed(spec, bench, compared.images[labels[0]])
+        benches.require_heed(spec, bench, drawn(compared.images[labels[0]]))
         report = compared.report | {
             "bench": spec.name,
             "prompts": len(bench.rows),

@@ -12,6 +12,7 @@ model card. The same command goes on after a kill, and draws again what was draw
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,10 +32,12 @@ from align.evaluation.pictures import folder_name
 from align.families import Family
 from align.sampling.diversity import Features
 from align.training.model_card import add_section
-from align.training.run_folder import base_of
+from align.training.run_folder import base_of, packed_base
 from rewards.common.command import exit_status
 from rewards.common.device import Launched, pick_device
 from rewards.common.files import locked, write_text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -93,6 +96,13 @@ def open_model(source: Path, base: str | None, dtype: torch.dtype, device: str) 
     return families.tuned(families.load(base or base_of(source), dtype, device), str(source))
 
 
+def tell_packed(sources: Sequence[Path]) -> None:
+    """Log which runs were trained on a base in 4 bit, which is whole here."""
+    for source in sources:
+        if (kind := packed_base(source)) is not None:
+            logger.warning("%s was trained on its base in %s; here it is drawn on the base as it came", source, kind)
+
+
 def beside(source: Path) -> Path:
     """Where the results of ``source`` are written unasked."""
     if not source.exists():
@@ -107,12 +117,13 @@ def evaluate(config: Evaluate) -> dict[str, Any] | None:
     device = pick_device(config.device, launched.local)
     bench = config.bench(device)
     base, dtype = config.base or base_of(sources[0]), families.DTYPES[config.mixed_precision]
+    tell_packed(sources)
     family = families.load(base, dtype, device)
     for source in sources:  # now, not after the base's images
         if is_pipeline(source):
             families.find(str(source))
-        else:
-            families.what_is_tuned(family, source)
+        elif families.what_is_tuned(family, source) == "lora":
+            families.read_lora(source, family.pipe, family.denoiser_name)
     output = config.output_dir or beside(sources[0])
     guidance_scale = family.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
     config = replace(config, guidance_scale=guidance_scale)  # the base's own for all

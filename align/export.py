@@ -11,6 +11,8 @@ write a LoRA with that program's names and its alpha; ``--to diffusers --merge``
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +28,13 @@ from align.common.command import command, parse
 from align.common.errors import UserError
 from align.families import lora_formats
 from align.families.lora_file import read_layers
+from align.families.parts import INDEX, read_json
 from align.families.single_file import checkpoint, require_single_file
 from align.families.skeleton import Skeleton, skeleton
 from align.policy.initial_noise import NOISE_FILE
 from align.training.run_folder import base_of
 from rewards.common.command import exit_status
-from rewards.common.files import atomic
+from rewards.common.files import atomic, write_text
 
 Target = Literal["diffusers", "comfyui", "kohya", "single-file"]
 
@@ -121,8 +124,9 @@ def _whole(config: Export) -> Path:
             f"the weights of {', '.join(bones.packed)} in {source} are in 4 or 8 bit, in which nothing can be merged "
             "and which other programs do not read; take the pipeline before it was quantised"
         )
-    if config.to == "diffusers" and config.output.exists():
-        raise UserError(f"--output {config.output} exists; name another folder")
+    if config.to == "diffusers" and (config.output.exists() or config.output.suffix == ".safetensors"):
+        is_file = "names a file" if config.output.suffix == ".safetensors" else "exists"
+        raise UserError(f"--output {config.output} {is_file}; name another folder")
     dtype = families.DTYPES[config.mixed_precision]
     family = families.load(source, torch.float32 if dtype == torch.float16 else dtype)  # a CPU loads no fp16
     if not itself and families.what_is_tuned(family, config.run) == "lora":
@@ -137,10 +141,22 @@ def _whole(config: Export) -> Path:
         return lora_formats.write(config.output, checkpoint(pipe), header)
     with atomic(config.output) as draft:
         pipe.save_pretrained(draft)
+        _complete(draft, Path(locate(source)))
         settings = Path(locate(source)) / families.SAMPLING_FILE
         if settings.is_file():
             (draft / families.SAMPLING_FILE).write_text(settings.read_text())
     return config.output
+
+
+def _complete(folder: Path, base: Path) -> None:
+    """Parts that we do without and that stock diffusers asks for (SD3's T5 whose last norm is zero), from ``base``."""
+    if not (base / INDEX).is_file():
+        return
+    index, before = read_json(folder / INDEX), read_json(base / INDEX)
+    lacking = [name for name, entry in index.items() if entry == [None, None] and (base / name).is_dir()]
+    for name in lacking:
+        shutil.copytree(base / name, folder / name)
+    write_text(folder / INDEX, json.dumps(index | {name: before[name] for name in lacking}, indent=2) + "\n")
 
 
 def _require_known_shapes(bones: Skeleton) -> None:

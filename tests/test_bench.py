@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from align.bench import main
+from align.common.errors import UserError
 from align.evaluation import bench_spec as benches
+from align.evaluation import pictures
 from align.evaluation.bench_spec import load_spec, read_rows, write_geneval
 from align.evaluation.pictures import PictureFolder, Wanted
+from rewards.common.files import locked
 
 PARTI = (
     "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tx\n"
@@ -95,13 +98,41 @@ def test_what_is_killed_goes_on_without_a_changed_byte(
         assert (tmp_path / "cut" / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes(), file
 
 
+def test_shards_are_the_whole(
+    tiny_folders: dict[str, Path], places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a process of its own, which the first one's lock does not stop, and the first waits for the others."""
+    monkeypatch.setattr(pictures, "PATIENCE", 0.5)
+    arguments = ("partiprompts", tiny_folders["epsilon"], places["partiprompts"])
+    reward = ("--reward", "tests.odd_rewards.Letters")
+    assert run(*arguments, tmp_path / "whole", *reward) == 0
+    shares = tmp_path / "shares"
+    assert run(*arguments, shares, *reward, "--shard", "1/2") == 2  # the other's pictures do not come
+    with locked(shares):
+        assert run(*arguments, shares, *reward, "--shard", "2/2") == 0
+    assert not (shares / "bench.json").exists()
+    assert run(*arguments, shares, *reward, "--shard", "1/2") == 0
+    for file in (tmp_path / "whole/images").rglob("*.png"):
+        assert (shares / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes()
+    reports = [json.loads((folder / "bench.json").read_text())["rewards"] for folder in (tmp_path / "whole", shares)]
+    assert reports[0] == reports[1]
+
+
+def test_a_model_that_gets_nothing_right_is_no_fault_of_the_scorer(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    assert run("shapes", tiny_folders["flow"], None, tmp_path / "out", "--max_prompts", "4") == 0
+    report = json.loads((tmp_path / "out/bench.json").read_text())
+    assert report["rewards"]["Shapes (strict)"]["flow_mean"] == 0
+
+
 def test_a_scorer_that_does_not_heed_what_it_is_told_is_caught(
     tiny_folders: dict[str, Path], places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("geneval-owlv2", tiny_folders["flow"], places["geneval-owlv2"], tmp_path / "out")
     assert run(*arguments, "--reward", "JPEGCompressibility") == 2
     assert "gives 3 pictures the same scores whatever metadata they come with" in capsys.readouterr().err
-    assert not (tmp_path / "out/bench.json").exists()
+    assert not (tmp_path / "out").exists()  # nothing was drawn for it
 
 
 def test_the_official_file_is_known_by_its_size_and_hash(places: dict[str, Path], tmp_path: Path) -> None:
@@ -124,11 +155,11 @@ def test_genevals_layout_is_what_its_scorer_reads(tmp_path: Path) -> None:
         for row in GENEVAL
         for k in (0, 1)
     ]
-    pictures = PictureFolder(tmp_path / "images", wanted, 4)
-    pictures.path.mkdir()
+    folder = PictureFolder(tmp_path / "images", wanted, 4)
+    folder.path.mkdir()
     for number in range(6):
-        pictures.file(number).write_bytes(b"picture %d" % number)
-    write_geneval(tmp_path / "geneval", pictures, {"r": np.array([1.0, 0, 1, 1, 0, 0])}, 2)
+        folder.file(number).write_bytes(b"picture %d" % number)
+    write_geneval(tmp_path / "geneval", folder, {"r": np.array([1.0, 0, 1, 1, 0, 0])}, 2)
     assert sorted(path.name for path in (tmp_path / "geneval").iterdir()) == [
         "00000",
         "00001",
@@ -152,6 +183,8 @@ def test_genevals_layout_is_what_its_scorer_reads(tmp_path: Path) -> None:
         (["partiprompts"], "say which models"),
         (["sdpo-papv2", "--models", "shapes-sd"], "give its prompts, prompts/papv2.json"),
         (["shapes", "--models", "shapes-sd", "--shard", "9/8"], "expected i/n"),
+        (["shapes", "--models", "shapes-sd", "--batch_size", "0"], "batch_size must be at least 1"),
+        (["shapes", "--models", "nowhere/lora.safetensors"], "nowhere/lora.safetensors"),
         (["hpsv2", "--models", "shapes-sd", "--prompts", "nowhere"], "there is no nowhere"),
     ],
 )
@@ -176,6 +209,14 @@ def test_a_bench_of_ones_own(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "mine.yaml").write_text(json.dumps(spec))
     assert load_spec(str(tmp_path / "mine.yaml")).name == "mine"
-    (tmp_path / "mine.yaml").write_text(json.dumps(spec | {"canaries": 1}))
-    with pytest.raises(Exception, match="canaries"):
-        load_spec(str(tmp_path / "mine.yaml"))
+    wrong = {
+        "canaries": {"canaries": 1}, "expected a list of rewards": {"reward": "Shapes"},
+        "expected prompt or": {"canary": "x"},
+        "protocol has 'two'": {"protocol": {"num_inference_steps": "two"}}, "scale has": {"scale": {"r": "ten"}},
+        "expected at least 1": {"protocol": {"samples_per_prompt": 0}},
+        "published has 'high'": {"published": [{"model": "m", "reward": "r", "value": "high", "source": "s"}]},
+    }  # fmt: skip
+    for told, change in wrong.items():
+        (tmp_path / "mine.yaml").write_text(json.dumps(spec | change))
+        with pytest.raises(UserError, match=told):
+            load_spec(str(tmp_path / "mine.yaml"))

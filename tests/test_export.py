@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -714,3 +714,26 @@ def test_every_family_is_drawn_alike_from_every_file(name: str, factor: float, t
     torch.testing.assert_close(
         drawn(DiffusionPipeline.from_pretrained(tmp_path / "whole"), **size), right, atol=2e-3, rtol=0
     )
+
+
+def test_a_merged_sd3_without_t5_loads_in_stock_diffusers(tmp_path: Path) -> None:
+    """We do without shapes-sd3's T5, whose last norm is zero; stock diffusers asks for it."""
+    run = tmp_path / "run"
+    policy = Policy(families.load("shapes-sd3"), LoRA(2))
+    disturb(policy, 0.1)
+    policy.save(run)
+    words = [str(run), "--to", "diffusers", "--merge", "--pretrained_model_name_or_path", "shapes-sd3"]
+    assert export.main([*words, "--output", str(tmp_path / "whole")]) == 0
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole")
+    assert pipe.text_encoder_3 is not None
+    assert export.main([*words, "--output", str(tmp_path / "whole.safetensors")]) == 2
+    tuned = families.tuned(families.load("shapes-sd3"), str(run)).pipe
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    tuned.fuse_lora()
+    layer = tuned.transformer.transformer_blocks[0].attn.to_q
+    torch.testing.assert_close(weight, getattr(layer, "base_layer", layer).weight, atol=1e-5, rtol=1e-5)
+
+
+def test_a_size_that_sd3_does_not_know_is_refused() -> None:
+    with pytest.raises(UserError, match="a side of at most 128 pixels"):
+        families.load("shapes-sd3").latent_shape(256)

@@ -166,6 +166,8 @@ def test_another_run_is_not_resumed(
 
 def test_what_does_not_matter_may_change(run: dict[str, Any]) -> None:
     changes = {
+        "offload_idle": True,
+        "vae_slicing": True,
         "logging_steps": 2,
         "gradient_checkpointing": True,
         "train_batch_size": 2,

@@ -184,6 +184,16 @@ def made_up(config: TrainConfig, *_: object) -> Estimate:
     return Estimate((Phase("update", Bytes({Part.ACTIVATIONS: held * MIB})),))
 
 
+def test_of_several_buckets_the_largest_is_traced(config: Callable[..., TrainConfig]) -> None:
+    square, buckets = config(), config()
+    square.data.resolution = "64x96"
+    buckets.data.aspect_ratio_buckets = ["32x32", "64x96"]
+    assert trace(buckets).peak.total == trace(square).peak.total
+    buckets.data.aspect_ratio_buckets = True  # of which there are none at 32 pixels
+    with pytest.raises(UserError, match="take smaller steps"):
+        trace(buckets)
+
+
 def test_advice_is_in_order_cumulative_and_ends_when_it_fits(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

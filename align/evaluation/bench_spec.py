@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from align.common.errors import DataError, UserError
 from align.common.resolution import Resolution
 from align.evaluation.compare import Bench, overall
-from align.evaluation.pictures import PictureFolder
+from align.evaluation.pictures import PictureFolder, Wanted
 from align.shapes.world import held_out_prompts
 from rewards.base import needs_prompt
 from rewards.common.files import atomic, write_text
@@ -102,9 +103,30 @@ def load_spec(name: str) -> BenchSpec:
             "protocol": Protocol(**raw.pop("protocol")),
             "published": [Published(**row) for row in raw.pop("published", [])],
         }
-        return BenchSpec(name=Path(name).stem, **parts, **raw)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        spec = BenchSpec(name=Path(name).stem, **parts, **raw)
+        _require_kinds(spec)
+        return spec
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"bench {name}: {' '.join(str(error).split())}; see {BenchSpec.__doc__}") from error
+
+
+def _require_kinds(spec: BenchSpec) -> None:
+    """Raise ValueError for a value of another kind than its key takes."""
+    if isinstance(spec.reward, str) or not spec.reward:
+        raise ValueError(f"reward is {spec.reward!r}; expected a list of rewards")
+    if spec.canary not in ("prompt", "metadata") or spec.layout not in (None, "geneval"):
+        raise ValueError(
+            f"canary {spec.canary!r} and layout {spec.layout!r}; expected prompt or metadata, geneval or none"
+        )
+    protocol = dataclasses.asdict(spec.protocol)
+    numbers = {"scale": list(spec.scale.values()), "published": [row.value for row in spec.published]}
+    numbers["protocol"] = [value for key, value in protocol.items() if value is not None and key != "resolution"]
+    for key, values in numbers.items():
+        if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]:
+            raise ValueError(f"{key} has {wrong[0]!r}; expected a number")
+    for key in ("num_inference_steps", "samples_per_prompt"):
+        if protocol[key] is not None and (not isinstance(protocol[key], int) or protocol[key] < 1):
+            raise ValueError(f"protocol.{key} is {protocol[key]!r}; expected at least 1")
 
 
 def read_rows(spec: BenchSpec, path: str | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -141,7 +163,10 @@ def read_rows(spec: BenchSpec, path: str | None) -> tuple[list[dict[str, Any]], 
 
 
 def _rows(spec: BenchSpec, file: Path) -> list[dict[str, Any]]:
-    return [_row(spec, where, entry) for where, entry in read_records(file)]
+    rows = [_row(spec, where, entry) for where, entry in read_records(file)]
+    if not rows:
+        raise DataError(f"{file} holds no prompt")
+    return rows
 
 
 def _row(spec: BenchSpec, where: str, entry: object) -> dict[str, Any]:
@@ -167,28 +192,48 @@ def differences(spec: BenchSpec, used: Mapping[str, Any]) -> list[str]:
     return [f"{name} {used[name]}, {value} in the bench" for name, value in official.items() if used[name] != value]
 
 
-def require_heed(spec: BenchSpec, bench: Bench, pictures: PictureFolder) -> None:
-    """The canary: among the first 16 pictures, each with the prompt and metadata of another prompt's, every reward that
-    reads prompts (or, by the spec, metadata) has to change its mind of one. Raises :class:`UserError`."""
+@dataclass(frozen=True)
+class Shown:
+    """Pictures (B, 3, H, W) in [0, 1], and for each what was asked for."""
+
+    images: Tensor
+    wanted: Sequence[Wanted]
+
+
+def drawn(pictures: PictureFolder) -> Shown:
+    """The first picture of each of the first 16 prompts."""
     texts = [one.prompt for one in pictures.wanted]
-    few = list(dict.fromkeys(texts))[:16]
-    if len(few) < 2:
+    chosen = [texts.index(text) for text in list(dict.fromkeys(texts))[:16]]
+    return Shown(torch.stack([pictures[number] for number in chosen]), [pictures.wanted[number] for number in chosen])
+
+
+def noise(wanted: Sequence[Wanted], side: int = 64) -> Shown:
+    """Pictures of noise for the first four prompts, to try scorers on before anything is drawn."""
+    few = list({one.prompt: one for one in wanted}.values())[:4]
+    images = torch.rand(len(few), 3, side, side, generator=torch.Generator().manual_seed(0))
+    return Shown(images, few)
+
+
+def require_heed(spec: BenchSpec, bench: Bench, shown: Shown) -> None:
+    """The canary: with each other's prompts and metadata, every reward that reads prompts (or, by the spec, metadata)
+    has to change its mind of one of the pictures; one that says the same of all cannot be told. Raises
+    :class:`UserError`."""
+    if len(shown.wanted) < 2:
         return
-    chosen = [texts.index(text) for text in few]
-    images = torch.stack([pictures[number] for number in chosen]).to(bench.device)
-    wanted = [pictures.wanted[number] for number in chosen]
     scores = []
-    for rows in (wanted, [*wanted[1:], wanted[0]]):
+    for rows in (shown.wanted, [*shown.wanted[1:], shown.wanted[0]]):
         metadata = [dict(row.metadata) for row in rows]
-        arguments: dict[str, Any] = {"images": images, "prompts": [row.prompt for row in rows], "metadata": metadata}
+        prompts = [row.prompt for row in rows]
         with torch.no_grad():
-            scores.append(bench.rewards.scores(**arguments))
+            scores.append(
+                bench.rewards.scores(images=shown.images.to(bench.device), prompts=prompts, metadata=metadata)
+            )
     for name, reward in bench.rewards.rewards.items():
-        heeds = spec.canary == "metadata" or needs_prompt(reward)
-        if heeds and torch.equal(scores[0][name], scores[1][name]):
+        heeds, first = spec.canary == "metadata" or needs_prompt(reward), scores[0][name]
+        if heeds and bool((first != first[0]).any()) and torch.equal(first, scores[1][name]):
             raise UserError(
-                f"{name} gives {len(few)} pictures the same scores whatever {spec.canary} they come with; it does not "
-                f"see what {spec.title} asks for, so its figures say nothing"
+                f"{name} gives {len(first)} pictures the same scores whatever {spec.canary} they come with; it does "
+                f"not see what {spec.title} asks for, so its figures say nothing"
             )
 
 

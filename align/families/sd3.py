@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from align.common.errors import UserError
 from align.families.conditioning import Conditioning
 from align.families.flow import JOINT_ATTENTION, Flow
 from align.families.parts import require_latents
@@ -43,6 +44,14 @@ class SD3(Flow):
     def require_supported(cls, source: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
         super().require_supported(source, configs)
         require_latents(source, "transformer", configs.get("transformer", {}), configs.get("vae", {}))
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        shape, most = super().latent_shape(height, width), self.denoiser.config.pos_embed_max_size
+        if max(shape[1:]) > self.patch * most:
+            raise UserError(
+                f"resolution: a side of at most {self.patch * most * self.cell} pixels, which this model knows"
+            )
+        return shape
 
     def sigmas(self, steps: int) -> None:
         return None  # the pipeline leaves them to its scheduler

@@ -55,12 +55,15 @@ MAY_CHANGE = frozenset(
         "report_to",
         "dry_run",
         "gradient_checkpointing",
+        "offload_idle",
+        "vae_slicing",
         "allow_tf32",
         "attention_backend",
         "compile",
         "train_batch_size",
         "gradient_accumulation_steps",
         "data.init_args.cache_dir",
+        "data.init_args.text_cache",
     ]
 )
 

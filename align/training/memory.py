@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from align import families
 from align.common.errors import UserError
-from align.common.resolution import sides
+from align.common.resolution import Resolution, sides
 from align.data.captioned import EncodedData
 from align.data.latent_cache import EncodedBatch
 from align.data.prompts import PromptBatch
 from align.data.text_cache import TEXTS
+from align.data.views import buckets_of
 from align.families.blank import blank, captions
 from align.families.loading import quantized
 from align.families.resting import Resting
@@ -153,6 +154,7 @@ class _Trace:
             trained=objective.trains(family, config.data) if isinstance(objective, TrainsModule) else None,
             around_packed=objective.around_packed,
         )
+        self.resolution = self._largest()
         self.scorer = _Untold(config) if config.rewards else None
         if isinstance(objective, Prepares):
             objective.prepare(policy, self.scorer)
@@ -177,8 +179,18 @@ class _Trace:
             range(self.sizes.samples // self.world),
             self.scorer,
             tolerance=math.inf,
-            resolution=config.data.resolution,
+            resolution=self.resolution,
         )
+
+    def _largest(self) -> Resolution:
+        """The size of the images, of several buckets the one with the most pixels."""
+        data, own = self.config.data, self.family.resolution
+        if not isinstance(data, EncodedData) or data.aspect_ratio_buckets is False:
+            return data.resolution
+        height, width = (side or own for side in sides(data.resolution))
+        sizes = buckets_of((height, width), data.aspect_ratio_buckets, data.bucket_reso_steps)
+        height, width = max(sizes, key=math.prod)
+        return f"{width}x{height}"
 
     def _move(self, module: nn.Module, device: torch.device) -> None:
         self.ledger.park(tensors_of(module), device.type == "cpu")
@@ -206,7 +218,7 @@ class _Trace:
         data, family = self.config.data, self.family
         with torch.no_grad(), self.ledger.of(Part.ACTIVATIONS):
             if isinstance(data, EncodedData):
-                height, width = (side or family.resolution for side in sides(data.resolution))
+                height, width = (side or family.resolution for side in sides(self.resolution))
                 family.to_latent(torch.zeros(1, 3, height, width).expand(data.vae_batch, -1, -1, -1))
             with self.ghost.autocast(torch.float32):
                 self._encode_text(TEXTS if isinstance(data, EncodedData) else 1)
@@ -251,7 +263,7 @@ class _Trace:
         if kind is PromptBatch:
             return PromptBatch(texts, captions(family, count), [{} for _ in ids], ids)
         if issubclass(kind, EncodedBatch):
-            shape = family.latent_shape(*sides(self.config.data.resolution))
+            shape = family.latent_shape(*sides(self.resolution))
             each = (1, *((kind.images,) if kind.images > 1 else ()), *shape)
             return kind(torch.zeros(each).expand(count, *each[1:]), captions(family, count), texts, ids)
         raise UserError(f"memory: a {kind.__name__} cannot be made up; prompts, images and pairs can")

@@ -81,6 +81,7 @@ def run_card(
     kind = policy.family.denoiser_name if policy.weights.kind == "full" else policy.weights.kind
     data = str(getattr(config.data, "path", type(config.data).__name__))
     objective_yaml = yaml.safe_dump(resolved.get("objective", {}), sort_keys=False)
+    packed = f" The base was in {config.quantize} while it trained." if config.quantize else ""
     sections = {"Settings": f"{code(plan)}\n\n{code(objective_yaml, 'yaml')}"}
     if held_out:
         rows = [(name, f"{value:.4f}") for name, value in held_out.items()]
@@ -89,7 +90,7 @@ def run_card(
         title=f"{objective} {kind} of {base}",
         base_model=base,
         introduction=f"Made by t2i-align on {escape(data)}, {steps} steps, seed {config.seed}. `config.yaml` in this "
-        "folder reruns the training; `run.json` has the versions and the commit.",
+        f"folder reruns the training; `run.json` has the versions and the commit.{packed}",
         load=load_run(config, policy),
         sections=sections,
         tags=["diffusers-training", objective.lower(), *(["lora"] if policy.lora else [])],

@@ -147,3 +147,8 @@ def base_of(folder: Path) -> str:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run folder (no config.yaml); say which model to compare with: --base MODEL")
     return str(_resolved(folder)["pretrained_model_name_or_path"])
+
+
+def packed_base(folder: Path) -> str | None:
+    """In what the base of the run in ``folder`` was packed while it trained; None where it was not, or is no run."""
+    return _resolved(folder).get("quantize") if (folder / "config.yaml").is_file() else None
