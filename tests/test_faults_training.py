@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from align.policy.lora_weights import LoRAWeights
 from align.train import main
+from align.training.checkpoint import differences
 from align.training.preemption import STATUS
 from tests.helpers import contents, errors, launch, online, same, untimed, weights, write
 from tests.test_train import config, pairs  # noqa: F401  fixtures
@@ -162,6 +163,12 @@ def test_another_run_is_not_resumed(
     assert main(["--config", write(run, **changes)]) == 2
     assert told in capsys.readouterr().err
     assert (Path(run["output_dir"]) / "config.yaml").read_text() == before
+
+
+def test_a_setting_that_a_run_did_not_know_had_its_default() -> None:
+    before, now = {"seed": 0}, {"seed": 0, "quantize": None, "vae_slicing": True, "compile": False}
+    assert differences(before, now) == []
+    assert differences(before, now | {"quantize": "nf4"}) == ["quantize: nf4, was None"]
 
 
 def test_what_does_not_matter_may_change(run: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +73,8 @@ MADE_OF = {"rows of an update": " (train_batch_size x gradient_accumulation_step
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
     """What two settings of a run differ in but for :data:`MAY_CHANGE`: ``learning_rate: 0.001, was 0.0001``. A setting
-    that only one of them knows is of another version, and none."""
-    lines = []
+    that only one of them knows is of another version: a run that did not know it had its default."""
+    lines = [] if path else _new(before, now)
     for name in before.keys() & now.keys():
         key, old, new = path + name, before[name], now[name]
         if key in MAY_CHANGE:
@@ -84,6 +84,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         elif old != new:
             lines.append(f"{key}: {new}, was {old}{MADE_OF.get(key, '')}")
     return sorted(lines)
+
+
+def _new(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings that ``before`` did not know and that are not at their defaults ``now``."""
+    from align.training.config import TrainConfig
+
+    defaults = {each.name: each.default for each in fields(TrainConfig) if each.default is not MISSING}
+    unknown = (now.keys() & defaults.keys()) - before.keys() - MAY_CHANGE
+    return [f"{name}: {now[name]}, was {defaults[name]}" for name in unknown if now[name] != defaults[name]]
 
 
 @dataclass(frozen=True)
