@@ -74,7 +74,7 @@ MADE_OF = {"rows of an update": " (train_batch_size x gradient_accumulation_step
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
     """What two settings of a run differ in but for :data:`MAY_CHANGE`: ``learning_rate: 0.001, was 0.0001``. A setting
     that only one of them knows is of another version: a run that did not know it had its default."""
-    lines = [] if path else _new(before, now)
+    lines = _new(before, now) if before and not path else []
     for name in before.keys() & now.keys():
         key, old, new = path + name, before[name], now[name]
         if key in MAY_CHANGE:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import AutocastKwargs, set_seed
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from align.common.errors import UserError
@@ -103,6 +109,27 @@ def sharding_of(accelerator: Accelerator) -> Sharding | None:
         torch.float32 if accelerator.mixed_precision != "no" else None,
         os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "0", "shard_grad_op"),
     )
+
+
+@contextmanager
+def leaving(accelerator: Accelerator) -> Iterator[None]:
+    """End trackers and connections, those also that are let go of within: the last process first, and each when the one
+    after it has gone. Where both ends of a gloo connection close at one moment, torch (2.13) may wait for ever in the
+    destructor of what holds it."""
+    if accelerator.num_processes == 1:
+        yield
+        accelerator.end_training()
+        return
+    accelerator.wait_for_everyone()
+    store, rank = distributed_c10d._get_default_store(), accelerator.process_index
+    if rank + 1 < accelerator.num_processes:
+        with contextlib.suppress(RuntimeError):  # one that died is not waited for longer
+            store.wait([f"left {rank + 1}"], timedelta(seconds=60))
+    yield
+    accelerator.free_memory()
+    accelerator.end_training()
+    gc.collect()
+    store.set(f"left {rank}", "1")
 
 
 def configured() -> Literal["no", "fp16", "bf16"]:

@@ -37,7 +37,7 @@ from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
 from align.training.finite import require_finite, settle
 from align.training.gather import gather_of, gather_text_of, merged, summed
-from align.training.launch import describe_precision, launch, log_images, sharding_of, start_trackers
+from align.training.launch import describe_precision, launch, leaving, log_images, sharding_of, start_trackers
 from align.training.optimizer import build_optimizer, build_scheduler, clip, prepare
 from align.training.preemption import Preempted, Preemption
 from align.training.progress import crossed, drawing
@@ -152,8 +152,6 @@ class Trainer:
         if accelerator.is_main_process:
             self.folder.card(self.config, self.policy, self.sizes.describe(self.policy), self.step, held_out)
             print(f"saved {weights}")
-        accelerator.wait_for_everyone()  # one that leaves early takes the others' connections with it
-        accelerator.end_training()
         return self.folder.path
 
     @property
@@ -294,4 +292,7 @@ def train(config: TrainConfig, resolved: str = "") -> Path:
     if config.dry_run:
         return loop.folder.path
     with locked(loop.folder.path):
-        return loop.run()
+        folder = loop.run()
+    with leaving(loop.accelerator):
+        del loop  # what holds connections
+    return folder
