@@ -27,9 +27,8 @@ from align.common.provenance import provenance
 from align.common.resolution import Resolution, sides
 from align.evaluate import is_pipeline, names, open_model
 from align.evaluation import bench_spec as benches
-from align.evaluation.bench_spec import BenchSpec, drawn, noise
+from align.evaluation.bench_spec import BenchSpec, first_pictures, noise_pictures
 from align.evaluation.compare import Comparison, depends, draw_and_compare, table
-from align.evaluation.pictures import folder_name
 from align.families import Family
 from align.training.run_folder import base_of
 from rewards import RewardConfig
@@ -140,14 +139,14 @@ def run(config: BenchRun) -> dict[str, Any] | None:
         return None
     assert bench is not None
     if not launched.rank:
-        benches.require_heed(spec, bench, noise(settings.wanted(bench.rows)))
+        benches.require_heed(spec, bench, noise_pictures(settings.wanted(bench.rows)))
     output, dtype = config.output_dir or Path("outputs/bench") / spec.name, families.DTYPES[config.mixed_precision]
     for source in sources:
         if is_pipeline(source):
             families.find(str(source))
         elif config.base is None:
             base_of(source)
-    labels = names(sources) if len(sources) > 1 else [folder_name(sources[0].name.removesuffix(".safetensors"), [])]
+    labels = names(sources, ("base",) if len(sources) > 1 else ())
 
     def models() -> Iterator[tuple[str, Family]]:
         for label, source in zip(labels, sources, strict=True):
@@ -157,7 +156,7 @@ def run(config: BenchRun) -> dict[str, Any] | None:
         compared = draw_and_compare(models(), settings, bench, output, resolution, launched)
         if compared is None:
             return None
-        benches.require_heed(spec, bench, drawn(compared.images[labels[0]]))
+        benches.require_heed(spec, bench, first_pictures(compared.images[labels[0]]))
         report = compared.report | {
             "bench": spec.name,
             "prompts": len(bench.rows),

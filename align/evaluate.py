@@ -73,15 +73,13 @@ class Evaluate(Comparison):
         return sources
 
 
-def names(sources: Sequence[Path]) -> list[str]:
-    """A name of each, which a folder can have: ``tuned``, or of several the last part of the path, with a number where
+def names(sources: Sequence[Path], taken: Sequence[str] = ()) -> list[str]:
+    """A name of each, which a folder can have and none of ``taken`` is: the last part of the path, with a number where
     two have the same."""
-    if len(sources) == 1:
-        return ["tuned"]
-    found = ["base"]
+    found = list(taken)
     for source in sources:
-        found.append(folder_name(source.stem if source.suffix == ".safetensors" else source.name, found))
-    return found[1:]
+        found.append(folder_name(source.name.removesuffix(".safetensors"), found))
+    return found[len(taken) :]
 
 
 def is_pipeline(source: Path) -> bool:
@@ -125,12 +123,13 @@ def evaluate(config: Evaluate) -> dict[str, Any] | None:
         elif families.what_is_tuned(family, source) == "lora":
             families.read_lora(source, family.pipe, family.denoiser_name)
     output = config.output_dir or beside(sources[0])
+    labels = ["tuned"] if len(sources) == 1 else names(sources, ("base",))
     guidance_scale = family.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
     config = replace(config, guidance_scale=guidance_scale)  # the base's own for all
 
     def models() -> Iterator[tuple[str, Family]]:
         yield "base", family
-        for number, (name, source) in enumerate(zip(names(sources), sources, strict=True)):
+        for number, (name, source) in enumerate(zip(labels, sources, strict=True)):
             if number or is_pipeline(source):
                 yield name, open_model(source, base, dtype, device)
             else:  # it uses up the base

@@ -20,7 +20,8 @@ from align.data.example_index import code_of, indexed, listing
 from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache
 from align.data.packed import Storage
 from align.data.text_cache import TextCache
-from align.data.views import Views, buckets_of
+from align.data.views import Size, Views, buckets_of
+from align.families import Family
 from rewards.data.formats import open_input
 from rewards.data.images import ImageRow, ImageSource
 from rewards.data.paths import no_such_file
@@ -151,15 +152,19 @@ class EncodedData(Data):
         name = hashlib.sha256(f"{self.path} {self.split}".encode()).hexdigest()[:8]
         return self.cache / f"bad-rows-{Path(self.path).stem}-{name}.jsonl"
 
+    def sizes(self, family: Family) -> tuple[Size, ...]:
+        """The sizes, (height, width), that ``family`` is given the images in: one, or those of the buckets. Raises
+        :class:`UserError`."""
+        height, width = sides(self.resolution or family.resolution)
+        assert height and width
+        return buckets_of((height, width), self.aspect_ratio_buckets, self.bucket_reso_steps)
+
     def prepare(self, setup: Setup) -> EncodedDataset:
         """Encode what the cache lacks, check every row, and open the cache. Raises :class:`DataError` for a data set
         that is unusable, or latents that are not finite."""
         examples = self.items()
         count = min(len(examples), self.limit or len(examples))
-        height, width = sides(self.resolution or setup.family.resolution)
-        assert height and width
-        sizes = buckets_of((height, width), self.aspect_ratio_buckets, self.bucket_reso_steps)
-        views = Views(sizes, self.center_crop, self.random_flip, self.variants, setup.seed)
+        views = Views(self.sizes(setup.family), self.center_crop, self.random_flip, self.variants, setup.seed)
         how = self.text_cache, self.text_cache_dtype
         cache = LatentCache(self.cache, self.what, examples, count, views, setup, *how)
         cache.encode(self.vae_batch)

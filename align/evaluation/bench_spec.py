@@ -200,14 +200,14 @@ class Shown:
     wanted: Sequence[Wanted]
 
 
-def drawn(pictures: PictureFolder) -> Shown:
+def first_pictures(pictures: PictureFolder) -> Shown:
     """The first picture of each of the first 16 prompts."""
     texts = [one.prompt for one in pictures.wanted]
     chosen = [texts.index(text) for text in list(dict.fromkeys(texts))[:16]]
     return Shown(torch.stack([pictures[number] for number in chosen]), [pictures.wanted[number] for number in chosen])
 
 
-def noise(wanted: Sequence[Wanted], side: int = 64) -> Shown:
+def noise_pictures(wanted: Sequence[Wanted], side: int = 64) -> Shown:
     """Pictures of noise for the first four prompts, to try scorers on before anything is drawn."""
     few = list({one.prompt: one for one in wanted}.values())[:4]
     images = torch.rand(len(few), 3, side, side, generator=torch.Generator().manual_seed(0))

@@ -17,8 +17,7 @@ import itertools
 import json
 import logging
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from align.families import Family
 from align.families.identity import weights_of
 from align.sampling.generate import draw
 from rewards.common.device import Launched
-from rewards.common.files import discard, write_text
+from rewards.common.files import discard, reached, write_text
 from rewards.data.images import ImageRow, ImageSource, decode_tensor
 
 logger = logging.getLogger(__name__)
@@ -177,15 +176,10 @@ class PictureFolder:
             write_text(self.path / METADATA, lines)
             write_text(path, text)
 
-    def _wait(self, count: Any, wanted: int, what: str) -> None:
+    def _wait(self, count: Callable[[], int], wanted: int, what: str) -> None:
         """Until ``count()`` is ``wanted``; :class:`UserError` where it stands still."""
-        last, since = count(), time.monotonic()
-        while last < wanted:
-            time.sleep(0.2)
-            if (now := count()) != last:
-                last, since = now, time.monotonic()
-            elif time.monotonic() - since > PATIENCE:
-                raise UserError(
-                    f"{self.path}: the {what} of another process have not come within {PATIENCE} s; "
-                    "run the command again to draw what is missing"
-                )
+        if not reached(count, wanted, PATIENCE, pause=0.2):
+            raise UserError(
+                f"{self.path}: the {what} of another process have not come within {PATIENCE} s; "
+                "run the command again to draw what is missing"
+            )

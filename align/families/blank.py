@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from align.common.assets import locate
 from align.families.conditioning import Conditioning
 from align.families.family import Family
 from align.families.folder import Unsupported
 from align.families.loading import find, reader
 from align.families.parts import INDEX, components, configs, read_json
+from align.families.skeleton import config_folder, empty_network
 
 META = torch.device("meta")
 
@@ -47,20 +47,6 @@ def blank(source: str, dtype: torch.dtype = torch.float32, revision: str | None 
     return found
 
 
-def config_folder(source: str, revision: str | None) -> Path:
-    """The folder of ``source``, or of the JSON files of a hub id, which are fetched."""
-    folder = Path(locate(source))
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*/*.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise Unsupported(f"{source!r} cannot be had from the hub: {' '.join(str(error).split())[:300]}") from error
-
-
 def _part(where: Path, cls: Any, class_name: str, dtype: torch.dtype) -> Any:
     if cls is None or not issubclass(cls, nn.Module):
         config = next((read_json(path) for path in where.glob("*config.json")), {})
@@ -70,13 +56,7 @@ def _part(where: Path, cls: Any, class_name: str, dtype: torch.dtype) -> Any:
     if reader(where) is not None:
         raise Unsupported(f"{where} is packed or pruned; what it takes can be counted of the model that it was made of")
     try:
-        if hasattr(cls, "config_class") and cls.config_class is not None and hasattr(cls, "_from_config"):
-            config = cls.config_class.from_pretrained(str(where))
-            with META:
-                module = cls._from_config(config)
-        else:
-            with META:
-                module = cls.from_config(cls.load_config(str(where)))
+        module = empty_network(where, cls)
     except Exception as error:  # a class of diffusers or transformers meets files of a stranger
         text = " ".join(str(error).split())[:300]
         raise Unsupported(f"{where} is no config of a {class_name}: {type(error).__name__}: {text}") from error

@@ -45,6 +45,12 @@ def _embedder(original: str, ours: str, first: str, last: str) -> dict[str, tupl
     return {f"{original}.{first}": (f"{ours}.linear_1",), f"{original}.{last}": (f"{ours}.linear_2",)}
 
 
+def _refined(layers: Mapping[str, str | tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The three stacks of Lumina's kind, all of the same blocks."""
+    stacks = ("layers.*", "noise_refiner.*", "context_refiner.*")
+    return {name: parts for stack in stacks for name, parts in _block(stack, stack, layers).items()}
+
+
 FINAL = {"final_layer.linear": ("proj_out",), "final_layer.adaLN_modulation.1": ("norm_out.linear",)}
 SD3 = {
     **_embedder("t_embedder.mlp", "time_text_embed.timestep_embedder", "0", "2"),
@@ -153,9 +159,7 @@ _NEXT: dict[str, str | tuple[str, ...]] = {
     "adaLN_modulation.1": "norm1.linear",
 }
 LUMINA2 = {
-    **_block("layers.*", "layers.*", _NEXT),
-    **_block("noise_refiner.*", "noise_refiner.*", _NEXT),
-    **_block("context_refiner.*", "context_refiner.*", _NEXT),
+    **_refined(_NEXT),
     **_embedder("t_embedder.mlp", "time_caption_embed.timestep_embedder", "0", "2"),
     "cap_embedder.1": ("time_caption_embed.caption_embedder.1",),
     "x_embedder": ("x_embedder",),
@@ -169,9 +173,7 @@ _Z: dict[str, str | tuple[str, ...]] = {
     "adaLN_modulation.0": "adaLN_modulation.0",
 }
 Z_IMAGE = {
-    **_block("layers.*", "layers.*", _Z),
-    **_block("noise_refiner.*", "noise_refiner.*", _Z),
-    **_block("context_refiner.*", "context_refiner.*", _Z),
+    **_refined(_Z),
     "x_embedder": ("all_x_embedder.2-1",),
     "final_layer.linear": ("all_final_layer.2-1.linear",),
     "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),

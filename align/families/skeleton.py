@@ -45,15 +45,13 @@ class Skeleton:
 def skeleton(source: str, pipeline: str, encoders: bool) -> Skeleton:
     """The networks of the ``pipeline`` class in ``source``, a folder, a hub id or an embedded name, with the text
     encoders or without. Raises :class:`Unsupported`."""
-    folder = Path(locate(source))
-    if not folder.is_dir():
-        folder = _configs_of_hub(source)
+    folder = config_folder(source)
     said, named = configs(folder), components(folder)
     denoiser = "unet" if "unet" in named else "transformer"
     wanted = [name for name in named if name == denoiser or (encoders and name.startswith("text_encoder"))]
     try:
-        with torch.device("meta"):
-            modules = {name: _empty(folder / name, *named[name]) for name in wanted if name in said}
+        classes = {name: getattr(import_module(named[name][0]), named[name][1]) for name in wanted if name in said}
+        modules = {name: empty_network(folder / name, cls) for name, cls in classes.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise Unsupported(f"{source}: a network cannot be built from its config: {error}") from error
     if denoiser not in modules:
@@ -61,21 +59,24 @@ def skeleton(source: str, pipeline: str, encoders: bool) -> Skeleton:
     return Skeleton(source, pipeline, denoiser, modules, said)
 
 
-def _empty(where: Path, library: str, class_name: str) -> nn.Module:
-    cls = getattr(import_module(library), class_name)
-    if library == "transformers":
-        return cls(cls.config_class.from_pretrained(where))
-    config = {
-        key: value for key, value in cls.load_config(where).items() if key not in ("pruning", "quantization_config")
-    }
-    return cls.from_config(config)
+def empty_network(where: Path, cls: Any) -> nn.Module:
+    """The network of class ``cls`` that the config in ``where`` describes, without weights, on the meta device."""
+    with torch.device("meta"):
+        if (kind := getattr(cls, "config_class", None)) is not None:  # of transformers
+            return cls(kind.from_pretrained(where))
+        ours = ("pruning", "quantization_config")
+        return cls.from_config({key: value for key, value in cls.load_config(where).items() if key not in ours})
 
 
-def _configs_of_hub(source: str) -> Path:
+def config_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of ``source``, or of the JSON files of a hub id, which are fetched. Raises :class:`Unsupported`."""
+    folder = Path(locate(source))
+    if folder.is_dir():
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json"]))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*/*.json"]))
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise Unsupported(f"{source!r} is neither a folder nor a reachable hub pipeline: {said}") from error

@@ -24,7 +24,6 @@ from align.data.captioned import EncodedData
 from align.data.latent_cache import EncodedBatch
 from align.data.prompts import PromptBatch
 from align.data.text_cache import TEXTS
-from align.data.views import buckets_of
 from align.families.blank import blank, captions
 from align.families.loading import quantized
 from align.families.resting import Resting
@@ -184,12 +183,10 @@ class _Trace:
 
     def _largest(self) -> Resolution:
         """The size of the images, of several buckets the one with the most pixels."""
-        data, own = self.config.data, self.family.resolution
-        if not isinstance(data, EncodedData) or data.aspect_ratio_buckets is False:
+        data = self.config.data
+        if not isinstance(data, EncodedData):
             return data.resolution
-        height, width = (side or own for side in sides(data.resolution))
-        sizes = buckets_of((height, width), data.aspect_ratio_buckets, data.bucket_reso_steps)
-        height, width = max(sizes, key=math.prod)
+        height, width = max(data.sizes(self.family), key=math.prod)
         return f"{width}x{height}"
 
     def _move(self, module: nn.Module, device: torch.device) -> None:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -177,3 +177,16 @@ def fingerprint(path: Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     stats = [[file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def reached(count: Callable[[], int], wanted: int, patience: float, pause: float = 0.05) -> bool:
+    """Wait until ``count()``, what other processes have made, is ``wanted``; False where it has stood still for
+    ``patience`` seconds. It is asked every ``pause`` seconds."""
+    last, since = count(), time.monotonic()
+    while last < wanted:
+        time.sleep(pause)
+        if (now := count()) != last:
+            last, since = now, time.monotonic()
+        elif time.monotonic() - since > patience:
+            return False
+    return True

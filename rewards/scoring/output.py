@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import RewardError
-from rewards.common.files import atomic, write_text
+from rewards.common.files import atomic, reached, write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,16 +89,12 @@ def write_bad(path: Path, bad: BadRows) -> None:
 def wait_for(shards: ScoreShards, count: int, patience: float) -> None:
     """Until shards 0 .. count - 1 are there. ``RewardError`` where none has been added for ``patience`` seconds, of
     which there are none where no other process writes."""
-    missing, since = set(range(count)) - shards.whole(), time.monotonic()
-    while missing:
-        time.sleep(0.05)
-        left = missing - shards.whole()
-        if left != missing:
-            missing, since = left, time.monotonic()
-        elif time.monotonic() - since > patience:
-            first, others = shards.path(min(missing)), " of other processes" if patience else ""
-            how = f"not come within {patience:g} s" if patience else f"gone from {first.parent}"
-            raise RewardError(
-                f"{len(missing)} shards{others}, the first {first.name}, have {how}; "
-                "run the command again to score what is missing"
-            )
+    asked = set(range(count))
+    if not reached(lambda: len(asked & shards.whole()), count, patience):
+        missing = asked - shards.whole()
+        first, others = shards.path(min(missing)), " of other processes" if patience else ""
+        how = f"not come within {patience:g} s" if patience else f"gone from {first.parent}"
+        raise RewardError(
+            f"{len(missing)} shards{others}, the first {first.name}, have {how}; "
+            "run the command again to score what is missing"
+        )
