@@ -29,7 +29,7 @@ demo-compress: $(STAMP)
 	$(BIN)/python -m pruning.compress --config configs/compress_shapes_sd3.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

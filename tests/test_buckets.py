@@ -90,6 +90,14 @@ def test_buckets_of_a_million_pixels_are_those_of_sdxl() -> None:
         buckets_of((64, 64), [], 64)
 
 
+def test_steps_between_buckets_that_a_model_cannot_draw_are_refused(pairs: Path, tmp_path: Path, tiny: Build) -> None:
+    family = tiny("epsilon")
+    with pytest.raises(ValueError, match="bucket_reso_steps must be at least 1, got 0"):
+        PreferencePairs(str(pairs), bucket_reso_steps=0)
+    with pytest.raises(UserError, match=f"5 is no multiple of {family.cell}; the nearest is"):
+        PreferencePairs(str(pairs), bucket_reso_steps=5, aspect_ratio_buckets=True).sizes(family)
+
+
 def test_an_image_goes_where_its_aspect_ratio_is_nearest() -> None:
     views = Views(buckets_of((1024, 1024), True, 64), True, False, 1, 0)
 

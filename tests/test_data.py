@@ -465,7 +465,7 @@ def test_cutting() -> None:
 def test_variants_that_would_be_equal_are_refused() -> None:
     with pytest.raises(ValueError, match="center_crop"):
         PreferencePairs("x", variants=2)
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         PreferencePairs("x", limit=0)
 
 

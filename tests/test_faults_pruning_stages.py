@@ -169,6 +169,7 @@ def test_what_changes_no_result_is_no_difference(
     assert not remade(before, times(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_halfway_does_not_go_on_with_other_settings(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -460,6 +460,7 @@ def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "x", "text")
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_what_scoring_kept_and_the_same_command_goes_on(folder: Path) -> None:
     for number in range(2, 600):
         os.link(folder / "0.png", folder / f"{number}.png")

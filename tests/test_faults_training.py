@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -163,6 +165,20 @@ def test_another_run_is_not_resumed(
     assert main(["--config", write(run, **changes)]) == 2
     assert told in capsys.readouterr().err
     assert (Path(run["output_dir"]) / "config.yaml").read_text() == before
+
+
+def test_data_that_was_replaced_is_not_gone_on_with(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """One caption is another's; the same file with another time is the same data."""
+    source = Path(run["data"]["init_args"]["path"])
+    before, rows = source.read_bytes(), pq.read_table(source).to_pylist()
+    try:
+        rows[7]["caption"] = rows[8]["caption"]
+        pq.write_table(pa.Table.from_pylist(rows), source)
+        assert main(["--config", write(run)]) == 2
+        assert "contents of data: 12 examples" in capsys.readouterr().err
+    finally:
+        source.write_bytes(before)
+    assert main(["--config", write(run)]) == 0
 
 
 def test_a_setting_that_a_run_did_not_know_had_its_default() -> None:

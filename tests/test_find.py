@@ -657,6 +657,7 @@ def test_two_processes_are_one(tiny_folders: dict[str, Path], tmp_path: Path) ->
             assert a[key] == pytest.approx(b[key], abs=2e-4, rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_pictures_get_brighter(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """The same seeds from the learned noise and from plain noise, on every prompt."""
     config = finding(tiny_folders["flow"], tmp_path, images_per_prompt=16, kl_budget=0.1)

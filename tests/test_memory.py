@@ -105,7 +105,7 @@ def test_attention_keeps_no_matrix_of_scores() -> None:
 
 
 # families from config files
-@pytest.mark.parametrize("name", ["sdxl", "flux2-klein"])
+@pytest.mark.parametrize("name", ["sdxl", "flux2-klein", "chroma", "sana"])
 def test_a_blank_family_is_the_loaded_one_without_its_weights(name: str, tmp_path: Path) -> None:
     folder = tiny_families.save(name, tmp_path / name)
     whole = families.load(str(folder), torch.bfloat16)
@@ -119,6 +119,7 @@ def test_a_blank_family_is_the_loaded_one_without_its_weights(name: str, tmp_pat
 
 
 # the trace
+@pytest.mark.slow
 def test_a_traced_peak_is_within_15_percent_of_the_measured_one(tmp_path: Path) -> None:
     tiny_families.save("flux-dev", tmp_path / "flux-dev")
     found = benchmark.compare("flux-dev", "PolicyGradient", "LoRA, checkpointing", tmp_path)
@@ -184,6 +185,7 @@ def made_up(config: TrainConfig, *_: object) -> Estimate:
     return Estimate((Phase("update", Bytes({Part.ACTIVATIONS: held * MIB})),))
 
 
+@pytest.mark.slow
 def test_of_several_buckets_the_largest_is_traced(config: Callable[..., TrainConfig]) -> None:
     square, buckets = config(), config()
     square.data.resolution = "64x96"

@@ -83,6 +83,7 @@ def test_average_draws_and_answers_by_the_moving_average(tiny: Build) -> None:
     torch.testing.assert_close(table.old, fresh.old, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_brighter_policy_after_some_updates(tiny: Build) -> None:
     torch.manual_seed(0)
     policy, objective = Policy(tiny("flow"), LoRA(4)), NFT(Sampler(3, guidance_scale=1.0), images_per_prompt=8)

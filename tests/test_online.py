@@ -181,6 +181,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     assert untimed(tmp_path / "whole") == untimed(folder)
 
 
+@pytest.mark.slow
 def test_a_resumed_round_keeps_its_anchor(config: dict[str, Any], tmp_path: Path) -> None:
     """The reference is what the round started from, also when the folder that it came from is there no more."""
     before = tmp_path / "before"

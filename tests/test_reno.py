@@ -119,6 +119,7 @@ def test_the_gradient_reaches_the_noise(
     assert alone[:2].norm() > 0.01 * grad[:2].norm()  # the reward's share is to be seen in the sum
 
 
+@pytest.mark.slow
 def test_the_prior_draws_the_norm_to_the_shell(tiny: Build) -> None:
     """(d - 1) ln|z| - |z|²/2 has its maximum at |z| = sqrt(d - 1), and no direction but the radius."""
     policy = learner(tiny, "flow")

@@ -72,6 +72,7 @@ def test_right_captions_pass_and_wrong_ones_fail_on_clean_renders() -> None:
     assert min(figures["wrong_refused"].values()) >= 0.99, figures
 
 
+@pytest.mark.slow
 def test_blur_and_noise_do_not_matter() -> None:
     figures = measure(blurred, 300, seed=12)
     assert figures["accuracy"] >= 0.98, figures

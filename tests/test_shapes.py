@@ -213,6 +213,7 @@ def test_pretraining_leaves_a_pipeline_and_goes_on_where_it_stopped(
     assert (tmp_path / "first" / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_preference_pairs_come_from_the_model_and_put_the_better_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

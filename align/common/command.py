@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -65,6 +66,7 @@ class OneLine(ArgumentParser):
         sys.exit(2)
 
 
+@functools.cache
 def parser_for(settings: type[T], prog: str, description: str | None) -> OneLine:
     """A parser whose options are the fields of the dataclass ``settings``, plus ``--config FILE``."""
     traces = f"{DEBUG} shows the traceback of an error too"
@@ -109,8 +111,8 @@ def parse(
         values = settings(**vars(parser.instantiate(namespace)))
     except ValueError as error:  # how settings, objectives and data refuse a value
         parser.error(str(error))
-    resolved = parser.dump(namespace, skip_none=False)
-    plain = yaml.safe_load(resolved)
+    resolved = parser.dump(namespace, skip_none=False, skip_validation=True)  # it comes from the parser itself
+    plain = yaml.load(resolved, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     open_to_all = without_secrets(plain)
     return values, resolved if open_to_all == plain else yaml.safe_dump(open_to_all, sort_keys=False)
 

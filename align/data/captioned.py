@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from align.common.assets import locate
-from align.common.errors import DataError
+from align.common.errors import DataError, UserError
 from align.common.resolution import Resolution, sides
 from align.data.dataset import Bad, Data, Example, ExampleSet, Rows, Setup, check_bad, image_key
 from align.data.example_index import code_of, indexed, listing
@@ -94,10 +94,9 @@ class EncodedData(Data):
 
     def __post_init__(self) -> None:
         self._items: tuple[str, ExampleSet] | None = None
-        if min(self.variants, self.vae_batch, self.bucket_reso_steps) < 1 or (
-            self.limit is not None and self.limit < 1
-        ):
-            raise ValueError(f"variants, vae_batch, bucket_reso_steps and limit must be positive, found {self}")
+        for name in ("variants", "vae_batch", "bucket_reso_steps", "limit"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         if self.variants > 1 and self.center_crop and not self.random_flip:
             raise ValueError("all variants would be the same: set center_crop: false or random_flip: true")
 
@@ -155,6 +154,10 @@ class EncodedData(Data):
     def sizes(self, family: Family) -> tuple[Size, ...]:
         """The sizes, (height, width), that ``family`` is given the images in: one, or those of the buckets. Raises
         :class:`UserError`."""
+        step = self.bucket_reso_steps
+        if self.aspect_ratio_buckets is True and step % (cell := family.cell * family.patch):
+            near = max(1, round(step / cell)) * cell
+            raise UserError(f"bucket_reso_steps: {step} is no multiple of {cell}; the nearest is {near}")
         height, width = sides(self.resolution or family.resolution)
         assert height and width
         return buckets_of((height, width), self.aspect_ratio_buckets, self.bucket_reso_steps)

@@ -82,6 +82,12 @@ def text_key(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def content_key(item: Example, sizes: Sequence[int]) -> bytes:
+    """What an example holds, its images' files being of ``sizes`` bytes, wherever these lie."""
+    images = [[size, image.row, image.column] for size, image in zip(sizes, item.images, strict=True)]
+    return json.dumps([item.id, item.caption, images]).encode()
+
+
 @dataclass(frozen=True)
 class ExampleSet:
     """The usable examples of a source of ``layout``, in file order, and what was left out of its ``total`` rows."""
@@ -97,6 +103,7 @@ class ExampleSet:
     firsts: np.ndarray[Any, np.dtype[np.int32]]  # of each caption, the first item that has it
     digest: str  # of the images, by the names, sizes and times of their files, and of where in these they lie
     caption_digest: str
+    content_digest: str  # of captions, and of images by their size: the same wherever they lie
 
     @staticmethod
     def of(layout: str, rows: Iterable[Example | Bad | Unlabelled | None], files: Sequence[Path] = ()) -> ExampleSet:
@@ -113,11 +120,14 @@ class ExampleSet:
         keys = [[i.id, [(*image_key(image.file, stats), image.row, image.column) for image in i.images]] for i in items]
         described = [layout, [image_key(file, stats) for file in files], keys]
         images = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        contents = hashlib.sha256()
+        for item in items:
+            contents.update(content_key(item, [image_key(image.file, stats)[1] for image in item.images]))
         texts = hashlib.sha256(b"".join(map(text_key, captions))).hexdigest()
         firsts = np.unique(numbers, return_index=True)[1].astype(np.int32)
         opposite = contradicted((won, lost) for won, lost in sides)
         counts = kept.count(None), len(kept), unlabelled, opposite
-        return ExampleSet(layout, items, bad, *counts, numbers, firsts, images, texts)
+        return ExampleSet(layout, items, bad, *counts, numbers, firsts, images, texts, contents.hexdigest())
 
     def counts(self) -> str:
         """What the rows were, in words."""
@@ -195,6 +205,19 @@ class Bucketed(Protocol):
     """Data whose items are of several sizes; ``buckets`` are the items of each, of which alone a batch is made."""
 
     buckets: Sequence[Sequence[int]]
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """Data that says what it holds, the same wherever it lies: a resumed run must go on with what it began with."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def contents_of(data: Dataset) -> dict[str, str]:
+    """What a checkpoint keeps of ``data`` beside the settings of the run."""
+    return {"contents of data": data.fingerprint} if isinstance(data, Fingerprinted) else {}
 
 
 def batches(data: Dataset, size: int) -> Iterator[Sequence[int]]:

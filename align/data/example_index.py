@@ -22,7 +22,7 @@ from typing import IO, Any, overload
 import numpy as np
 
 import rewards.data
-from align.data.dataset import Bad, Example, ExampleSet, Rows, Unlabelled, image_key, text_key
+from align.data.dataset import Bad, Example, ExampleSet, Rows, Unlabelled, content_key, image_key, text_key
 from align.data.equal_keys import contradictions, first_equal, mapped, number_distinct, parts
 from rewards.common.files import atomic, one_at_a_time
 from rewards.data.paths import NO_SUCH_FILE
@@ -165,6 +165,7 @@ class _About:
     contradicted: int
     digest: str
     caption_digest: str
+    content_digest: str
     own_files: bool  # images are files of their own
     lacking: bool  # a row lacks a file, which may be there the next time
 
@@ -195,6 +196,7 @@ def _open(folder: Path, cells: Callable[[], Cells | None], look: bool) -> Exampl
         firsts,
         about.digest,
         about.caption_digest,
+        about.content_digest,
     )
 
 
@@ -204,7 +206,8 @@ class _Writer:
     def __init__(self, draft: Path, cells: Callable[[], Cells | None]) -> None:
         self.draft = draft
         self.inside = functools.cache(lambda: cells() is not None)  # whether images inside files can be found again
-        self.digest, self.stats = hashlib.sha256(), dict[Path, tuple[str, int, int]]()
+        self.digest, self.contents = hashlib.sha256(), hashlib.sha256()
+        self.stats = dict[Path, tuple[str, int, int]]()
         self.total = self.ties = self.unlabelled = 0
         self.own_files = self.lacking = False
 
@@ -247,7 +250,8 @@ class _Writer:
         for file in files_of.values():
             file.unlink(missing_ok=True)
         counts = self.total, self.ties, self.unlabelled, contradicted
-        about = _About(layout, *counts, self.digest.hexdigest(), texts.hexdigest(), self.own_files, self.lacking)
+        digests = self.digest.hexdigest(), texts.hexdigest(), self.contents.hexdigest()
+        about = _About(layout, *counts, *digests, self.own_files, self.lacking)
         (self.draft / "about.json").write_text(json.dumps(asdict(about)), encoding="utf-8")
 
     def _examples(self, rows: Iterable[Example | Bad | Unlabelled | None], bad: IO[str]) -> Iterator[Example]:
@@ -265,7 +269,7 @@ class _Writer:
                 self.ties += 1
 
     def _described(self, row: Example) -> dict[str, Any]:
-        images = []
+        images, sizes = [], []
         for image in row.images:
             if not isinstance(image, LazyImage) or (image.table is not None and not self.inside()):
                 raise _Opaque
@@ -275,4 +279,6 @@ class _Writer:
             self.digest.update(json.dumps([row.id, name, size, time, image.row, image.column]).encode())
             where = {"file": str(image.file), "row": image.row, "column": image.column}
             images.append(where | {"inside": inside, "size": size, "time": time})
+            sizes.append(size)
+        self.contents.update(content_key(row, sizes))
         return {"id": row.id, "source": row.source, "caption": row.caption, "images": images}

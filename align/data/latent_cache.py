@@ -73,6 +73,10 @@ class EncodedDataset:
         return len(self.lies)
 
     @property
+    def fingerprint(self) -> str:
+        return f"{len(self)} examples {self.examples.content_digest[:16]}"
+
+    @property
     def ids(self) -> list[int]:
         return [self.examples.items[place].id for place in self.lies["place"].tolist()]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +103,11 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
+        return f"{len(self.rows)} prompts {digest[:16]}"
 
     def _encode(self, prompt: str) -> Conditioning:
         if prompt not in self._kept:

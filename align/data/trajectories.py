@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -233,6 +234,11 @@ class TrajectoryPairs:
         self.rollout, self.pairs, self.family = rollout, pairs, family
         self._prompts = PromptSet(family, [], remember=rollout.record.prompts)
         self._tensors = MappedFiles()
+
+    @property
+    def fingerprint(self) -> str:
+        named = [self.rollout.record.digest, [[self.rollout.lines[n].trajectory for n in pair] for pair in self.pairs]]
+        return f"{len(self)} pairs {hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]}"
 
     def __len__(self) -> int:
         return len(self.pairs)

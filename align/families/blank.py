@@ -98,15 +98,13 @@ def captions(family: Family, count: int) -> Conditioning:
     names = ("caption_channels", "cap_feat_dim", "joint_attention_dim", "cross_attention_dim")
     width = next(config[name] for name in names if config.get(name))
     limit = family.pipe.tokenizer.model_max_length
-    length = getattr(family, "text_tokens", next(iter(family.token_limits.values()), limit))
-    if hasattr(family, "text_tokens"):
-        length += limit  # SD3: CLIP's beside T5's
+    first = limit if family.text_tokens else next(iter(family.token_limits.values()), limit)
+    length = first + family.text_tokens
     tensors = {"prompt_embeds": torch.zeros(1, length, width, dtype=dtype)}
     if pooled := _pooled(config):
         tensors["pooled"] = torch.zeros(1, pooled, dtype=dtype)
-    if type(family).__name__ in ("QwenImage", "ZImage", "Sana", "Chroma", "Lumina2", "PixArtSigma"):
-        kind = dtype if type(family).__name__ == "Chroma" else torch.bool
-        tensors["mask"] = torch.ones(1, length, dtype=kind)
+    if family.text_mask:
+        tensors["mask"] = torch.ones(1, length, dtype=torch.bool if family.text_mask == "bool" else dtype)
     return Conditioning(tensors).expand(count)
 
 

@@ -23,6 +23,7 @@ class Chroma(Packed):
 
     pipeline = ChromaPipeline
     token_limits = {"tokenizer": T5_TOKENS}  # noqa: RUF012  # a constant of the class
+    text_mask = "number"
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, mask, *_ = self.pipe.encode_prompt(

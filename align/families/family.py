@@ -39,6 +39,8 @@ class Family(ABC):
     lora_targets: tuple[str, ...]
     idle: tuple[str, ...] = ()  # modules of the denoiser whose output goes nowhere, and which so have no gradient
     token_limits: ClassVar[Mapping[str, int]] = {}  # by tokenizer, where the pipeline takes fewer tokens than that does
+    text_tokens: int = 0  # of a second encoder, whose embeddings follow those of the first
+    text_mask: ClassVar[Literal["bool", "number"] | None] = None  # the type of ``mask`` in the conditions
     unguided_scale: ClassVar[float] = 1.0  # up to this guidance scale the stock pipeline asks once, with the prompt
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the stock pipeline's ``__call__``
     patch: ClassVar[int] = 1  # latent cells along the side of a token; a side of a latent is a multiple of it
@@ -194,10 +196,7 @@ class Family(ABC):
         """The side, in pixels, of the square picture that the model was trained on. Raises :class:`Unsupported`."""
         side = self.denoiser.config.get("sample_size", getattr(self.pipe, "default_sample_size", 128))
         if not isinstance(side, int) or side < 1:
-            raise Unsupported(
-                f"{self.source}: {self.denoiser_name}/config.json has sample_size {side}; expected the side of a "
-                "square latent"
-            )
+            raise Unsupported(f"{self.source}: sample_size in {self.denoiser_name}/config.json is {side}, no side")
         return int(self._recommended.get("resolution", side * self.pipe.vae_scale_factor))
 
     @property
@@ -235,8 +234,8 @@ class Family(ABC):
         denoiser: nn.Module | None = None,
     ) -> Tensor:
         """The raw network output at ``x_t`` (B, C, h, w) and ``t`` (B,). Classifier-free guidance sends unconditional
-        and conditional rows through the network as one batch of 2B. ``guidance_scale`` None is a model in training: one
-        evaluation, and where the scale is embedded the pipeline's default."""
+        and conditional rows through the network as one batch of 2B. ``guidance_scale`` None, as in training, asks once,
+        where the scale is embedded with the pipeline's default."""
         denoiser = denoiser if denoiser is not None else self.denoiser
         if self.guidance_kind == "embedded":
             scale = self.default_guidance_scale if guidance_scale is None else guidance_scale

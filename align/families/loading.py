@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,7 +104,13 @@ def supported() -> dict[str, str]:
         [project.entry-points."t2i_align.families"]
         FluxPipeline = "their_package.flux:Flux"
     """
-    return {entry.name: entry.value for entry in entry_points(group=GROUP)} | FAMILIES
+    return {entry.name: entry.value for entry in _entries(GROUP, tuple(sys.path))} | FAMILIES
+
+
+@functools.cache
+def _entries(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """What installed packages on ``path`` offer: to find out takes longer than to read a small part of a pipeline."""
+    return tuple(entry_points(group=group))
 
 
 def load(
@@ -209,7 +217,7 @@ def reader(folder: Path | str) -> Any | None:
     Packages of the entry point group ``t2i_align.readers`` are asked; each has ``reads(folder)`` and
     ``load(folder, dtype)``. :mod:`pruning` is one.
     """
-    readers = (entry.load() for entry in entry_points(group=READERS)) if Path(folder).is_dir() else ()
+    readers = (entry.load() for entry in _entries(READERS, tuple(sys.path))) if Path(folder).is_dir() else ()
     return next((found for found in readers if found.reads(folder)), None)
 
 
@@ -218,7 +226,7 @@ def quantized(module: nn.Module) -> None:
 
     Raises :class:`UserError` where there is none, and for a module that is packed already.
     """
-    packers = (entry.load() for entry in entry_points(group=READERS))
+    packers = (entry.load() for entry in _entries(READERS, tuple(sys.path)))
     packer = next((found for found in packers if hasattr(found, "pack")), None)
     if packer is None:
         raise UserError("quantize: no installed package packs weights; install t2i-align whole, which has `pruning`")

@@ -15,6 +15,7 @@ class Lumina2(Flow):
     pipeline = Lumina2Pipeline
     patch = 2
     token_limits = {"tokenizer": 256}  # noqa: RUF012  # Lumina2Pipeline's own default for max_sequence_length
+    text_mask = "bool"
 
     def mu(self, steps: int, tokens: int) -> float:
         return super().mu(steps, self.channels)  # the pipeline takes a dimension of its latents for their number

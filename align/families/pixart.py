@@ -23,6 +23,7 @@ class PixArtSigma(SD):
     lora_targets = ()
     patch = 2
     token_limits = {"tokenizer": 300}  # noqa: RUF012  # PixArtSigmaPipeline's own default for max_sequence_length
+    text_mask = "bool"
 
     @classmethod
     def require_supported(cls, source: str, configs: Mapping[str, Mapping[str, Any]]) -> None:

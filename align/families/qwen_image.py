@@ -24,6 +24,7 @@ class QwenImage(Packed):
     pipeline = QwenImagePipeline
     guidance_argument = "true_cfg_scale"
     token_limits = {"tokenizer": TOKENS}  # noqa: RUF012  # a constant of the class
+    text_mask = "bool"
 
     def __init__(self, pipe: QwenImagePipeline, source: str) -> None:
         super().__init__(pipe, source)

@@ -19,6 +19,7 @@ class Sana(Flow):
 
     pipeline = SanaPipeline
     token_limits = {"tokenizer": 300}  # noqa: RUF012  # SanaPipeline's own default for max_sequence_length
+    text_mask = "bool"
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default

@@ -23,6 +23,7 @@ class ZImage(Flow):
     unguided_scale = 0.0
     patch = 2
     token_limits = {"tokenizer": TOKENS}  # noqa: RUF012  # a constant of the class
+    text_mask = "bool"
 
     def few_steps(self) -> int | None:
         """The Turbo is told by its schedule's shift."""

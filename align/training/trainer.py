@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from align.common import rng
 from align.common.command import dumped
-from align.data.dataset import Setup, drawn
+from align.data.dataset import Setup, contents_of, drawn
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
 from align.objectives.rows import Rows
@@ -96,12 +96,14 @@ class Trainer:
             self.folder.claim(source is not None, config.overwrite_output_dir, self.family.denoiser_name)
         ranks = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
         self.data = config.data.prepare(Setup(self.family, config.seed, *ranks, accelerator.wait_for_everyone))
+        self.settings |= contents_of(self.data)
         self.held_out = config.validation_data.prepare(Setup(self.family)) if config.validation_data else None
         rate = config.learning_rate * (self.sizes.update * accelerator.num_processes if config.scale_lr else 1)
         optimizer = build_optimizer(config, self.policy, rate)
         self.optimizer = prepare(accelerator, self.policy, optimizer)
         self.scheduler = build_scheduler(config, optimizer)  # not prepared: accelerate steps it once per process
         if source is not None:
+            self.folder.require_same(source, self.settings)  # now with what the data holds
             state = checkpoint.load(source, self._parts())
             self.step, self.rollouts = state["step"], state["rollouts"]
             if accelerator.is_main_process:  # they are of all processes
