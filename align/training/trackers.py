@@ -82,14 +82,14 @@ def start(
         raise UserError(f"report_to: {', '.join(names)} cannot be opened: {one_line(error)}") from error
 
 
-def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, bool | int | float | str]:
-    """Settings as trackers take them: dotted names, and text for what is neither number nor text."""
-    found: dict[str, bool | int | float | str] = {}
+def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings as trackers take them: dotted names, and JSON for what is no number, text or null."""
+    found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
             found |= flat(value, f"{above}{key}.")
         else:
-            found[f"{above}{key}"] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            found[f"{above}{key}"] = value if isinstance(value, bool | int | float | str | None) else json.dumps(value)
     return found
 
 
