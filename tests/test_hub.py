@@ -338,7 +338,7 @@ def test_the_hub_is_asked_for_terms_that_are_not_known_here(hub: Hub) -> None:
     text = ModelCard(title="t", base_model="x/base", introduction="i").text()
     assert "license:" not in text and "Unknown" in text
     card = for_hub(text, "me/tuned")
-    assert "\nlicense: openrail++\n" in card and "openrail++, as the base" in card and "Unknown" not in card
+    assert "\nlicense: openrail++\n" in card and "openrail++: the base" in card and "Unknown" not in card
     assert "\nbase_model: x/base\n" in card
     unknown = for_hub(ModelCard(title="t", base_model="x/gated", introduction="i").text(), "me/tuned")
     assert "license:" not in unknown and "Unknown" in unknown

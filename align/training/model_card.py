@@ -128,7 +128,7 @@ def license_text(base: str | None, terms: Mapping[str, str]) -> str:
         of = f" of {escape(base)}" if base else ""
         return f"Unknown: look at the terms of the base model{of} before you share these weights."
     name = terms.get("license_name", terms["license"])
-    return f"{escape(name)}, as the base model's card says: these weights are made of it."
+    return f"{escape(name)}: the base model's terms, since these weights are made of it."
 
 
 def is_hub_id(name: str) -> bool:
