@@ -86,11 +86,10 @@ def export(config: Export) -> Path:
     repository = config.repository(config.run)
     written = _whole(config) if config.merge or config.to == "single-file" else _lora(config)
     if repository is not None:
-        beside = config.run if config.run.is_dir() else config.run.parent
         files = weights_in(written) if written.is_dir() else {written.name: written}
         if written.is_file() and config.run.is_dir():
             files = weights_in(config.run) | files
-        send(repository, files, card_of(config, written), beside, config.run)
+        send(repository, files, card_of(config, written), config.run, config.run)
     return written
 
 

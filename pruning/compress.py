@@ -48,13 +48,13 @@ def compress(config: Compress, resolved: str = "") -> Path:
     YAML, is kept. Raises :class:`UserError`, before anything is written where that can be known, and where
     ``output_dir`` holds results of other settings."""
     config.check()
-    repository = config.repository(config.output_dir)
     prompts = read_prompts(config.prompts)[: config.calibration_prompts]
     stages = [stage for stage in STAGES if stage in config.stages]
     results = Results(config.output_dir, recipes(config, prompts), resolved)
     stale = results.require_fresh(config.overwrite_output_dir)
     _require_needed(config, results, stages, stale)
     _check_model(config, stages)
+    repository = config.repository(config.output_dir)
     with locked(config.output_dir):
         sweep(config.output_dir)
         results.discard(stale)

@@ -164,6 +164,8 @@ def test_a_lora_file_is_uploaded_with_a_card(
 ) -> None:
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((run / LORA_FILE).read_bytes())
+    for name in ("config.yaml", "run.json"):  # which are of something else here
+        (tmp_path / name).write_text("{}")
     base = ["--pretrained_model_name_or_path", str(tiny_folders["flow"])]
     target = ["--to", "kohya", "--output", str(tmp_path / "kohya.safetensors"), "--push_to_hub"]
     assert export.main([str(alone), *base, *target]) == 0
@@ -302,6 +304,12 @@ def test_only_what_a_model_is_loaded_from_is_listed(tmp_path: Path) -> None:
     assert set(weights_in(tmp_path)) == {
         "unet/config.json", "unet/diffusion_pytorch_model.safetensors", NOISE_FILE
     }  # fmt: skip
+    for name in ("model_index.json", "transformer/a.safetensors", "private/a.json", "../a.json"):
+        (tmp_path / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "whole" / name).write_text(
+            '{"_class_name": "P", "transformer": ["diffusers", "T"], "..": ["x", "y"]}'
+        )
+    assert set(weights_in(tmp_path / "whole")) == {"model_index.json", "transformer/a.safetensors"}
     with pytest.raises(UserError, match="no weights to upload"):
         weights_in(tmp_path / "rollout")
 

@@ -6,11 +6,9 @@ made, the card, and the pictures that the card shows. Checkpoints, trackers' fil
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
 import yaml
@@ -18,13 +16,14 @@ import yaml
 from align.common.errors import UserError
 from align.common.hub import Repository
 from align.families import LORA_FILE, SAMPLING_FILE
+from align.families.parts import INDEX, read_json
 from align.policy.initial_noise import NOISE_FILE
 from align.training.model_card import is_hub_id, license_in, license_text, with_section
 from rewards.common.errors import shortened
 
-CARD, INDEX = "README.md", "model_index.json"
+CARD = "README.md"
 SINGLE = (LORA_FILE, NOISE_FILE)
-BESIDE = ("config.yaml", "run.json", SAMPLING_FILE)
+RUN = ("config.yaml", "run.json")  # both, or the first is another program's
 OF_A_COMPONENT = (".json", ".safetensors", ".txt", ".model", ".jinja")
 PICTURE = re.compile(r"^!\[([^\n]*)\]\(([^()\s]+\.png)\)$", re.MULTILINE)
 
@@ -33,11 +32,9 @@ def weights_in(folder: Path) -> dict[str, Path]:
     """The files of a whole pipeline, or what a run trained: a LoRA, the denoiser, learned noise; by their names on the
     hub. Raises :class:`UserError` where there is none."""
     if (folder / INDEX).is_file():
-        parts: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        found = [
-            *(folder / name for name in (INDEX, SAMPLING_FILE) if (folder / name).is_file()),
-            *(file for part in parts if part[0] != "_" for file in _component(folder / part)),
-        ]
+        parts = [part for part in read_json(folder / INDEX) if re.fullmatch(r"[a-z]\w*", part)]
+        found = [folder / name for name in (INDEX, SAMPLING_FILE) if (folder / name).is_file()]
+        found += [file for part in parts for file in _component(folder / part)]
     else:
         found = [folder / name for name in SINGLE if (folder / name).is_file()]
         trained = (
@@ -66,12 +63,11 @@ def publish(repository: Repository | None, folder: Path) -> None:
 
 
 def send(repository: Repository, weights: Mapping[str, Path], card: str, beside: Path, result: Path) -> None:
-    """Upload ``weights`` by their names on the hub, the text ``card``, what lies ``beside`` it, and its pictures.
-    ``result`` is what an error says to upload once more."""
+    """Upload ``weights`` by their names on the hub, the text ``card`` with its pictures, and where ``beside`` is a run
+    its settings. ``result`` is what an error says to upload once more."""
     text, pictures = pictured(card, beside)
-    more = {name: beside / name for name in BESIDE if (beside / name).is_file()}
-    text = for_hub(text, repository.id) if text else ""
-    cards = {CARD: text.encode()} if text else {}
+    more = {name: beside / name for name in RUN} if all((beside / name).is_file() for name in RUN) else {}
+    cards = {CARD: for_hub(text, repository.id).encode()} if text else {}
     repository.upload({**weights, **more, **pictures, **cards}, result)
 
 
