@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -85,11 +86,16 @@ def export(config: Export) -> Path:
     check(config)
     repository = config.repository(config.run)
     written = _whole(config) if config.merge or config.to == "single-file" else _lora(config)
-    if repository is not None:
-        files = weights_in(written) if written.is_dir() else {written.name: written}
-        if written.is_file() and config.run.is_dir():
-            files = weights_in(config.run) | files
-        send(repository, files, card_of(config, written), config.run, config.run)
+    if repository is not None and written.is_dir():
+        card = card_of(config, written)
+        write_text(written / "README.md", card)
+        send(repository, weights_in(written), card, config.run, written)
+    elif repository is not None:
+        files = (weights_in(config.run) if config.run.is_dir() else {}) | {written.name: written}
+        options = f"--to {config.to} --output {shlex.quote(str(written))} "
+        if (base := config.pretrained_model_name_or_path) is not None:
+            options += f"--pretrained_model_name_or_path {shlex.quote(base)} "
+        send(repository, files, card_of(config, written), config.run, config.run, options)
     return written
 
 

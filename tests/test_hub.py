@@ -160,7 +160,7 @@ def test_a_merged_pipeline_loads_from_there(hub: Hub, run: Path, tiny_folders: d
 
 
 def test_a_lora_file_is_uploaded_with_a_card(
-    hub: Hub, run: Path, tiny_folders: dict[str, Path], tmp_path: Path
+    hub: Hub, run: Path, tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((run / LORA_FILE).read_bytes())
@@ -168,7 +168,11 @@ def test_a_lora_file_is_uploaded_with_a_card(
         (tmp_path / name).write_text("{}")
     base = ["--pretrained_model_name_or_path", str(tiny_folders["flow"])]
     target = ["--to", "kohya", "--output", str(tmp_path / "kohya.safetensors"), "--push_to_hub"]
-    assert export.main([str(alone), *base, *target]) == 0
+    hub.fails = {"POST .*/commit/": 403}
+    assert export.main([str(alone), *base, *target]) == 2
+    again = re.search(r"python -m align.export (.*) uploads it once more", capsys.readouterr().err)
+    hub.fails.clear()
+    assert again and export.main(again[1].split()) == 0
     assert set(hub.repos["me/alone"].files) == {"README.md", "kohya.safetensors"}
     assert not hub.repos["me/alone"].private
 
@@ -243,12 +247,12 @@ def test_a_wrong_token_is_one_line_before_anything_begins(
     ("token", "more", "expected"),
     [
         (None, {}, "there is no token"),
-        ("hf_reads", {}, "may not write to me/tuned .namespaces: me, club.: 403"),
-        ("hf_writes", {"hub_model_id": "strangers/tuned"}, "may not write to strangers/tuned"),
+        ("hf_reads", {}, "cannot write to me/tuned as me .namespaces: me, club.: 403"),
+        ("hf_writes", {"hub_model_id": "strangers/tuned"}, "cannot write to strangers/tuned"),
         ("hf_writes", {"hub_model_id": "a/b/c"}, "cannot be a repository's name .*NAMESPACE/NAME"),
         ("hf_writes", {"hub_model_id": "me/ what"}, "cannot be a repository's name"),
         ("hf_writes", {"hub_model_id": "me/open", "hub_private": True}, "me/open is there already, and public"),
-        ("hf_writes", {"hub_model_id": "strangers/open"}, "may not write to strangers/open"),
+        ("hf_writes", {"hub_model_id": "strangers/open"}, "cannot write to strangers/open"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(

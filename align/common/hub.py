@@ -79,7 +79,7 @@ class Repository:
         repository = name if "/" in name else f"{user['name']}/{name}"
         if create:
             own = ", ".join([user["name"], *(each["name"] for each in user.get("orgs", []))])
-            with _told(f"push_to_hub: the token of {user['name']} may not write to {repository} (namespaces: {own})"):
+            with _told(f"push_to_hub: cannot write to {repository} as {user['name']} (namespaces: {own})"):
                 api.create_repo(repository, private=private or None, exist_ok=True)
                 api.auth_check(repository, write=True)
                 open_to_all = private and not api.model_info(repository).private
@@ -96,13 +96,14 @@ class Repository:
 
         return f"{constants.ENDPOINT}/{self.id}"
 
-    def upload(self, files: Mapping[str, Path | bytes], result: Path) -> None:
+    def upload(self, files: Mapping[str, Path | bytes], result: Path, options: str = "") -> None:
         """Put ``files``, by their names there, into the repository: all of them or none. Raises :class:`UserError`,
-        which names the command that uploads ``result`` once more."""
+        which names the command that uploads ``result`` once more, with its ``options``."""
         from huggingface_hub import CommitOperationAdd, HfApi
 
         private = " --hub_private" if self.private else ""
-        again = f"python -m align.export {shlex.quote(str(result))} --push_to_hub --hub_model_id {self.id}{private}"
+        where = f"--push_to_hub --hub_model_id {self.id}{private}"
+        again = f"python -m align.export {shlex.quote(str(result))} {options}{where}"
         print(f"uploading {len(files)} files to {self.url}; should it be cut short: {again}", flush=True)
         with _told(f"the upload to {self.url} failed", f"; {result} is whole, and {again} uploads it once more"):
             added = [

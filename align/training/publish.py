@@ -62,13 +62,15 @@ def publish(repository: Repository | None, folder: Path) -> None:
         send(repository, weights_in(folder), text, folder, folder)
 
 
-def send(repository: Repository, weights: Mapping[str, Path], card: str, beside: Path, result: Path) -> None:
+def send(
+    repository: Repository, weights: Mapping[str, Path], card: str, beside: Path, result: Path, options: str = ""
+) -> None:
     """Upload ``weights`` by their names on the hub, the text ``card`` with its pictures, and where ``beside`` is a run
-    its settings. ``result`` is what an error says to upload once more."""
+    its settings. ``result`` is what an error says to upload once more, by ``options`` of ``align.export``."""
     text, pictures = pictured(card, beside)
     more = {name: beside / name for name in RUN} if all((beside / name).is_file() for name in RUN) else {}
     cards = {CARD: for_hub(text, repository.id).encode()} if text else {}
-    repository.upload({**weights, **more, **pictures, **cards}, result)
+    repository.upload({**weights, **more, **pictures, **cards}, result, options)
 
 
 def pictured(card: str, folder: Path) -> tuple[str, dict[str, Path]]:
