@@ -30,11 +30,13 @@ from align.evaluation import bench_spec as benches
 from align.evaluation.bench_spec import BenchSpec, first_pictures, noise_pictures
 from align.evaluation.compare import Comparison, depends, draw_and_compare, table
 from align.families import Family
+from align.training.model_card import add_section
 from align.training.run_folder import base_of
 from rewards import RewardConfig
 from rewards.common.command import exit_status
 from rewards.common.device import Launched, pick_device
 from rewards.common.files import locked, write_text
+from rewards.common.page import escape
 
 
 @dataclass(kw_only=True)
@@ -178,6 +180,10 @@ def run(config: BenchRun) -> dict[str, Any] | None:
         text = "\n\n".join([f"# {spec.title}", spec.about, *(each.markdown() for each in tables), "; ".join(notes)])
         write_text(output / "bench.md", text + "\n")
         write_text(output / "bench.json", json.dumps(report | provenance(), indent=2) + "\n")
+        for source in sources:  # of a run: figures with intervals, for its card
+            if not is_pipeline(source):
+                figures = [tables[0].markdown(), *map(escape, notes)]
+                add_section(source / "README.md", f"Bench: {escape(spec.title)}", "\n\n".join(figures))
     print(text)
     return report
 

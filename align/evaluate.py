@@ -31,11 +31,12 @@ from align.evaluation.compare import Comparison, depends, diversity, draw_and_co
 from align.evaluation.pictures import folder_name
 from align.families import Family
 from align.sampling.diversity import Features
-from align.training.model_card import add_section
+from align.training.model_card import add_section, picture
 from align.training.run_folder import base_of, packed_base
 from rewards.common.command import exit_status
 from rewards.common.device import Launched, pick_device
 from rewards.common.files import locked, write_text
+from rewards.common.page import escape
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,11 @@ def evaluate(config: Evaluate) -> dict[str, Any] | None:
         write_text(output / "images.jsonl", "".join(json.dumps(row) + "\n" for row in compared.rows()))
         write_text(output / "scores.json", json.dumps(report | provenance(), indent=2) + "\n")
         for source in sources:
-            add_section(source / "README.md", "Held-out prompts, base against tuned", table(report).markdown())
+            text = f"{table(report).markdown()}\n\n{escape(depends(report))}"
+            if output.resolve().is_relative_to(source.resolve()):  # so that it goes where the card goes
+                shown = (output.resolve() / "gallery.png").relative_to(source.resolve()).as_posix()
+                text += f"\n\n{picture('Above base, below tuned', shown)}"
+            add_section(source / "README.md", "Held-out prompts, base against tuned", text)
     return report
 
 

@@ -1,17 +1,20 @@
-"""Write what was trained as other programs read it.
+"""Write what was trained as other programs read it, and put it on the hub.
 
     python -m align.export outputs/mine --to comfyui --output mine.safetensors
     python -m align.export outputs/mine --to single-file --output merged.safetensors
+    python -m align.export outputs/mine --push_to_hub --hub_model_id me/mine
 
 ``outputs/mine`` is a run folder, a LoRA folder or a ``.safetensors`` file. ``diffusers``, ``comfyui`` and ``kohya``
 write a LoRA with that program's names and its alpha; ``--to diffusers --merge`` writes a whole pipeline folder, and
-``single-file`` a checkpoint of a whole SD 1, 2, XL or 3 with what was trained in it.
+``single-file`` a checkpoint of a whole SD 1, 2, XL or 3 with what was trained in it. ``--push_to_hub`` alone uploads
+the run (or a pipeline's folder) as it is; with ``--to`` also what was written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,12 +29,15 @@ from align import families
 from align.common.assets import locate
 from align.common.command import command, parse
 from align.common.errors import UserError
+from align.common.hub import Publishing
 from align.families import lora_formats
 from align.families.lora_file import read_layers
 from align.families.parts import INDEX, read_json
 from align.families.single_file import checkpoint, require_single_file
 from align.families.skeleton import Skeleton, skeleton
 from align.policy.initial_noise import NOISE_FILE
+from align.training.model_card import ModelCard, code, set_weights, with_section
+from align.training.publish import send, weights_in
 from align.training.run_folder import base_of
 from rewards.common.command import exit_status
 from rewards.common.files import atomic, write_text
@@ -40,12 +46,12 @@ Target = Literal["diffusers", "comfyui", "kohya", "single-file"]
 
 
 @dataclass
-class Export:
+class Export(Publishing):
     """Write weights for other programs.
 
     Args:
         run: a run folder, a LoRA folder, or a LoRA's .safetensors file; the first word may stand without ``--run``.
-        to: which program is to read it.
+        to: which program is to read it; null, with ``push_to_hub``, writes nothing here.
         output: the file, or with ``merge`` the folder, to write.
         merge: write the whole pipeline with the weights in it.
         pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3`` that it was trained
@@ -54,22 +60,59 @@ class Export:
     """
 
     run: Path
-    to: Target
-    output: Path
+    to: Target | None = None
+    output: Path | None = None
     merge: bool = False
     pretrained_model_name_or_path: str | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
 
 
 def export(config: Export) -> Path:
-    """Write and return what was written. Raises :class:`UserError`."""
+    """Write, upload where that is asked for, and return what was written; the run where nothing was. Raises
+    :class:`UserError`."""
+    if config.to is None or config.output is None:
+        if config.to is not None or config.output is not None or config.merge or not config.push_to_hub:
+            raise UserError(
+                "say for which program and where: --to diffusers, comfyui, kohya or single-file, and --output; or "
+                "--push_to_hub alone, which uploads the run as it is"
+            )
+        require_there(config)
+        if config.run.is_file():
+            raise UserError(f"{config.run} is a file: say as what to upload it, by --to diffusers and --output")
+        files = weights_in(config.run)
+        if (repository := config.repository(config.run)) is not None:
+            send(repository, files, card_of(config), config.run, config.run)
+        return config.run
+    check(config)
+    repository = config.repository(config.run)
+    written = _whole(config) if config.merge or config.to == "single-file" else _lora(config)
+    if repository is not None and written.is_dir():
+        card = card_of(config, written)
+        write_text(written / "README.md", card)
+        send(repository, weights_in(written), card, config.run, written)
+    elif repository is not None:
+        files = (weights_in(config.run) if config.run.is_dir() else {}) | {written.name: written}
+        options = f"--to {config.to} --output {shlex.quote(str(written))} "
+        if (base := config.pretrained_model_name_or_path) is not None:
+            options += f"--pretrained_model_name_or_path {shlex.quote(base)} "
+        send(repository, files, card_of(config, written), config.run, config.run, options)
+    return written
+
+
+def require_there(config: Export) -> None:
+    if not config.run.exists():
+        raise UserError(f"there is no {config.run}; expected a run folder, a LoRA folder or a .safetensors file")
+
+
+def check(config: Export) -> None:
+    """Raise :class:`UserError` for what cannot be written, as far as can be said before anything is read."""
+    assert config.output is not None
     whole = config.merge or config.to == "single-file"
     if config.merge and config.to in ("comfyui", "kohya"):
         raise UserError(
             f"--merge writes a pipeline folder (--to diffusers) or one file (--to single-file), not for {config.to}"
         )
-    if not config.run.exists():
-        raise UserError(f"there is no {config.run}; expected a run folder, a LoRA folder or a .safetensors file")
+    require_there(config)
     if config.run.is_file() and config.run.suffix != ".safetensors":
         raise UserError(f"{config.run} is no .safetensors file, and others may run code when read; convert it first")
     if config.run.name == NOISE_FILE or (config.run / NOISE_FILE).is_file():
@@ -82,10 +125,39 @@ def export(config: Export) -> Path:
             raise UserError(f"--output {config.output}: expected the name of a .safetensors file")
         if config.output.is_dir():
             raise UserError(f"--output {config.output} is a folder; name a file")
-    return _whole(config) if whole else _lora(config)
+
+
+def card_of(config: Export, written: Path | None = None) -> str:
+    """The card for the hub: the run's own where it has one, with what to do with the file that was ``written`` for
+    another program, or with how the merged pipeline is loaded."""
+    path, base = config.run / "README.md", base_or_none(config)
+    name = config.run.resolve().name.removesuffix(".safetensors")
+    lora = config.run.is_file() or (config.run / families.LORA_FILE).is_file()
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not text:
+        kind = "LoRA" if lora else "Weights"
+        tags = ["lora"] if lora else []
+        text = ModelCard(title=name, base_model=base, introduction=f"{kind}, uploaded by t2i-align.", tags=tags).text()
+    if written is None or config.to is None:
+        return text
+    if written.is_dir():
+        dtype = families.DTYPES[config.mixed_precision]
+        pipe = f"pipe = DiffusionPipeline.from_pretrained(weights, dtype={dtype})"
+        load = set_weights(f"import torch\nfrom diffusers import DiffusionPipeline\n\n{pipe}", str(written))
+        return with_section(text, "Load", code(load, "python"))
+    return with_section(text, "For other programs", f"{code(written.name)}\n\n{READERS[config.to]}")
+
+
+READERS: dict[Target, str] = {
+    "diffusers": "is the LoRA with alpha in its weights, for programs that read tensors alone.",
+    "comfyui": "is the LoRA for ComfyUI: into `ComfyUI/models/loras`, at strength 1.",
+    "kohya": "is the LoRA for A1111, Forge and kohya's trainers, at strength 1.",
+    "single-file": "is the whole model in one file, for ComfyUI, A1111 and `from_single_file`.",
+}
 
 
 def _lora(config: Export) -> Path:
+    assert config.output is not None and config.to is not None
     path = families.lora_path(config.run)
     if path is None:
         raise UserError(
@@ -113,6 +185,7 @@ def _lora(config: Export) -> Path:
 
 
 def _whole(config: Export) -> Path:
+    assert config.output is not None
     itself = (config.run / "model_index.json").is_file()
     source = str(config.run) if itself else _base(config)
     bones = skeleton(source, families.pipeline_class(source), encoders=False)
@@ -175,14 +248,21 @@ def _keys(path: Path) -> list[str]:
         raise UserError(f"{path} is no whole safetensors file: {error}") from error
 
 
-def _base(config: Export) -> str:
-    """The model that was trained. Raises :class:`UserError`."""
+def base_or_none(config: Export) -> str | None:
+    """The model that was trained, where that is said."""
     if config.pretrained_model_name_or_path is not None:
         return config.pretrained_model_name_or_path
     for folder in (config.run, config.run.parent):  # a checkpoint's settings are the run's
         if (folder / "config.yaml").is_file():
             with contextlib.suppress(KeyError):  # the settings of something else
                 return base_of(folder)
+    return None
+
+
+def _base(config: Export) -> str:
+    """The model that was trained. Raises :class:`UserError`."""
+    if (base := base_or_none(config)) is not None:
+        return base
     raise UserError(f"{config.run} does not say which model it is of; give --pretrained_model_name_or_path")
 
 

@@ -27,6 +27,7 @@ from align.common.command import command, parse
 from align.common.errors import UserError
 from align.data.prompts import read_prompts
 from align.families import LORA_FILE, Family
+from align.training.publish import publish
 from pruning import importance, load, plots, reads
 from pruning.graph import BlockGraph
 from pruning.plan import Plan, from_ranges, key, parse_ranges, require_reachable, to_budget
@@ -53,12 +54,23 @@ def compress(config: Compress, resolved: str = "") -> Path:
     stale = results.require_fresh(config.overwrite_output_dir)
     _require_needed(config, results, stages, stale)
     _check_model(config, stages)
+    repository = config.repository(config.output_dir)
     with locked(config.output_dir):
         sweep(config.output_dir)
         results.discard(stale)
         for stage in ("merge", *stages):
             _run(stage, config, results, prompts)
+        if repository is not None:
+            publish(repository, config.at(_last(results)))
     return config.output_dir
+
+
+def _last(results: Results) -> str:
+    """The last pipeline on the way, which is what the user wanted. Raises :class:`UserError` where there is none."""
+    made = [name for name in PIPELINES if name != "int4-alone" and name in results.wanted and results.whole(name)]
+    if not made:
+        raise UserError(f"push_to_hub: {results.folder} has no pipeline yet; run the stages up to remove or quantize")
+    return made[-1]
 
 
 def _run(stage: str, config: Compress, results: Results, prompts: Sequence[str]) -> None:

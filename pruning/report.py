@@ -24,6 +24,7 @@ from align.evaluation import compare
 from align.evaluation.compare import STRICT, Comparison, overall
 from align.families import Family
 from align.sampling import generate
+from align.training.model_card import add_section, picture
 from pruning.graph import weights
 from rewards.common.files import write_text
 from rewards.common.page import Table
@@ -129,6 +130,9 @@ def report(folders: Mapping[str, str], settings: Reporting, output: Path) -> str
     figures = {"pipelines": pipelines, "comparison": compared.report}
     write_text(output / "report.json", json.dumps(figures | provenance(), indent=2) + "\n")
     write_text(output / "report.md", text + "\n")
+    shown = f"{text}\n\n{picture('Original and compressed, the same prompts and noise', '../gallery.png')}"
+    for source in list(folders.values())[1:]:  # the original may be anyone's
+        add_section(Path(source) / "README.md", "Original and compressed", shown)
     return text
 
 

@@ -47,7 +47,8 @@ _NOT_HEALING = (
     "pretrained_model_name_or_path", "output_dir", "resume_from_checkpoint", "objective.init_args.plan_path",
     "objective.init_args.teacher.init_args.path", "objective.init_args.profile", "data.init_args.cache_dir",
     "data.init_args.vae_batch", "validation_data", "validation_steps", "samples", "logging_steps", "report_to",
-    "dry_run", "checkpointing_steps", "checkpoints_total_limit", "diversity_features",
+    "dry_run", "push_to_hub", "hub_model_id", "hub_private", "checkpointing_steps", "checkpoints_total_limit",
+    "diversity_features",
 )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ def card(base: str, plan: Plan | None, what: str, folder: Path, dtype: torch.dty
         title=f"{base}, compressed by t2i-align",
         base_model=base,
         introduction="\n\n".join(map(escape, lines)),
-        load=f"import torch\nimport pruning\n\npipe = pruning.load({str(folder)!r}, {dtype})",
+        load=f"import torch\nimport pruning\n\npipe = pruning.load(weights, {dtype})",
+        folder=str(folder),
         sections={"Details": code(details)} if details else {},
     ).text()

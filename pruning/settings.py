@@ -14,6 +14,7 @@ import torch
 from align import families
 from align.common.command import parse
 from align.common.errors import UserError
+from align.common.hub import Publishing
 from align.data.prompts import read_prompt_rows
 from align.families import LORA_FILE, lora_path
 from align.training.config import TrainConfig
@@ -29,7 +30,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass
-class Compress:
+class Compress(Publishing):
     """Prune, heal and quantize a diffusers pipeline.
 
     Args:
@@ -166,6 +167,7 @@ class Compress:
             "output_dir": self.at(name),
             "resume_from_checkpoint": "latest",
             "dry_run": False,
+            "push_to_hub": False,  # what it healed goes, not its run
         }
         file = self.healing()[name]
         words = ["--config", str(file), *(word for key, value in filled.items() for word in (f"--{key}", str(value)))]

@@ -18,6 +18,7 @@ FOREIGN: Mapping[str, str] = {
     "beta_dpo": "objective.beta",
     "dataset_name": "data.path",
     "enable_xformers_memory_efficient_attention": "attention_backend",
+    "hub_private_repo": "hub_private",
     "instance_data_dir": "data.path",
     "lora_alpha": "lora.alpha",
     "lora_r": "lora.rank",

@@ -194,7 +194,7 @@ class InitialNoise(Trained):
         if wrong:
             raise UserError(f"this noise was learned for {'; '.join(wrong)}: noise does not carry over, learn it anew")
 
-    def usage(self, folder: str, family: Family) -> str:
+    def usage(self, family: Family) -> str:
         prompt, steps = repr(self.prompts[0]), family.default_num_inference_steps
         height, width = (side * family.cell for side in self.shape[1:])
         arguments = {"height": height, "width": width} | family.stock_arguments(steps, family.default_guidance_scale)
@@ -202,7 +202,7 @@ class InitialNoise(Trained):
         return f"""from align.policy.initial_noise import InitialNoise
 
 pipe.scheduler = families.stock_scheduler(pipe)
-noise = InitialNoise.load({folder!r})
+noise = InitialNoise.load(weights)
 pipe(prompt={prompt}, latents=noise.latents(pipe, {prompt}, seeds=[0]){more}).images[0].save("0.png")"""
 
     def latents(self, pipe: DiffusionPipeline, prompt: str, seeds: Sequence[int]) -> Tensor:

@@ -43,8 +43,8 @@ class Trained(nn.Module, ABC):
         """Write what was trained into ``folder``; returns the file."""
 
     @abstractmethod
-    def usage(self, folder: str, family: Family) -> str:
-        """Python that draws with what was saved in ``folder`` by a stock pipeline of ``family``, ``pipe``."""
+    def usage(self, family: Family) -> str:
+        """Python that draws by ``pipe``, a stock pipeline of ``family``, with what the folder ``weights`` holds."""
 
 
 class Policy:

@@ -13,6 +13,7 @@ import align.data
 import align.objectives  # noqa: F401  imported, so that `--objective DPO` needs no import path
 from align import families
 from align.common.errors import UserError, require_at_least
+from align.common.hub import Publishing
 from align.common.resolution import sides
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch
@@ -37,7 +38,7 @@ class Samples:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Publishing):
     """Fine-tune a diffusers pipeline through an objective.
 
     Args:
@@ -91,7 +92,8 @@ class TrainConfig:
         samples: the sample grid.
         validation_steps: optimiser steps between sample grids and held-out metrics; 0 only at start and end.
         logging_steps: optimiser steps between lines of ``metrics.jsonl``.
-        report_to: trackers.
+        report_to: a tracker that accelerate knows and that is installed (``tensorboard``, ``wandb``, ``mlflow``, ...),
+            several (``[tensorboard,wandb]``), ``all`` of those, or ``none``.
         dry_run: print the plan and stop.
         memory: with ``dry_run``, what a GPU has, such as ``24GB``: print what this run would take of it, traced from
             the model's config files, and what to change where that is more. No weight is read, no GPU needed.
@@ -142,7 +144,7 @@ class TrainConfig:
     samples: Samples = field(default_factory=Samples)
     validation_steps: int = 0
     logging_steps: int = 1
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    report_to: list[str] | str = "tensorboard"
     dry_run: bool = False
     memory: str | None = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.tracking import filter_trackers
 from accelerate.utils import AutocastKwargs, set_seed
-from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from align.common.errors import UserError
 from align.policy.sharding import Sharding
+from align.training import trackers
 
 if TYPE_CHECKING:
     from align.training.config import TrainConfig
@@ -59,8 +57,7 @@ def launch(config: TrainConfig) -> Accelerator:
         raise UserError("mixed_precision: fp16 has no gradients to scale on a CPU; take bf16, or no")
     if _set("ACCELERATE_USE_FSDP"):
         require_shardable(config, precision)
-    if config.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise UserError("report_to: wandb is not installed; pip install wandb, or report_to: tensorboard")
+    trackers.require(config.report_to)
     # accelerate keeps the first configuration of a process for good, and a notebook trains more than once in one
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -149,17 +146,3 @@ def describe_precision(config: TrainConfig) -> str:
     return config.mixed_precision + (
         f", not accelerate's {other}" if other not in ("no", config.mixed_precision) else ""
     )
-
-
-def log_images(accelerator: Accelerator, images: Tensor, step: int) -> None:
-    """Show pictures (N, 3, H, W) in TensorBoard, where it runs."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"samples": images.numpy()}, step=step, dataformats="NCHW")
-
-
-def start_trackers(accelerator: Accelerator, report_to: str) -> None:
-    """Those of ``report_to`` that are installed."""
-    if report_to != "none":
-        accelerator.log_with = filter_trackers(report_to, accelerator.project_configuration.logging_dir)
-        accelerator.init_trackers("t2i-align")

@@ -82,6 +82,10 @@ class RunFolder:
                 kept.append(text)
         write_text(path, "".join(line + "\n" for line in kept))
 
+    def grid(self, step: int) -> Path:
+        """The file of the sample grid at ``step``."""
+        return self.path / f"samples/step-{step:06d}.png"
+
     # checkpoints
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -134,7 +138,9 @@ class RunFolder:
     # what the run leaves
     def card(self, config: TrainConfig, policy: Policy, plan: str, steps: int, held_out: dict[str, float]) -> None:
         """Write the model card, see :func:`align.training.model_card.run_card`."""
-        card = run_card(config, policy, _resolved(self.path), plan, steps, held_out)
+        grids = {"before": self.grid(0), f"after {steps} steps": self.grid(steps)} if config.samples.prompts else {}
+        samples = {when: path.relative_to(self.path).as_posix() for when, path in grids.items() if path.is_file()}
+        card = run_card(config, policy, _resolved(self.path), plan, steps, held_out, samples)
         write_text(self.path / "README.md", card.text())
 
 

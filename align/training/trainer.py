@@ -31,16 +31,17 @@ from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates
 from align.objectives.rows import Rows
 from align.policy.policy import Policy
 from align.sampling.diversity import Features
-from align.training import checkpoint, run_folder
+from align.training import checkpoint, run_folder, trackers
 from align.training.batch_plan import BatchPlan, require_rows
 from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
 from align.training.finite import require_finite, settle
 from align.training.gather import gather_of, gather_text_of, merged, summed
-from align.training.launch import describe_precision, launch, leaving, log_images, sharding_of, start_trackers
+from align.training.launch import describe_precision, launch, leaving, sharding_of
 from align.training.optimizer import build_optimizer, build_scheduler, clip, prepare
 from align.training.preemption import Preempted, Preemption
 from align.training.progress import crossed, drawing
+from align.training.publish import publish
 from align.training.validation import held_out_values, sample_grid
 from rewards.common.files import locked
 
@@ -111,7 +112,7 @@ class Trainer:
             accelerator.print(f"resumed from {source} at step {self.step}")
         if accelerator.is_main_process:
             self.folder.start(self.resolved, self.step if source is not None else None)
-        start_trackers(accelerator, config.report_to)
+        trackers.start(accelerator, config.report_to, self.folder.path, self.settings, source is not None)
 
     def run(self) -> Path:
         """Train. Raises :class:`Preempted` where a signal ended that; a checkpoint was saved then."""
@@ -251,9 +252,8 @@ class Trainer:
         with self.policy.ema_scope(), accelerator.autocast():
             values = held_out_values(config, self.policy, self.scorer, self.held_out, accelerator)
             if config.samples.prompts and accelerator.is_main_process:
-                path = self.folder.path / f"samples/step-{self.step:06d}.png"
-                images = sample_grid(config, self.policy, self.family, path)
-                log_images(accelerator, images, self.step)
+                images = sample_grid(config, self.policy, self.family, self.folder.grid(self.step))
+                trackers.log_images(accelerator, "samples", images, self.step)
         self.policy.evaluations = before
         if values:
             self.log({f"validation/{name}": value for name, value in values.items()})
@@ -288,6 +288,7 @@ class Trainer:
 def train(config: TrainConfig, resolved: str = "") -> Path:
     """Run ``config`` and return its run folder. ``resolved`` is the YAML kept there, which reruns it."""
     config.check()
+    repository = config.repository(config.output_dir, create=not config.dry_run)
     loop = Trainer(config, resolved or dumped(config))
     loop.sizes.check()
     loop.accelerator.print(loop.sizes.describe(loop.policy))
@@ -297,4 +298,5 @@ def train(config: TrainConfig, resolved: str = "") -> Path:
         folder = loop.run()
     with leaving(loop.accelerator):
         del loop  # what holds connections
+    publish(repository, folder)
     return folder
