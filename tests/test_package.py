@@ -46,13 +46,13 @@ def test_the_algebra_imports_only_torch() -> None:
         assert {name for name in outside if not name.startswith("align.diffusion")} <= {"torch", "torch.nn"}, file
 
 
-REGISTERED = {"B2DiffuRL", "D3PO", "DPO", "FIND", "NFT", "OPD", "PolicyGradient", "ReNO"}
+REGISTERED = {"AWM", "B2DiffuRL", "D3PO", "DGPO", "DPO", "FIND", "NFT", "OPD", "PolicyGradient", "ReNO"}
 
 # B2-DiffuRL is a way to roll out and wraps the update rule that it is given
 WRAPS = {"b2_diffurl.py": {"align.objectives.d3po", "align.objectives.policy_gradient"}}
 
 
-PAPERS = {"b2_diffurl", "d3po", "dpo", "find", "nft", "opd", "policy_gradient", "reno"}
+PAPERS = {"awm", "b2_diffurl", "d3po", "dgpo", "dpo", "find", "nft", "opd", "policy_gradient", "reno"}
 
 
 def test_objectives_do_not_import_one_another_or_a_family() -> None:
