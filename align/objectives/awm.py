@@ -11,8 +11,9 @@ costs one trained and one frozen evaluation; there is no stored trajectory and n
 
 The authors' code (scxue/advantage_weighted_matching, be51372) differs from these defaults, and configs/awm_sd35.yaml
 sets what it does: ``weighting: ghuber``, ``clip_range`` 1, advantages by the std of all, cut to 5 and divided by that
-(``loss_scale`` 0.2), ``kl_weight`` 3e-3 to the base, ``old_weight`` 1, ``timesteps: sampler`` with 6 of its steps.
-Its second KL is to an average of the weights with a decay of min(0.3, 0.001 k), ours to those that drew (``old``).
+(``loss_scale`` 0.2), ``kl_weight`` 1e-4 to 3e-3 to the base, ``old_weight`` 1, ``timesteps: sampler`` with 6 of its
+steps. Its second KL is to an average of the weights with a decay of min(0.3, 0.001 k), ours to those that drew
+(``old``).
 """
 
 from __future__ import annotations
