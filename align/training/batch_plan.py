@@ -29,13 +29,16 @@ def shares(counts: Sequence[int], batch_size: int, accumulation: int, updates: i
     return [[slice(n * a // most, n * b // most) for n in counts] for a, b in pairwise(edges)]
 
 
-def require_rows(barren: int) -> None:
-    """Raise :class:`UserError` after too many rollouts, ``barren``, without a row: such a run would never end."""
+def require_rows(found: bool, barren: int) -> int:
+    """How many rollouts in a row had no row, where ``barren`` had none before this one, in which some were ``found`` or
+    not. Raises :class:`UserError` after too many: such a run would never end."""
+    barren = 0 if found else barren + 1
     if barren >= BARREN:
         raise UserError(
             f"{barren} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
             "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
         )
+    return barren
 
 
 @dataclass(frozen=True)

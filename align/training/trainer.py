@@ -41,10 +41,9 @@ from align.training.launch import describe_precision, launch, leaving, log_image
 from align.training.optimizer import build_optimizer, build_scheduler, clip, prepare
 from align.training.preemption import Preempted, Preemption
 from align.training.progress import crossed, drawing
+from align.training.stop import Watch
 from align.training.validation import held_out_values, sample_grid
 from rewards.common.files import locked
-
-TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
 
 
 class Trainer:
@@ -80,18 +79,16 @@ class Trainer:
         self.policy.set_lr_scales(objective.lr_scale if isinstance(objective, ScalesLearningRates) else lambda _: 1.0)
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
         self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes, precision)
-        self.preemption = Preemption()
+        self.preemption, self.watch, self.preempted = Preemption(), Watch(config.stop), False
         rows = {"rows of an update": self.sizes.update * self.accelerator.num_processes}
         self.settings = (yaml.safe_load(self.resolved) or {}) | rows  # what a checkpoint keeps of them
         self.step = self.rollouts = self.barren = 0  # barren: rollouts since the last that gave rows
-        self.preempted = False
 
     def start(self) -> None:
         """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
         config, accelerator = self.config, self.accelerator
         source = self.folder.find(config.resume_from_checkpoint)
-        if source is not None:
-            self.folder.require_same(source, self.settings)
+        self.folder.require_same(source, self.settings)
         if accelerator.is_main_process:  # first of all: encoding a data set may take hours
             self.folder.claim(source is not None, config.overwrite_output_dir, self.family.denoiser_name)
         ranks = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -104,6 +101,7 @@ class Trainer:
         if source is not None:
             state = checkpoint.load(source, self._parts())
             self.step, self.rollouts = state["step"], state["rollouts"]
+            self.watch.load_state(state.get("stop", {}))
             if accelerator.is_main_process:  # they are of all processes
                 self.policy.evaluations = state["evaluations"]
             accelerator.print(f"resumed from {source} at step {self.step}")
@@ -146,6 +144,8 @@ class Trainer:
                     self.checkpoint(self._state())
                 if self.preempted:
                     raise Preempted
+        if self.watch.verdict:  # what it has learnt is to cheat: no weights but in checkpoints
+            return self.folder.path
         held_out = self.validate()
         if accelerator.is_main_process or self.policy.sharded:
             weights = self.policy.save(self.folder.path)
@@ -156,7 +156,7 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        return self.step >= self.config.updates or self.rollouts >= (self.config.max_rollouts or math.inf)
+        return bool(self.watch.verdict) or self.step >= self.config.updates or self.rollouts >= self.config.rollouts
 
     def rollout(self, bar: Any = None) -> Any:
         """One batch, its rows, and the updates they give; yields each update's metrics."""
@@ -172,7 +172,7 @@ class Trainer:
             self.scorer,
             gather_of(accelerator, self.policy),
             gather_text_of(accelerator, self.policy),
-            tolerance=TOLERANCES[config.precision],
+            tolerance=config.tolerance,
             features=self.features,
             resolution=config.data.resolution,
             progress=drawing(bar, mine, check) if bar is not None and self.scorer is not None else None,
@@ -190,11 +190,12 @@ class Trainer:
         measured = {f"rollout/{name}": value for name, value in table.metrics.items()}
         if measured:  # those of this rollout, and of all training before it
             measured |= {f"evaluations/{k}": n for k, n in summed(self.policy.evaluations, ctx.gather).items()}
-        if not any(counts):
+        self.watch.add(table.metrics)
+        trains = any(counts) and self.watch.verdict is None
+        if not trains:
             self.log(measured | {"rollout": self.rollouts})
-        self.barren = 0 if any(counts) else self.barren + 1
-        require_rows(self.barren)
-        for epoch in range(config.inner_epochs if any(counts) else 0):
+        self.barren = require_rows(any(counts), self.barren)
+        for epoch in range(config.inner_epochs if trains else 0):
             shuffle = rng.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
             order = table.shuffled(shuffle)
             for k, parts in enumerate(self.sizes.shares(counts)):
@@ -265,6 +266,7 @@ class Trainer:
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Save all that a resumed run needs; processes have the same, and wait for the one that writes."""
         main = self.accelerator.is_main_process
+        state["stop"] = self.watch.saved(state["step"])
         state |= {"evaluations": summed(state["evaluations"], gather_of(self.accelerator, self.policy))}
         if main or self.policy.sharded:
             self.folder.checkpoint(self._parts(), state, self.config.checkpoints_total_limit, main)
@@ -284,7 +286,7 @@ class Trainer:
 
 
 def train(config: TrainConfig, resolved: str = "") -> Path:
-    """Run ``config`` and return its run folder. ``resolved`` is the YAML kept there, which reruns it."""
+    """Run ``config`` and return its run folder; ``resolved``, kept there, reruns it. Raises ``Stopped`` by a rule."""
     config.check()
     loop = Trainer(config, resolved or dumped(config))
     loop.sizes.check()
@@ -292,7 +294,7 @@ def train(config: TrainConfig, resolved: str = "") -> Path:
     if config.dry_run:
         return loop.folder.path
     with locked(loop.folder.path):
-        folder = loop.run()
+        folder, watch = loop.run(), loop.watch
     with leaving(loop.accelerator):
         del loop  # what holds connections
-    return folder
+    return watch.require_honest(folder)
