@@ -20,8 +20,15 @@ from tests.helpers import Bright, errors, online, untimed, write
 def watched(rule: StopRule, *rollouts: tuple[float, float]) -> Watch:
     watch = Watch(rule)
     for up, down in rollouts:
-        watch.add({"reward/up": up, "reward/down": down, "reward/other": 0.0})
+        add(watch, up, down)
     return watch
+
+
+def add(watch: Watch, up: float, down: float) -> None:
+    """A rollout that gives an update, and measures both in one of the two ways there are."""
+    watch.see({"loss": 1.0, "rollout/reward/up": up, "reward/down": down - 1, "rollout/reward/other": 0.0})
+    watch.see({"loss": 1.0, "reward/down": down + 1})
+    watch.close()
 
 
 def test_a_rise_beside_a_fall_is_the_reason() -> None:
@@ -42,17 +49,18 @@ def test_a_rise_beside_a_fall_is_the_reason() -> None:
 def test_a_checkpoint_is_good_until_half_is_lost() -> None:
     watch = watched(StopRule("up", {"down": 0.125}, window=1), (0.0, 1.0), (1.0, 0.95))
     assert watch.saved(1)["good"] == 1
-    watch.add({"reward/up": 1.0, "reward/down": 0.9375})
+    add(watch, 1.0, 0.9375)
     assert watch.saved(2)["good"] == 1 and watch.verdict is None
     other = Watch(watch.rule)
     other.load_state(watch.saved(2))
     for one in (watch, other):
-        one.add({"reward/up": 1.0, "reward/down": 0.875})
+        add(one, 1.0, 0.875)
     assert watch.verdict == other.verdict is not None and other.good == 1
     with pytest.raises(UserError, match="does not know how size began; it has watched down, up"):
         Watch(StopRule("up", {"size": 1.0})).load_state(watch.saved(3))
-    with pytest.raises(UserError, match="do not measure up; they do reward/other"):
-        watch.add({"reward/other": 0.0})
+    watch.see({"rollout/reward/up": 0.0})
+    with pytest.raises(UserError, match="do not measure down"):
+        watch.close()
 
 
 class Dark(Bright):
@@ -86,9 +94,8 @@ def test_a_run_stops_and_keeps_its_last_good_checkpoint(
     run, seen = Path(config["output_dir"]), untimed(config["output_dir"])
     last = seen[-1]["rollout"]
     assert f"stopped at rollout {last}: bright has risen" in told and last < 40
-    assert "loss" not in seen[-1] and seen[-1]["step"] == last - 1  # no update on what has told
     kept = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    assert len(kept) == 2 and kept[1].name == f"checkpoint-{last - 1}" and f"last good checkpoint: {kept[0]}" in told
+    assert len(kept) == 2 and kept[1].name == f"checkpoint-{last}" and f"last good checkpoint: {kept[0]}" in told
     assert not (run / "pytorch_lora_weights.safetensors").exists()
     # half of the way, and on: the same end
     other = config | {"output_dir": str(tmp_path / "other")}
@@ -96,7 +103,10 @@ def test_a_run_stops_and_keeps_its_last_good_checkpoint(
     assert main(["--config", write(other), "--resume_from_checkpoint", "latest"]) == STATUS
     assert [line for line in untimed(other["output_dir"]) if "rollout" in line] == seen
     # who does not mind goes on
-    assert main(["--config", write(config, stop=None, max_train_steps=last), "--resume_from_checkpoint", "latest"]) == 0
+    assert (
+        main(["--config", write(config, stop=None, max_train_steps=last + 1), "--resume_from_checkpoint", "latest"])
+        == 0
+    )
     assert torch.isfinite(torch.tensor(untimed(run)[-1]["loss"]))
 
 

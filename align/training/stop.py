@@ -22,9 +22,10 @@ class Stopped(Exception):
 class StopRule:
     """When a policy is taken to hack its reward: by means over ``window`` rollouts, the first ones and the last ones.
 
-    Training stops before the updates of the first rollout at which the last mean of ``rises`` is above its first one
-    and that of any of ``falls`` is below its first one by at least its amount; not before ``2 * window`` rollouts. A
-    checkpoint is good where no mean of ``falls`` has lost half of its amount; the last good one is never deleted.
+    Training stops after the first rollout at which the last mean of ``rises`` is above its first one and that of any of
+    ``falls`` is below its first one by at least its amount; not before ``2 * window`` rollouts. A rollout's pictures
+    are those that it has drawn, before its own updates. A checkpoint is good where no mean of ``falls`` has lost half
+    of its amount; the last good one is never deleted.
 
     Args:
         rises: the label of the reward that is trained on.
@@ -62,17 +63,25 @@ class Watch:
     def __init__(self, rule: StopRule | None) -> None:
         self.rule = rule
         self.history: dict[str, list[float]] = {name: [] for name in (rule.rises, *rule.falls)} if rule else {}
+        self._seen: dict[str, list[float]] = {name: [] for name in self.history}  # in the rollout at hand
         self.good: int | None = None  # the step of the last good checkpoint
 
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """One more rollout. Raises :class:`UserError` where it did not measure what the rule asks for."""
-        for name, values in self.history.items():
+    def see(self, metrics: Mapping[str, float]) -> None:
+        """What the log says of one more update of a rollout: what the rollout measured, or the update itself did."""
+        for name in self.history:
             key = name if name in SPACES else f"reward/{name}"
-            if key not in metrics:
-                raise UserError(
-                    f"stop: rollouts of this run do not measure {name}; they do {', '.join(sorted(metrics))}"
-                )
-            values.append(float(metrics[key]))
+            self._seen[name] += [float(metrics[k]) for k in (f"rollout/{key}", key) if k in metrics]
+
+    def close(self) -> None:
+        """The rollout is over; one that gave no rows has told nothing. Raises :class:`UserError` where it did not
+        measure what the rule asks for."""
+        seen, self._seen = self._seen, {name: [] for name in self.history}
+        if not any(seen.values()):
+            return
+        if missing := [name for name, values in seen.items() if not values]:
+            raise UserError(f"stop: rollouts of this run do not measure {', '.join(missing)}; take another in falls")
+        for name, values in seen.items():
+            self.history[name].append(fmean(values))
 
     def change(self, name: str) -> tuple[float, float]:
         """The first mean of ``name`` and the last."""

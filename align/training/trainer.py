@@ -130,12 +130,14 @@ class Trainer:
             while not self.done:
                 before = self.step
                 for metrics in self.rollout(bar):
+                    self.watch.see(metrics)
                     bar.update(not by_rollout)
                     bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:2]}, refresh=False)
                     if self.step % config.logging_steps == 0 or "rollout" in metrics:
                         self.log(metrics)
                     if self.step == config.updates:
                         break
+                self.watch.close()
                 bar.update(by_rollout)
                 if crossed(before, self.step, config.validation_steps) and not self.done:
                     self.validate()
@@ -190,12 +192,10 @@ class Trainer:
         measured = {f"rollout/{name}": value for name, value in table.metrics.items()}
         if measured:  # those of this rollout, and of all training before it
             measured |= {f"evaluations/{k}": n for k, n in summed(self.policy.evaluations, ctx.gather).items()}
-        self.watch.add(table.metrics)
-        trains = any(counts) and self.watch.verdict is None
-        if not trains:
+        if not any(counts):
             self.log(measured | {"rollout": self.rollouts})
         self.barren = require_rows(any(counts), self.barren)
-        for epoch in range(config.inner_epochs if trains else 0):
+        for epoch in range(config.inner_epochs if any(counts) else 0):
             shuffle = rng.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
             order = table.shuffled(shuffle)
             for k, parts in enumerate(self.sizes.shares(counts)):
