@@ -29,7 +29,16 @@ from align.families import Family, Resolution
 from align.objectives.losses import clip_fraction, clipped_surrogate, denoising_error, ratio_metrics
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, Reference
 from align.objectives.online.advantages import ScaleRewards
-from align.objectives.online.forward_process import ForwardProcess, NoisedRows, Old, Timesteps, distance, predict_noised
+from align.objectives.online.forward_process import (
+    ForwardProcess,
+    NoisedRows,
+    Old,
+    Timesteps,
+    distance,
+    distance_to_reference,
+    predict_noised,
+)
+from align.objectives.online.gate import Gate
 from align.objectives.online.replay import require_on_policy
 from align.objectives.online.rewards import Scorer
 from align.policy.policy import Policy
@@ -72,6 +81,7 @@ class AWM(Objective, Prepares):
         loss_scale: of the loss but for the distances; Adam hardly feels it, gradient clipping and these do.
         kl_weight: of the mean square of v_theta - v_ref.
         old_weight: of the mean square of v_theta - v_old.
+        gate: which images ``kl_weight`` holds (GARDO, arXiv 2512.24138); null holds all.
         reference: ``base``, or ``start``, the ``initial_weights`` of this run.
     """
 
@@ -88,6 +98,7 @@ class AWM(Objective, Prepares):
     loss_scale: float = 1.0
     kl_weight: float = 0.0
     old_weight: float = 0.0
+    gate: Gate | None = None
     reference: Reference = "base"
 
     def __post_init__(self) -> None:
@@ -95,12 +106,15 @@ class AWM(Objective, Prepares):
             raise ValueError(
                 "clip_range, ghuber_power and loss_scale must be positive, kl_weight and old_weight at least 0"
             )
+        if self.gate is not None and not self.kl_weight:
+            raise ValueError("gate holds images by kl_weight, which is 0")
         self._forward.check()
 
     @property
     def _forward(self) -> ForwardProcess:
         drawn = self.sampler, self.images_per_prompt, self.draws_per_image
-        return ForwardProcess(*drawn, self.scale_rewards, self.adv_clip_max, self.old, self.timesteps, drop_ties=True)
+        process = ForwardProcess(*drawn, self.scale_rewards, self.adv_clip_max, self.old, self.timesteps, self.gate)
+        return replace(process, drop_ties=True)
 
     @property
     def needs(self) -> Needs:
@@ -108,7 +122,7 @@ class AWM(Objective, Prepares):
         return Needs((PromptBatch,), self.kl_weight > 0, rewards=True, group_size=group_size, online=True)
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
-        self._forward.require(policy)
+        self._forward.require(policy, scorer)
 
     def cost(self, family: Family, resolution: Resolution) -> Cost:
         return self._forward.cost(family, self.needs.reference)
@@ -131,7 +145,7 @@ class AWM(Objective, Prepares):
         if self.old_weight:
             loss = loss + self.old_weight * metrics["moved"]
         if rows.reference is not None:
-            metrics["kl_reference"] = distance(new, rows.reference).mean()
+            metrics["kl_reference"] = distance_to_reference(new, rows)
             loss = loss + self.kl_weight * metrics["kl_reference"]
         metrics["clip_fraction"] = clip_fraction(ratio, advantage, self.clip_range)
         return loss, {name: value.detach() for name, value in metrics.items()}

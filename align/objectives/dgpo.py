@@ -106,7 +106,7 @@ class DGPO(Objective, Prepares):
         return Needs((PromptBatch,), reference, rewards=True, group_size=size, whole_groups=True, online=True)
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
-        self._forward.require(policy)
+        self._forward.require(policy, scorer)
 
     def cost(self, family: Family, resolution: Resolution) -> Cost:
         cost = self._forward.cost(family, self.needs.reference)

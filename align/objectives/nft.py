@@ -27,7 +27,15 @@ from align.families import Family, Resolution
 from align.objectives.losses import adaptive_error, denoising_error
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, Reference
 from align.objectives.online.advantages import ScaleRewards
-from align.objectives.online.forward_process import ForwardProcess, NoisedRows, Old, Timesteps, distance, predict_noised
+from align.objectives.online.forward_process import (
+    ForwardProcess,
+    NoisedRows,
+    Old,
+    Timesteps,
+    distance_to_reference,
+    predict_noised,
+)
+from align.objectives.online.gate import Gate
 from align.objectives.online.rewards import Scorer
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler
@@ -51,6 +59,7 @@ class NFT(Objective, Prepares):
         timesteps: noise levels as in ``training``, or so many different steps of the ``sampler``.
         loss_scale: of the loss; Adam hardly feels it, gradient clipping and ``kl_weight`` do.
         kl_weight: of the mean square of v_theta - v_ref.
+        gate: which images ``kl_weight`` holds (GARDO, arXiv 2512.24138); null holds all.
         reference: ``base``, or ``start``, the ``initial_weights`` of this run.
     """
 
@@ -65,17 +74,20 @@ class NFT(Objective, Prepares):
     timesteps: Timesteps = "training"
     loss_scale: float = 1.0
     kl_weight: float = 0.0
+    gate: Gate | None = None
     reference: Reference = "base"
 
     def __post_init__(self) -> None:
         if min(self.beta, self.loss_scale) <= 0 or self.kl_weight < 0:
             raise ValueError("beta and loss_scale must be positive, kl_weight at least 0")
+        if self.gate is not None and not self.kl_weight:
+            raise ValueError("gate holds images by kl_weight, which is 0")
         self._forward.check()
 
     @property
     def _forward(self) -> ForwardProcess:
         drawn = self.sampler, self.images_per_prompt, self.draws_per_image
-        return ForwardProcess(*drawn, self.scale_rewards, self.adv_clip_max, self.old, self.timesteps)
+        return ForwardProcess(*drawn, self.scale_rewards, self.adv_clip_max, self.old, self.timesteps, self.gate)
 
     @property
     def needs(self) -> Needs:
@@ -83,7 +95,7 @@ class NFT(Objective, Prepares):
         return Needs((PromptBatch,), self.kl_weight > 0, rewards=True, group_size=group_size, online=True)
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
-        self._forward.require(policy)
+        self._forward.require(policy, scorer)
 
     def cost(self, family: Family, resolution: Resolution) -> Cost:
         return self._forward.cost(family, self.needs.reference)
@@ -104,6 +116,6 @@ class NFT(Objective, Prepares):
         loss = self.loss_scale * (good * positive + (1 - good) * negative).mean()
         metrics = {"error_positive": positive.mean().detach(), "error_negative": negative.mean().detach()}
         if rows.reference is not None:
-            kl = distance(new, rows.reference).mean()
+            kl = distance_to_reference(new, rows)
             loss, metrics["kl_reference"] = loss + self.kl_weight * kl, kl.detach()
         return loss, metrics | {"moved": (new.raw.float() - old).square().mean().detach()}

@@ -21,6 +21,8 @@ from align.families import Conditioning, Family
 from align.objectives.objective import Context, Cost
 from align.objectives.online.advantages import ScaleRewards, group_advantages, zero_std_mask
 from align.objectives.online.collect import collect
+from align.objectives.online.gate import Gate, isolation
+from align.objectives.online.rewards import Scorer
 from align.objectives.rows import SHARED, Rows
 from align.policy.policy import Policy
 from align.sampling.sampler import Sampler, grid_of
@@ -41,6 +43,7 @@ class NoisedRows(Rows):
     advantage: Tensor = field(metadata=SHARED)  # (N,) within adv_clip_max of 0
     cond: Conditioning = field(metadata=SHARED)  # of P prompts
     prompt_index: Tensor = field(metadata=SHARED)  # (N,) the row of ``cond`` of each image
+    held: Tensor | None = field(default=None, metadata=SHARED)  # (N,) which images the reference holds; None: all
 
     @property
     def row_advantage(self) -> Tensor:
@@ -54,6 +57,7 @@ class ForwardProcess:
 
     Attributes:
         shared_noise: the images of a prompt are noised to the same levels by the same noise (DGPO).
+        gate: which images the reference holds, and what those unlike others are worth.
         drop_ties: images of a prompt whose rewards are all alike, which have no advantage, give no rows.
     """
 
@@ -64,6 +68,7 @@ class ForwardProcess:
     adv_clip_max: float
     old: Old
     timesteps: Timesteps
+    gate: Gate | None = None
     shared_noise: bool = False
     drop_ties: bool = False
 
@@ -76,8 +81,10 @@ class ForwardProcess:
         if self.timesteps == "sampler" and self.draws_per_image > self.sampler.num_inference_steps:
             raise ValueError("timesteps: sampler needs at most as many draws_per_image as the sampler has steps")
 
-    def require(self, policy: Policy) -> None:
-        """Raise :class:`UserError` for an average of weights that is not kept."""
+    def require(self, policy: Policy, scorer: Scorer | None) -> None:
+        """Raise :class:`UserError` for an average of weights that is not kept, and what a gate cannot have."""
+        if self.gate is not None:
+            self.gate.require(policy, scorer)
         if self.old == "average" and policy.ema is None:
             raise UserError(
                 "old: average is the moving average of the weights, and none is kept: set ema_decay above 0"
@@ -92,10 +99,17 @@ class ForwardProcess:
 
     def rows(self, ctx: Context, batch: PromptBatch, reference: bool) -> NoisedRows:
         """Draw, score, noise, and ask the weights that drew; with ``reference`` that too."""
+        if self.gate is not None and self.gate.refresh and ctx.step and ctx.step % self.gate.refresh == 0:
+            ctx.policy.move_reference()
         with ctx.policy.ema_scope() if self.old == "average" else nullcontext():
             rows = self._drawn(ctx, batch)
             rows = replace(rows, old=self._answers(ctx, rows, nullcontext))
-        return replace(rows, reference=self._answers(ctx, rows, ctx.policy.reference)) if reference else rows
+        if not reference:
+            return rows
+        index = torch.arange(len(rows)) if rows.held is None else rows.held[rows.image].nonzero().flatten()
+        answers = torch.zeros_like(rows.eps)
+        answers[index] = self._answers(ctx, rows.take(index), ctx.policy.reference)
+        return replace(rows, reference=answers)
 
     def _drawn(self, ctx: Context, batch: PromptBatch) -> NoisedRows:
         family, count = ctx.policy.family, self.draws_per_image
@@ -105,7 +119,13 @@ class ForwardProcess:
         trajectories = rollout.trajectories
         scores = {name: ctx.gather(values).double() for name, values in rollout.scores.items()}
         total, groups = ctx.rewards.total(scores), ctx.gather(rollout.groups)
-        advantage = ctx.local(group_advantages(total, groups, self.scale_rewards)).float()
+        advantage, held = group_advantages(total, groups, self.scale_rewards), None
+        if self.gate is not None:
+            held = ctx.local(self.gate.held(total, scores))
+            if self.gate.diversity:
+                lonely = isolation(ctx.gather(trajectories.latents[:, -1].flatten(1)), groups)
+                advantage = torch.where(advantage > 0, advantage * lonely, advantage)
+        advantage = ctx.local(advantage).float()
         alike = zero_std_mask(total, groups)
         measured = {"reward/total": total.mean().item(), "zero_std_share": alike.double().mean().item()}
         generators, grid = self._generators(ctx, "nft"), grid_of(family, last + 1, trajectories.latents)
@@ -123,6 +143,7 @@ class ForwardProcess:
             advantage=advantage.clamp(-self.adv_clip_max, self.adv_clip_max),
             cond=trajectories.cond,
             prompt_index=trajectories.prompt_index,
+            held=held,
             metrics=rollout.metrics | measured,
         )
         return rows.take((~ctx.local(alike)[rows.image]).nonzero().flatten()) if self.drop_ties else rows
@@ -153,3 +174,10 @@ def predict_noised(ctx: Context, rows: NoisedRows) -> tuple[Prediction, Tensor, 
 def distance(new: Prediction, other: Tensor) -> Tensor:
     """(R,) mean square of what the network says from another answer (R, C, h, w): the KL of the two up to a weight."""
     return reduce_dims((new.raw.float() - upload(other, new.raw.device)).square(), "mean")
+
+
+def distance_to_reference(new: Prediction, rows: NoisedRows) -> Tensor:
+    """The mean over ``rows`` of :func:`distance` to the reference, which is 0 of those that it does not hold."""
+    assert rows.reference is not None
+    found = distance(new, rows.reference)
+    return (found if rows.held is None else found * upload(rows.held[rows.image], found.device)).mean()
