@@ -1,6 +1,6 @@
 """A reward that is hacked on the embedded world, and what holds against that: small JPEG files on shapes-sd3.
 
-    python tests/benchmarks/guard.py               # configs/gardo_shapes_sd3.yaml, four arms, seed 0
+    python tests/benchmarks/guard.py    # configs/gardo_shapes_sd3.yaml, four arms of AWM, and DGPO and NFT; seed 0
 
 Nothing in a file's size holds pictures to their prompts. Arms: nothing against it, KL on every picture, GARDO's gate
 on the same KL with the graded score as auxiliary reward, and the stop rule alone. Looked at is the strict score,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,19 +31,28 @@ ARMS = {  # what of the config's three an arm has
     "KL behind GARDO's gate": ["--stop", "null"],
     "stop rule": [*FREE, "--objective.kl_weight", "0"],
 }
+SAMPLER = ["--objective.sampler.num_inference_steps", "10", "--objective.sampler.batch_size", "64"]
+SAMPLER += ["--objective.sampler.guidance_scale", "1.0", "--objective.images_per_prompt", "8"]
+METHODS = {  # that learn the same, held by nothing, from as many pictures and rows; AWM is the first arm
+    "DGPO": [
+        *("--stop", "null", "--objective", "DGPO", *SAMPLER, "--objective.anchor", "old"),
+        *("--train_batch_size", "8", "--gradient_accumulation_steps", "2"),
+    ],
+    "NFT": ["--stop", "null", "--objective", "NFT", *SAMPLER],
+}
 SEEN = {"kilobytes": "reward/JPEGCompressibility", "strict": "reward/strict", "graded": "reward/Shapes"}
 SEEN |= {name: f"reward/{name}" for name in ("DarkShare", "EdgeDensity", "ColorEntropy", "Sharpness")}
 SEEN |= {"diversity": "diversity/pixels"}
 WINDOW = 2  # rollouts in a mean
 
 
-def run(arm: str, seed: int) -> dict[str, Any]:
-    """One arm: its first and last means, rollouts, and evaluations."""
+def run(arm: str, options: Sequence[str], seed: int) -> dict[str, Any]:
+    """One run: its first and last means, rollouts, and evaluations."""
     folder = runs_folder(False) / f"guard-{arm.replace(' ', '_')}-{seed}"
     done = folder / "done"
     if not done.exists():
         words = ["--config", CONFIG, "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none"]
-        status = train([*words, "--resume_from_checkpoint", "latest", *ARMS[arm]])
+        status = train([*words, "--resume_from_checkpoint", "latest", *options])
         if status not in (0, STATUS):
             raise SystemExit(status)
         done.write_text(str(status))
@@ -60,7 +70,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
-    record("guard", {"config": CONFIG, "arms": [run(arm, seed) for arm in ARMS for seed in args.seeds]})
+    found = {
+        kind: [run(arm, options, seed) for arm, options in runs.items() for seed in args.seeds]
+        for kind, runs in {"arms": ARMS, "methods": METHODS}.items()
+    }
+    record("guard", {"config": CONFIG, **found})
 
 
 if __name__ == "__main__":

@@ -713,21 +713,35 @@ def _memory() -> str:
 
 def _guard() -> str:
     found = load("guard")
-    lines = [
-        f"**A reward that is hacked, `{found['config']}`** ({found['date']}, {found['hardware']}): small JPEG "
-        "files, of the pictures that a run draws; means of its first two rollouts → of its last two.",
-        "",
-        "| held by | seed | rollouts | evaluations | kB | strict | graded | edges | entropy, bits | diversity |",
+    head = [
+        "| seed | rollouts | evaluations | kB | strict | graded | edges | entropy, bits | diversity |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for run in found["arms"]:
+
+    def row(run: Mapping[str, Any]) -> str:
         cells = [
             f"{run[name][0]:.{digits}f} → {run[name][1]:.{digits}f}"
             for name, digits in {"kilobytes": 2, "strict": 3, "graded": 3, "EdgeDensity": 3}.items()
         ]
         cells += [f"{run[name][0]:.2f} → {run[name][1]:.2f}" for name in ("ColorEntropy", "diversity")]
         rollouts = f"{run['rollouts']}{', stopped' if run['stopped'] else ''}"
-        lines.append(f"| {run['arm']} | {run['seed']} | {rollouts} | {run['evaluations']:,} | {' | '.join(cells)} |")
+        return f"| {run['arm']} | {run['seed']} | {rollouts} | {run['evaluations']:,} | {' | '.join(cells)} |"
+
+    lines = [
+        f"**A reward that is hacked, `{found['config']}`** ({found['date']}, {found['hardware']}): small JPEG files "
+        "by AWM, of the pictures that a run draws; means of its first two rollouts → of its last two.",
+        "",
+        f"| held by {head[0]}",
+        head[1],
+        *map(row, found["arms"]),
+        "",
+        "Held by nothing, from as many pictures and rows:",
+        "",
+        f"| method {head[0]}",
+        head[1],
+        *(row({**run, "arm": "AWM"}) for run in found["arms"] if run["arm"] == "nothing"),
+        *map(row, found["methods"]),
+    ]
     return "\n".join(lines)
 
 
