@@ -27,6 +27,8 @@ def run(config: TrainConfig, resolved: str) -> int:
         print(report(config))
         return 0
     from align.training.preemption import STATUS, Preempted
+    from align.training.stop import STATUS as STOPPED
+    from align.training.stop import Stopped
     from align.training.trainer import train  # accelerate: not for --help or a wrong key
 
     try:
@@ -34,6 +36,9 @@ def run(config: TrainConfig, resolved: str) -> int:
     except Preempted:
         print(f"stopped by a signal; go on with --resume_from_checkpoint latest (status {STATUS})", file=sys.stderr)
         return STATUS
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
     return 0
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 BUILT_IN: dict[str, str] = {
     "Aesthetic": "rewards.models.aesthetic.Aesthetic",
     "CLIPScore": "rewards.models.clip_score.CLIPScore",
+    "ColorEntropy": "rewards.models.image_statistics.ColorEntropy",
+    "DarkShare": "rewards.models.image_statistics.DarkShare",
+    "EdgeDensity": "rewards.models.image_statistics.EdgeDensity",
     "EndpointJudge": "rewards.models.vlm_judge.EndpointJudge",
     "GenEval-style": "rewards.models.gen_eval.GenEvalStyle",
     "HPSv2": "rewards.models.hps.HPSv2",
@@ -37,6 +40,7 @@ BUILT_IN: dict[str, str] = {
     "Remote": "rewards.models.remote.Remote",
     "Safety": "rewards.models.safety.Safety",
     "Shapes": "rewards.models.shapes.Shapes",
+    "Sharpness": "rewards.models.image_statistics.Sharpness",
     "VQAScore": "rewards.models.vqa_score.VQAScore",
 }
 _SLACK = 1e-3  # how far outside [0, 1] rounding may carry a pixel; a picture in [-1, 1] or [0, 255] goes further

@@ -74,6 +74,8 @@ EXPECTED: dict[str, str] = {
     "objective.init_args.timesteps": "DiffusionNFT can be set to the authors' run",
     "objective.init_args.loss_scale": "the same",
     "objective.init_args.kl_weight": "the same",
+    "objective.init_args.gate": "DiffusionNFT may hold to the reference what is in doubt alone",
+    "stop": "a run may end by itself, on request",
     "flow_grpo_sd35.yaml:adam_weight_decay": "1e-4 in the official run",
     "flow_grpo_sd35.yaml:ema_decay": "0.9 every 8 updates in the official run",
     "flow_grpo_sd35.yaml:allow_tf32": "on in the official run",

@@ -205,6 +205,8 @@ UPDATES: dict[str, dict[str, Any]] = {
     "PolicyGradient": {"sampler": {"num_inference_steps": 3}, "images_per_prompt": 2, "beta": 0.1},
     "D3PO": {"sampler": {"num_inference_steps": 3}, "images_per_prompt": 2},
     "NFT": {"sampler": SAMPLER, "images_per_prompt": 2},
+    "AWM": {"sampler": SAMPLER, "images_per_prompt": 2},
+    "DGPO": {"sampler": SAMPLER, "images_per_prompt": 2},
     "FIND": {"sampler": SAMPLER, "images_per_prompt": 2},
     "ReNO": {"num_inference_steps": 2},
     "OPD": {"sampler": SAMPLER, "teachers": [{"class_path": "PipelineTeacher", "init_args": {"task": "*"}}]},

@@ -9,6 +9,7 @@ import torch
 
 from align.common.errors import UserError
 from align.objectives.nft import NFT
+from align.objectives.online.forward_process import predict_noised
 from align.policy.policy import LoRA, Policy
 from align.sampling.loop import sample
 from align.sampling.sampler import Sampler
@@ -29,9 +30,9 @@ def test_loss_is_the_papers(tiny: Build, kind: str, beta: float) -> None:
     disturb(policy, 0.2)  # the weights have gone on since the rollout
     loss, metrics = objective.loss(ctx, table)
     with torch.no_grad():
-        new, x0, eps = objective._predict(ctx, table)
+        new, x0, eps = predict_noised(ctx, table)
     v = new.target(x0, eps).double()
-    old, theta, r = table.old.double(), new.raw.double(), table.good[table.image].double()
+    old, theta, r = table.old.double(), new.raw.double(), objective.good(table).double()
     plus, minus = (1 - beta) * old + beta * theta, (1 + beta) * old - beta * theta
     wanted = r * (plus - v).square().mean((1, 2, 3)) + (1 - r) * (minus - v).square().mean((1, 2, 3))
     assert loss.item() == pytest.approx(wanted.mean().item(), rel=1e-5)
@@ -43,9 +44,9 @@ def test_gradient_before_the_first_update_is_weighted_denoising(tiny: Build) -> 
     policy, objective = moved(tiny, "flow"), made(beta=0.5)
     ctx, table = rolled(objective, policy)
     found = gradients(policy, objective.loss(ctx, table)[0])
-    new, x0, eps = objective._predict(ctx, table)
+    new, x0, eps = predict_noised(ctx, table)
     error = (new.raw - new.target(x0, eps)).square().mean((1, 2, 3))
-    wanted = gradients(policy, (0.5 * (2 * table.good[table.image] - 1) * error).mean())
+    wanted = gradients(policy, (0.5 * (2 * objective.good(table) - 1) * error).mean())
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
     assert wanted.norm() > 1e-4
 
@@ -53,8 +54,9 @@ def test_gradient_before_the_first_update_is_weighted_denoising(tiny: Build) -> 
 def test_rewards_become_shares_of_good(tiny: Build) -> None:
     policy = moved(tiny, "flow")
     for cut in (1.0, 3.0):
-        _, table = rolled(made(adv_clip_max=cut), policy)
-        good, x0 = table.good, table.x0
+        objective = made(adv_clip_max=cut)
+        _, table = rolled(objective, policy)
+        good, x0 = objective.good(table)[::2], table.x0
         with torch.no_grad():
             scores = bright().score(policy.family.to_image(x0), ["x"] * 8)["bright"].view(2, 4).double()
         centred = scores - scores.mean(1, keepdim=True)
@@ -131,7 +133,7 @@ def test_the_official_combination_is_the_authors_loss(tiny: Build, kind: str, be
         forward = policy.predict(xt.float(), rows.t, cond).raw.double()
         with policy.reference():
             reference = policy.predict(xt.float(), rows.t, cond).raw.double()
-    old, r = rows.old.double(), rows.good[rows.image].double()
+    old, r = rows.old.double(), objective.good(rows).double()
     terms = []
     for prediction in (beta * forward + (1 - beta) * old, (1 + beta) * old - beta * forward):
         gap = xt - t * prediction - x0

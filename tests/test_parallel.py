@@ -34,6 +34,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "PolicyGradient": {"sampler": SAMPLER, "images_per_prompt": 2, "clip_range": 0.01, "beta": 0.5},
     "D3PO": {"sampler": SAMPLER, "images_per_prompt": 3},
     "NFT": {"sampler": SAMPLER, "images_per_prompt": 2, "kl_weight": 0.1, "old": "average"},
+    "AWM": {"sampler": SAMPLER, "images_per_prompt": 2, "kl_weight": 0.1, "old_weight": 0.1, "old": "average"},
+    "DGPO": {"sampler": SAMPLER, "images_per_prompt": 2, "kl_weight": 0.1, "clip_range": 1.0},
     "B2DiffuRL": {
         "update": {
             "class_path": "PolicyGradient",
@@ -61,9 +63,9 @@ def config_of(pipeline: Path, folder: Path, name: str, lora: bool) -> dict[str, 
     config["adam_epsilon"] = 1e-3
     if name == "DPO":
         config |= {"data": DPO_PAIRS, "train_batch_size": 4, "rewards": []}
-    if name in ("D3PO", "B2DiffuRL"):  # of some prompts no row, and fewer in one process than in the other
+    if name in ("D3PO", "DGPO", "B2DiffuRL"):  # of some prompts no row, and fewer in one process than in the other
         config |= {"rewards": [{"name": "tests.helpers.Even"}], "train_batch_size": 24}
-    if name == "NFT":
+    if name in ("NFT", "AWM"):
         config |= {"ema_decay": 0.9}
     if name == "OPD":
         teacher = {"class_path": "PipelineTeacher", "init_args": {"path": str(pipeline), "guidance_scale": 3.0}}
@@ -118,6 +120,9 @@ def require_alike(one: Path, other: Path, steps: int = 3, start: Path | None = N
                 ("epsilon", "B2DiffuRL", False),
                 ("flow", "NFT", True),
                 ("v", "NFT", False),
+                ("epsilon", "AWM", True),
+                ("flow", "DGPO", True),
+                ("v", "DGPO", False),
                 ("flow", "OPD", True),
                 ("epsilon", "OPD", False),
             ]
@@ -132,7 +137,7 @@ def test_two_processes_that_share_the_weights_are_one(
     config = config_of(tiny_folders[kind], tmp_path, name, lora)
     config |= {"samples": {"prompts": ["a star"], "num_inference_steps": 2, "guidance_scale": 1.0}}
     assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
-    half = config["train_batch_size"] // 2 if name not in ("D3PO", "B2DiffuRL") else config["train_batch_size"]
+    half = config["train_batch_size"] // 2 if name not in ("D3PO", "DGPO", "B2DiffuRL") else config["train_batch_size"]
     changes = {"train_batch_size": half, "gradient_checkpointing": name == "DPO"}
     assert launch_together(["--config", write(config, **changes)], target=measured, **FSDP2) == [0, 0]
     start = None if lora else tiny_folders[kind]

@@ -1,7 +1,9 @@
 """Objectives: one file a paper. Importing them here is the registry: a config may name them without a path."""
 
+from align.objectives.awm import AWM
 from align.objectives.b2_diffurl import B2DiffuRL
 from align.objectives.d3po import D3PO
+from align.objectives.dgpo import DGPO
 from align.objectives.dpo import DPO
 from align.objectives.find import FIND
 from align.objectives.nft import NFT
@@ -11,7 +13,9 @@ from align.objectives.policy_gradient import PolicyGradient
 from align.objectives.reno import ReNO
 
 __all__ = [
+    "AWM",
     "D3PO",
+    "DGPO",
     "DPO",
     "FIND",
     "NFT",

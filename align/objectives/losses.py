@@ -51,10 +51,15 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: float) -> Te
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
-def clip_fraction(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """The share of rows whose ratio has gone so far in their advantage's direction that they have no gradient."""
+def outside_clip(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """(R,) whether a row's ratio has gone so far in its advantage's direction that it has no gradient."""
     outside = torch.where(advantage > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
-    return (outside & (advantage != 0)).float().mean()
+    return outside & (advantage != 0)
+
+
+def clip_fraction(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """The share of rows that are :func:`outside_clip`."""
+    return outside_clip(ratio, advantage, clip_range).float().mean()
 
 
 def ratio_metrics(log_ratio: Tensor) -> dict[str, Tensor]:

@@ -17,40 +17,28 @@ update k, ours ``ema_decay``; it draws by DPM-Solver-2, we by Euler's (DDIM's) s
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from align.common import rng
-from align.common.errors import UserError
 from align.data.prompts import PromptBatch
-from align.diffusion.kernels import DDIM
-from align.diffusion.process import Prediction, add_noise
-from align.families import Conditioning, Family, Resolution
+from align.families import Family, Resolution
 from align.objectives.losses import adaptive_error, denoising_error
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Prepares, Reference
-from align.objectives.online.advantages import ScaleRewards, group_advantages, zero_std_mask
-from align.objectives.online.collect import collect
+from align.objectives.online.advantages import ScaleRewards
+from align.objectives.online.forward_process import (
+    ForwardProcess,
+    NoisedRows,
+    Old,
+    Timesteps,
+    distance_to_reference,
+    predict_noised,
+)
+from align.objectives.online.gate import Gate
 from align.objectives.online.rewards import Scorer
-from align.objectives.rows import SHARED, Rows
 from align.policy.policy import Policy
-from align.sampling.sampler import Sampler, grid_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class NFTRows(Rows):
-    """R noise levels of N images."""
-
-    t: Tensor  # (R,)
-    eps: Tensor  # (R, C, h, w)
-    old: Tensor  # (R, C, h, w) what the network of the weights that drew predicts there
-    x0: Tensor = field(metadata=SHARED)  # (N, C, h, w)
-    good: Tensor = field(metadata=SHARED)  # (N,) r in [0, 1]
-    cond: Conditioning = field(metadata=SHARED)  # of P prompts
-    prompt_index: Tensor = field(metadata=SHARED)  # (N,) the row of ``cond`` of each image
+from align.sampling.sampler import Sampler
 
 
 @dataclass
@@ -71,6 +59,7 @@ class NFT(Objective, Prepares):
         timesteps: noise levels as in ``training``, or so many different steps of the ``sampler``.
         loss_scale: of the loss; Adam hardly feels it, gradient clipping and ``kl_weight`` do.
         kl_weight: of the mean square of v_theta - v_ref.
+        gate: which images ``kl_weight`` holds (GARDO, arXiv 2512.24138); null holds all.
         reference: ``base``, or ``start``, the ``initial_weights`` of this run.
     """
 
@@ -81,19 +70,24 @@ class NFT(Objective, Prepares):
     scale_rewards: ScaleRewards = "group"
     adv_clip_max: float = 2.0
     weighting: Literal["adaptive", "native"] = "native"
-    old: Literal["current", "average"] = "current"
-    timesteps: Literal["training", "sampler"] = "training"
+    old: Old = "current"
+    timesteps: Timesteps = "training"
     loss_scale: float = 1.0
     kl_weight: float = 0.0
+    gate: Gate | None = None
     reference: Reference = "base"
 
     def __post_init__(self) -> None:
-        if self.images_per_prompt < 2 or self.draws_per_image < 1:
-            raise ValueError("images_per_prompt must be at least 2 and draws_per_image at least 1")
-        if min(self.beta, self.adv_clip_max, self.loss_scale) <= 0 or self.kl_weight < 0:
-            raise ValueError("beta, adv_clip_max and loss_scale must be positive, kl_weight at least 0")
-        if self.timesteps == "sampler" and self.draws_per_image > self.sampler.num_inference_steps:
-            raise ValueError("timesteps: sampler needs at most as many draws_per_image as the sampler has steps")
+        if min(self.beta, self.loss_scale) <= 0 or self.kl_weight < 0:
+            raise ValueError("beta and loss_scale must be positive, kl_weight at least 0")
+        if self.gate is not None and not self.kl_weight:
+            raise ValueError("gate holds images by kl_weight, which is 0")
+        self._forward.check()
+
+    @property
+    def _forward(self) -> ForwardProcess:
+        drawn = self.sampler, self.images_per_prompt, self.draws_per_image
+        return ForwardProcess(*drawn, self.scale_rewards, self.adv_clip_max, self.old, self.timesteps, self.gate)
 
     @property
     def needs(self) -> Needs:
@@ -101,70 +95,27 @@ class NFT(Objective, Prepares):
         return Needs((PromptBatch,), self.kl_weight > 0, rewards=True, group_size=group_size, online=True)
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
-        if self.old == "average" and policy.ema is None:
-            raise UserError(
-                "old: average is the moving average of the weights, and none is kept: set ema_decay above 0"
-            )
+        self._forward.require(policy, scorer)
 
     def cost(self, family: Family, resolution: Resolution) -> Cost:
-        rows, each = self.draws_per_image, self.sampler.evaluations(family)
-        steps, scale = self.sampler.num_inference_steps, self.sampler.guidance_scale_of(family)
-        drawn = f"{steps} steps of {self.sampler.kernel or DDIM()}, guidance {scale:g}"
-        return Cost(rows, steps * each + rows * (1 + self.needs.reference), rows, {"sampler": drawn})
+        return self._forward.cost(family, self.needs.reference)
 
-    def rollout(self, ctx: Context, batch: PromptBatch) -> NFTRows:
-        with ctx.policy.ema_scope() if self.old == "average" else nullcontext():
-            return self._rollout(ctx, batch)
+    def rollout(self, ctx: Context, batch: PromptBatch) -> NoisedRows:
+        return self._forward.rows(ctx, batch, self.needs.reference)
 
-    def _rollout(self, ctx: Context, batch: PromptBatch) -> NFTRows:
-        family, count = ctx.policy.family, self.draws_per_image
-        last = self.sampler.num_inference_steps - 1
-        stochastic = None if self.sampler.kernel else ()
-        rollout = collect(ctx, self.sampler, batch, self.images_per_prompt, [last], stochastic, likelihood=False)
-        trajectories = rollout.trajectories
-        scores = {name: ctx.gather(values).double() for name, values in rollout.scores.items()}
-        total, groups = ctx.rewards.total(scores), ctx.gather(rollout.groups)
-        advantage = ctx.local(group_advantages(total, groups, self.scale_rewards)).float()
-        alike = zero_std_mask(total, groups).double().mean().item()
-        measured = {"reward/total": total.mean().item(), "zero_std_share": alike}
-        generators, grid = ctx.generators("nft"), grid_of(family, last + 1, trajectories.latents)
-        if self.timesteps == "sampler":
-            t = grid.t[rng.normal((len(grid),), ctx.generators("nft steps")).argsort(1)[:, :count].flatten()]
-        else:
-            t = family.sample_timesteps(rng.strata(generators, count).flatten())
-        eps = rng.normal((count, *trajectories.latents.shape[2:]), generators).flatten(0, 1)
-        rows = NFTRows(
-            image=torch.arange(len(advantage)).repeat_interleave(count),
-            t=t,
-            eps=eps,
-            old=torch.zeros_like(eps),  # filled in below, by the network's own answer to these rows
-            x0=trajectories.latents[:, -1].cpu().float(),
-            good=0.5 + 0.5 * (advantage / self.adv_clip_max).clamp(-1, 1),
-            cond=trajectories.cond,
-            prompt_index=trajectories.prompt_index,
-            metrics=rollout.metrics | measured,
-        )
-        old = [self._predict(ctx, part)[0].raw.float().cpu() for part in rows.chunks(self.sampler.batch_size)]
-        return replace(rows, old=torch.cat(old))
+    def good(self, rows: NoisedRows) -> Tensor:
+        """(R,) r in [0, 1] of each row's image."""
+        return 0.5 + 0.5 * (rows.row_advantage / self.adv_clip_max).clamp(-1, 1)
 
-    def _predict(self, ctx: Context, rows: NFTRows) -> tuple[Prediction, Tensor, Tensor]:
-        """What the policy says of the rows, and their x0 and eps."""
-        family = ctx.policy.family
-        x0, eps, t = (values.to(family.device) for values in (rows.x0[rows.image], rows.eps, rows.t))
-        cond = rows.cond.take(rows.prompt_index[rows.image].to(family.device))
-        return ctx.policy.predict(add_noise(x0, eps, *family.path(t)), t, cond), x0, eps
-
-    def loss(self, ctx: Context, rows: NFTRows) -> tuple[Tensor, Metrics]:
-        new, x0, eps = self._predict(ctx, rows)
-        old, good = rows.old.to(new.x_t.device), rows.good[rows.image].to(new.x_t.device)
+    def loss(self, ctx: Context, rows: NoisedRows) -> tuple[Tensor, Metrics]:
+        new, x0, eps = predict_noised(ctx, rows)
+        old, good = rows.old.to(new.x_t.device), self.good(rows).to(new.x_t.device)
         step = self.beta * (new.raw.float() - old)
         error = denoising_error if self.weighting == "native" else adaptive_error
         positive, negative = (error(replace(new, raw=old + way * step), x0, eps) for way in (1, -1))
         loss = self.loss_scale * (good * positive + (1 - good) * negative).mean()
         metrics = {"error_positive": positive.mean().detach(), "error_negative": negative.mean().detach()}
-        if self.kl_weight:
-            with torch.no_grad(), ctx.policy.reference():
-                reference = self._predict(ctx, rows)[0].raw.float()
-            kl = (new.raw.float() - reference).square().mean()
+        if rows.reference is not None:
+            kl = distance_to_reference(new, rows)
             loss, metrics["kl_reference"] = loss + self.kl_weight * kl, kl.detach()
         return loss, metrics | {"moved": (new.raw.float() - old).square().mean().detach()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from align.common.errors import UserError
 from align.diffusion.process import Prediction
 from align.families import Conditioning, Family, Scale
 from align.policy.lora import LoRA
@@ -217,6 +218,20 @@ class Policy:
     def ref_params(self) -> list[Tensor] | None:
         """The reference's values of the trained parameters, where it is neither the base nor a copy."""
         return self.weights.ref_params
+
+    def anchor(self) -> None:
+        """The reference is from now on a copy of the trained parameters, which :meth:`move_reference` moves. Raises
+        :class:`UserError` without a LoRA."""
+        if self.lora is None:
+            raise UserError("only the reference of a LoRA can be moved; set lora")
+        if self.weights.ref_params is None:
+            self.weights.ref_params = [p.detach().clone() for p in self.parameters()]
+
+    def move_reference(self) -> None:
+        """The reference becomes what the trained parameters are now; after :meth:`anchor`."""
+        assert self.ref_params is not None
+        for kept, parameter in zip(self.ref_params, self.parameters(), strict=True):
+            kept.copy_(parameter.detach())
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that train, in a fixed order."""

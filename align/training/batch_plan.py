@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
+from align.common import rng
 from align.common.errors import UserError
+from align.data.dataset import Dataset, drawn
 from align.data.prompts import PromptBatch
 from align.families import Family
+from align.objectives.objective import Context
 from align.policy.policy import Policy
 from align.training.config import TrainConfig
 
@@ -29,13 +33,16 @@ def shares(counts: Sequence[int], batch_size: int, accumulation: int, updates: i
     return [[slice(n * a // most, n * b // most) for n in counts] for a, b in pairwise(edges)]
 
 
-def require_rows(barren: int) -> None:
-    """Raise :class:`UserError` after too many rollouts, ``barren``, without a row: such a run would never end."""
+def require_rows(found: bool, barren: int) -> int:
+    """How many rollouts in a row had no row, where ``barren`` had none before this one, in which some were ``found`` or
+    not. Raises :class:`UserError` after too many: such a run would never end."""
+    barren = 0 if found else barren + 1
     if barren >= BARREN:
         raise UserError(
             f"{barren} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
             "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
         )
+    return barren
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,18 @@ class BatchPlan:
     def samples(self) -> int:
         """Pairs or pictures of one rollout, over all processes."""
         return (self.config.rollout_batch_size or self.update * self.world) * self.group
+
+    def samples_of(self, process: int) -> range:
+        """Those of a rollout that are a process's own."""
+        share = self.samples // self.world
+        return range(share * process, share * (process + 1))
+
+    def batch(self, data: Dataset, ctx: Context) -> Any:
+        """The items of a rollout that the samples of ``ctx`` are made of, each in one of its views."""
+        chosen = drawn(data, self.samples // self.group, ctx.seed, ctx.step)
+        items = range(ctx.sample_indices[0] // self.group, ctx.sample_indices[-1] // self.group + 1)
+        views = (rng.uniform(ctx.generators("view")) * self.config.data.variants).long().tolist()[: len(items)]
+        return data.batch([chosen[item] for item in items], views)
 
     @property
     def updates(self) -> int | None:

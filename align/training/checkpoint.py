@@ -45,6 +45,7 @@ MAY_CHANGE = frozenset(
         "overwrite_output_dir",
         "max_train_steps",
         "max_rollouts",
+        "stop",
         "checkpointing_steps",
         "checkpoints_total_limit",
         "resume_from_checkpoint",

@@ -21,6 +21,7 @@ from align.families import Family
 from align.objectives import Objective
 from align.objectives.online.rewards import RewardConfig, Scorer
 from align.policy.policy import LoRA
+from align.training.stop import StopRule
 
 
 @dataclass
@@ -86,6 +87,7 @@ class TrainConfig(Publishing):
         compile: compile the denoiser's repeated blocks (``torch.compile``): minutes at the first rollout and update,
             less time in each after them, other last bits.
         attention_backend: a diffusers attention backend (``native``, ``xformers``, ``flash``, ...); null leaves it.
+        stop: end the run when the trained reward rises while watched ones fall; null never does.
         checkpointing_steps: optimiser steps between checkpoints; 0 writes none.
         checkpoints_total_limit: how many checkpoints to keep; null keeps all.
         resume_from_checkpoint: ``latest`` or a ``checkpoint-N`` folder; ``latest`` starts anew where there is none.
@@ -138,6 +140,7 @@ class TrainConfig(Publishing):
     allow_tf32: bool = False
     compile: bool = False
     attention_backend: str | None = None
+    stop: StopRule | None = None
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = None
     resume_from_checkpoint: str | None = None
@@ -193,6 +196,8 @@ class TrainConfig(Publishing):
             raise UserError(f"{objective} learns from rewards: set rewards to at least one of positive weight")
         if self.draws and self.rollout_batch_size is None:
             raise UserError(f"{objective} draws pictures: set rollout_batch_size, the prompts of a rollout")
+        if self.stop is not None:
+            self.stop.check([one.title for one in self.rewards], self.draws, self.checkpointing_steps > 0)
         families.find(self.pretrained_model_name_or_path, self.revision)
         for data in (self.data, self.validation_data):
             if data is not None:
@@ -211,6 +216,16 @@ class TrainConfig(Publishing):
         if self.max_train_steps is not None:
             return self.max_train_steps
         return math.inf if self.max_rollouts else 1000
+
+    @property
+    def rollouts(self) -> float:
+        """The rollouts of the run; infinite where the updates decide."""
+        return self.max_rollouts or math.inf
+
+    @property
+    def tolerance(self) -> float:
+        """By how much a replayed likelihood ratio may be off 1 in this precision."""
+        return {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}[self.precision]
 
     @property
     def draws(self) -> bool:

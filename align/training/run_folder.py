@@ -46,9 +46,9 @@ class RunFolder:
             for path in left:
                 discard(path)
 
-    def require_same(self, source: Path, settings: dict[str, Any]) -> None:
+    def require_same(self, source: Path | None, settings: dict[str, Any]) -> None:
         """Raise :class:`UserError` where the run of the checkpoint ``source`` had other settings that matter."""
-        before = checkpoint.read(source).get("settings")
+        before = checkpoint.read(source).get("settings") if source is not None else None
         if isinstance(before, dict) and (lines := checkpoint.differences(before, settings)):
             raise UserError(
                 f"{source} is of a run with other settings: {'; '.join(lines)}. Set them back, or start a run of its "
@@ -120,8 +120,8 @@ class RunFolder:
 
     def checkpoint(self, parts: Parts, state: dict[str, Any], limit: int | None, writes: bool = True) -> None:
         """Save what :func:`align.training.checkpoint.load` reads, whole or not at all, and keep the newest ``limit``
-        checkpoints; a process that does not write (``writes``) helps to gather shared weights. Raises
-        :class:`UserError` where the disk takes no more."""
+        checkpoints, and the last good one of a stop rule; a process that does not write (``writes``) helps to gather
+        shared weights. Raises :class:`UserError` where the disk takes no more."""
         final, last = self.path / f"checkpoint-{state['step']}", self.latest()
         if not writes:
             checkpoint.write(final, parts, state, writes=False)
@@ -133,7 +133,8 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write {final}: {error}; last good checkpoint: {last or 'none'}") from error
         for old in self.checkpoints()[: -limit if limit else 0]:
-            discard(old)
+            if old.name != f"checkpoint-{state['stop']['good']}":
+                discard(old)
 
     # what the run leaves
     def card(self, config: TrainConfig, policy: Policy, plan: str, steps: int, held_out: dict[str, float]) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from align.common import rng
 from align.common.command import dumped
-from align.data.dataset import Setup, contents_of, drawn
+from align.data.dataset import Setup, contents_of
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
 from align.objectives.rows import Rows
@@ -42,10 +42,9 @@ from align.training.optimizer import build_optimizer, build_scheduler, clip, pre
 from align.training.preemption import Preempted, Preemption
 from align.training.progress import crossed, drawing
 from align.training.publish import publish
+from align.training.stop import Watch
 from align.training.validation import held_out_values, sample_grid
 from rewards.common.files import locked
-
-TOLERANCES = {"no": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # by how much a replayed likelihood ratio may be off 1
 
 
 class Trainer:
@@ -81,18 +80,16 @@ class Trainer:
         self.policy.set_lr_scales(objective.lr_scale if isinstance(objective, ScalesLearningRates) else lambda _: 1.0)
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
         self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes, precision)
-        self.preemption = Preemption()
+        self.preemption, self.watch, self.preempted = Preemption(), Watch(config.stop), False
         rows = {"rows of an update": self.sizes.update * self.accelerator.num_processes}
         self.settings = (yaml.safe_load(self.resolved) or {}) | rows  # what a checkpoint keeps of them
         self.step = self.rollouts = self.barren = 0  # barren: rollouts since the last that gave rows
-        self.preempted = False
 
     def start(self) -> None:
         """Data encoded, optimiser built, run folder opened, state restored: everything before the first update."""
         config, accelerator = self.config, self.accelerator
         source = self.folder.find(config.resume_from_checkpoint)
-        if source is not None:
-            self.folder.require_same(source, self.settings)
+        self.folder.require_same(source, self.settings)
         if accelerator.is_main_process:  # first of all: encoding a data set may take hours
             self.folder.claim(source is not None, config.overwrite_output_dir, self.family.denoiser_name)
         ranks = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -107,6 +104,7 @@ class Trainer:
             self.folder.require_same(source, self.settings)  # now with what the data holds
             state = checkpoint.load(source, self._parts())
             self.step, self.rollouts = state["step"], state["rollouts"]
+            self.watch.load_state(state.get("stop", {}))
             if accelerator.is_main_process:  # they are of all processes
                 self.policy.evaluations = state["evaluations"]
             accelerator.print(f"resumed from {source} at step {self.step}")
@@ -135,12 +133,14 @@ class Trainer:
             while not self.done:
                 before = self.step
                 for metrics in self.rollout(bar):
+                    self.watch.see(metrics)
                     bar.update(not by_rollout)
                     bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:2]}, refresh=False)
                     if self.step % config.logging_steps == 0 or "rollout" in metrics:
                         self.log(metrics)
                     if self.step == config.updates:
                         break
+                self.watch.close()
                 bar.update(by_rollout)
                 if crossed(before, self.step, config.validation_steps) and not self.done:
                     self.validate()
@@ -149,6 +149,8 @@ class Trainer:
                     self.checkpoint(self._state())
                 if self.preempted:
                     raise Preempted
+        if self.watch.verdict:  # what it has learnt is to cheat: no weights but in checkpoints
+            return self.folder.path
         held_out = self.validate()
         if accelerator.is_main_process or self.policy.sharded:
             weights = self.policy.save(self.folder.path)
@@ -159,31 +161,27 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        return self.step >= self.config.updates or self.rollouts >= (self.config.max_rollouts or math.inf)
+        return bool(self.watch.verdict) or self.step >= self.config.updates or self.rollouts >= self.config.rollouts
 
     def rollout(self, bar: Any = None) -> Any:
         """One batch, its rows, and the updates they give; yields each update's metrics."""
         config, accelerator = self.config, self.accelerator
-        rank, mine = accelerator.process_index, self.sizes.samples // accelerator.num_processes
-        first = mine * rank
+        samples = self.sizes.samples_of(accelerator.process_index)
         check = self.preemption.check if accelerator.num_processes == 1 else lambda: None  # several: at its end
         ctx = Context(
             self.policy,
             config.seed,
             self.rollouts,
-            range(first, first + mine),
+            samples,
             self.scorer,
             gather_of(accelerator, self.policy),
             gather_text_of(accelerator, self.policy),
-            tolerance=TOLERANCES[config.precision],
+            tolerance=config.tolerance,
             features=self.features,
             resolution=config.data.resolution,
-            progress=drawing(bar, mine, check) if bar is not None and self.scorer is not None else None,
+            progress=drawing(bar, len(samples), check) if bar is not None and self.scorer is not None else None,
         )
-        items = range(first // self.sizes.group, (first + mine - 1) // self.sizes.group + 1)
-        chosen = drawn(self.data, self.sizes.samples // self.sizes.group, config.seed, self.rollouts)
-        views = (rng.uniform(ctx.generators("view")) * config.data.variants).long().tolist()[: len(items)]
-        batch = self.data.batch([chosen[item] for item in items], views)
+        batch = self.sizes.batch(self.data, ctx)
         self.last = copy.deepcopy(self._state())  # what a rollout that is given up goes back to
         with torch.no_grad(), accelerator.autocast():
             table = config.objective.rollout(ctx, batch)
@@ -195,14 +193,17 @@ class Trainer:
             measured |= {f"evaluations/{k}": n for k, n in summed(self.policy.evaluations, ctx.gather).items()}
         if not any(counts):
             self.log(measured | {"rollout": self.rollouts})
-        self.barren = 0 if any(counts) else self.barren + 1
-        require_rows(self.barren)
+        self.barren = require_rows(any(counts), self.barren)
         for epoch in range(config.inner_epochs if any(counts) else 0):
             shuffle = rng.generator(config.seed, "shuffle", self.rollouts - 1, *([epoch] if epoch else []))
             order = table.shuffled(shuffle)
             for k, parts in enumerate(self.sizes.shares(counts)):
                 fresh = epoch == k == 0
-                chunks = list(order.take(torch.arange(len(order))[parts[rank]]).chunks(config.train_batch_size))
+                chunks = list(
+                    order.take(torch.arange(len(order))[parts[accelerator.process_index]]).chunks(
+                        config.train_batch_size
+                    )
+                )
                 sizes = [part.stop - part.start for part in parts]
                 metrics = self.update(dataclasses.replace(ctx, on_policy=fresh, checks=[]), chunks, batch.ids, sizes)
                 yield metrics | (measured | {"rollout": self.rollouts} if fresh and measured else {})
@@ -267,6 +268,7 @@ class Trainer:
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Save all that a resumed run needs; processes have the same, and wait for the one that writes."""
         main = self.accelerator.is_main_process
+        state["stop"] = self.watch.saved(state["step"])
         state |= {"evaluations": summed(state["evaluations"], gather_of(self.accelerator, self.policy))}
         if main or self.policy.sharded:
             self.folder.checkpoint(self._parts(), state, self.config.checkpoints_total_limit, main)
@@ -286,7 +288,7 @@ class Trainer:
 
 
 def train(config: TrainConfig, resolved: str = "") -> Path:
-    """Run ``config`` and return its run folder. ``resolved`` is the YAML kept there, which reruns it."""
+    """Run ``config`` and return its run folder; ``resolved``, kept there, reruns it. Raises ``Stopped`` by a rule."""
     config.check()
     repository = config.repository(config.output_dir, create=not config.dry_run)
     loop = Trainer(config, resolved or dumped(config))
@@ -295,8 +297,8 @@ def train(config: TrainConfig, resolved: str = "") -> Path:
     if config.dry_run:
         return loop.folder.path
     with locked(loop.folder.path):
-        folder = loop.run()
+        folder, watch = loop.run(), loop.watch
     with leaving(loop.accelerator):
         del loop  # what holds connections
-    publish(repository, folder)
+    publish(repository, watch.require_honest(folder))
     return folder

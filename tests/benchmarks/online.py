@@ -6,6 +6,8 @@
     python tests/benchmarks/online.py flow_grpo_unguided   # configs/flow_grpo_unguided_shapes_sd3.yaml, shapes-sd3
     python tests/benchmarks/online.py d3po             # configs/d3po_shapes.yaml, shapes-sd
     python tests/benchmarks/online.py d3po_unguided    # configs/d3po_unguided_shapes.yaml, shapes-sd
+    python tests/benchmarks/online.py awm_unguided     # configs/awm_shapes_sd3.yaml, a ninth of the pictures
+    python tests/benchmarks/online.py dgpo_unguided    # configs/dgpo_shapes_sd3.yaml, the same
     python tests/benchmarks/online.py opd_unguided     # configs/opd_unguided_shapes_sd3.yaml, shapes-sd3: no reward
 
 Each run trains on captions of seen combinations, is looked at on the held-out prompts as it goes (the curve), and is
@@ -36,6 +38,8 @@ CONFIGS = {
     "flow_grpo_unguided": "configs/flow_grpo_unguided_shapes_sd3.yaml",
     "d3po": "configs/d3po_shapes.yaml",
     "d3po_unguided": "configs/d3po_unguided_shapes.yaml",
+    "awm_unguided": "configs/awm_shapes_sd3.yaml",
+    "dgpo_unguided": "configs/dgpo_shapes_sd3.yaml",
     "opd_unguided": "configs/opd_unguided_shapes_sd3.yaml",
 }
 

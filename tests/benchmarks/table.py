@@ -711,6 +711,40 @@ def _memory() -> str:
     return "\n".join(lines)
 
 
+def _guard() -> str:
+    found = load("guard")
+    head = [
+        "| seed | rollouts | evaluations | kB | strict | graded | edges | entropy, bits | diversity |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def row(run: Mapping[str, Any]) -> str:
+        cells = [
+            f"{run[name][0]:.{digits}f} → {run[name][1]:.{digits}f}"
+            for name, digits in {"kilobytes": 2, "strict": 3, "graded": 3, "EdgeDensity": 3}.items()
+        ]
+        cells += [f"{run[name][0]:.2f} → {run[name][1]:.2f}" for name in ("ColorEntropy", "diversity")]
+        rollouts = f"{run['rollouts']}{', stopped' if run['stopped'] else ''}"
+        return f"| {run['arm']} | {run['seed']} | {rollouts} | {run['evaluations']:,} | {' | '.join(cells)} |"
+
+    lines = [
+        f"**A reward that is hacked, `{found['config']}`** ({found['date']}, {found['hardware']}): small JPEG files "
+        "by AWM, of the pictures that a run draws; means of its first two rollouts → of its last two.",
+        "",
+        f"| held by {head[0]}",
+        head[1],
+        *map(row, found["arms"]),
+        "",
+        "Held by nothing, from as many pictures and rows:",
+        "",
+        f"| method {head[0]}",
+        head[1],
+        *(row({**run, "arm": "AWM"}) for run in found["arms"] if run["arm"] == "nothing"),
+        *map(row, found["methods"]),
+    ]
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd", "Diffusion-DPO"),
     "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3", "Diffusion-DPO without guidance"),
@@ -721,7 +755,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_flow_grpo_unguided": lambda: _online("online_flow_grpo_unguided", "Flow-GRPO without guidance"),
     "online_d3po": lambda: _online("online_d3po", "D3PO, the reward as proxy for people"),
     "online_d3po_unguided": lambda: f"{_online('online_d3po_unguided', 'D3PO without guidance')}\n\n{_equal()}",
+    "online_awm_unguided": lambda: _online("online_awm_unguided", "AWM without guidance"),
+    "online_dgpo_unguided": lambda: _online("online_dgpo_unguided", "DGPO without guidance"),
     "jpeg": _jpeg,
+    "guard": _guard,
     "b2_diffurl": _b2,
     "online_gpu": _online_gpu,
     "find_shapes_sd": lambda: _find("find_shapes_sd"),
