@@ -57,6 +57,14 @@ def clip_fraction(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor
     return (outside & (advantage != 0)).float().mean()
 
 
+def masked_surrogate(ratio: Tensor, advantage: Tensor, kl: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """(R,) ``-A rho``, or 0 without a gradient where the KL (R,) between the old step and the new has reached
+    ``threshold`` and the advantage pushes further away (Flow-DPPO, arXiv 2606.11025); and the share of these rows."""
+    outward = torch.where(advantage > 0, ratio > 1, ratio < 1) & (advantage != 0)
+    masked = outward & (kl >= threshold)
+    return torch.where(masked, 0.0, -advantage * ratio), masked.float().mean()
+
+
 def ratio_metrics(log_ratio: Tensor) -> dict[str, Tensor]:
     """How far the policy has gone from the weights that a likelihood ratio (R,) is to."""
     log_ratio = log_ratio.detach()
