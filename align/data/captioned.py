@@ -143,6 +143,11 @@ class EncodedData(Data):
         self.items()
 
     @property
+    def labelled(self) -> bool:
+        """Whether the data says of some item what people said of it."""
+        return any(item.label is not None for item in self.items().items)
+
+    @property
     def cache(self) -> Path:
         return Path(self.cache_dir or CACHE).expanduser()
 

@@ -14,6 +14,7 @@ import align.objectives  # noqa: F401  imported, so that `--objective DPO` needs
 from align import families
 from align.common.errors import UserError, require_at_least
 from align.common.resolution import sides
+from align.data.captioned import EncodedData
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch
 from align.families import Family
@@ -197,6 +198,11 @@ class TrainConfig:
                 sides(data.resolution)
                 if self.memory is None:
                     data.check()
+                    if self.objective.needs.labels and isinstance(data, EncodedData) and not data.labelled:
+                        raise UserError(
+                            f"{objective} uses votes, and no row of {data.path} has any; expected a column votes, [for "
+                            "the first, for the second image], or HPDv2's raw_annotations"
+                        )
 
     @property
     def precision(self) -> str:
