@@ -46,7 +46,7 @@ def test_the_algebra_imports_only_torch() -> None:
         assert {name for name in outside if not name.startswith("align.diffusion")} <= {"torch", "torch.nn"}, file
 
 
-REGISTERED = {"B2DiffuRL", "D3PO", "DPO", "FIND", "NFT", "OPD", "PolicyGradient", "ReNO"}
+REGISTERED = {"B2DiffuRL", "D3PO", "DPO", "FIND", "KTO", "NFT", "OPD", "PolicyGradient", "ReNO"}
 
 # B2-DiffuRL is a way to roll out and wraps the update rule that it is given
 WRAPS = {"b2_diffurl.py": {"align.objectives.d3po", "align.objectives.policy_gradient"}}

@@ -4,6 +4,7 @@ from align.objectives.b2_diffurl import B2DiffuRL
 from align.objectives.d3po import D3PO
 from align.objectives.dpo import DPO
 from align.objectives.find import FIND
+from align.objectives.kto import KTO
 from align.objectives.nft import NFT
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective
 from align.objectives.opd import OPD
@@ -14,6 +15,7 @@ __all__ = [
     "D3PO",
     "DPO",
     "FIND",
+    "KTO",
     "NFT",
     "OPD",
     "B2DiffuRL",

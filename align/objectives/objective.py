@@ -54,6 +54,7 @@ class Context:
     progress: Callable[[int], object] | None = None
     checks: list[Callable[[], object]] | None = None
     resolution: Resolution = None  # of the images
+    chunk: int = 32  # rows that pass through the network at once
 
     @property
     def rewards(self) -> Scorer:
@@ -130,8 +131,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, ctx: Context, rows: Any) -> tuple[Tensor, Metrics]:
-        """The mean loss over ``rows`` and detached scalar metrics, each a mean over ``rows`` as well, but for those
-        whose name ends in ``_max``."""
+        """The mean loss over ``rows``, and detached metrics, means over ``rows`` too but for those named ``.._max``."""
 
 
 class KeepsState(ABC):

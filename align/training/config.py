@@ -42,7 +42,7 @@ class TrainConfig:
     """Fine-tune a diffusers pipeline through an objective.
 
     Args:
-        data: what to train on: PreferencePairs, Images, Prompts, LabelledRollout, or anyone's import path.
+        data: what to train on: PreferencePairs, RatedImages, Images, Prompts, LabelledRollout, or anyone's import path.
         objective: how: a class of ``align.objectives`` or anyone's import path, with its arguments.
         rewards: what online objectives score their pictures by; those of weight 0 are only watched.
         diversity_features: a vision model (DINOv2, CLIP) or ``lpips:FILE`` by whose features the diversity of rollouts

@@ -175,6 +175,7 @@ class Trainer:
             tolerance=TOLERANCES[config.precision],
             features=self.features,
             resolution=config.data.resolution,
+            chunk=config.train_batch_size,
             progress=drawing(bar, mine, check) if bar is not None and self.scorer is not None else None,
         )
         items = range(first // self.sizes.group, (first + mine - 1) // self.sizes.group + 1)

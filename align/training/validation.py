@@ -45,7 +45,7 @@ def validation_metrics(objective: Objective, policy: Policy, data: Dataset, batc
     call; means over items, but for what is called a maximum."""
     sums: dict[str, float] = {}
     for index in batches(data, batch_size):
-        ctx = Context(policy, 0, -1, index)
+        ctx = Context(policy, 0, -1, index, chunk=batch_size)
         table = objective.rollout(ctx, data.batch(index))
         for chunk in table.chunks(batch_size):
             loss, metrics = objective.loss(ctx, chunk)
