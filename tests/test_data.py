@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.common.errors import DataError
+from align.common.errors import DataError, UserError
 from align.data import captioned, latent_cache, text_cache
 from align.data import prompts as prompts_module
 from align.data.dataset import ExampleSet, Setup, shuffled
@@ -31,6 +31,8 @@ from align.data.preferences import PairBatch, PreferencePairs
 from align.data.prompts import Prompts, PromptSet, read_prompts
 from align.data.views import cut
 from align.families import Conditioning
+from align.objectives import DPO
+from align.training.config import TrainConfig
 from rewards.data.images import UnreadableError, decode
 from rewards.data.tables import LazyImage
 from tests.benchmarks.emoji_pairs import Pair as Drawn
@@ -280,6 +282,10 @@ def test_the_winners_share_of_the_votes_comes_with_each_pair(tmp_path: Path) -> 
     (tmp_path / "plain.jsonl").write_text(json.dumps({"caption": "a", **sides, "label_0": 0}) + "\n")
     plain = PreferencePairs(str(tmp_path / "plain.jsonl"))
     assert not plain.labelled
+    TrainConfig(plain, DPO()).check()
+    TrainConfig(data, DPO(votes="weight")).check()
+    with pytest.raises(UserError, match="DPO uses votes, and no row of .*plain.jsonl has any; expected a column votes"):
+        TrainConfig(plain, DPO(votes="weight")).check()
     ranked = {"prompt": "a", "image_path": ["0.png", "1.png", "2.png"], "rank": [1, 2, 3]}
     ranked["raw_annotations"] = [{"rank": [1, 2, 3]}, {"rank": [2, 1, 3]}, {"rank": [1, 3, 2]}]
     (tmp_path / "hpd.json").write_text(json.dumps([ranked]))
