@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from align.common.command import parse
 from align.common.errors import DataError
 from align.data import captioned
 from align.data.dataset import Setup, drawn, shuffled
@@ -21,6 +22,8 @@ from align.data.rated import RatedBatch, RatedImages, Resampled
 from align.objectives import KTO, Context
 from align.objectives.kto import KTORows
 from align.policy.policy import LoRA, Policy
+from align.training.config import TrainConfig
+from align.training.memory import trace
 from tests.helpers import gradients
 from tests.pipelines import Build
 from tests.test_data import Tiny, noise, quiet
@@ -336,3 +339,10 @@ def test_a_positive_ratio_repeats_the_class_that_is_short(ratio: float, goods: i
     assert shuffled(len(data), 4, 0, 3) == drawn(data, 4, 0, 3)
     with pytest.raises(DataError, match="all images are good; leave positive_ratio out"):
         RatedImages(thumbs(tmp_path, [{"label": 1}] * 3), positive_ratio=0.5).prepare(Setup(Tiny(), progress=False))  # type: ignore[arg-type]
+
+
+def test_the_config_runs_and_its_peak_is_traced() -> None:
+    path = Path(__file__).parents[1] / "configs/kto_shapes.yaml"
+    settings, _ = parse(TrainConfig, "x", None, ["--config", str(path)])
+    settings.check()
+    assert [phase.name for phase in trace(settings).phases][-2:] == ["rollout", "update"]
