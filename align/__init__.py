@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import rewards  # noqa: F401  first: it makes torchvision importable beside a CPU torch
 
 if TYPE_CHECKING:
-    from align.data import Images, LabelledRollout, PreferencePairs, Prompts, TaskPrompts
+    from align.data import Images, LabelledRollout, PreferencePairs, Prompts, RatedImages, TaskPrompts
     from align.evaluate import Evaluate
     from align.evaluate import evaluate as evaluate_run
     from align.families import Family
     from align.families import load as load_family
     from align.families import tuned as load_tuned
-    from align.objectives import AWM, D3PO, DGPO, DPO, FIND, NFT, OPD, B2DiffuRL, Objective, PolicyGradient, ReNO
+    from align.objectives import AWM, D3PO, DGPO, DPO, FIND, KTO, NFT, OPD, B2DiffuRL, Objective, PolicyGradient, ReNO
     from align.policy.lora import LoRA
     from align.policy.policy import Policy
     from align.sampling.generate import sample_images
@@ -40,6 +40,7 @@ __all__ = [
     "DGPO",
     "DPO",
     "FIND",
+    "KTO",
     "NFT",
     "OPD",
     "B2DiffuRL",
@@ -53,6 +54,7 @@ __all__ = [
     "PolicyGradient",
     "PreferencePairs",
     "Prompts",
+    "RatedImages",
     "ReNO",
     "TaskPrompts",
     "TrainConfig",
@@ -64,10 +66,10 @@ __all__ = [
 ]
 
 _FROM = {
-    "align.data": "Images LabelledRollout PreferencePairs Prompts TaskPrompts",
+    "align.data": "Images LabelledRollout PreferencePairs Prompts RatedImages TaskPrompts",
     "align.evaluate": "Evaluate",
     "align.families": "Family",
-    "align.objectives": "AWM B2DiffuRL D3PO DGPO DPO FIND NFT OPD Objective PolicyGradient ReNO",
+    "align.objectives": "AWM B2DiffuRL D3PO DGPO DPO FIND KTO NFT OPD Objective PolicyGradient ReNO",
     "align.policy.lora": "LoRA",
     "align.policy.policy": "Policy",
     "align.sampling.generate": "sample_images",

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.common.errors import DataError
+from align.common.errors import DataError, UserError
 from align.data import captioned, latent_cache, text_cache
 from align.data import prompts as prompts_module
 from align.data.dataset import ExampleSet, Setup, shuffled
@@ -31,6 +31,8 @@ from align.data.preferences import PairBatch, PreferencePairs
 from align.data.prompts import Prompts, PromptSet, read_prompts
 from align.data.views import cut
 from align.families import Conditioning
+from align.objectives import DPO
+from align.training.config import TrainConfig
 from rewards.data.images import UnreadableError, decode
 from rewards.data.tables import LazyImage
 from tests.benchmarks.emoji_pairs import Pair as Drawn
@@ -249,6 +251,45 @@ def test_ties_are_dropped_and_counted_or_refused(tmp_path: Path) -> None:
     assert found.ties == 1
     with pytest.raises(DataError, match="row 1 is a tie"):
         read_pairs(file, ties="error")
+
+
+def test_the_winners_share_of_the_votes_comes_with_each_pair(tmp_path: Path) -> None:
+    """Of Pick-a-Pic's soft labels, where they are to be votes; of a column votes, for the first and the second image;
+    of HPDv2's raw annotations."""
+    for k in range(4):
+        (tmp_path / f"{k}.png").write_bytes(noise(k))
+    sides = {"jpg_0": "0.png", "jpg_1": "1.png"}
+    rows = [{"caption": f"c{k}", **sides, "label_0": share} for k, share in enumerate([1, 0.75, 0.25, 0.5])]
+    soft = tmp_path / "soft.jsonl"
+    soft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="label_0 is the soft label 0.75"):
+        read_pairs(soft)
+    read = read_pairs(soft, soft_labels="votes")
+    assert [(item.label, item.images[0].file.name) for item in read.items] == [
+        (None, "0.png"),
+        (0.75, "0.png"),
+        (0.75, "1.png"),
+    ]
+    assert read.ties == 1
+    counted = tmp_path / "votes.jsonl"
+    rows = [{"caption": "a", **sides, "label_0": 0, "votes": [1, 3]}, {"caption": "b", **sides, "label_0": 1}]
+    counted.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferencePairs(str(counted), cache_dir=str(tmp_path / "cache"))
+    assert data.labelled and [item.label for item in data.items().items] == [0.75, None]
+    batch = whole(data.prepare(quiet(Tiny())))
+    assert batch.labels is not None
+    assert batch.labels[0] == 0.75 and bool(batch.labels[1].isnan())
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"caption": "a", **sides, "label_0": 0}) + "\n")
+    plain = PreferencePairs(str(tmp_path / "plain.jsonl"))
+    assert not plain.labelled
+    TrainConfig(plain, DPO()).check()
+    TrainConfig(data, DPO(votes="weight")).check()
+    with pytest.raises(UserError, match="DPO uses votes, and no row of .*plain.jsonl has any; expected a column votes"):
+        TrainConfig(plain, DPO(votes="weight")).check()
+    ranked = {"prompt": "a", "image_path": ["0.png", "1.png", "2.png"], "rank": [1, 2, 3]}
+    ranked["raw_annotations"] = [{"rank": [1, 2, 3]}, {"rank": [2, 1, 3]}, {"rank": [1, 3, 2]}]
+    (tmp_path / "hpd.json").write_text(json.dumps([ranked]))
+    assert [item.label for item in read_pairs(tmp_path / "hpd.json").items] == [2 / 3, 1.0, 2 / 3]
 
 
 def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:

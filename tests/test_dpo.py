@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from align.diffusion.process import Prediction
 from align.objectives import Context
 from align.objectives.dpo import DPO, DPORows
 from align.objectives.losses import denoising_error, preference_loss
+from align.objectives.pair_losses import PairErrors, mapo_logit, pair_loss, safeguard, scale_gradient
 from align.policy.policy import LoRA, Policy
 from tests.pipelines import Build
 from tests.test_policy import disturb
@@ -264,10 +267,188 @@ def test_winner_anchor_adds_the_winners_error(tiny: Build) -> None:
     assert (anchored - plain).item() == pytest.approx(0.5 * metrics["error_winner"].item(), rel=1e-4)
 
 
+# votes
+def voted(policy: Policy, votes: list[float]) -> PairBatch:
+    pairs = batch(policy)
+    return PairBatch(pairs.latents, pairs.cond, pairs.captions, pairs.ids, torch.tensor(votes))
+
+
+def test_votes_smooth_or_weigh_each_pair(tiny: Build) -> None:
+    """Share p of the votes: label smoothing 1 - p, or weight 2 p - 1; a pair nobody voted on has the settings' own."""
+    policy, shares = moved(tiny, "epsilon"), [1.0, 0.75, 0.5, math.nan]
+    settings: dict[str, Any] = {"beta": 200.0, "proportion_empty_prompts": 0.0}
+    plain, ctx = DPO(**settings), context(policy)
+    rows = plain.rollout(ctx, voted(policy, shares))
+    assert rows.votes is None
+    errors, _ = plain.errors(ctx, rows)
+    m = errors.logit(200.0).detach().double()
+    smooth = torch.tensor([0, 0.25, 0.5, 0.1]).double()
+    weight = torch.tensor([1, 0.5, 0, 1]).double()
+    expected = {
+        "ignore": F.softplus(-m),
+        "smooth": (1 - smooth) * F.softplus(-m) + smooth * F.softplus(m),
+        "weight": weight * F.softplus(-m),
+    }
+    for votes, each in expected.items():
+        objective = DPO(votes=votes, label_smoothing=0.1 if votes == "smooth" else 0.0, **settings)  # type: ignore
+        assert objective.needs.labels == (votes != "ignore")
+        found, _ = run(objective, policy, voted(policy, shares))
+        assert found.item() == pytest.approx(each.mean().item(), rel=1e-5)
+
+
+# DPO's kin
+def errors_of(winner: Tensor, loser: Tensor, then: Tensor) -> PairErrors:
+    """Of predictions (R, D) whose targets are 0."""
+    parts = [x.square().mean(1) for x in (winner, loser, *then.chunk(2))]
+    return PairErrors(*parts, (winner - then.chunk(2)[0]).square().mean(1))
+
+
+def drawn(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    winner, loser = (0.3 * torch.randn(2, 3, 16, dtype=torch.float64, generator=generator)).unbind()
+    loser = loser + 0.5 * winner
+    then = torch.cat([winner, loser]) + 0.1 * torch.randn(6, 16, dtype=torch.float64, generator=generator)
+    return winner.requires_grad_(), loser.requires_grad_(), then
+
+
+def test_dspo_is_the_squared_difference_of_answers() -> None:
+    winner, loser, then = drawn()
+    errors = errors_of(winner, loser, then)
+    loss, logit = pair_loss(errors, "dspo", 0.7)
+    inside = -0.5 * 0.7 * (errors.winner - errors.loser - (errors.ref_winner - errors.ref_loser))
+    c = 0.7 * (1 - torch.sigmoid(inside))
+    plain = (winner - c[:, None] * (winner - then[:3])).square().mean(1)
+    torch.testing.assert_close((loss, logit), (plain, inside))
+    for found, wanted in zip(
+        torch.autograd.grad(loss.sum(), (winner, loser), retain_graph=True),
+        torch.autograd.grad(plain.sum(), (winner, loser)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_mapo_and_orpo_in_float64() -> None:
+    winner, loser, then = drawn(1)
+    errors = errors_of(winner, loser, then)
+    w, x = errors.winner, errors.loser
+    loss, logit = pair_loss(errors, "mapo", 0.1)
+    margin = 1000 * (0.5 * w / (torch.exp(0.5 * w) - 1) - 0.5 * x / (torch.exp(0.5 * x) - 1))
+    torch.testing.assert_close((loss, logit), (w - 0.1 * torch.log(torch.sigmoid(margin)), margin))
+    loss, logit = pair_loss(errors, "orpo", 0.1)
+    torch.testing.assert_close((loss, logit), (w + 0.1 * torch.log1p(torch.exp(w - x)), x - w))
+    for loss_type in ("mapo", "orpo"):  # winners are pulled, losers are pushed
+        loss, _ = pair_loss(errors, loss_type, 0.1)  # type: ignore[arg-type]
+        pull, push = torch.autograd.grad(loss.sum(), (w, x), retain_graph=True)
+        assert bool((pull > 1).all()) and bool((push < 0).all())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_and_safeguard_are_the_authors_code(seed: int) -> None:
+    """What Diffusion-SDPO's train.py and MaPO's utils.py gave on the same tensors: goldens/make_objectives.py."""
+    goldens = json.loads((Path(__file__).parent / "goldens/upstream_objectives.json").read_text())["pairs"][seed]
+    winner, loser, then = drawn(seed)
+    errors = errors_of(winner, loser, then)
+    for name, loss_type, beta in (("dpo", "sigmoid", 300.0), ("dspo", "dspo", 0.05), ("mapo", "mapo", 0.1)):
+        loss, _ = pair_loss(errors, loss_type, beta)  # type: ignore[arg-type]
+        assert loss.mean().item() == pytest.approx(goldens[name], rel=1e-9)
+    for mu, wanted in goldens["lambda"].items():  # of one pair a batch
+        assert safeguard(winner, loser, float(mu)).tolist() == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize(("loss_type", "beta"), [("mapo", 0.1), ("orpo", 0.1)])
+def test_without_a_reference_none_is_asked(tiny: Build, loss_type: Any, beta: float) -> None:
+    policy, rows = moved(tiny, "flow"), []
+    objective = DPO(beta=beta, loss_type=loss_type, proportion_empty_prompts=0.0)
+    assert not objective.needs.reference and objective.cost(policy.family, None).frozen == 0
+    policy.denoiser.register_forward_pre_hook(lambda m, args: rows.append(torch.is_grad_enabled()))
+    ctx = context(policy)
+    table = objective.rollout(ctx, batch(policy))
+    loss, metrics = objective.loss(ctx, table)
+    assert rows == [True] and not metrics.keys() & {"delta_winner", "delta_loser"}
+    errors, _ = DPO(beta=1.0, proportion_empty_prompts=0.0).errors(ctx, table)
+    w, x = errors.winner.double(), errors.loser.double()
+    margin = mapo_logit(w, x) if loss_type == "mapo" else x - w
+    assert loss.item() == pytest.approx((w + 0.1 * F.softplus(-margin)).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["dspo", "mapo", "orpo"])
+def test_kin_start_as_their_formulas_say(tiny: Build, loss_type: Any) -> None:
+    """DSPO at the reference is (1 - beta / 2) of the winner's denoising gradient."""
+    policy = Policy(tiny("epsilon"), LoRA(2))
+    objective = DPO(beta=0.1, loss_type=loss_type, proportion_empty_prompts=0.0)
+    loss, metrics = run(objective, policy)
+    found = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, policy.parameters(), allow_unused=True) if g is not None]
+    )
+    assert found.any()
+    if loss_type == "dspo":
+        assert loss.item() == pytest.approx(metrics["error_winner"].item()) and metrics["implicit_acc"] == 0.5
+        sft, _ = run(DPO(beta=1e-12, proportion_empty_prompts=0.0, sft_weight=0.95), policy)
+        wanted = torch.autograd.grad(sft, policy.parameters(), allow_unused=True)
+        torch.testing.assert_close(
+            found, torch.cat([g.flatten() for g in wanted if g is not None]), rtol=1e-3, atol=1e-7
+        )
+
+
+# the safeguard
+def test_the_safeguards_factor_in_closed_form() -> None:
+    winner = torch.tensor([[2.0, 0.0]] * 4, dtype=torch.float64)
+    loser = torch.tensor([[4.0, 1.0], [1.0, 3.0], [-1.0, 5.0], [0.0, 2.0]], dtype=torch.float64)
+    assert safeguard(winner, loser, 0.0).tolist() == [0.5, 1.0, 1.0, 1.0]  # |w|^2 / <l, w> = 4 / 8, 4 / 2; no limit
+    assert safeguard(winner, loser, 0.9).tolist() == pytest.approx([0.05, 0.2, 1.0, 1.0])
+    assert safeguard(winner, loser, 1.0).tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("mu", [None, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+def test_a_guarded_step_does_not_raise_the_winners_error(mu: float | None, loss_type: Any) -> None:
+    """A network of one vector, its answer to everything: gradients in the answer are those in the weights, as the
+    safeguard takes them to be. Without it a step raises the error; with it, that falls by at least mu of what it would
+    alone, to first order."""
+    target_w, target_l = torch.tensor([[1.0, 0.0, 0.0]]).double(), torch.tensor([[2.0, 1.0, 0.5]]).double()
+    weights = torch.tensor([0.2, 0.1, -0.3], dtype=torch.float64, requires_grad=True)
+    gap_w, gap_l = weights[None] - target_w, weights[None] - target_l
+    winner, loser = gap_w.square().mean(1), gap_l.square().mean(1)
+    scale = torch.ones(1).double() if mu is None else safeguard(gap_w, gap_l, mu)
+    errors = PairErrors(winner, scale_gradient(loser, scale), winner.detach(), loser.detach(), torch.zeros(1).double())
+    loss, _ = pair_loss(errors, loss_type, 1.0)
+    assert errors.loser.item() == loser.item()
+    (step,) = torch.autograd.grad(loss.sum(), weights, retain_graph=True)
+    (pull,) = torch.autograd.grad(winner.sum(), weights, retain_graph=True)
+    (force,) = torch.autograd.grad(loss.sum(), errors.winner)
+    change, alone = -float(step @ pull), -float(force) * float(pull @ pull)
+    if mu is None:
+        assert change > 0
+    else:
+        assert change <= mu * alone + 1e-12 <= 1e-12
+
+
+def test_the_losers_gradient_is_what_is_scaled(tiny: Build) -> None:
+    """The value of the loss stays; with a factor of 0 the gradient is that of the winner alone."""
+    policy = moved(tiny, "flow")
+    settings: dict[str, Any] = {"beta": 100.0, "proportion_empty_prompts": 0.0}
+    plain, metrics = run(DPO(**settings), policy)
+    assert "loser_scale" not in metrics
+    guarded, metrics = run(DPO(safeguard=0.5, **settings), policy)
+    assert guarded.item() == plain.item() and 0 < metrics["loser_scale"] < 1
+    found = []
+    for weight in (0.0, 0.25, 1.0):
+        loss, _ = run(DPO(loser_weight=weight, **settings), policy)
+        assert loss.item() == plain.item()
+        grads = torch.autograd.grad(loss, policy.parameters(), allow_unused=True)
+        found.append(torch.cat([g.flatten() for g in grads if g is not None]))
+    torch.testing.assert_close(found[1], 0.75 * found[0] + 0.25 * found[2], rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"beta": 0.0}, "beta must be positive"),
+        ({"loss_type": "mapo"}, "loss_type mapo: beta 2000 is DPO's; published are 0.1 and reduction mean"),
+        ({"loss_type": "dspo", "beta": 0.001, "reduction": "sum"}, "published are 0.001 and reduction mean"),
+        ({"loss_type": "hinge", "votes": "smooth"}, "defined for loss_type sigmoid"),
+        ({"safeguard": 1.5}, "safeguard null or in"),
+        ({"loser_weight": -1.0}, "loser_weight must be at least 0"),
         ({"label_smoothing": 0.5}, "label_smoothing must be in"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "defined for loss_type sigmoid"),
         ({"proportion_empty_prompts": 1.5}, "proportion_empty_prompts"),

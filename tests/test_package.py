@@ -46,7 +46,7 @@ def test_the_algebra_imports_only_torch() -> None:
         assert {name for name in outside if not name.startswith("align.diffusion")} <= {"torch", "torch.nn"}, file
 
 
-REGISTERED = {"AWM", "B2DiffuRL", "D3PO", "DGPO", "DPO", "FIND", "NFT", "OPD", "PolicyGradient", "ReNO"}
+REGISTERED = {"AWM", "B2DiffuRL", "D3PO", "DGPO", "DPO", "FIND", "KTO", "NFT", "OPD", "PolicyGradient", "ReNO"}
 
 # B2-DiffuRL is a way to roll out and wraps the update rule that it is given
 WRAPS = {"b2_diffurl.py": {"align.objectives.d3po", "align.objectives.policy_gradient"}}
@@ -175,7 +175,7 @@ def limit_of(path: str) -> int:
     if parts[-1] == "__init__.py":
         return 30 if len(parts) > 2 else 300
     if path == "align/objectives/dpo.py":
-        return 110
+        return 160
     return 170 if path.startswith("align/objectives/") and len(parts) == 3 else 300
 
 
@@ -288,7 +288,7 @@ def test_two_files_of_one_name_are_a_fault(tmp_path: Path) -> None:
     [
         ("align/data/pairs.py", 300),
         ("align/objectives/nft.py", 170),
-        ("align/objectives/dpo.py", 110),
+        ("align/objectives/dpo.py", 160),
         ("align/data/__init__.py", 30),
     ],
 )

@@ -29,8 +29,10 @@ from tests.helpers import FSDP2, errors, launch_together, lines, online, untimed
 
 SAMPLER = {"num_inference_steps": 2, "guidance_scale": 2.0}
 DPO_PAIRS = {"class_path": "PreferencePairs", "init_args": {"path": "shapes-preferences", "split": "train", "limit": 8}}
+THUMBS = {"class_path": "RatedImages", "init_args": {**DPO_PAIRS["init_args"], "pairs": True}}  # type: ignore[dict-item]
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "DPO": {"beta": 20.0},
+    "KTO": {"beta": 20.0, "balance": True},
     "PolicyGradient": {"sampler": SAMPLER, "images_per_prompt": 2, "clip_range": 0.01, "beta": 0.5},
     "D3PO": {"sampler": SAMPLER, "images_per_prompt": 3},
     "NFT": {"sampler": SAMPLER, "images_per_prompt": 2, "kl_weight": 0.1, "old": "average"},
@@ -63,6 +65,8 @@ def config_of(pipeline: Path, folder: Path, name: str, lora: bool) -> dict[str, 
     config["adam_epsilon"] = 1e-3
     if name == "DPO":
         config |= {"data": DPO_PAIRS, "train_batch_size": 4, "rewards": []}
+    if name == "KTO":
+        config |= {"data": THUMBS, "train_batch_size": 4, "rewards": []}
     if name in ("D3PO", "DGPO", "B2DiffuRL"):  # of some prompts no row, and fewer in one process than in the other
         config |= {"rewards": [{"name": "tests.helpers.Even"}], "train_batch_size": 24}
     if name in ("NFT", "AWM"):
@@ -113,6 +117,7 @@ def require_alike(one: Path, other: Path, steps: int = 3, start: Path | None = N
             pytest.param(kind, name, lora, marks=pytest.mark.slow)
             for kind, name, lora in [
                 ("flow", "DPO", True),
+                ("epsilon", "KTO", True),
                 ("epsilon", "PolicyGradient", False),
                 ("flow", "D3PO", True),
                 ("epsilon", "D3PO", False),

@@ -6,6 +6,7 @@ import json
 import math
 from collections import deque
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from align.common.errors import UserError
-from align.diffusion.kernels import DDIM
+from align.diffusion.kernels import DDIM, FlowSDE, Gaussian
+from align.objectives.losses import masked_surrogate
 from align.objectives.online import advantages
 from align.objectives.online.advantages import PromptHistory
 from align.objectives.online.replay import log_probs, replay_step
@@ -378,6 +380,73 @@ def test_guard_ratio_is_1_before_any_update(tiny: Build, kind: str) -> None:
     ctx, table = rolled(objective, policy)
     _, metrics = objective.loss(ctx, table)
     assert abs(metrics["ratio_max"] - 1) < 1e-5
+
+
+# TempFlow-GRPO
+@pytest.mark.parametrize("window", [None, SDEWindow(1, until=3)])
+def test_noise_weights_are_the_steps_std_with_mean_1(tiny: Build, window: SDEWindow | None) -> None:
+    """Of all steps that may train, those of any window. UniRL's 2.25 is that mean's inverse for its nine steps."""
+    policy = moved(tiny, "flow")
+    sampler, fraction = Sampler(4, 1.0, FlowSDE(0.7)), 0.75 if window is None else 1.0
+    settings: dict[str, Any] = {"window": window, "timestep_fraction": fraction, "clip_range": 1e9}
+    plain = PolicyGradient(sampler, 2, **settings)
+    ctx, table = rolled(plain, policy, 1)
+    sigma = policy.family.grid(4).sigma.double()
+    std = [0.7 * math.sqrt(t / (1 - t if t < 1 else 1 - sigma[1]) * (t - s)) for t, s in pairwise(sigma.tolist())]
+    weighted = replace(plain, step_normalisation="noise")
+    for row in range(len(table)):
+        one = table.take(torch.tensor([row]))
+        i = int(one.trajectories.kept_steps[one.step])
+        ratio = weighted.loss(ctx, one)[0] / plain.loss(ctx, one)[0]
+        assert float(ratio) == pytest.approx(std[i] / np.mean(std[:3]), rel=1e-4)
+    sd35 = [1, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.0089]
+    std = [0.7 * math.sqrt(t / (1 - t if t < 1 else 1 - sd35[1]) * (t - s)) for t, s in pairwise(sd35)]
+    assert 1 / np.mean(std) == pytest.approx(2.25, abs=0.01)
+
+
+# Flow-DPPO
+@pytest.mark.parametrize("ratio", [0.8, 1.0, 1.25])
+@pytest.mark.parametrize("advantage", [-2.0, 0.0, 3.0])
+@pytest.mark.parametrize("kl", [0.9, 1.1])
+def test_the_kl_mask_acts_only_outward_and_beyond_the_threshold(ratio: float, advantage: float, kl: float) -> None:
+    """UniRL's flowdppo: the loss is -A rho; no gradient where KL >= threshold, and rho > 1 with A > 0 or rho < 1 with
+    A < 0."""
+    rho = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    loss, share = masked_surrogate(rho, torch.tensor([advantage]).double(), torch.tensor([kl]).double(), 1.0)
+    (found,) = torch.autograd.grad(loss.sum(), rho)
+    masked = kl > 1 and (ratio - 1) * advantage > 0
+    assert (float(loss), float(found)) == pytest.approx((0, 0) if masked else (-advantage * ratio, -advantage))
+    assert float(share) == masked
+
+
+def test_the_trust_region_by_kl_is_the_closed_form() -> None:
+    """A step N(theta, s^2) drawn by N(0.1, s^2): KL = (theta - 0.1)^2 / 2 s^2, whatever the ratio."""
+    toy, y = Toy(0.3), torch.tensor([[0.9, 0.1], [-0.4, 0.0], [0.5, 0.4]], dtype=torch.float64)
+    means = torch.full((3, 1, 2, 1, 1), 0.1, dtype=torch.float64)
+    old = Gaussian(means[:, 0], torch.tensor(0.5, dtype=torch.float64)).log_prob(y.reshape(3, 2, 1, 1))
+    kept = replace(toy.trajectories(y), means=means, log_probs=old[:, None])
+    advantage = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+    ratio = torch.exp(-((y - 0.3).square() - (y - 0.1).square()).mean(1) / (2 * 0.5**2))
+    assert ratio[0] > 1 > ratio[1] and ratio[2] > 1
+    kl = 0.2**2 / (2 * 0.5**2)
+    for threshold, masked in ((1.01 * kl, [False] * 3), (0.99 * kl, [True, False, False])):
+        objective = PolicyGradient(Sampler(1, 1.0, STEP), 2, trust_region="kl", kl_threshold=threshold)
+        assert objective.keeps_means
+        loss, metrics = objective.loss(toy.context(3), one_step(kept, advantage))
+        torch.testing.assert_close(loss.detach(), (-advantage * ratio * ~torch.tensor(masked)).mean())
+        assert float(metrics["clip_fraction"]) == pytest.approx(sum(masked) / 3)
+
+
+def test_before_any_update_the_kl_region_is_plain_reinforce(tiny: Build) -> None:
+    policy = moved(tiny, "flow")
+    objective = PolicyGradient(Sampler(3, 1.0), 3, trust_region="kl")
+    ctx, table = rolled(objective, policy)
+    loss, metrics = objective.loss(ctx, table)
+    assert metrics["clip_fraction"] == 0
+    clipped, _ = replace(objective, trust_region="clip").loss(ctx, table)
+    torch.testing.assert_close(gradients(policy, loss), gradients(policy, clipped))
+    notes = objective.cost(policy.family, None).notes
+    assert notes["KL limit"] == "1e-05 (mean over D=256) = 0.00256 nats of a step's density"
 
 
 # the reference

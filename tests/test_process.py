@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from align.diffusion.kernels import DDIM, FlowSDE, Gaussian, Kernel, Step, WindowedKernel
+from align.diffusion.kernels import DDIM, FlowSDE, Gaussian, Kernel, WindowedKernel
 from align.diffusion.process import Grid, Prediction, add_noise, append_dims
 
 KINDS = ("epsilon", "v_prediction", "flow_prediction")
@@ -122,13 +122,47 @@ def test_flow_sde_refuses_other_grids() -> None:
         FlowSDE()(prediction, grid, 0)
 
 
-class CPS(Kernel):
-    """Coefficients-preserving sampling (Flow-GRPO's later sampler): not ours, because it keeps no marginal."""
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("amount", [0.3, 0.8, 1.0])
+def test_cps_is_the_paper_formula(kind: str, amount: float) -> None:
+    """Flow-CPS: std = s sin(a pi / 2), mean = alpha_s x0 + sqrt(s^2 - std^2) eps."""
+    x, raw = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).unbind()
+    t = (
+        torch.linspace(1, 0, 6, dtype=torch.float64)
+        if kind == "flow_prediction"
+        else torch.linspace(0.95, 0, 6).double()
+    )
+    grid = Grid(t, *coefficients(kind, t))
+    for i in range(5):
+        prediction = Prediction(raw, x, grid.alpha[i], grid.sigma[i], kind)
+        step, s = DDIM(amount, schedule="cps")(prediction, grid, i), float(grid.sigma[i + 1])
+        std = s * math.sin(amount * math.pi / 2)
+        expected = float(grid.alpha[i + 1]) * prediction.x0 + math.sqrt(max(s**2 - std**2, 0)) * prediction.eps
+        torch.testing.assert_close(step.mean, expected)
+        assert float(step.std) == pytest.approx(std, abs=1e-15)
+    assert step.std == 0  # into the data
+    ode = DDIM(0.0)(prediction, grid, 4)
+    assert torch.equal(DDIM(0.0, "cps")(prediction, grid, 4).mean, ode.mean)
 
-    def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
-        s = grid.sigma[i + 1]
-        std = s * math.sin(0.8 * math.pi / 2)  # 0.8 as in Flow-GRPO-Fast
-        return Gaussian((1 - s) * prediction.x0 + (s**2 - std**2).sqrt() * prediction.eps, std)
+
+def test_constant_sigma_is_dancegrpos_step() -> None:
+    """fastvideo's train_grpo_flux: mu = x + dt (v - eta^2 / 2 score), score = -(x - (1 - t) x0) / t^2, std = eta
+    sqrt(-dt)."""
+    x, v = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).unbind()
+    grid, eta = flow_grid(5), 0.3
+    for i in range(5):
+        t, dt = float(grid.sigma[i]), float(grid.sigma[i + 1] - grid.sigma[i])
+        step = FlowSDE(eta, "constant")(Prediction(v, x, grid.alpha[i], grid.sigma[i], "flow_prediction"), grid, i)
+        score = -(x - (1 - t) * (x - t * v)) / t**2
+        torch.testing.assert_close(step.mean, x + dt * (v - 0.5 * eta**2 * score))
+        assert float(step.std) == pytest.approx(eta * math.sqrt(-dt))
+
+
+def test_what_a_kernel_says_of_itself_names_the_schedule_where_it_is_not_the_usual() -> None:
+    assert (DDIM(1.0).settings(), repr(DDIM(1.0))) == ({"eta": 1.0}, "DDIM(eta=1.0)")
+    assert repr(DDIM(0.8, "cps")) == "DDIM(eta=0.8, schedule='cps')"
+    assert FlowSDE(0.3, "constant").settings() == {"noise": 0.3, "schedule": "constant"}
+    assert FlowSDE(0.7).settings() == {"noise": 0.7}
 
 
 def toy_end(kernel: Kernel, steps: int) -> torch.Tensor:
@@ -154,6 +188,7 @@ def toy_end(kernel: Kernel, steps: int) -> torch.Tensor:
         (FlowSDE(0.7), 10, 0.380),
         pytest.param(FlowSDE(0.7), 1000, 0.401, marks=pytest.mark.slow),
         pytest.param(FlowSDE(1.0), 1000, 0.399, marks=pytest.mark.slow),
+        pytest.param(FlowSDE(0.5, "constant"), 1000, 0.400, marks=pytest.mark.slow),
     ],
 )
 def test_marginals_of_a_gaussian_toy(kernel: Kernel, steps: int, std: float) -> None:
@@ -165,14 +200,14 @@ def test_marginals_of_a_gaussian_toy(kernel: Kernel, steps: int, std: float) -> 
 
 @pytest.mark.parametrize(("steps", "std"), [(10, 0.277), (300, 0.318)])
 def test_cps_keeps_no_marginal(steps: int, std: float) -> None:
-    """That can fail: with any number of steps the data comes out too narrow."""
-    found = toy_end(CPS(), steps).std().item()
+    """With any number of steps the data comes out too narrow."""
+    found = toy_end(DDIM(0.8, "cps"), steps).std().item()
     assert found == pytest.approx(std, abs=0.006)
     assert abs(found - 0.400) > 0.07
 
 
 # steps of a training batch
-@pytest.mark.parametrize("kernel", [DDIM(0.0), DDIM(1.0), FlowSDE(0.7)])
+@pytest.mark.parametrize("kernel", [DDIM(0.0), DDIM(1.0), DDIM(0.8, "cps"), FlowSDE(0.7), FlowSDE(0.3, "constant")])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_step_for_each_row_is_the_step_for_all(kernel: Kernel, kind: str) -> None:
     if isinstance(kernel, FlowSDE) and kind != "flow_prediction":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +16,7 @@ from typing import ClassVar
 from align.common.assets import locate
 from align.common.errors import DataError, UserError
 from align.common.resolution import Resolution, sides
-from align.data.dataset import Bad, Data, Example, ExampleSet, Rows, Setup, check_bad, image_key
+from align.data.dataset import Bad, Data, Example, ExampleSet, Rows, Setup, Unlabelled, check_bad, image_key
 from align.data.example_index import code_of, indexed, listing
 from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache
 from align.data.packed import Storage
@@ -43,6 +44,7 @@ VIEWS = frozenset(
         "variants",
         "cache_dir",
         "vae_batch",
+        "positive_ratio",
     }
 )
 LIMITS = frozenset({"max_bad_share", "max_contradicted_share", "text_cache", "text_cache_dtype"})
@@ -142,6 +144,11 @@ class EncodedData(Data):
         self.items()
 
     @property
+    def labelled(self) -> bool:
+        """Whether the data says of some item what people said of it."""
+        return any(item.label is not None for item in self.items().items)
+
+    @property
     def cache(self) -> Path:
         return Path(self.cache_dir or CACHE).expanduser()
 
@@ -202,15 +209,19 @@ class Images(EncodedData):
 
     image_column: str | None = None
 
-    batch_type = ImageBatch
+    batch_type: ClassVar[type[EncodedBatch]] = ImageBatch
     what = "images"
 
     def rows(self) -> Rows:
         place, source = self._source()
-        return json.dumps(source.identity, sort_keys=True), (), _examples(place, source)
+        return json.dumps(source.identity, sort_keys=True), (), _examples(place, source, self.label)
 
-    def cells(self) -> Cells:
+    def cells(self) -> Cells | None:
         return InOrder(self._source()[1])
+
+    def label(self, row: ImageRow) -> float | str | None:
+        """What people said of a row; None where nobody did, and in words why it cannot be read."""
+        return math.nan
 
     def _source(self) -> tuple[Path, ImageSource]:
         place = Path(locate(self.path)).expanduser()
@@ -219,15 +230,21 @@ class Images(EncodedData):
         return place, open_input(str(place), None, self.caption_column, self.image_column, self.split)
 
 
-def _examples(place: Path, source: ImageSource) -> Iterator[Example | Bad]:
+def _examples(
+    place: Path, source: ImageSource, label: Callable[[ImageRow], float | str | None]
+) -> Iterator[Example | Bad | Unlabelled]:
     stream = InOrder(source)
     for number, row in enumerate(source.rows(lambda number: True)):
         assert row is not None
         if fault := _fault(row, place if place.is_dir() else place.parent):
             yield Bad(number, row.file, fault)
+        elif isinstance(said := label(row), str):
+            yield Bad(number, row.file, said)
+        elif said is None:
+            yield Unlabelled(number, row.file, "nobody has said whether it is good")
         else:
             image = LazyImage(row.image) if isinstance(row.image, Path) else LazyImage(place, number, "", stream)
-            yield Example(number, row.file, clean(str(row.prompt)), (image,))
+            yield Example(number, row.file, clean(str(row.prompt)), (image,), None if math.isnan(said) else said)
 
 
 def _fault(row: ImageRow, root: Path) -> str:

@@ -39,12 +39,14 @@ class Readable(Protocol):
 @dataclass(frozen=True, slots=True)
 class Example:
     """A caption and its images: one, or of a preference two, the winner first. ``id`` counts the source's rows, ties
-    and bad ones too."""
+    and bad ones too. ``label`` is what people said of it, where they did: of a pair the winner's share of the votes, of
+    an image 1 for good and 0 for bad."""
 
     id: int
     source: str
     caption: str
     images: tuple[Readable, ...]
+    label: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def text_key(text: str) -> bytes:
 def content_key(item: Example, sizes: Sequence[int]) -> bytes:
     """What an example holds, its images' files being of ``sizes`` bytes, wherever these lie."""
     images = [[size, image.row, image.column] for size, image in zip(sizes, item.images, strict=True)]
-    return json.dumps([item.id, item.caption, images]).encode()
+    return json.dumps([item.id, item.caption, images, item.label]).encode()
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Index(Sequence[Example]):
             LazyImage(Path(i["file"]), i["row"], i["column"], self.table if i["inside"] else None)
             for i in row["images"]
         )
-        return Example(row["id"], row["source"], row["caption"], images)
+        return Example(row["id"], row["source"], row["caption"], images, row["label"])
 
     def unchanged(self) -> bool:
         """Whether images that are files are still the same."""
@@ -219,7 +219,8 @@ class _Writer:
         self.digest.update(json.dumps([layout, [image_key(file, {}) for file in files]]).encode())
         image = {"file": pa.string(), "row": pa.int64(), "column": pa.string(), "inside": pa.bool_()}
         images = pa.list_(pa.struct(image | {"size": pa.int64(), "time": pa.int64()}))
-        schema = pa.schema({"id": pa.int64(), "source": pa.string(), "caption": pa.string(), "images": images})
+        texts_of = {"source": pa.string(), "caption": pa.string()}
+        schema = pa.schema({"id": pa.int64(), **texts_of, "images": images, "label": pa.float64()})
         files_of = {name: self.draft / f"{name}.tmp" for name in ("captions", "first", "pairs", "upward", "equal")}
         with (
             pa.ipc.new_file(str(self.draft / "examples.arrow"), schema) as table,
@@ -281,4 +282,4 @@ class _Writer:
             images.append(where | {"inside": inside, "size": size, "time": time})
             sizes.append(size)
         self.contents.update(content_key(row, sizes))
-        return {"id": row.id, "source": row.source, "caption": row.caption, "images": images}
+        return {"id": row.id, "source": row.source, "caption": row.caption, "images": images, "label": row.label}

@@ -41,7 +41,8 @@ DECODE = 8  # examples whose images are in memory at a time
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """B examples: their latents and the conditions of their captions."""
+    """B examples: their latents, the conditions of their captions, and what people said of them, ``labels`` (B,), nan
+    where nobody did."""
 
     images: ClassVar[int]  # of an example
 
@@ -49,6 +50,7 @@ class EncodedBatch:
     cond: Conditioning
     captions: list[str]
     ids: list[int]
+    labels: Tensor | None = None
 
 
 # where a readable example lies: its place among all, its bucket, and its row among those of both its shard and bucket
@@ -93,7 +95,8 @@ class EncodedDataset:
         items = [self.examples.items[place] for place in places]
         cond = self.texts.take(self.examples.numbers[places].tolist())
         latents = latents[:, 0] if self.batch_type.images == 1 else latents
-        return self.batch_type(latents, cond, [item.caption for item in items], [item.id for item in items])
+        labels = torch.tensor([math.nan if item.label is None else item.label for item in items])
+        return self.batch_type(latents, cond, [item.caption for item in items], [item.id for item in items], labels)
 
 
 class LatentCache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PairBatch(EncodedBatch):
-    """B pairs: ``latents`` (B, 2, C, h, w) with the winner first, and the conditions of their captions."""
+    """B pairs: ``latents`` (B, 2, C, h, w) with the winner first, the conditions of their captions, and the winners'
+    shares of the votes, ``labels``."""
 
     images = 2
 
@@ -34,11 +35,14 @@ class PreferencePairs(EncodedData):
 
     Args:
         ties: drop rows that have no winner, or stop at them (error).
+        soft_labels: a ``label_0`` between 0 and 1 is an error, or the first image's share of the ``votes``; the image
+            with more of them is the winner.
         max_contradicted_share: stop when more of the pairs than this are there with the other winner too.
         image_root: folder that relative image paths start from; default the folder of the file that names them.
     """
 
     ties: Literal["drop", "error"] = "drop"
+    soft_labels: Literal["error", "votes"] = "error"
     max_contradicted_share: float = 0.5
     image_root: str | None = None
 
@@ -71,12 +75,14 @@ class PreferencePairs(EncodedData):
 
     def _examples(self, rows: Iterable[PairRow]) -> Iterator[Example | Bad | Unlabelled | None]:
         for number, row in enumerate(rows):
+            if row.soft and self.soft_labels == "votes":
+                row = replace(row, problem="")
             if fault := row.fault():
                 yield Bad(number, row.source, fault)
             elif row.unlabelled:
                 yield Unlabelled(number, row.source, row.unlabelled)
             elif row.sides is not None:
-                yield Example(number, row.source, clean(str(row.caption)), row.sides)
+                yield Example(number, row.source, clean(str(row.caption)), row.sides, row.share)
             elif self.ties == "error":
                 raise DataError(f"{row.source} is a tie; remove it, or drop ties with ties: drop")
             else:

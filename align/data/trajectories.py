@@ -77,7 +77,10 @@ def describe(sampler: Sampler, family: Family) -> dict[str, Any]:
     description: dict[str, Any] = {
         "num_inference_steps": sampler.num_inference_steps,
         "guidance_scale": sampler.guidance_scale_of(family),
-        "kernel": {"class_path": f"{type(kernel).__module__}.{type(kernel).__qualname__}", "init_args": vars(kernel)},
+        "kernel": {
+            "class_path": f"{type(kernel).__module__}.{type(kernel).__qualname__}",
+            "init_args": kernel.settings(),
+        },
     }
     total = sampler.num_inference_steps
     if (kept := len(sampler.with_noise(family, range(total)))) < total:  # the others have no log-density to keep

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,8 +64,19 @@ class Kernel(ABC):
     training batch, whose rows come from different steps, for the latter.
     """
 
+    schedule: str | None = None  # of the noise, where the step is written with several
+
     @abstractmethod
     def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian: ...
+
+    def settings(self) -> dict[str, Any]:
+        """Its fields, as a config names them; ``schedule`` where it is not the class's own, since folders that were
+        written before there was another do not say it."""
+        usual = type(self).schedule
+        return {name: value for name, value in vars(self).items() if name != "schedule" or value != usual}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
 
 
 def _knots(grid: Grid, i: Step, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,40 +86,57 @@ def _knots(grid: Grid, i: Step, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
 
 
-def has_noise(kernel: Kernel, grid: Grid, i: int, prediction_type: PredictionType) -> bool:
-    """Whether ``kernel`` draws at step ``i`` of ``grid``, which no prediction changes. Asked on the grid's own device,
-    the CPU, so that nobody waits for a GPU."""
+def std_of(kernel: Kernel, grid: Grid, i: int, prediction_type: PredictionType) -> Tensor:
+    """The standard deviation of ``kernel`` at step ``i`` of ``grid``, which no prediction changes. Asked on the grid's
+    own device, the CPU, so that nobody waits for a GPU."""
     zero = torch.zeros(1, 1, 1, 1)
     prediction = Prediction(zero, zero, grid.alpha[i], grid.sigma[i], prediction_type)
-    return bool((kernel(prediction, grid, i).std > 0).all())
+    return kernel(prediction, grid, i).std
 
 
-@dataclass(frozen=True)
+def has_noise(kernel: Kernel, grid: Grid, i: int, prediction_type: PredictionType) -> bool:
+    """Whether ``kernel`` draws at step ``i`` of ``grid``; see :func:`std_of`."""
+    return bool((std_of(kernel, grid, i, prediction_type) > 0).all())
+
+
+@dataclass(frozen=True, repr=False)
 class DDIM(Kernel):
     """DDIM with stochasticity ``eta`` (DDIM eq. 12, 16), written for any alpha and sigma.
 
     On a variance-preserving grid eta = 1 is the DDPM posterior; on a flow grid eta = 0 is the Euler step.
+    ``schedule`` ``cps`` is Flow-CPS (arXiv 2509.05952): ``std = sigma_s sin(eta pi / 2)``, of which every step but one
+    into the data has some. No step leaves x_s noisier than the grid says, as ``alpha_s`` and ``sigma_s`` are kept, but
+    it does not keep the marginals. Published code drops ``1 / (2 std^2)`` from its log-densities, which ours have: its
+    clip ranges do not carry over.
     """
 
     eta: float = 0.0
+    schedule: Literal["ddim", "cps"] = "ddim"
 
     def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
         x0, eps = prediction.x0, prediction.eps
         alpha, sigma, alpha_s, sigma_s = _knots(grid, i, x0)
-        lost = (sigma.square() - (alpha / alpha_s).square() * sigma_s.square()).clamp(min=0)
-        std = self.eta * sigma_s / sigma * lost.sqrt()
+        if self.schedule == "cps":
+            std = math.sin(self.eta * math.pi / 2) * sigma_s
+        else:
+            lost = (sigma.square() - (alpha / alpha_s).square() * sigma_s.square()).clamp(min=0)
+            std = self.eta * sigma_s / sigma * lost.sqrt()
         keep = (sigma_s.square() - std.square()).clamp(min=0).sqrt()
         return Gaussian(append_dims(alpha_s, x0) * x0 + append_dims(keep, x0) * eps, std)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FlowSDE(Kernel):
-    """Flow-GRPO's marginal-preserving SDE step for rectified flow (alpha = 1 - t, sigma = t).
+    """The marginal-preserving SDE step for rectified flow (alpha = 1 - t, sigma = t):
 
-    ``sigma_t = noise * sqrt(t / (1 - t))``; at t = 1, where that diverges, 1 - t is taken at the next knot.
+        mean = x + dt (v + sigma_t^2 / (2 t) (x + (1 - t) v))        std = sigma_t sqrt(-dt)
+
+    Flow-GRPO's ``sigma_t = noise * sqrt(t / (1 - t))``; at t = 1, where that diverges, 1 - t is taken at the next knot.
+    With ``schedule`` ``constant`` it is DanceGRPO's (arXiv 2505.07818; noise 0.3), ``sigma_t = noise``.
     """
 
     noise: float = 0.7
+    schedule: Literal["flow_grpo", "constant"] = "flow_grpo"
 
     def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
         if not grid.rectified:
@@ -115,7 +144,10 @@ class FlowSDE(Kernel):
         x = upcast(prediction.x_t)
         _, t, _, s = _knots(grid, i, x)
         dt = s - t
-        variance = self.noise**2 * t / torch.where(t < 1, 1 - t, 1 - s)
+        if self.schedule == "constant":
+            variance = torch.full_like(t, self.noise**2)
+        else:
+            variance = self.noise**2 * t / torch.where(t < 1, 1 - t, 1 - s)
         velocity = prediction.eps - prediction.x0
         drift = velocity + append_dims(variance / (2 * t), x) * (x + append_dims(1 - t, x) * velocity)
         return Gaussian(x + append_dims(dt, x) * drift, (variance * -dt).sqrt())

@@ -6,6 +6,7 @@ from align.objectives.d3po import D3PO
 from align.objectives.dgpo import DGPO
 from align.objectives.dpo import DPO
 from align.objectives.find import FIND
+from align.objectives.kto import KTO
 from align.objectives.nft import NFT
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective
 from align.objectives.opd import OPD
@@ -18,6 +19,7 @@ __all__ = [
     "DGPO",
     "DPO",
     "FIND",
+    "KTO",
     "NFT",
     "OPD",
     "B2DiffuRL",

@@ -1,38 +1,49 @@
-"""Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908) for epsilon, v and flow networks.
+"""Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908) for epsilon, v and flow networks, and its kin.
 
 With l = mean over (C, h, w) of the squared error of the network's output, and one noise and one time per pair,
 
     delta = (l_w - l_w_ref) - (l_l - l_l_ref)        loss = -log sigmoid(-beta/2 * delta)
 
 which is the official code (its mean and its half; the paper's eq. 14 writes a sum, T and omega folded into beta).
-For flow it is Flow-DPO with constant beta (Liu et al. 2025, arXiv 2501.13918).
+For flow it is Flow-DPO with constant beta (Liu et al. 2025, arXiv 2501.13918). Other ``loss_type``s:
+
+    dspo  |(v_w - target) - c (v_w - v_w_ref)|^2 with c = beta sigmoid(beta/2 * delta) (Zhu et al. 2025; SD1.5: 0.001)
+    mapo  l_w - beta log sigmoid(T (phi(l_w) - phi(l_l))), no reference (Hong et al. 2024, arXiv 2406.06424; 0.1)
+    orpo  l_w - beta log sigmoid(l_l - l_w), no reference (diffusers' research project; 0.1)
+
+The betas in brackets, as published, do not compare with DPO's. diffusers' script of the last writes l_w - l_l, which
+pushes the winner's error over the loser's; the sign here is ORPO's with -l as the log-likelihood.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from align.common import rng
 from align.data.preferences import PairBatch
-from align.diffusion.process import Reduction, add_noise, upload
+from align.diffusion.process import Reduction, add_noise, reduce_dims, upload
 from align.families import Conditioning, Family, Resolution, sides
-from align.objectives.losses import PreferenceLoss, TargetSpace, denoising_error, preference_loss
+from align.objectives.losses import TargetSpace, denoising_gap
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Reference
+from align.objectives.pair_losses import PUBLISHED_BETA, PairErrors, PairLoss, pair_loss, safeguard, scale_gradient
 from align.objectives.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPORows(Rows):
-    """R pairs: their latents (R, 2, C, h, w), winner first, their captions, and the noise and time of both members."""
+    """R pairs: their latents (R, 2, C, h, w), winner first, their captions, and the noise and time of both members;
+    ``votes`` (R,) is the winner's share of the votes, nan where nobody counted, and there where a setting asks."""
 
     latents: Tensor
     cond: Conditioning
     eps: Tensor  # (R, C, h, w)
     t: Tensor  # (R,)
+    votes: Tensor | None = None
 
 
 @dataclass
@@ -43,20 +54,28 @@ class DPO(Objective):
         beta: strength of the tie to the reference, in the convention of ``reduction``. Official: 2000 (paper, SD1.5) to
             5000 with the mean, which is D times a sum's. diffusers' own SD example has no half: its 2500 is 5000 here.
         reduction: ``mean`` over the latent (official) or ``sum`` (the paper's formula; divide beta by D).
-        loss_type: ``sigmoid`` (DPO), ``ipo`` (Azar et al. 2023, eq. 17) or ``hinge`` (SLiC).
+        loss_type: ``sigmoid`` (DPO), ``ipo`` (Azar et al. 2023), ``hinge`` (SLiC), ``dspo``, ``mapo``, ``orpo``.
         target_space: ``native`` squares the error of what the network predicts; ``epsilon`` that of the noise.
         label_smoothing: the share of labels taken to be wrong (cDPO); ``sigmoid`` only.
+        votes: the winner's share p of the votes smooths a pair's label by 1 - p (``smooth``), or weighs the pair by
+            2 p - 1, at least 0 (``weight``); a pair without votes has ``label_smoothing``, or weighs 1.
         sft_weight: weight of the winner's own denoising loss, against both errors rising together.
+        loser_weight: factor of the gradient through the loser, for the same end.
+        safeguard: Diffusion-SDPO's mu (arXiv 2511.03317): cuts that factor, pair by pair, so that to first order the
+            winner's error falls by at least mu of what it would alone; null is off (official: 0.9 SD1.5, 0.6 SDXL).
         proportion_empty_prompts: the share of pairs trained on the empty prompt (official: 0.2).
         reference: ``base``, or ``start``, the ``initial_weights`` of this run.
     """
 
     beta: float = 2000.0
     reduction: Reduction = "mean"
-    loss_type: PreferenceLoss = "sigmoid"
+    loss_type: PairLoss = "sigmoid"
     target_space: TargetSpace = "native"
     label_smoothing: float = 0.0
+    votes: Literal["ignore", "smooth", "weight"] = "ignore"
     sft_weight: float = 0.0
+    loser_weight: float = 1.0
+    safeguard: float | None = None
     proportion_empty_prompts: float = 0.2
     reference: Reference = "base"
 
@@ -65,19 +84,26 @@ class DPO(Objective):
             raise ValueError(f"beta must be positive, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.label_smoothing and self.loss_type != "sigmoid":
+        if (self.label_smoothing or self.votes == "smooth") and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing is defined for loss_type sigmoid, not {self.loss_type}")
+        if self.loss_type in PUBLISHED_BETA and (self.beta > 10 or self.reduction != "mean"):
+            published = f"{PUBLISHED_BETA[self.loss_type]:g} and reduction mean"
+            raise ValueError(f"loss_type {self.loss_type}: beta {self.beta:g} is DPO's; published are {published}")
+        if self.loser_weight < 0 or not 0 <= (self.safeguard or 0) <= 1:
+            raise ValueError("loser_weight must be at least 0, and safeguard null or in [0, 1]")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(f"proportion_empty_prompts must be a share, got {self.proportion_empty_prompts}")
 
     @property
     def needs(self) -> Needs:
-        return Needs((PairBatch,))
+        return Needs((PairBatch,), self.loss_type not in ("mapo", "orpo"), labels=self.votes != "ignore")
 
     def cost(self, family: Family, resolution: Resolution) -> Cost:
         size = math.prod(family.latent_shape(*sides(resolution)))
         other, value = ("sum", self.beta / size) if self.reduction == "mean" else ("mean", self.beta * size)
-        return Cost(2, 2, notes={"beta": f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"})
+        beta = f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"
+        notes = {"beta": f"{self.beta:g} of {self.loss_type}" if self.loss_type in PUBLISHED_BETA else beta}
+        return Cost(2, 2 if self.needs.reference else 0, notes=notes)
 
     def rollout(self, ctx: Context, batch: PairBatch) -> DPORows:
         family, generators = ctx.policy.family, ctx.generators("dpo")
@@ -85,26 +111,45 @@ class DPO(Objective):
         t = upload(family.sample_timesteps(rng.uniform(generators)), family.device)
         latents = upload(batch.latents, family.device).float()
         eps = upload(rng.normal(tuple(latents.shape[2:]), generators), family.device)
-        return DPORows(image=torch.arange(len(t)), latents=latents, cond=cond, eps=eps, t=t)
+        votes = upload(batch.labels, family.device) if self.votes != "ignore" and batch.labels is not None else None
+        return DPORows(image=torch.arange(len(t)), latents=latents, cond=cond, eps=eps, t=t, votes=votes)
 
     def loss(self, ctx: Context, rows: DPORows) -> tuple[Tensor, Metrics]:
-        winner, loser, error = self.deltas(ctx, rows)
-        logit = -0.5 * self.beta * (winner - loser)
-        loss = preference_loss(logit, self.loss_type, self.beta, self.label_smoothing).mean()
+        errors, scale = self.errors(ctx, rows)
+        smoothing: float | Tensor = self.label_smoothing
+        if rows.votes is not None and self.votes == "smooth":
+            smoothing = torch.where(rows.votes.isnan(), self.label_smoothing, 1 - rows.votes)
+        loss, logit = pair_loss(errors, self.loss_type, self.beta, smoothing)
+        if rows.votes is not None and self.votes == "weight":
+            loss = (2 * rows.votes - 1).clamp(min=0).nan_to_num(nan=1.0) * loss
+        loss = loss.mean()
         if self.sft_weight:
-            loss = loss + self.sft_weight * error.mean()
-        return loss, {
+            loss = loss + self.sft_weight * errors.winner.mean()
+        metrics = {
             "implicit_acc": ((logit > 0).float() + 0.5 * (logit == 0).float()).mean(),
-            "delta_winner": winner.mean().detach(),
-            "delta_loser": loser.mean().detach(),
-            "error_winner": error.mean().detach(),
+            "error_winner": errors.winner.mean().detach(),
         }
+        if self.needs.reference:
+            metrics["delta_winner"] = (errors.winner - errors.ref_winner).mean().detach()
+            metrics["delta_loser"] = (errors.loser - errors.ref_loser).mean().detach()
+        return loss, metrics if self.safeguard is None else metrics | {"loser_scale": scale.mean()}
 
-    def deltas(self, ctx: Context, rows: DPORows) -> tuple[Tensor, Tensor, Tensor]:
-        """(R,) each: l - l_ref of winners, of losers, and l of winners; the implicit reward is -beta/2 (l - l_ref)."""
+    def errors(self, ctx: Context, rows: DPORows) -> tuple[PairErrors, Tensor]:
+        """Of each pair, where the implicit reward is -beta/2 (l - l_ref); and the factors, which these have in them, of
+        the gradients through losers."""
         x0, eps, t = torch.cat(rows.latents.unbind(1)), rows.eps.repeat(2, 1, 1, 1), rows.t.repeat(2)
         x_t, cond = add_noise(x0, eps, *ctx.policy.family.path(t)), Conditioning.cat([rows.cond, rows.cond])
-        with torch.no_grad(), ctx.policy.reference():
-            then = denoising_error(ctx.policy.predict(x_t, t, cond), x0, eps, self.target_space, self.reduction)
-        now = denoising_error(ctx.policy.predict(x_t, t, cond), x0, eps, self.target_space, self.reduction)
-        return (now - then)[: len(rows)], (now - then)[len(rows) :], now[: len(rows)]
+        then = None
+        if self.needs.reference:
+            with torch.no_grad(), ctx.policy.reference():
+                then = denoising_gap(ctx.policy.predict(x_t, t, cond), x0, eps, self.target_space)
+        now = denoising_gap(ctx.policy.predict(x_t, t, cond), x0, eps, self.target_space)
+        then = now.detach() if then is None else then
+        winner, loser = reduce_dims(now.square(), self.reduction).chunk(2)
+        scale = torch.full_like(loser, self.loser_weight)
+        if self.safeguard is not None:
+            scale = scale * safeguard(now[: len(rows)], now[len(rows) :], self.safeguard)
+        ref_winner, ref_loser = reduce_dims(then.square(), self.reduction).chunk(2)
+        moved = reduce_dims((now - then)[: len(rows)].square(), self.reduction)
+        loser = scale_gradient(loser, scale)
+        return PairErrors(winner, loser, ref_winner, ref_loser, moved), scale

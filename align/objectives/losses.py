@@ -17,14 +17,19 @@ Form = Literal["ode", "sde"]
 Normalize = Literal["paper", "code", "velocity"]
 
 
+def denoising_gap(prediction: Prediction, x0: Tensor, eps: Tensor, target_space: TargetSpace = "native") -> Tensor:
+    """(R, ...) what the network predicts less its target (``native``), or the same of the noise that this implies."""
+    gap = upcast(prediction.raw) - prediction.target(x0, eps)
+    if target_space == "epsilon" and prediction.prediction_type != "epsilon":
+        gap = append_dims(prediction.alpha, gap) * gap  # eps - eps_hat = alpha (v - v_hat), for v and flow alike
+    return gap
+
+
 def denoising_error(
     prediction: Prediction, x0: Tensor, eps: Tensor, target_space: TargetSpace = "native", reduction: Reduction = "mean"
 ) -> Tensor:
     """(R,) squared error of what the network predicts (``native``), or of the noise that this implies."""
-    gap = upcast(prediction.raw) - prediction.target(x0, eps)
-    if target_space == "epsilon" and prediction.prediction_type != "epsilon":
-        gap = append_dims(prediction.alpha, gap) * gap  # eps - eps_hat = alpha (v - v_hat), for v and flow alike
-    return reduce_dims(gap.square(), reduction)
+    return reduce_dims(denoising_gap(prediction, x0, eps, target_space).square(), reduction)
 
 
 def adaptive_error(prediction: Prediction, x0: Tensor, _eps: Tensor) -> Tensor:
@@ -33,7 +38,9 @@ def adaptive_error(prediction: Prediction, x0: Tensor, _eps: Tensor) -> Tensor:
     return reduce_dims(gap.square(), "mean") / reduce_dims(gap.detach().abs(), "mean").clamp(min=1e-5)
 
 
-def preference_loss(logit: Tensor, loss_type: PreferenceLoss, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def preference_loss(
+    logit: Tensor, loss_type: PreferenceLoss, beta: float, label_smoothing: float | Tensor = 0.0
+) -> Tensor:
     """(R,) loss from the implicit reward margin ``logit`` (R,) of winner over loser, with s = ``label_smoothing``:
 
     sigmoid: -(1 - s) log sigmoid(m) - s log sigmoid(-m)      ipo: (m / beta - 1 / (2 beta))^2      hinge: max(0, 1 - m)
@@ -60,6 +67,14 @@ def outside_clip(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
 def clip_fraction(ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
     """The share of rows that are :func:`outside_clip`."""
     return outside_clip(ratio, advantage, clip_range).float().mean()
+
+
+def masked_surrogate(ratio: Tensor, advantage: Tensor, kl: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """(R,) ``-A rho``, or 0 without a gradient where the KL (R,) between the old step and the new has reached
+    ``threshold`` and the advantage pushes further away (Flow-DPPO, arXiv 2606.11025); and the share of these rows."""
+    outward = torch.where(advantage > 0, ratio > 1, ratio < 1) & (advantage != 0)
+    masked = outward & (kl >= threshold)
+    return torch.where(masked, 0.0, -advantage * ratio), masked.float().mean()
 
 
 def ratio_metrics(log_ratio: Tensor) -> dict[str, Tensor]:

@@ -3,8 +3,7 @@
 An objective is a dataclass whose fields are its hyper-parameters. It says what it ``needs`` and what a sample costs
 (``cost``), makes rows without a gradient (``rollout``), and gives the ``loss`` of some of them. What only some
 objectives can do is a base class that they add: :class:`KeepsState`, :class:`TrainsModule`,
-:class:`ScalesLearningRates`, :class:`Prepares`. Objectives do not inherit from one another and never ask which model
-they train. A third party's objective is one file of theirs, named by its import path in the config.
+:class:`ScalesLearningRates`, :class:`Prepares`. None inherits from another, or asks which model it trains.
 """
 
 from __future__ import annotations
@@ -55,6 +54,7 @@ class Context:
     progress: Callable[[int], object] | None = None
     checks: list[Callable[[], object]] | None = None
     resolution: Resolution = None  # of the images
+    chunk: int = 32  # rows that pass through the network at once
 
     @property
     def rewards(self) -> Scorer:
@@ -91,6 +91,7 @@ class Needs:
     group_size: int = 1
     whole_groups: bool = False
     online: bool = False
+    labels: bool = False  # uses what people said of each item
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, ctx: Context, rows: Any) -> tuple[Tensor, Metrics]:
-        """The mean loss over ``rows`` and detached scalar metrics, each a mean over ``rows`` as well, but for those
-        whose name ends in ``_max``."""
+        """The mean loss over ``rows``, and detached metrics, means over ``rows`` too but for those named ``.._max``."""
 
 
 class KeepsState(ABC):

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from align.data.prompts import PromptBatch
-from align.diffusion.process import Reduction, append_dims, reduce_dims, upload
+from align.diffusion.process import Reduction, upload
 from align.families import Family, Resolution, sides
-from align.objectives.losses import clip_fraction, clipped_surrogate, ratio_metrics
+from align.objectives.losses import clip_fraction, clipped_surrogate, masked_surrogate, ratio_metrics
 from align.objectives.objective import Context, Cost, KeepsState, Metrics, Needs, Objective, Reference
+from align.objectives.online import replay
 from align.objectives.online.advantages import Advantage, AdvantageRule, PromptHistory, ScaleRewards
 from align.objectives.online.collect import Rollout, collect
-from align.objectives.online.replay import reference_kl, replay_step, require_on_policy, step_lengths
 from align.objectives.rows import SHARED, Rows
-from align.sampling.sampler import Sampler, SDEWindow, count_trained
+from align.sampling.sampler import Sampler, SDEWindow, count_trained, reach
 from align.sampling.trajectory import Trajectories
 
 
@@ -52,19 +52,20 @@ class PolicyGradient(Objective, KeepsState):
         images_per_prompt: images of each prompt in a rollout, over all processes (Flow-GRPO: 24).
         clip_range: of the likelihood ratio, in the convention of ``reduction`` (official: 1e-4).
         adv_clip_max: advantages are cut to this size.
-        advantage: ``group`` compares the images of a prompt; ``history`` is DDPO's statistics per prompt; ``batch``
-            compares the whole rollout.
+        advantage: over a prompt's images (``group``), DDPO's statistics per prompt (``history``), or all (``batch``).
         scale_rewards: what ``group`` divides by: the std of the ``group``, of all (``batch``, Flow-GRPO), or ``none``.
         rewards: normalise the ``sum`` of the weighted rewards, or ``each`` of them (GDPO).
-        history_size: scores a prompt's statistics remember (DDPO: 16); ``history_min_count``: how many they need.
-        history_min_count: below it the rollout's own statistics serve.
+        history_size: scores a prompt's statistics remember (DDPO: 16).
+        history_min_count: of fewer scores, the rollout's own statistics serve.
         timestep_fraction: the share of the steps that trains, from the first on (Flow-GRPO: 0.99, without the last).
         window: draw and train a window of steps only; the others are deterministic.
         shared_noise: all images of a prompt start from one noise (DanceGRPO).
         beta: weight of the KL to the reference; 0 asks the reference nothing.
         kl: ``exact``, or as Flow-GRPO's code has it (``flow_grpo``: the step's length left out of the variance).
-        step_normalisation: ``none``, or GRPO-Guard's (arXiv 2510.22319, eq. 8-10) ``guard``: the log-ratio freed of
-            its bias and scaled by the step's std, the loss divided by the step's length.
+        step_normalisation: ``none``; ``guard`` (GRPO-Guard, arXiv 2510.22319): log-ratios without bias, scaled by the
+            step's std, losses over its length; ``noise`` (TempFlow-GRPO, arXiv 2508.04324): losses by the std, mean 1.
+        trust_region: ``clip``, or Flow-DPPO's mask ``kl`` (arXiv 2606.11025), which has no ratio clipped.
+        kl_threshold: of the KL from the step as it was drawn, in the convention of ``reduction`` (official: 1e-5).
         reduction: log-densities as a ``mean`` over the latent (official) or their ``sum``.
         reference: ``base``, or ``start``, the ``initial_weights`` of this run.
     """
@@ -83,15 +84,17 @@ class PolicyGradient(Objective, KeepsState):
     shared_noise: bool = False
     beta: float = 0.0
     kl: Literal["exact", "flow_grpo"] = "exact"
-    step_normalisation: Literal["none", "guard"] = "none"
+    step_normalisation: replay.StepNormalisation = "none"
+    trust_region: Literal["clip", "kl"] = "clip"
+    kl_threshold: float = 1e-5
     reduction: Reduction = "mean"
     reference: Reference = "base"
 
     def __post_init__(self) -> None:
         if self.advantage == "group" and self.images_per_prompt < 2:
             raise ValueError("a group of one picture has no advantage: images_per_prompt must be at least 2")
-        if self.clip_range <= 0 or self.adv_clip_max <= 0 or self.beta < 0:
-            raise ValueError("clip_range and adv_clip_max must be positive, beta at least 0")
+        if min(self.clip_range, self.adv_clip_max, self.kl_threshold) <= 0 or self.beta < 0:
+            raise ValueError("clip_range, adv_clip_max and kl_threshold must be positive, beta at least 0")
         count_trained(self.sampler, self.window, self.timestep_fraction)
         self.history = PromptHistory(self.history_size, "score")
 
@@ -100,21 +103,22 @@ class PolicyGradient(Objective, KeepsState):
         return Needs((PromptBatch,), self.beta > 0, rewards=True, group_size=self.images_per_prompt, online=True)
 
     @property
-    def trained_steps(self) -> int:
-        """Steps of each image that are trained, where each has noise; see :func:`count_trained`."""
+    def trained_steps(self) -> int:  # of each image, where each has noise
         return count_trained(self.sampler, self.window, self.timestep_fraction)
 
     @property
     def keeps_means(self) -> bool:  # of the steps as they were drawn
-        return self.step_normalisation == "guard"
+        return self.step_normalisation == "guard" or self.trust_region == "kl"
 
     def cost(self, family: Family, resolution: Resolution) -> Cost:
         size, each = math.prod(family.latent_shape(*sides(resolution))), self.sampler.evaluations(family)
         rows = count_trained(self.sampler, self.window, self.timestep_fraction, family)
         frozen = (self.sampler.num_inference_steps + (rows if self.beta else 0)) * each
-        nats = self.clip_range * (size if self.reduction == "mean" else 1)
-        clip = f"{self.clip_range:g} ({self.reduction} over D={size}) = {nats:.3g} nats of a step's density"
-        return Cost(rows * each, frozen, rows, {"sampler": self.sampler.describe(family, rows), "clip range": clip})
+        clips = self.trust_region == "clip"
+        name, limit = ("clip range", self.clip_range) if clips else ("KL limit", self.kl_threshold)
+        nats = f"{limit * (size if self.reduction == 'mean' else 1):.3g} nats of a step's density"
+        nats = f"{limit:g} ({self.reduction} over D={size}) = {nats}"
+        return Cost(rows * each, frozen, rows, {"sampler": self.sampler.describe(family, rows), name: nats})
 
     def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:
         total, group_size = self.sampler.num_inference_steps, self.images_per_prompt
@@ -131,34 +135,30 @@ class PolicyGradient(Objective, KeepsState):
         """One row for each step ``step`` (N, k) of every image, whose advantage is ``advantage`` (N,). In a group, an
         image without advantage gives none, as in Flow-GRPO's code: it would cost as much as another, and with ``beta``
         hold the policy back by its share of the batch."""
-        image = torch.arange(len(step))
-        if self.advantage == "group":
-            image = image[advantage != 0]
+        image = torch.arange(len(step)) if self.advantage != "group" else (advantage != 0).nonzero().flatten()
         rows = {"image": image.repeat_interleave(step.shape[1]), "step": step[image].flatten()}
         return PolicyGradientRows(**rows, trajectories=rollout.trajectories, advantage=advantage, metrics=metrics)
 
     def loss(self, ctx: Context, rows: PolicyGradientRows) -> tuple[Tensor, Metrics]:
-        trajectories, image, step = rows.trajectories, rows.image, rows.step
-        new, y = replay_step(ctx, self.sampler, trajectories, image, step)
-        advantage = upload(rows.advantage[image], y.device)
-        log_ratio = new.log_prob(y, "mean") - upload(trajectories.log_probs_at(image, step), y.device)
-        weight = torch.ones_like(log_ratio)
-        if self.step_normalisation == "guard":
-            mean = upload(trajectories.means_at(image, step), y.device)
-            log_ratio = reduce_dims((new.mean - mean) * (y - mean) / append_dims(new.std, y), "mean")
-            weight = 1 / upload(step_lengths(ctx.policy.family, self.sampler, trajectories, step), y.device)
-        elif self.reduction == "sum":
-            log_ratio = log_ratio * y[0].numel()
+        drawn = rows.trajectories, rows.image, rows.step
+        new, y = replay.replay_step(ctx, self.sampler, *drawn)
+        advantage, guard = upload(rows.advantage[rows.image], y.device), self.step_normalisation == "guard"
+        log_ratio = replay.log_ratios(new, y, *drawn, guard, self.reduction)
         ratio = log_ratio.exp()
         if ctx.on_policy:
-            require_on_policy(ctx, ratio)
-        loss = (weight * clipped_surrogate(ratio, advantage, self.clip_range)).mean()
-        metrics = ratio_metrics(log_ratio) | {"clip_fraction": clip_fraction(ratio, advantage, self.clip_range)}
+            replay.require_on_policy(ctx, ratio)
+        if self.trust_region == "clip":
+            surrogate = clipped_surrogate(ratio, advantage, self.clip_range)
+            outside = clip_fraction(ratio, advantage, self.clip_range)
+        else:
+            kl_old = replay.drawn_kl(new, *drawn, self.reduction)
+            surrogate, outside = masked_surrogate(ratio, advantage, kl_old, self.kl_threshold)
+        among = reach(self.sampler, self.window, self.timestep_fraction)
+        loss = (replay.step_weights(ctx, self.sampler, *drawn, self.step_normalisation, among) * surrogate).mean()
+        metrics = ratio_metrics(log_ratio) | {"clip_fraction": outside}
         if self.beta:
-            exact = self.kl == "exact"
-            kl = reference_kl(ctx, self.sampler, trajectories, image, step, new, self.reduction, exact)
-            loss = loss + self.beta * kl.mean()
-            metrics["kl_reference"] = kl.mean().detach()
+            kl = replay.reference_kl(ctx, self.sampler, *drawn, new, self.reduction, self.kl == "exact")
+            loss, metrics["kl_reference"] = loss + self.beta * kl.mean(), kl.mean().detach()
         return loss, metrics
 
     def state(self) -> dict[str, Any]:

@@ -79,6 +79,12 @@ def count_trained(
     return window.size
 
 
+def reach(sampler: Sampler, window: SDEWindow | None, timestep_fraction: float) -> range:
+    """The steps that are trained in some rollout, where each has noise."""
+    total = sampler.num_inference_steps
+    return window.reach(total) if window else range(count_trained(sampler, None, timestep_fraction))
+
+
 @dataclass
 class Sampler:
     """How an online objective draws its images.

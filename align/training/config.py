@@ -15,6 +15,7 @@ from align import families
 from align.common.errors import UserError, require_at_least
 from align.common.hub import Publishing
 from align.common.resolution import sides
+from align.data.captioned import EncodedData
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch
 from align.families import Family
@@ -43,7 +44,7 @@ class TrainConfig(Publishing):
     """Fine-tune a diffusers pipeline through an objective.
 
     Args:
-        data: what to train on: PreferencePairs, Images, Prompts, LabelledRollout, or anyone's import path.
+        data: what to train on: PreferencePairs, RatedImages, Images, Prompts, LabelledRollout, or anyone's import path.
         objective: how: a class of ``align.objectives`` or anyone's import path, with its arguments.
         rewards: what online objectives score their pictures by; those of weight 0 are only watched.
         diversity_features: a vision model (DINOv2, CLIP) or ``lpips:FILE`` by whose features the diversity of rollouts
@@ -204,6 +205,11 @@ class TrainConfig(Publishing):
                 sides(data.resolution)
                 if self.memory is None:
                     data.check()
+                    if self.objective.needs.labels and isinstance(data, EncodedData) and not data.labelled:
+                        raise UserError(
+                            f"{objective} uses votes, and no row of {data.path} has any; expected a column votes, [for "
+                            "the first, for the second image], or HPDv2's raw_annotations"
+                        )
 
     @property
     def precision(self) -> str:

@@ -179,6 +179,7 @@ class _Trace:
             self.scorer,
             tolerance=math.inf,
             resolution=self.resolution,
+            chunk=config.train_batch_size,
         )
 
     def _largest(self) -> Resolution:
@@ -262,7 +263,8 @@ class _Trace:
         if issubclass(kind, EncodedBatch):
             shape = family.latent_shape(*sides(self.resolution))
             each = (1, *((kind.images,) if kind.images > 1 else ()), *shape)
-            return kind(torch.zeros(each).expand(count, *each[1:]), captions(family, count), texts, ids)
+            labels = torch.ones(count)
+            return kind(torch.zeros(each).expand(count, *each[1:]), captions(family, count), texts, ids, labels)
         raise UserError(f"memory: a {kind.__name__} cannot be made up; prompts, images and pairs can")
 
     def _update(self, rows: Any) -> None:

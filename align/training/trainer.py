@@ -43,7 +43,7 @@ from align.training.preemption import Preempted, Preemption
 from align.training.progress import crossed, drawing
 from align.training.publish import publish
 from align.training.stop import Watch
-from align.training.validation import held_out_values, sample_grid
+from align.training.validation import look
 from rewards.common.files import locked
 
 
@@ -179,6 +179,7 @@ class Trainer:
             tolerance=config.tolerance,
             features=self.features,
             resolution=config.data.resolution,
+            chunk=config.train_batch_size,
             progress=drawing(bar, len(samples), check) if bar is not None and self.scorer is not None else None,
         )
         batch = self.sizes.batch(self.data, ctx)
@@ -245,17 +246,10 @@ class Trainer:
         self.step += 1
         return values | {"lr": float(self.scheduler.get_last_lr()[0])}
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Draw the sample grid, and the objective's metrics on held-out data with draws that never change."""
-        config, accelerator = self.config, self.accelerator
-        before = dict(self.policy.evaluations)  # looking is not training
-        with self.policy.ema_scope(), accelerator.autocast():
-            values = held_out_values(config, self.policy, self.scorer, self.held_out, accelerator)
-            if config.samples.prompts and accelerator.is_main_process:
-                images = sample_grid(config, self.policy, self.family, self.folder.grid(self.step))
-                trackers.log_images(accelerator, "samples", images, self.step)
-        self.policy.evaluations = before
+        """Draw the sample grid, and log the figures on held-out data, of draws that never change."""
+        grid = self.folder.grid(self.step)
+        values = look(self.config, self.policy, self.scorer, self.held_out, self.accelerator, self.step, grid)
         if values:
             self.log({f"validation/{name}": value for name, value in values.items()})
         return values

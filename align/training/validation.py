@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -17,8 +18,30 @@ from align.objectives import Context, Metrics, Objective
 from align.objectives.online.rewards import Scorer
 from align.policy.policy import Policy
 from align.sampling.generate import sample_images
+from align.training import trackers
 from align.training.config import TrainConfig
 from align.training.gather import gather_text_of
+
+
+@torch.no_grad()
+def look(
+    config: TrainConfig,
+    policy: Policy,
+    scorer: Scorer | None,
+    held_out: Dataset | PromptSet | None,
+    accelerator: Accelerator,
+    step: int,
+    grid: Path,
+) -> dict[str, float]:
+    """Draw the sample grid, for the file ``grid`` and the trackers, and return the :func:`held_out_values`; none of the
+    evaluations counts."""
+    before = dict(policy.evaluations)  # looking is not training
+    with policy.ema_scope(), accelerator.autocast():
+        values = held_out_values(config, policy, scorer, held_out, accelerator)
+        if config.samples.prompts and accelerator.is_main_process:
+            trackers.log_images(accelerator, "samples", sample_grid(config, policy, policy.family, grid), step)
+    policy.evaluations = before
+    return values
 
 
 def held_out_values(
@@ -45,7 +68,7 @@ def validation_metrics(objective: Objective, policy: Policy, data: Dataset, batc
     call; means over items, but for what is called a maximum."""
     sums: dict[str, float] = {}
     for index in batches(data, batch_size):
-        ctx = Context(policy, 0, -1, index)
+        ctx = Context(policy, 0, -1, index, chunk=batch_size)
         table = objective.rollout(ctx, data.batch(index))
         for chunk in table.chunks(batch_size):
             loss, metrics = objective.loss(ctx, chunk)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class PairRow:
     or bad when it has a ``problem``.
 
     ``votes`` is how many annotators were for the winner and for the loser, where the data says so; ``tied`` are the
-    sides of a tie. ``root`` is where its paths start.
+    sides of a tie. ``root`` is where its paths start. A ``soft`` row's problem is that its label is a share of votes,
+    which its sides and votes say.
     """
 
     source: str
@@ -37,6 +38,12 @@ class PairRow:
     problem: str = ""
     unlabelled: str = ""
     root: Path = Path()
+    soft: bool = False
+
+    @property
+    def share(self) -> float | None:
+        """The winner's share of the votes; None where nobody counted them."""
+        return self.votes[0] / sum(self.votes) if self.votes and sum(self.votes) else None
 
     def fault(self) -> str:
         """Why the row cannot be used; empty where it can."""
@@ -80,6 +87,11 @@ class _Source:
     def problem(self, row: int, reason: str) -> PairRow:
         return PairRow(self.table.where(row), problem=reason)
 
+    def soft(self, row: int, caption: object, share: float, sides: Sides, problem: str) -> PairRow:
+        """The row whose label is the first side's ``share`` of the votes, which is a ``problem`` unless one may be."""
+        found = self.labelled(row, caption, float(share > 0.5), sides, (share, 1 - share))
+        return replace(found, problem=problem, soft=True)
+
     def labelled(
         self, row: int, caption: object, share: float, sides: Sides, votes: tuple[float, float] | None = None
     ) -> PairRow:
@@ -111,13 +123,17 @@ def pairs_of(table: Table, root: Path | None, text: str, names: tuple[str, str],
         else:
             share = _share(label, other, told, names, counted) if told else 1.0
             empty = any(name in table.texts and not cell for name, cell in zip(names, both, strict=True))
-            if isinstance(share, str):
+            soft = isinstance(share, str) and told == "label_0" and 0 < (number(label) or 0) < 1
+            if isinstance(share, str) and not soft:
                 yield source.problem(row, share)
             elif empty or not all(_is_image(cell) for cell in both):
                 yield source.problem(row, f"{names[0]} and {names[1]} must be paths, found {brief(both)}")
             else:
                 first, second = (source.image(row, name, cell) for name, cell in zip(names, both, strict=True))
-                yield source.labelled(row, caption, share, (first, second), _counts(counts))
+                if isinstance(share, str):
+                    yield source.soft(row, caption, float(label), (first, second), share)
+                else:
+                    yield source.labelled(row, caption, share, (first, second), _counts(counts))
 
 
 def _is_image(cell: object) -> bool:

@@ -47,8 +47,8 @@ def accuracy(policy: Policy, pairs: EncodedDataset) -> float:
         margin = torch.zeros(len(index))
         for draw in range(DRAWS):
             ctx = Context(policy, 1, draw, index)
-            winner, loser, _ = objective.deltas(ctx, objective.rollout(ctx, pairs.batch(index)))
-            margin += loser - winner
+            errors, _ = objective.errors(ctx, objective.rollout(ctx, pairs.batch(index)))
+            margin += (errors.loser - errors.ref_loser) - (errors.winner - errors.ref_winner)
         right += float((margin > 0).sum() + 0.5 * (margin == 0).sum())
     return right / len(pairs)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from align.common.errors import UserError
-from align.diffusion.kernels import Gaussian
-from align.diffusion.process import Prediction, Reduction, upload
+from align.diffusion.kernels import Gaussian, std_of
+from align.diffusion.process import Prediction, Reduction, append_dims, reduce_dims, upload
 from align.families import Family
 from align.objectives.objective import Context
 from align.sampling.sampler import Sampler, grid_of
 from align.sampling.trajectory import Trajectories
+
+StepNormalisation = Literal["none", "guard", "noise"]
 
 
 def replay_step(
@@ -48,6 +50,46 @@ def step_lengths(family: Family, sampler: Sampler, trajectories: Trajectories, s
     sigma = grid_of(family, sampler.num_inference_steps, trajectories.latents).sigma
     i = trajectories.kept_steps[step]
     return (sigma[i] - sigma[i + 1]).abs()
+
+
+def step_weights(
+    ctx: Context,
+    sampler: Sampler,
+    trajectories: Trajectories,
+    _image: Tensor,
+    step: Tensor,
+    normalisation: StepNormalisation,
+    among: Sequence[int],
+) -> Tensor:
+    """(R,) what the loss of the kept steps ``step`` (R,) is multiplied by: 1; GRPO-Guard's ``1 / |dt|``; or, by their
+    ``noise``, the step's std over the mean std of the steps ``among`` that have any (TempFlow-GRPO)."""
+    family = ctx.policy.family
+    if normalisation == "none":
+        return torch.ones(len(step), device=family.device)
+    if normalisation == "guard":
+        return upload(1 / step_lengths(family, sampler, trajectories, step), family.device)
+    grid, kernel = grid_of(family, sampler.num_inference_steps, trajectories.latents), sampler.kernel_of(family)
+    std = torch.stack([std_of(kernel, grid, i, family.prediction_type) for i in range(len(grid))])
+    trained = std[list(among)]
+    return upload(std[trajectories.kept_steps[step]] / trained[trained > 0].mean(), family.device)
+
+
+def log_ratios(
+    new: Gaussian, y: Tensor, trajectories: Trajectories, image: Tensor, step: Tensor, guard: bool, reduction: Reduction
+) -> Tensor:
+    """(R,) log of the likelihood that the kept steps ``new`` give ``y`` over that by which it was drawn; with ``guard``
+    GRPO-Guard's (eq. 8-10), freed of its bias and scaled by the step's std."""
+    if guard:
+        mean = upload(trajectories.means_at(image, step), y.device)
+        return reduce_dims((new.mean - mean) * (y - mean) / append_dims(new.std, y), "mean")
+    log_ratio = new.log_prob(y, "mean") - upload(trajectories.log_probs_at(image, step), y.device)
+    return log_ratio * y[0].numel() if reduction == "sum" else log_ratio
+
+
+def drawn_kl(new: Gaussian, trajectories: Trajectories, image: Tensor, step: Tensor, reduction: Reduction) -> Tensor:
+    """(R,) KL between the kept steps ``new`` and those that drew the images; has no gradient."""
+    mean = upload(trajectories.means_at(image, step), new.mean.device)
+    return new.kl(Gaussian(mean, new.std), reduction).detach()
 
 
 def reference_kl(
