@@ -15,9 +15,12 @@ from align.bench import main
 from align.common.errors import UserError
 from align.evaluation import bench_spec as benches
 from align.evaluation import pictures
-from align.evaluation.bench_spec import load_spec, read_rows, write_geneval
+from align.evaluation.bench_prompts import read_rows
+from align.evaluation.bench_report import write_geneval
+from align.evaluation.bench_spec import load_spec
 from align.evaluation.pictures import PictureFolder, Wanted
 from rewards.common.files import locked
+from tests.bench_files import write_all
 
 PARTI = (
     "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tx\n"
@@ -46,6 +49,7 @@ def places(tmp_path: Path) -> dict[str, Path]:
         "geneval-owlv2": tmp_path / "evaluation_metadata.jsonl",
         "hpsv2": tmp_path / "benchmark",
         "drawbench": tmp_path / "drawbench.csv",
+        **write_all(tmp_path),
     } | dict.fromkeys(("sdpo-parti", "sdpo-papv2", "sdpo-hpsv2"), tmp_path / "sdpo.json")
 
 
@@ -179,7 +183,7 @@ def test_genevals_layout_is_what_its_scorer_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["nothing"], "there is no bench 'nothing'; known are drawbench"),
+        (["nothing"], "there is no bench 'nothing'; known are dpg, drawbench"),
         (["partiprompts"], "say which models"),
         (["sdpo-papv2", "--models", "shapes-sd"], "give its prompts, prompts/papv2.json"),
         (["shapes", "--models", "shapes-sd", "--shard", "9/8"], "expected i/n"),
