@@ -45,26 +45,32 @@ def noise_pictures(wanted: Sequence[Wanted], side: int = 64) -> Shown:
 
 
 def require_heed(spec: BenchSpec, bench: Bench, shown: Shown) -> None:
-    """The canary: with each other's prompts and metadata, every reward that reads prompts (or, by the spec, metadata)
-    has to change its mind of one of the pictures; one that says the same of all cannot be told. Raises
-    :class:`UserError`."""
-    if len(shown.wanted) < 2:
-        return
-    scores = []
-    for rows in (shown.wanted, [*shown.wanted[1:], shown.wanted[0]]):
-        metadata = [dict(row.metadata) for row in rows]
-        prompts = [row.prompt for row in rows]
+    """The canary: with each other's prompts and metadata, whoever's, every reward that reads prompts (or, by the spec,
+    metadata) has to change its mind of one of the pictures. One that says the same of all cannot be told, nor one of
+    two marks (yes and no) on fewer than four pictures, which may agree by chance. Raises :class:`UserError`."""
+
+    def scored(shift: int) -> Mapping[str, Tensor]:
+        rows = [*shown.wanted[shift:], *shown.wanted[:shift]]
+        prompts, metadata = [row.prompt for row in rows], [dict(row.metadata) for row in rows]
         with torch.no_grad():
-            scores.append(
-                bench.rewards.scores(images=shown.images.to(bench.device), prompts=prompts, metadata=metadata)
-            )
-    for name, reward in bench.rewards.rewards.items():
-        heeds, first = spec.canary == "metadata" or needs_prompt(reward), scores[0][name]
-        if heeds and bool((first != first[0]).any()) and torch.equal(first, scores[1][name]):
-            raise UserError(
-                f"{name} gives {len(first)} pictures the same scores whatever {spec.canary} they come with; it does "
-                f"not see what {spec.title} asks for, so its figures say nothing"
-            )
+            return bench.rewards.scores(images=shown.images.to(bench.device), prompts=prompts, metadata=metadata)
+
+    first = scored(0) if len(shown.wanted) > 1 else {}
+    deaf = [
+        name
+        for name, scores in first.items()
+        if (spec.canary == "metadata" or needs_prompt(bench.rewards.rewards[name]))
+        and len(scores.unique()) > (1 if len(scores) > 3 else 2)
+    ]
+    for shift in range(1, len(shown.wanted)):
+        if deaf:  # which after the first shift is rare
+            other = scored(shift)
+            deaf = [name for name in deaf if torch.equal(first[name], other[name])]
+    if deaf:
+        raise UserError(
+            f"{deaf[0]} gives {len(shown.wanted)} pictures the same scores whatever {spec.canary} they come with; it "
+            f"does not see what {spec.title} asks for, so its figures say nothing"
+        )
 
 
 def results(spec: BenchSpec, report: Mapping[str, Any]) -> Table:
