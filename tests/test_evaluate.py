@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +29,8 @@ from align.sampling import generate
 from rewards.common.device import Launched
 from rewards.common.page import Table
 from rewards.data.formats import open_input
-from tests.helpers import HOSTILE, texts_of
+from rewards.data.images import decode_tensor
+from tests.helpers import HOSTILE, launch_together, texts_of
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
@@ -173,6 +177,47 @@ def test_two_processes_draw_what_one_does(
     assert [f.read_bytes() for f in sorted((tmp_path / "two").iterdir())] == [
         f.read_bytes() for f in sorted((tmp_path / "one").iterdir())
     ]
+
+
+def other_process(arguments: list[str], environment: dict[str, str]) -> None:
+    """``align.evaluate`` as accelerate's launcher starts it."""
+    os.environ.update(environment)
+    sys.exit(main(arguments))
+
+
+def test_genevals_metadata_whatever_the_order_subset_or_processes(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of two processes that run the command, to the byte; in another order and of a part of the prompts, to the last
+    bit; and the reward is told each prompt's metadata."""
+    rows = [
+        {"tag": "counting", "include": [{"class": "star", "count": k + 2}], "prompt": text}
+        for k, text in enumerate(PROMPTS)
+    ]
+
+    def run(name: str, some: list[dict[str, Any]], world: int = 1) -> tuple[list[Path], dict[str, Any]]:
+        prompts = tmp_path / f"{name}.jsonl"
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in some))
+        options = ["--tuned", str(tiny_folders["flow"]), "--base", str(tiny_folders["epsilon"]), "--batch_size", "2"]
+        options += ["--output_dir", str(tmp_path / name), "--num_inference_steps", "1", "--samples_per_prompt", "2"]
+        options += ["--prompts", str(prompts), "--task_column", "tag", "--reward", "[tests.odd_rewards.Counts]"]
+        if world == 1:
+            assert main(options) == 0
+        else:
+            assert launch_together(options, world, other_process) == [0] * world
+        found = json.loads((tmp_path / name / "scores.json").read_text())["rewards"]["tests.odd_rewards.Counts"]
+        return sorted((tmp_path / name / "images/tuned").glob("*.png")), found
+
+    one, entry = run("one", rows)
+    assert len(one) == 10 and entry["tuned_mean"] == np.mean([2, 3, 4, 5, 6])
+    two, entry = run("two", rows, world=2)
+    assert [file.read_bytes() for file in two] == [file.read_bytes() for file in one]
+    assert entry["tuned_mean"] == 4
+    part, entry = run("part", [rows[3], rows[1]])
+    assert entry["tuned_mean"] == (5 + 3) / 2
+    whole = [decode_tensor(one[k]).short() for k in (6, 7, 2, 3)]
+    for file, expected in zip(part, whole, strict=True):
+        assert (decode_tensor(file).short() - expected).abs().max() <= 1
 
 
 def test_a_folder_that_is_somebodys_is_left_alone(tiny: Build, tmp_path: Path) -> None:

@@ -128,4 +128,5 @@ def _panel(
                 pen.line((place(edge), middle - 3, place(edge), middle + 3), INK)
             if not bars:
                 pen.ellipse((x - 4, middle - 4, x + 4, middle + 4), colours[model])
-            pen.text((place(value.high) + 6, up - 3), f"{value.mean:.4g}", fill=INK, font=ImageFont.load_default(11))
+            clear = max(place(value.high), place(0.0) if bars else 0.0)  # not on a bar that goes to the left
+            pen.text((clear + 6, up - 3), f"{value.mean:.4g}", fill=INK, font=ImageFont.load_default(11))
