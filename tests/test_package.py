@@ -201,7 +201,7 @@ def library_lines(root: Path) -> int:
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
 STILL_TOO_LONG: dict[str, int] = {}
-LIBRARY_LINES = 27_000  # 16_429 before the rooms; faults of strangers, nine families, benches, export, scale since
+LIBRARY_LINES = 28_200  # 16_429 before the rooms; faults of strangers, nine families, benches, export, scale since
 
 
 def test_rooms_import_only_rooms_before_them() -> None:
