@@ -716,11 +716,11 @@ def _benches() -> str:
     entries = found["benches"]
     kills, changed = (sum(len(entry[key]) for entry in entries.values()) for key in ("kills", "changed"))
     lines = [
-        f"**Public benches at their full number of prompts, `{found['model']}`** ({found['date']}, {found['hardware']};",
+        f"**Benches at their full number of prompts, `{found['model']}`** ({found['date']}, {found['hardware']};",
         f"`{found['settings']}`). *Peak* is the most that the process held. Killed {kills} times by SIGKILL at random",
         f"moments and started again, they left {changed} files that differ from those of a run that nobody killed.",
         "",
-        "| bench | prompts | prompt file | peak, MiB | of a quarter | CPU, s | pictures at each kill | files | changed |",
+        "| bench | prompts | prompt file | peak, MiB | a quarter | CPU, s | pictures at kills | files | changed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in entries.items():
