@@ -1,10 +1,11 @@
 """Public benches at their full number of prompts on ``shapes-sd``: what they hold in memory, and what kills change.
 
-    python tests/benchmarks/benches.py --partiprompts PartiPrompts.tsv --hpsv2 hpsv2.json [--quick]
+    python tests/benchmarks/benches.py --partiprompts PartiPrompts.tsv --hpsv2 hpsv2.json [--only hpsv2] [--quick]
 
 Each is run whole, with a quarter of its prompts, and once more with SIGKILLs at random moments, until it ends; two
-sampler steps, unguided, scored by ``JPEGCompressibility``: of pictures and figures nothing is meant here. The peak is
-the most that the process held (``ru_maxrss``); what the kills left has to be the same files with the same bytes.
+sampler steps, unguided, 32 pixels, scored by ``JPEGCompressibility``: of pictures and figures nothing is meant here.
+Every run is the command's ``main`` in a process of its own (:mod:`tests.benchmarks.forked`); its peak is the most that
+it held (``VmHWM``), imports included; what the kills left has to be the same files with the same bytes.
 
 The prompts are the user's copy: PartiPrompts' own file, and HPSv2's folder ``benchmark/`` or Diffusion-SDPO's
 ``prompts/hpsv2.json``, the same prompts in one list, which is divided by 800 into the folder's four styles. Without
@@ -14,13 +15,13 @@ them prompts of that layout and number are made, and the record says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,14 +31,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.benchmarks import record
+from tests.benchmarks import earlier, forked, record
 
-ROOT = Path(__file__).parents[2]
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PROMPTS = {"partiprompts": 1632, "hpsv2": 3200}
 KILLS = 4  # at most, of a bench
 MODEL = "shapes-sd"
-SETTINGS = ("--num_inference_steps", "2", "--guidance_scale", "1", "--batch_size", "32")
+SETTINGS = ("--num_inference_steps", "2", "--guidance_scale", "1", "--resolution", "32", "--batch_size", "32")
 SCORER = ("--reward", "JPEGCompressibility")
 
 
@@ -58,23 +58,24 @@ def bench(name: str, prompts: Path, folder: Path, most: int, kill_after: float |
     """``align.bench`` of ``most`` prompts in ``folder``, killed after so many seconds where it still runs then."""
     folder.mkdir(exist_ok=True)
     words = [name, "--models", MODEL, "--prompts", str(prompts), "--output_dir", "out", "--max_prompts", str(most)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "align.bench", *words, *SETTINGS, *SCORER]
-    start = time.monotonic()
-    with (folder / "said").open("ab") as said:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            if kill_after is not None and time.monotonic() - start >= kill_after:
-                process.send_signal(signal.SIGKILL)
-                pid, status, usage = os.wait4(process.pid, 0)
-                break
-            time.sleep(0.02)
-    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen waits for what is gone
-    cpu = usage.ru_utime + usage.ru_stime
-    return Ended(process.returncode, time.monotonic() - start, cpu, usage.ru_maxrss / 1024)
+    start, cpu, peak = time.monotonic(), 0.0, 0.0
+    process = forked.Started(["align.bench", *words, *SETTINGS, *SCORER], folder, folder / "said")
+    while process.status is None:
+        with contextlib.suppress(OSError, LookupError):  # it has just ended
+            cpu, peak = used(process.pid)
+        if kill_after is not None and time.monotonic() - start >= kill_after:
+            process.kill()
+        time.sleep(0.02)
+    status = process.status
+    assert status is not None
+    return Ended(status, time.monotonic() - start, cpu, peak)
+
+
+def used(pid: int) -> tuple[float, float]:
+    """Seconds of CPU and the most MiB that a process had until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(lines["VmHWM"].split()[0]) / 1024
 
 
 def whole(name: str, prompts: Path, folder: Path, most: int) -> Ended:
@@ -138,12 +139,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--partiprompts", type=Path)
     parser.add_argument("--hpsv2", type=Path)
+    parser.add_argument("--only", choices=PROMPTS, help="this one, beside what was recorded of the other")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    found: dict[str, Any] = {}
+    settings = " ".join((*SETTINGS, *SCORER))
+    found: dict[str, Any] = dict(earlier("benches", settings).get("benches", {})) if options.only else {}
+    forked.serve()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for bench_name, count in PROMPTS.items():
+            if options.only not in (None, bench_name):
+                continue
             given, source = getattr(options, bench_name), "made up by the script"
             if given is None:
                 prompts = made_up(bench_name, root, count)
@@ -157,7 +163,6 @@ def main() -> None:
             figures = measured(bench_name, prompts, root / bench_name, most, 2 if options.quick else KILLS)
             found[bench_name] = {"source": source, "sha256": digest} | figures
             print(bench_name, json.dumps(found[bench_name]), flush=True)
-            settings = " ".join((*SETTINGS, *SCORER))
             record("benches", {"model": MODEL, "settings": settings, "benches": found}, options.quick)
     kills = sum(len(entry["kills"]) for entry in found.values())
     changed = sum(len(entry["changed"]) for entry in found.values())
