@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from align import families
 from align.common.errors import UserError
 from align.evaluate import main
-from align.evaluation import pictures
+from align.evaluation import intervals, pictures
 from align.evaluation.compare import Comparison, compare
 from align.evaluation.intervals import bootstrap
 from align.evaluation.pictures import METADATA, Drawing, PictureFolder, Wanted, noise_seed
@@ -63,6 +63,15 @@ def test_bootstrap_interval_covers_as_it_says() -> None:
         low, high = bootstrap((rng.random(100) < 0.6).astype(float), None, 500, k)
         hits += low <= 0.6 <= high
     assert 0.91 <= hits / 300 <= 0.98
+
+
+@pytest.mark.parametrize("count", [1, 133, 1001])
+def test_a_bootstrap_in_pieces_is_that_of_one(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, of odd numbers too (an index is half a word of the generator); no piece is larger than it may be."""
+    values, tasks = np.random.default_rng(1).normal(size=count), [f"{k % 3}" for k in range(count)]
+    whole = [bootstrap(values, kind, resamples=777) for kind in (None, tasks)]
+    monkeypatch.setattr(intervals, "PIECE", 2003)
+    assert [bootstrap(values, kind, resamples=777) for kind in (None, tasks)] == whole
 
 
 def test_pictures_do_not_depend_on_the_batch(tiny: Build) -> None:
