@@ -725,7 +725,8 @@ def _benches() -> str:
     ]
     for name, entry in entries.items():
         whole, there = entry["whole"], ", ".join(f"{kill['pictures']:,}" for kill in entry["kills"])
-        cells = [name, f"{entry['prompts']:,}", entry["source"], f"{whole['peak_mib']:.0f}"]
+        source = entry["source"] + (f", SHA-256 {entry['sha256'][:8]}…" if entry["sha256"] else "")
+        cells = [name, f"{entry['prompts']:,}", source, f"{whole['peak_mib']:.0f}"]
         cells += [f"{entry['quarter']['peak_mib']:.0f}", f"{whole['cpu_seconds']:.0f}", there, f"{entry['files']:,}"]
         lines.append(f"| {' | '.join([*cells, str(len(entry['changed']))])} |")
     return "\n".join(lines)
