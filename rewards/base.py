@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BUILT_IN: dict[str, str] = {
     "Aesthetic": "rewards.models.aesthetic.Aesthetic",
+    "BLIPVQA": "rewards.models.blip_vqa.BLIPVQA",
     "CLIPScore": "rewards.models.clip_score.CLIPScore",
     "ColorEntropy": "rewards.models.image_statistics.ColorEntropy",
     "DarkShare": "rewards.models.image_statistics.DarkShare",
@@ -37,11 +38,14 @@ BUILT_IN: dict[str, str] = {
     "OCR": "rewards.models.ocr.OCR",
     "OpenNSFW": "rewards.models.safety.OpenNSFW",
     "PickScore": "rewards.models.pick_score.PickScore",
+    "QuestionGraph": "rewards.models.question_graph.QuestionGraph",
     "Remote": "rewards.models.remote.Remote",
     "Safety": "rewards.models.safety.Safety",
     "Shapes": "rewards.models.shapes.Shapes",
     "Sharpness": "rewards.models.image_statistics.Sharpness",
+    "SoftTIFA": "rewards.models.soft_tifa.SoftTIFA",
     "VQAScore": "rewards.models.vqa_score.VQAScore",
+    "WiScore": "rewards.models.wi_score.WiScore",
 }
 _SLACK = 1e-3  # how far outside [0, 1] rounding may carry a pixel; a picture in [-1, 1] or [0, 255] goes further
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,16 @@ from align.bench import main
 from align.common.errors import UserError
 from align.evaluation import bench_spec as benches
 from align.evaluation import pictures
-from align.evaluation.bench_spec import load_spec, read_rows, write_geneval
+from align.evaluation.bench_cost import Pace
+from align.evaluation.bench_prompts import read_rows
+from align.evaluation.bench_report import write_geneval
+from align.evaluation.bench_spec import load_spec
+from align.evaluation.chart import Panel, Value, chart, ticks
+from align.evaluation.compare import compare, overall
+from align.evaluation.intervals import task_intervals
 from align.evaluation.pictures import PictureFolder, Wanted
 from rewards.common.files import locked
+from tests.bench_files import write_all
 
 PARTI = (
     "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tx\n"
@@ -46,6 +54,7 @@ def places(tmp_path: Path) -> dict[str, Path]:
         "geneval-owlv2": tmp_path / "evaluation_metadata.jsonl",
         "hpsv2": tmp_path / "benchmark",
         "drawbench": tmp_path / "drawbench.csv",
+        **write_all(tmp_path),
     } | dict.fromkeys(("sdpo-parti", "sdpo-papv2", "sdpo-hpsv2"), tmp_path / "sdpo.json")
 
 
@@ -179,7 +188,7 @@ def test_genevals_layout_is_what_its_scorer_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["nothing"], "there is no bench 'nothing'; known are drawbench"),
+        (["nothing"], "there is no bench 'nothing'; known are dpg, drawbench"),
         (["partiprompts"], "say which models"),
         (["sdpo-papv2", "--models", "shapes-sd"], "give its prompts, prompts/papv2.json"),
         (["shapes", "--models", "shapes-sd", "--shard", "9/8"], "expected i/n"),
@@ -202,6 +211,61 @@ def test_the_list_and_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "240 prompts x 2 = 480 pictures of each of 2 models" in told and "protocol: as the bench has it" in told
 
 
+def test_a_plan_with_its_time(
+    tiny_folders: dict[str, Path], places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluations without weights; with ``measure`` the time, of a batch that is drawn and scored."""
+    words = ("partiprompts", tiny_folders["epsilon"], places["partiprompts"], tmp_path / "out", "--dry_run")
+    assert run(*words, "--guidance_scale", "4", "--reward", "tests.odd_rewards.Letters") == 0
+    told = capsys.readouterr().out
+    assert "epsilon: 3 pictures, 6 network evaluations, 2 a picture" in told and "by one process" not in told
+    assert run(*words, "--guidance_scale", "1", "--measure", "--reward", "tests.odd_rewards.Letters") == 0
+    told = capsys.readouterr().out
+    assert "epsilon: 3 pictures, 3 network evaluations, 1 a picture" in told
+    assert re.search(
+        r"epsilon: \S+ s a picture to draw and \S+ s to score, measured on 2 on cpu: about 0 min \d+ s", told
+    )
+    assert not (tmp_path / "out").exists()
+    assert Pace(2.0, 0.5, 4).told(3000, "cpu").endswith("measured on 4 on cpu: about 2 h 5 min by one process")
+
+
+def test_the_chart_says_what_the_figures_do() -> None:
+    """A bar of twice the value is twice as long; scores far from 0 are points on an axis of their own."""
+    rows = {"all": {"a": Value(0.25, 0.25, 0.25)}, "one": {"a": Value(0.5, 0.5, 0.5)}}
+    pixels = np.asarray(chart([Panel("share", rows)], "t").convert("RGB"))
+    blue = (pixels == np.array([0x00, 0x72, 0xB2])).all(2)
+    lengths = [int(line.sum()) for line in blue if line.sum() > 20]
+    short, long = min(lengths), max(lengths)
+    assert long / short == pytest.approx(2, rel=0.02)
+    assert Panel("share", rows).axis[2] and Panel("share", rows).axis[0] == 0
+    far = Panel("PickScore", {"all": {"a": Value(22.0, 21.9, 22.1), "b": Value(21.5, 21.4, 21.6)}})
+    low, high, bars = far.axis
+    assert not bars and 21.3 < low < 21.4 and 22.1 < high < 22.2
+    assert Panel("ImageReward", {"all": {"a": Value(-0.2, -0.4, 0.1)}}).axis[2]
+    assert ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(21.38, 22.12) == pytest.approx([21.4, 21.6, 21.8, 22.0])
+    chart([Panel("same", {"all": {"a": Value(0.0, 0.0, 0.0)}})], "nothing but zeros")
+
+
+def test_means_are_over_tasks_or_over_prompts() -> None:
+    scores = {"a": {"r": np.array([1.0, 0, 0, 0])}}
+    entries = [compare(scores, ["x", "y", "y", "y"], 1, "r", mean)["rewards"]["r"] for mean in ("tasks", "prompts")]
+    assert [overall(entry, "a") for entry in entries] == [0.5, 0.25]
+    assert entries[0]["tasks"] == entries[1]["tasks"] == {"x": {"a": 1.0}, "y": {"a": 0.0}}
+    assert task_intervals({"a": scores["a"]["r"]}, ["x", "y", "y", "y"], 1) == {"x": {"a": (1, 1)}, "y": {"a": (0, 0)}}
+
+
+def test_a_file_of_tabs_may_have_quotes_that_are_its_own(tmp_path: Path) -> None:
+    """PartiPrompts.tsv has one line that begins with a quoted word, which CSV does not allow."""
+    text = PARTI + '"GIGGLE" as graffiti\tArts\tBasic\t\na "fox"\tArts\tBasic\tn\n'
+    (tmp_path / "PartiPrompts.tsv").write_text(text)
+    rows, _ = read_rows(load_spec("partiprompts"), str(tmp_path / "PartiPrompts.tsv"))
+    assert [row["prompt"] for row in rows][-2:] == ['"GIGGLE" as graffiti', 'a "fox"'] and rows[-1]["Note"] == "n"
+    (tmp_path / "quoted.tsv").write_text('Prompt\tNote\n"a ""fox"""\t"x\ty"\n')
+    rows, _ = read_rows(load_spec("partiprompts"), str(tmp_path / "quoted.tsv"))
+    assert rows == [{"prompt": 'a "fox"', "Note": "x\ty"}]
+
+
 def test_a_bench_of_ones_own(tmp_path: Path) -> None:
     spec: dict[str, Any] = {
         "title": "Mine", "about": "Mine.", "reward": ["Shapes"], "canary": "prompt", "protocol": {},
@@ -211,7 +275,7 @@ def test_a_bench_of_ones_own(tmp_path: Path) -> None:
     assert load_spec(str(tmp_path / "mine.yaml")).name == "mine"
     wrong = {
         "canaries": {"canaries": 1}, "expected a list of rewards": {"reward": "Shapes"},
-        "expected prompt or": {"canary": "x"},
+        "expected prompt or": {"canary": "x"}, "mean is 'median'": {"mean": "median"},
         "protocol has 'two'": {"protocol": {"num_inference_steps": "two"}}, "scale has": {"scale": {"r": "ten"}},
         "expected at least 1": {"protocol": {"samples_per_prompt": 0}},
         "published has 'high'": {"published": [{"model": "m", "reward": "r", "value": "high", "source": "s"}]},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from align import families
 from align.common.errors import UserError
 from align.evaluate import main
-from align.evaluation import pictures
+from align.evaluation import intervals, pictures
 from align.evaluation.compare import Comparison, compare
 from align.evaluation.intervals import bootstrap
 from align.evaluation.pictures import METADATA, Drawing, PictureFolder, Wanted, noise_seed
@@ -26,7 +29,8 @@ from align.sampling import generate
 from rewards.common.device import Launched
 from rewards.common.page import Table
 from rewards.data.formats import open_input
-from tests.helpers import HOSTILE, texts_of
+from rewards.data.images import decode_tensor
+from tests.helpers import HOSTILE, launch_together, texts_of
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
@@ -59,6 +63,15 @@ def test_bootstrap_interval_covers_as_it_says() -> None:
         low, high = bootstrap((rng.random(100) < 0.6).astype(float), None, 500, k)
         hits += low <= 0.6 <= high
     assert 0.91 <= hits / 300 <= 0.98
+
+
+@pytest.mark.parametrize("count", [1, 133, 1001])
+def test_a_bootstrap_in_pieces_is_that_of_one(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, of odd numbers too (an index is half a word of the generator); no piece is larger than it may be."""
+    values, tasks = np.random.default_rng(1).normal(size=count), [f"{k % 3}" for k in range(count)]
+    whole = [bootstrap(values, kind, resamples=777) for kind in (None, tasks)]
+    monkeypatch.setattr(intervals, "PIECE", 2003)
+    assert [bootstrap(values, kind, resamples=777) for kind in (None, tasks)] == whole
 
 
 def test_pictures_do_not_depend_on_the_batch(tiny: Build) -> None:
@@ -173,6 +186,49 @@ def test_two_processes_draw_what_one_does(
     assert [f.read_bytes() for f in sorted((tmp_path / "two").iterdir())] == [
         f.read_bytes() for f in sorted((tmp_path / "one").iterdir())
     ]
+
+
+def other_process(arguments: list[str], environment: dict[str, str]) -> None:
+    """``align.evaluate`` as accelerate's launcher starts it."""
+    os.environ.update(environment)
+    sys.exit(main(arguments))
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_genevals_metadata_whatever_the_order_subset_or_processes(
+    tiny_folders: dict[str, Path], tmp_path: Path, world: int
+) -> None:
+    """Of two processes that run the command, to the byte; in another order and of a part of the prompts, to the last
+    bit; and the reward is told each prompt's metadata."""
+    rows = [
+        {"tag": "counting", "include": [{"class": "star", "count": k + 2}], "prompt": text}
+        for k, text in enumerate(PROMPTS)
+    ]
+
+    def run(name: str, some: list[dict[str, Any]], world: int = 1) -> tuple[list[Path], dict[str, Any]]:
+        prompts = tmp_path / f"{name}.jsonl"
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in some))
+        options = ["--tuned", str(tiny_folders["flow"]), "--base", str(tiny_folders["epsilon"]), "--batch_size", "2"]
+        options += ["--output_dir", str(tmp_path / name), "--num_inference_steps", "1", "--samples_per_prompt", "2"]
+        options += ["--prompts", str(prompts), "--task_column", "tag", "--reward", "[tests.odd_rewards.Counts]"]
+        if world == 1:
+            assert main(options) == 0
+        else:
+            assert launch_together(options, world, other_process) == [0] * world
+        found = json.loads((tmp_path / name / "scores.json").read_text())["rewards"]["tests.odd_rewards.Counts"]
+        return sorted((tmp_path / name / "images/tuned").glob("*.png")), found
+
+    one, entry = run("one", rows)
+    assert len(one) == 10 and entry["tuned_mean"] == np.mean([2, 3, 4, 5, 6])
+    if world > 1:
+        several, entry = run("several", rows, world)
+        assert [file.read_bytes() for file in several] == [file.read_bytes() for file in one]
+        assert entry["tuned_mean"] == 4
+    part, entry = run("part", [rows[3], rows[1]])
+    assert entry["tuned_mean"] == (5 + 3) / 2
+    whole = [decode_tensor(one[k]).short() for k in (6, 7, 2, 3)]
+    for file, expected in zip(part, whole, strict=True):
+        assert (decode_tensor(file).short() - expected).abs().max() <= 1
 
 
 def test_a_folder_that_is_somebodys_is_left_alone(tiny: Build, tmp_path: Path) -> None:

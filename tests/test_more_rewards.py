@@ -82,6 +82,7 @@ def test_all_are_built_in_and_none_is_imported_unasked() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     named = {"OCR", "Safety", "OpenNSFW", "VQAScore", "Judge", "EndpointJudge", "GenEval-style", "MPS"}
+    named |= {"SoftTIFA", "QuestionGraph", "WiScore", "BLIPVQA"}
     assert named <= set(rewards.available())
     for name in named - {"OCR", "OpenNSFW"}:
         with pytest.raises(RewardError, match=rf"reward '{name}': got an unexpected|reward '{name}': missing"):

@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from align.common.errors import UserError, require_at_least
 from align.common.resolution import Resolution
 from align.data.prompts import read_prompt_rows
 from align.evaluation.gallery import save_grid, to_pil
-from align.evaluation.intervals import bootstrap, over_tasks
+from align.evaluation.intervals import Mean, bootstrap, evenly_spaced, over_tasks
 from align.evaluation.pictures import Drawing, PictureFolder, Wanted, folder_name, noise_seed
 from align.evaluation.scored import score_pictures
 from align.families import Family
@@ -88,7 +89,13 @@ class Comparison:
             rows = read_prompt_rows(self.prompts)
         return self.of(rows, self.task_column, device)
 
-    def of(self, rows: Sequence[Mapping[str, Any]], task_column: str | None, device: str | None = None) -> Bench:
+    def of(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        task_column: str | None,
+        device: str | None = None,
+        mean: Mean = "tasks",
+    ) -> Bench:
         """:meth:`bench` of ``rows`` that are read already."""
         if self.max_prompts and self.max_prompts < len(rows):
             rows = [rows[k] for k in evenly_spaced(len(rows), self.max_prompts)]
@@ -99,7 +106,7 @@ class Comparison:
             raise UserError(f"not every prompt has a {task_column!r}; the first has {', '.join(rows[0])}")
         named = RewardSum.of(self.reward, device).rewards
         rewards = RewardSum(named | ({STRICT: Shapes(mode="strict")} if "Shapes" in named else {}))
-        return Bench(rows, tasks, rewards, device or "cpu")
+        return Bench(rows, tasks, rewards, device or "cpu", mean)
 
     def wanted(self, rows: Sequence[Mapping[str, Any]]) -> list[Wanted]:
         """The pictures to draw of ``rows``, prompt after prompt."""
@@ -116,12 +123,14 @@ class Comparison:
 @dataclass(frozen=True)
 class Bench:
     """The prompts that models are compared on, each a row with ``prompt`` and what rewards read beside, their tasks
-    where all have one, and the rewards that judge."""
+    where all have one, and the rewards that judge. ``mean``: a score is the mean over tasks, GenEval's, or over prompts
+    whatever their task."""
 
     rows: Sequence[Mapping[str, Any]]
     tasks: Sequence[str] | None
     rewards: RewardSum
     device: str = "cpu"
+    mean: Mean = "tasks"
 
     @property
     def prompts(self) -> list[str]:
@@ -146,8 +155,9 @@ class Compared:
             for k, one in enumerate(next(iter(self.images.values())).wanted)
         ]
 
-    def show(self, folder: Path, title: str, tables: Sequence[Table]) -> None:
-        """Write ``gallery.png`` and, with ``tables``, ``gallery.html``: the first image of evenly spaced prompts."""
+    def show(self, folder: Path, title: str, tables: Sequence[Table], charts: Sequence[Image] = ()) -> None:
+        """Write ``gallery.png`` and, with ``tables`` and ``charts``, ``gallery.html``: the first image of evenly spaced
+        prompts."""
         samples, models = self.settings.samples_per_prompt, list(self.images)
         few = evenly_spaced(len(self.prompts), 16)
         images = torch.stack([self.images[model][k * samples] for k in few for model in models])
@@ -164,7 +174,7 @@ class Compared:
             "The same prompts and seeds through each; evenly spaced prompts, the first image of each. "
             f"{self.settings.deciding_reward} decides; ties count one half."
         )
-        write_text(folder / "gallery.html", Page(title, introduction, tables, cards).html())
+        write_text(folder / "gallery.html", Page(title, introduction, tables, cards, charts).html())
 
 
 def draw_and_compare(
@@ -189,21 +199,24 @@ def draw_and_compare(
     scores = {name: score_pictures(pictures, *how) for name, pictures in images.items()}
     if launched.rank:
         return None
-    report = compare(scores, bench.tasks, settings.samples_per_prompt, settings.deciding_reward)
+    report = compare(scores, bench.tasks, settings.samples_per_prompt, settings.deciding_reward, bench.mean)
     report["drawn"] = {name: {k: v for k, v in one.record.items() if k != "weights"} for name, one in images.items()}
     return Compared(settings, bench.prompts, images, scores, report)
 
 
-def compare(scores: Scores, tasks: Sequence[str] | None, samples: int, decides: str) -> dict[str, Any]:
+def compare(
+    scores: Scores, tasks: Sequence[str] | None, samples: int, decides: str, mean: Mean = "tasks"
+) -> dict[str, Any]:
     """Means, medians and win rates per reward, as plain values under names such as ``base_mean``.
 
     Win rate: the share of pictures where a model scores higher than the first, ties one half; its 95 % interval is a
     bootstrap over prompts, since pictures of one prompt are not independent. With one model beside the first it is
     called ``win_rate``, with several ``{model}_win_rate``. Task means and ``overall``, the mean over tasks, follow
     GenEval. ``{model}_ci`` is the interval of a model's mean, with tasks of the mean over them, and ``difference`` how
-    far that is above the first model's, on the same prompts and noise, with its interval ``difference_ci``.
+    far that is above the first model's, on the same prompts and noise, with its interval ``difference_ci``. Where
+    ``mean`` is ``prompts`` tasks have means, and nothing else is of tasks.
     """
-    models = list(scores)
+    models, within = list(scores), tasks if mean == "tasks" else None
     challengers = {model: f"{model}_" if len(models) > 2 else "" for model in models[1:]}
     report: dict[str, Any] = {"models": models, "rewards": {}}
     for reward, baseline in scores[models[0]].items():
@@ -211,15 +224,19 @@ def compare(scores: Scores, tasks: Sequence[str] | None, samples: int, decides: 
         entry: dict[str, Any] = {f"{model}_mean": v.mean() for model, v in values.items()}
         entry |= {f"{model}_median": np.median(v) for model, v in values.items()}
         each = {model: v.reshape(-1, samples).mean(1) for model, v in values.items()}
-        entry |= {f"{model}_ci": bootstrap(v, tasks) for model, v in each.items()}
+        entry |= {f"{model}_ci": bootstrap(v, within) for model, v in each.items()}
         for model, prefix in challengers.items():
             wins = ((values[model] > baseline) + 0.5 * (values[model] == baseline)).reshape(-1, samples).mean(1)
             entry |= {f"{prefix}win_rate": wins.mean(), f"{prefix}win_rate_ci": bootstrap(wins)}
             more = each[model] - each[models[0]]
-            entry |= {f"{prefix}difference": over_tasks(more, tasks), f"{prefix}difference_ci": bootstrap(more, tasks)}
+            entry |= {
+                f"{prefix}difference": over_tasks(more, within),
+                f"{prefix}difference_ci": bootstrap(more, within),
+            }
         if tasks is not None:
             of, names = np.array(tasks), list(dict.fromkeys(tasks))
             entry["tasks"] = {t: {model: v[of == t].mean() for model, v in each.items()} for t in names}
+        if within is not None:
             entry |= {f"{model}_overall": np.mean([entry["tasks"][t][model] for t in names]) for model in models}
         report["rewards"][reward] = entry
     report |= {key: value for key, value in report["rewards"][decides].items() if "win_rate" in key}
@@ -281,8 +298,3 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     if strict is None:
         return figures
     return {f"strict_{model}": overall(strict, model) for model in report["models"]} | figures
-
-
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """At most ``most`` of ``count`` positions, from first to last: nobody picked the good ones."""
-    return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()

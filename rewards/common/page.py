@@ -47,9 +47,13 @@ class Figure:
         """The image's thumbnail as the ``src`` of an ``img``."""
         thumbnail = self.image.convert("RGB")
         thumbnail.thumbnail((SIDE, SIDE))
-        buffer = io.BytesIO()
-        thumbnail.save(buffer, "JPEG", quality=90, subsampling=0)
-        return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return _source(thumbnail, "JPEG", quality=90, subsampling=0)
+
+
+def _source(image: Image.Image, kind: str, **how: int) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **how)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,18 @@ class Card:
 
 @dataclass(frozen=True)
 class Page:
-    """A page: heading, introduction, tables, then cards in the order given."""
+    """A page: heading, introduction, charts as they are, tables, then cards in the order given."""
 
     title: str
     introduction: str = ""
     tables: Sequence[Table] = ()
     cards: Sequence[Card] = ()
+    charts: Sequence[Image.Image] = ()
+
+    @property
+    def chart_sources(self) -> list[str]:
+        """The charts, without loss, as the ``src`` of an ``img``."""
+        return [_source(chart, "PNG") for chart in self.charts]
 
     def html(self) -> str:
         """The page by ``page.html.j2``, which escapes every text."""

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rewards.common.errors import DataError
 from rewards.data.text import json_fault, loads, parse_json, read_text
@@ -36,11 +36,17 @@ class Broken:
 
 def read_records(file: Path) -> list[tuple[str, object]]:
     """(where, value) of each entry of a JSON list, of JSON lines, of CSV or TSV, or of text lines; a value that cannot
-    be read is :class:`Broken`. Lines end at ``\\n`` alone: U+2028, U+0085 and form feeds are characters of a text.
+    be read is :class:`Broken`. A TSV file whose quotes are not CSV's is one of plain fields, in which a quote is a
+    character (PartiPrompts). Lines end at ``\\n`` alone: U+2028, U+0085 and form feeds are characters of a text.
     ``DataError`` where the file as a whole cannot be read."""
     text, suffix = read_text(file), file.suffix.lower()
     if suffix in DELIMITERS:
-        return list(_csv(file, text, DELIMITERS[suffix]))
+        try:
+            return list(_csv(file, text, DELIMITERS[suffix]))
+        except DataError:
+            if suffix != ".tsv":
+                raise
+            return list(_csv(file, text, DELIMITERS[suffix], csv.QUOTE_NONE))
     lines = [(f"{file}:{line}", words.strip()) for line, words in enumerate(text.split("\n"), 1) if words.strip()]
     if suffix not in RECORD_SUFFIXES:
         return list(_lines(file, lines))
@@ -67,8 +73,10 @@ def _lines(file: Path, lines: Sequence[tuple[str, str]]) -> Iterator[tuple[str, 
         yield where, words
 
 
-def _csv(file: Path, text: str, delimiter: str) -> Iterator[tuple[str, object]]:
-    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
+def _csv(
+    file: Path, text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+) -> Iterator[tuple[str, object]]:
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True, quoting=quoting)
     line = 1
     try:
         names = [name.strip() for name in next(reader, [])]

@@ -5,20 +5,11 @@ A reply that does not hold every score that was asked for, once and within its b
 
 from __future__ import annotations
 
-import base64
-import http.client
-import io
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -26,6 +17,7 @@ from torch import Tensor
 
 from rewards import RewardError
 from rewards.common.errors import shortened
+from rewards.models.endpoint import Endpoint
 from rewards.models.network import Network
 from rewards.models.preprocess import to_pil
 from rewards.models.vqa_score import Chat
@@ -34,8 +26,6 @@ QUESTION = (
     "This picture was made from the caption: {prompt}\n"
     "Rate from 1 to 5 how well it shows what the caption says and how well it is made. End with: Score: N"
 )
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # answers of a server worth asking again
-LARGEST = 1 << 20  # bytes of an answer
 
 
 @dataclass(frozen=True)
@@ -145,9 +135,7 @@ class EndpointJudge:
     Checkpoints and licence: the server's. Preprocessing: none here; the picture is sent as a PNG file, so without loss.
     Formula, range and caveats: those of :class:`Judge`; temperature 0, which no server promises to be repeatable.
     Not differentiable.
-    A server that is unreachable, silent for ``timeout`` seconds or answers 429 or 5xx is asked again, ``attempts``
-    times in all, with pauses that double; anything else is an error at once. Redirects are refused: they would carry
-    the key elsewhere.
+    Asked again, and given up, as :class:`rewards.models.endpoint.Endpoint` says.
 
     Args:
         url: up to and including the version: ``http://localhost:8000/v1``.
@@ -181,20 +169,11 @@ class EndpointJudge:
     needs_prompt: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RewardError(f"judge: url is {self.url!r}; expected one like http://localhost:8000/v1")
-        if parts.query or parts.username:  # it is written down with the scores
-            raise RewardError("judge: url holds a query or a name and password; expected none: give key_variable")
-        if min(self.timeout, self.attempts, self.workers, self.tokens) <= 0 or self.pause < 0:
-            raise RewardError("judge: timeout, attempts, workers and tokens must be above 0, and pause not below")
+        if self.tokens <= 0:
+            raise RewardError(f"judge: tokens is {self.tokens}; it must be above 0")
         self.form = Form(self.question, self.labels, self.low, self.high)
-        self.address = f"{self.url.rstrip('/')}/chat/completions"
-        self.headers = {"Content-Type": "application/json"}
-        if self.key_variable is not None:
-            if not (key := os.environ.get(self.key_variable)):
-                raise RewardError(f"judge: the environment variable {self.key_variable} holds no key")
-            self.headers["Authorization"] = f"Bearer {key}"
+        asking = self.key_variable, self.timeout, self.attempts, self.pause, self.workers
+        self.endpoint = Endpoint(self.url, self.model, "judge", *asking)
 
     def score(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -211,61 +190,4 @@ class EndpointJudge:
 
     def one(self, row: int, picture: Image.Image, prompt: str) -> float:
         """One picture's score."""
-        file = io.BytesIO()
-        picture.save(file, format="PNG")
-        shown = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": shown}}, {"type": "text", "text": self.form.ask(prompt)}]
-        message = {"role": "user", "content": content}
-        body = {"model": self.model, "messages": [message], "max_tokens": self.tokens, "temperature": 0}
-        answer = self.post(json.dumps(body).encode(), row)
-        try:
-            choice = json.loads(answer)["choices"][0]
-            reply, end = choice["message"]["content"], choice.get("finish_reason")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            told = shortened(answer.decode(errors="replace"))
-            raise RewardError(f"judge: {self.address} answered no chat completion: {told!r}", row) from error
-        if end == "length" or not isinstance(reply, str):
-            raise RewardError(f"judge: no whole reply in {self.tokens} tokens: {shortened(str(reply))!r}", row)
-        return self.form.score(reply, row)
-
-    def post(self, body: bytes, row: int) -> bytes:
-        """The answer's bytes, after as many attempts as are allowed."""
-        request = urllib.request.Request(self.address, body, self.headers)
-        reason = ""
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            try:
-                return fetch(request, self.timeout)
-            except urllib.error.HTTPError as error:
-                with error:
-                    reason = f"status {error.code}: {shortened(error.read(LARGEST).decode(errors='replace'))}"
-                if error.code not in AGAIN:
-                    raise RewardError(f"judge: {self.address} refused with {reason}", row) from error
-            except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
-                reason = str(error) or type(error).__name__
-        raise RewardError(f"judge: {self.address} gave no answer in {self.attempts} attempts ({reason})", row)
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Makes every redirect an ``HTTPError``."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
-
-
-OPENER = urllib.request.build_opener(NoRedirect)
-
-
-def fetch(request: urllib.request.Request, timeout: float) -> bytes:
-    """The body of the answer; ``OSError`` where it is too long or takes too long."""
-    end = time.monotonic() + timeout
-    with OPENER.open(request, timeout=timeout) as response:
-        body = b""
-        while part := response.read1(1 << 16):
-            body += part
-            if len(body) > LARGEST:
-                raise OSError(f"an answer of more than {LARGEST} bytes")
-            if time.monotonic() > end:
-                raise TimeoutError(f"no whole answer in {timeout:g} s")
-        return body
+        return self.form.score(self.endpoint.reply(row, picture, self.form.ask(prompt), self.tokens), row)

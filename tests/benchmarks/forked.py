@@ -27,9 +27,9 @@ from tests.helpers import launch
 
 IMPORTED = (  # by the first process; also what the commands import when they come to need it
     "rewards",  # first of all: it makes torchvision importable beside a CPU torch
-    "align.train", "align.training.trainer", "align.sample", "align.evaluate", "align.rollout", "pruning.compress",
-    "pruning.quantize", "rewards.score", "rewards.agree", "tests.pipelines", "tests.benchmarks.fault_cases",
-    "bitsandbytes", "datasets", "matplotlib.pyplot", "scipy.stats",
+    "align.train", "align.training.trainer", "align.sample", "align.evaluate", "align.bench", "align.rollout",
+    "pruning.compress", "pruning.quantize", "rewards.score", "rewards.agree", "tests.pipelines",
+    "tests.benchmarks.fault_cases", "bitsandbytes", "datasets", "matplotlib.pyplot", "scipy.stats",
 )  # fmt: skip
 
 
@@ -99,11 +99,16 @@ class Started:
         with self._lock:
             return self._process.exitcode
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        assert self._process.pid is not None  # it has been started
+        return self._process.pid
+
     def signal(self, number: int) -> None:
         """Send a signal, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
-            assert self._process.pid is not None  # it has been started
-            os.kill(self._process.pid, number)
+            os.kill(self.pid, number)
 
     def wait(self, patience: float) -> int | None:
         """The exit status, if there is one after ``patience`` seconds."""

@@ -745,6 +745,27 @@ def _guard() -> str:
     return "\n".join(lines)
 
 
+def _benches() -> str:
+    found = load("benches")
+    entries = found["benches"]
+    kills, changed = (sum(len(entry[key]) for entry in entries.values()) for key in ("kills", "changed"))
+    lines = [
+        f"**Benches at their full number of prompts, `{found['model']}`** ({found['date']}, {found['hardware']};",
+        f"`{found['settings']}`). *Peak* is the most that the process held. Killed {kills} times by SIGKILL at random",
+        f"moments and started again, they left {changed} files that differ from those of a run that nobody killed.",
+        "",
+        "| bench | prompts | prompt file | peak, MiB | a quarter | CPU, s | pictures at kills | files | changed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in entries.items():
+        whole, there = entry["whole"], ", ".join(f"{kill['pictures']:,}" for kill in entry["kills"])
+        source = entry["source"] + (f", SHA-256 {entry['sha256'][:8]}…" if entry["sha256"] else "")
+        cells = [name, f"{entry['prompts']:,}", source, f"{whole['peak_mib']:.0f}"]
+        cells += [f"{entry['quarter']['peak_mib']:.0f}", f"{whole['cpu_seconds']:.0f}", there, f"{entry['files']:,}"]
+        lines.append(f"| {' | '.join([*cells, str(len(entry['changed']))])} |")
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd", "Diffusion-DPO"),
     "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3", "Diffusion-DPO without guidance"),
@@ -781,6 +802,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "families": _families,
     "full_size": _full_size,
     "memory": _memory,
+    "benches": _benches,
 }
 
 
