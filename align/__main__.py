@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "align.evaluate",
     "bench": "align.bench",
     "export": "align.export",
+    "report": "align.report",
     "score": "rewards.score",
     "agree": "rewards.agree",
     "serve": "rewards.serve",

@@ -201,7 +201,7 @@ def library_lines(root: Path) -> int:
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
 STILL_TOO_LONG: dict[str, int] = {}
-LIBRARY_LINES = 27_000  # 16_429 before the rooms; faults of strangers, nine families, benches, export, scale since
+LIBRARY_LINES = 28_000  # 16_429 before the rooms; faults of strangers, nine families, benches, export, scale since
 
 
 def test_rooms_import_only_rooms_before_them() -> None:
@@ -310,7 +310,15 @@ def test_a_long_file_is_a_fault(tmp_path: Path, name: str, limit: int) -> None:
 
 # start-up: what reading a command line may import
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "datasets", "scipy", "pandas", "pyarrow", "bitsandbytes")
-LIGHT = ("align.train", "align.sample", "align.rollout", "align.evaluate", "align.export", "pruning.compress")
+LIGHT = (
+    "align.train",
+    "align.sample",
+    "align.rollout",
+    "align.evaluate",
+    "align.export",
+    "align.report",
+    "pruning.compress",
+)
 ASKS = """
 import importlib, sys
 try:
