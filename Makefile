@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: demo demo-sd3 demo-compress test test-slow check results clean
+.PHONY: demo demo-sd3 demo-compress test test-slow check results notebooks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +41,9 @@ check: $(STAMP)
 
 results: $(STAMP)  # tests/benchmarks/results/*.json -> tests/benchmarks/README.md
 	$(BIN)/python -m tests.benchmarks.table
+
+notebooks: $(STAMP)  # all of notebooks/ anew, with their outputs
+	$(BIN)/python -m tests.notebooks
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info
