@@ -77,6 +77,7 @@ ROOMS = {  # a room imports only rooms of lower number; shapes is a room after d
     "objectives": 6,
     "evaluation": 7,
     "training": 8,
+    "labelling": 8,
 }
 COMMANDS_ROOM = 9
 
@@ -201,7 +202,9 @@ def library_lines(root: Path) -> int:
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
 STILL_TOO_LONG: dict[str, int] = {}
-LIBRARY_LINES = 27_000  # 16_429 before the rooms; faults of strangers, nine families, benches, export, scale since
+LIBRARY_LINES = (
+    29_200  # 16_429 before the rooms; faults of strangers, nine families, benches, export, scale, label since
+)
 
 
 def test_rooms_import_only_rooms_before_them() -> None:
@@ -310,7 +313,15 @@ def test_a_long_file_is_a_fault(tmp_path: Path, name: str, limit: int) -> None:
 
 # start-up: what reading a command line may import
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "datasets", "scipy", "pandas", "pyarrow", "bitsandbytes")
-LIGHT = ("align.train", "align.sample", "align.rollout", "align.evaluate", "align.export", "pruning.compress")
+LIGHT = (
+    "align.train",
+    "align.sample",
+    "align.rollout",
+    "align.label",
+    "align.evaluate",
+    "align.export",
+    "pruning.compress",
+)
 ASKS = """
 import importlib, sys
 try:
