@@ -161,7 +161,9 @@ def drawn(config: Label, folder: Path) -> tuple[Source, Background]:
 
     rows = read_prompt_rows(str(config.prompts))[: config.limit]
     wanted = [Wanted(row["prompt"], noise_seed(row["prompt"], 0, config.seed), {}) for row in rows]
-    sources, pictures, models = [Path(model) for model in config.models], {}, dict[str, Callable[[], Family]]()
+    sources = [Path(model) for model in config.models]
+    pictures: dict[str, PictureFolder] = {}
+    models: dict[str, Callable[[], Family]] = {}
     bases = [str(source) for source in sources if is_pipeline(source)]
     device, dtype = pick_device(config.device), families.DTYPES[config.mixed_precision]
     for name, source in zip(names(sources), sources, strict=True):

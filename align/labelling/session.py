@@ -141,7 +141,7 @@ class Session:
 
     def _again(self, annotator: str, holding: set[str], gap: int) -> Iterator[Showing]:
         own = self._own.get(annotator, [])
-        for identity in own[: len(own) - gap] if gap else own:
+        for identity in own[: max(0, len(own) - gap)]:
             answer = self._answers[identity]
             check = "" if answer.check or answer.worth is None else self.check_of(annotator, answer.item)
             showing = Showing(answer.item, check, self.shown(annotator, answer.item, check))
