@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "align.train",
     "sample": "align.sample",
     "rollout": "align.rollout",
+    "label": "align.label",
     "evaluate": "align.evaluate",
     "bench": "align.bench",
     "export": "align.export",

@@ -77,6 +77,7 @@ ROOMS = {  # a room imports only rooms of lower number; shapes is a room after d
     "objectives": 6,
     "evaluation": 7,
     "training": 8,
+    "labelling": 8,
 }
 COMMANDS_ROOM = 9
 
@@ -201,7 +202,7 @@ def library_lines(root: Path) -> int:
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
 STILL_TOO_LONG: dict[str, int] = {}
-LIBRARY_LINES = 28_000  # 16_429 before the rooms; faults of strangers, nine families, benches, export, scale since
+LIBRARY_LINES = 30_100  # 16_429 before the rooms; faults, nine families, benches, export, scale, label, report since
 
 
 def test_rooms_import_only_rooms_before_them() -> None:
@@ -314,6 +315,7 @@ LIGHT = (
     "align.train",
     "align.sample",
     "align.rollout",
+    "align.label",
     "align.evaluate",
     "align.export",
     "align.report",
