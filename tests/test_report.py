@@ -120,6 +120,9 @@ def test_a_run_of_0_1_is_read(tmp_path: Path) -> None:
     assert record.settings["objective.scale_rewards"] == "batch"  # 0.1 wrote spread: global
     text = page_of(run)
     assert text.count("<polyline") >= 3 * 6 and "network evaluations" in text
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("max_rollouts: null", "max_rollouts: 4"))
+    (card,) = run_page([read_run("old", run, NOW, 4)], NOW).cards
+    assert ("rollouts", "3 of 4") in card.facts and card.share == 0.75
 
 
 def test_a_torn_line_is_no_fault_and_a_broken_one_is_told(tmp_path: Path) -> None:
@@ -257,8 +260,8 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert list(named([f"one={first}", str(second)])) == ["one", "y/run"]
     report([f"one={first}", str(second)], tmp_path / "page.html", NOW)
     text = (tmp_path / "page.html").read_text()
-    assert re.search(r"<code>learning_rate</code></th><td>0.001</td><td>0.01</td>", text)
-    assert "<code>max_train_steps" not in text  # the same in both
+    assert re.search(r">learning_rate</th><td>0.001</td><td>0.01</td>", text)
+    assert ">max_train_steps</th>" not in text  # the same in both
     loss = re.search(r"<code>loss</code>", text)
     assert loss and {"one", "y/run", "y/run, held out"} <= set(re.findall('data-name="([^"]+)"', text))
     assert "Not known against pictures" in text  # what only the run on pairs has logged

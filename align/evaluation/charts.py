@@ -12,7 +12,7 @@ from align.evaluation.curves import Axis, Bucket, Curve
 
 WIDTH, HEIGHT = 340, 190  # of the view box; text keeps its size where a page gives a chart about that much
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22
-SPREAD = 1.0  # how far, in heights of the lines, a band may widen the chart; a spike beyond leaves it
+SPREAD = 2.0  # how far, in heights of the lines, a band may widen the chart; a spike beyond leaves it
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def chart(lines: Sequence[Line], axis: Axis, title: str) -> Markup:
     if not places:
         return Markup()
     at = [x for _, points in places for x, _ in points]
-    across = Scale(*_widened(min(at), max(at)), LEFT, WIDTH - RIGHT)
+    across = Scale(*_widened(min(0.0, *at), max(at)), LEFT, WIDTH - RIGHT)
     upright = Scale(*_range([bucket for _, points in places for _, bucket in points]), HEIGHT - BOTTOM, TOP)
     parts = [_axes(across, upright, axis), *(_line(line, points, across, upright) for line, points in places)]
     label = escape(f"{title}, against {axis.value}")
@@ -125,7 +125,7 @@ def _axes(across: Scale, upright: Scale, axis: Axis) -> str:
         y = upright(value)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick(value, step)}</text>')
-    marks, step = ticks(across.low, across.high, 4)
+    marks, step = ticks(across.low, across.high, 5)
     for value in marks:
         x = across(value)
         where = "end" if x > WIDTH - RIGHT - 12 else "middle"

@@ -41,7 +41,14 @@ def save_folder(images: Tensor, texts: Sequence[str], seeds: Sequence[int], fold
 def save_grid(
     images: Tensor, captions: Sequence[str], path: Path, columns: int = 4, rows_of: Sequence[str] | None = None
 ) -> None:
-    """Write images (N, 3, H, W) as a captioned grid PNG; small ones are enlarged to be seen.
+    """Write :func:`grid` as a PNG."""
+    save_png(grid(images, captions, columns, rows_of), path)
+
+
+def grid(
+    images: Tensor, captions: Sequence[str], columns: int = 4, rows_of: Sequence[str] | None = None
+) -> Image.Image:
+    """Images (N, 3, H, W) in [0, 1] as a captioned grid; small ones are enlarged to be seen.
 
     With ``rows_of`` (names such as base and tuned) ``images`` holds that many a caption, one under another.
     """
@@ -63,11 +70,11 @@ def save_grid(
                 pen.text((2, y + LABEL + d * side + side // 2 - 6), rows_of[d], fill="black")
         label_lines = textwrap.wrap(caption, side // 6, break_long_words=False)[:2]
         pen.text((x + 2, y), "\n".join(label_lines), fill="black", spacing=1)
-    save_png(sheet, path)
+    return sheet
 
 
 def cut_grid(sheet: Image.Image, count: int, columns: int = 4) -> list[Image.Image] | None:
-    """The ``count`` images of a grid that :func:`save_grid` made without ``rows_of``, one a caption; None where its
+    """The ``count`` images of a grid that :func:`grid` made without ``rows_of``, one a caption; None where its
     size says that it is no such grid."""
     columns = min(columns, count)
     side = sheet.width // columns - GAP if columns else 0

@@ -22,7 +22,7 @@ from PIL import Image
 from align.common.errors import UserError
 from align.evaluation.charts import Line, chart, has, number
 from align.evaluation.compare import evenly_spaced
-from align.evaluation.curves import Axis
+from align.evaluation.curves import Axis, Curve
 from align.evaluation.gallery import cut_grid
 from align.evaluation.panels import SECTIONS, PanelKey, panels_of
 from align.evaluation.run_record import Run, State
@@ -108,6 +108,7 @@ class RunPage:
     sections: Sequence[Section]
     strips: Sequence[Strip]
     differences: Table | None
+    one_sided: Table | None
     galleries: Sequence[Gallery]
     script: Markup = field(default_factory=lambda: Markup(_script()))
 
@@ -138,7 +139,8 @@ def run_page(runs: Sequence[Run], now: float) -> RunPage:
         [axis for axis in Axis if has(lines, axis)],
         list(_sections(runs)),
         [strip for k, run in enumerate(runs) if (strip := _strip(k, run, len(runs))).frames or strip.note],
-        _differences(runs) if len(runs) > 1 else None,
+        _differences(runs, everywhere=True) if len(runs) > 1 else None,
+        _differences(runs, everywhere=False) if len(runs) > 1 else None,
         [_gallery(k, run, len(runs)) for k, run in enumerate(runs) if run.evaluation],
     )
 
@@ -156,6 +158,9 @@ def _card(run: Run, now: float) -> RunCard:
         ("model", run.settings.get("pretrained_model_name_or_path", "?")),
         ("updates", f"{at.updates:,.0f}{planned}"),
     ]
+    rollouts = max((bucket.high for bucket in metrics.curves.get("rollout", Curve()).buckets), default=0)
+    if run.planned_rollouts:
+        facts.append(("rollouts", f"{rollouts:,.0f} of {run.planned_rollouts:,}"))
     if at.pictures is not None:
         facts.append(("pictures", f"{at.pictures:,.0f}"))
     if at.evaluations is not None:
@@ -168,7 +173,8 @@ def _card(run: Run, now: float) -> RunCard:
         facts.append(("metrics", "none yet"))
     if metrics.unread:
         facts.append(("unreadable lines", f"{metrics.unread:,} of metrics.jsonl, left out"))
-    share = min(1.0, at.updates / run.planned) if run.planned else None
+    ends = ((at.updates, run.planned), (rollouts, run.planned_rollouts))  # whichever comes first
+    share = max((min(1.0, done / wanted) for done, wanted in ends if wanted), default=None)
     whole = len(run.config) <= CONFIG
     config = run.config if whole else run.config[:CONFIG] + "\n... (see config.yaml)"
     return RunCard(run.name, run.state, facts, share, config)
@@ -236,13 +242,14 @@ def _tiles(path: Path, prompts: Sequence[str], shown: Sequence[int]) -> Iterator
             yield from ((prompts[place], data_uri(images[place], SIDE)) for place in shown)
 
 
-def _differences(runs: Sequence[Run]) -> Table:
-    """The settings that not all runs share."""
+def _differences(runs: Sequence[Run], everywhere: bool) -> Table:
+    """The settings in which the runs differ: those that all of them have (``everywhere``), or that only some have,
+    as other objectives and data do."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in OWN)
     rows = []
     for key in keys:
         values = [run.settings.get(key, "–") for run in runs]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 and all(key in run.settings for run in runs) == everywhere:
             rows.append([key, *(value if len(value) <= 120 else f"{value[:117]}..." for value in values)])
     return Table(["setting", *(run.name for run in runs)], rows)
 

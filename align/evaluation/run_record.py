@@ -88,6 +88,12 @@ class Run:
         unset = 1000 if self.settings.get("max_rollouts", "null") == "null" else None
         return int(steps) if steps.isdecimal() else unset
 
+    @property
+    def planned_rollouts(self) -> int | None:
+        """The rollouts after which it was to end, if any."""
+        rollouts = self.settings.get("max_rollouts", "null")
+        return int(rollouts) if rollouts.isdecimal() else None
+
 
 def read_run(name: str, path: Path, now: float, prompts: int) -> Run:
     """The run in ``path`` as it stands at ``now`` (seconds of the epoch), with pictures of at most ``prompts`` prompts
