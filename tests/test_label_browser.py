@@ -50,6 +50,7 @@ def test_pairs_by_keyboard_with_undo_and_a_kill_in_between(browser: Browser, tmp
 
     def choose(page: Page, number: int) -> None:
         key = keys[number % len(keys)]
+        until(page, "document.body.dataset.item")
         given[item_of(page)] = same.get(key, key)
         press(page, key)
 

@@ -30,6 +30,7 @@ def run(folder: Path, count: int, side: int) -> dict[str, Any]:
         page = label_page.opened(browser, server.url("/annotate/ann"))
         for number in range(count):
             key = ["ArrowLeft", "ArrowRight", "ArrowDown"][number % 3]
+            label_page.until(page, "document.body.dataset.item")
             given[label_page.item_of(page)] = key
             label_page.press(page, key)
             page.wait_for_timeout(300)  # nobody is faster

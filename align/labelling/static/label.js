@@ -213,7 +213,6 @@ function show(showing) {
   });
   $("prompt").textContent = showing.prompt;
   $("live").textContent = showing.prompt;
-  for (const box of $("why").elements) if (box.type === "checkbox") box.checked = false;
   const broken = showing.pictures.some((picture) => picture.fault);
   tell(broken ? "It can only be skipped." : null);
   for (const button of document.querySelectorAll("#choices button, .choose")) button.disabled = broken && button.dataset.choice !== "skip";
@@ -256,7 +255,7 @@ async function advance() {
 function answer(choice) {
   if (!current || document.body.dataset.item !== current.key) return;
   if (choice !== "skip" && current.pictures.some((picture) => picture.fault)) return;
-  const why = [...$("why").querySelectorAll(":checked")].map((box) => box.value);
+  const why = [...$("why").querySelectorAll(":checked")].map((box) => { box.checked = false; return box.value; });
   const id = newId();
   past.push({ id, showing: current });
   if (past.length > KEPT) release(past.shift().showing);
