@@ -62,7 +62,7 @@ function prepare(showing) {
 }
 
 function release(showing) {
-  showing.ready.then(() => showing.pictures.forEach(({ image }) => image && URL.revokeObjectURL(image.src)));
+  showing.ready?.then(() => showing.pictures.forEach(({ image }) => image && URL.revokeObjectURL(image.src)));
 }
 
 // the server
@@ -77,12 +77,12 @@ async function fill(first = false) {
   try {
     const response = await fetch(`${base}next?held=${held().join(",")}${first ? "&last=true" : ""}`);
     if (!response.ok) throw new Error((await response.json()).error);
-    const told = await response.json();
+    let told = await response.json();
     failures = 0;
     if (first) {
       session = told.session;
-      past.push(...told.last.map(({ id, ...showing }) => ({ id, showing: { ...showing, late: true } })));
-      recover();
+      earlier(told.last);
+      told = (await recover()) || told;
     }
     heard(told);
     const known = new Set(held());
@@ -104,12 +104,24 @@ function heard(told) {
   paint();
 }
 
-function recover() { // answers that an earlier page of this person, or a browser that was closed, could not send
+function earlier(last) { // answers that this page did not see given, which can be taken back too
+  const known = new Set(past.map(({ id }) => id));
+  const unseen = last.filter(({ id }) => !known.has(id));
+  past.unshift(...unseen.map(({ id, ...showing }) => ({ id, showing: { ...showing, late: true } })));
+}
+
+async function recover() { // answers that an earlier page of this person, or a browser that was closed, could not send
   const own = `t2i-align-label ${name} ${session} `;
   const kept = Object.keys(localStorage).filter((key) => key.startsWith(own) && !outbox.some((entry) => stored(entry.id) === key));
   const entries = kept.map((key) => JSON.parse(localStorage.getItem(key))).sort((a, b) => a.at - b.at);
+  if (!entries.length) return null;
   outbox.unshift(...entries.map(({ at, ...entry }) => entry));
-  send();
+  await send();
+  const response = await fetch(`${base}next?held=${held().join(",")}&last=true`);
+  if (!response.ok) return null;
+  const told = await response.json(); // what was fetched before does not know of these
+  earlier(told.last);
+  return told;
 }
 
 async function send() {
@@ -201,7 +213,6 @@ function show(showing) {
   });
   $("prompt").textContent = showing.prompt;
   $("live").textContent = showing.prompt;
-  for (const box of $("why").elements) if (box.type === "checkbox") box.checked = false;
   const broken = showing.pictures.some((picture) => picture.fault);
   tell(broken ? "It can only be skipped." : null);
   for (const button of document.querySelectorAll("#choices button, .choose")) button.disabled = broken && button.dataset.choice !== "skip";
@@ -209,6 +220,7 @@ function show(showing) {
   ranks = [];
   mark();
   document.body.dataset.item = showing.key;
+  document.body.dataset.state = "item";
   since = performance.now();
   const from = pressed;
   pressed = 0;
@@ -232,6 +244,7 @@ async function advance() {
   $("pictures").replaceChildren();
   document.querySelector("footer").hidden = true;
   const all = progress && progress.done >= progress.wanted;
+  document.body.dataset.state = !done ? "loading" : all ? "done" : "waiting";
   const waits = progress && progress.undrawn ? "Pictures are being drawn …" : "The last items are with other people; this page goes on by itself.";
   $("prompt").textContent = !done ? "Loading …" : all ? "All done. Thank you!" : waits;
   $("live").textContent = $("prompt").textContent;
@@ -242,7 +255,7 @@ async function advance() {
 function answer(choice) {
   if (!current || document.body.dataset.item !== current.key) return;
   if (choice !== "skip" && current.pictures.some((picture) => picture.fault)) return;
-  const why = [...$("why").querySelectorAll(":checked")].map((box) => box.value);
+  const why = [...$("why").querySelectorAll(":checked")].map((box) => { box.checked = false; return box.value; });
   const id = newId();
   past.push({ id, showing: current });
   if (past.length > KEPT) release(past.shift().showing);
