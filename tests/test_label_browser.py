@@ -159,7 +159,7 @@ def test_best_of_four_by_key_by_click_and_in_order(browser: Browser, tmp_path: P
         page.get_by_role("button", name="Picture 4 of 4, not ranked").click()
         page.keyboard.press("2")
         page.keyboard.press("1")  # one is left, which is the last
-        assert page.locator(".ranked").all_text_contents() == ["3.", "2.", "4.", "1."]
+        assert page.locator(".ranked").all_text_contents() == ["3rd", "2nd", "4th", "1st"]
         page.keyboard.press("Enter")
         page.wait_for_selector("[data-state=done]")
         settled(page)

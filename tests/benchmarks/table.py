@@ -716,10 +716,10 @@ def _label() -> str:
     times = found["milliseconds"]
     return (
         f"**The page on which people choose** ({found['date']}, {found['hardware']}): {found['pairs']} pairs of "
-        f"{found['side']} x {found['side']} pictures by keyboard in Chromium, the server killed by SIGKILL half way. From "
-        f"key to next picture on the screen: median {times['median']:.0f} ms, 95 % within {times['p95']:.0f} ms, at most "
-        f"{times['most']:.0f} ms. Answers lost: {found['lost']}; twice in the file: {found['twice']}; other than given: "
-        f"{found['other']}."
+        f"{found['side']} x {found['side']} pictures by keyboard in Chromium, the server killed by SIGKILL half way. "
+        f"From key to next picture on the screen: median {times['median']:.0f} ms, 95 % within {times['p95']:.0f} ms, "
+        f"at most {times['most']:.0f} ms. Answers lost: {found['lost']}; twice in the file: {found['twice']}; other "
+        f"than given: {found['other']}."
     )
 
 

@@ -286,7 +286,7 @@ function mark() { // ranks while ordering
   $("done").disabled = !ranks.length;
   [...$("pictures").children].forEach((figure, at) => {
     const rank = ranks.indexOf(at + 1) + 1, number = figure.querySelector(".number");
-    number.textContent = rank ? `${rank}.` : `${at + 1}`;
+    number.textContent = rank ? `${rank}${["st", "nd", "rd"][rank - 1] || "th"}` : `${at + 1}`;
     number.classList.toggle("ranked", rank > 0);
     const place = `Picture ${at + 1} of ${ranks.length ? $("pictures").childElementCount : current.src.length}`;
     figure.firstChild.setAttribute("aria-label", ordering ? `${place}, ${rank ? `rank ${rank}` : "not ranked"}` : `${place} is the best`);
