@@ -479,7 +479,6 @@ def test_large_and_damaged_pictures(tmp_path: Path) -> None:
     path = f"/annotate/ann/picture/0/{shown.index(0)}"
     page = Image.open(io.BytesIO(web.get(path).content))
     assert page.size == (1280, 640)
-    assert Image.open(io.BytesIO(web.get(f"{path}?full=true").content)).size == (10_000, 5_000)
     refused = web.get(f"/annotate/ann/picture/0/{shown.index(1)}")
     assert (
         refused.status_code == 422 and "This picture cannot be shown: not a readable image" in refused.json()["error"]
@@ -744,3 +743,19 @@ def test_models_draw_while_people_choose(tmp_path: Path, tiny_folders: dict[str,
     assert (tmp_path / line["image_a"]).is_file() and "a-drawn" in line["image_a"]
     found = summarize(one.items, one.answers(), "pair").models
     assert sum(share.mean for share in found.values()) == 1
+
+
+def test_rankings_of_other_tools_are_votes_or_refused_in_words(round1: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ranks.jsonl"
+
+    def read(images: Sequence[str], ranking: Any) -> list[tuple[int, int]]:
+        file.write_text(json.dumps({"images": images, "ranking": ranking}) + "\n")
+        return LabelledRollout(str(round1), [str(file)]).read()[1].pairs
+
+    assert read(["00000.png", "00001.png", "00002.png"], [3, 1, 3]) == [(1, 0), (1, 2)]
+    with pytest.raises(DataError, match="two lists of one length"):
+        read(["00000.png", "00001.png"], [1])
+    with pytest.raises(DataError, match="expected distinct images of one prompt"):
+        read(["00000.png", "00003.png"], [1, 2])
+    with pytest.raises(DataError, match="a rank is 'first', which is not a number"):
+        read(["00000.png", "00001.png"], ["first", 2])

@@ -117,7 +117,7 @@ def test_answers_outlive_the_page_that_could_not_send_them(browser: Browser, tmp
 
 def test_two_people_at_once_share_the_work(browser: Browser, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
-    with served(str(label_page.pairs(tmp_path / "in", 24)), "--output", str(answers)) as server:
+    with served(str(label_page.pairs(tmp_path / "in", 16)), "--output", str(answers)) as server:
         pages = [opened(browser, server.url(f"/annotate/{name}")) for name in ("ann", "bob")]
         second = pages[0].context.new_page()  # another tab of the same person shows the same to nobody twice
         second.goto(server.url("/annotate/ann"))
@@ -133,7 +133,7 @@ def test_two_people_at_once_share_the_work(browser: Browser, tmp_path: Path) -> 
             settled(page)
             page.context.close()
     found = standing(answers)
-    assert Counter(line["item"] for line in found) == dict.fromkeys(range(24), 1)
+    assert Counter(line["item"] for line in found) == dict.fromkeys(range(16), 1)
     assert {line["annotator"] for line in found} == {"ann", "bob"}
 
 
@@ -171,8 +171,7 @@ def test_best_of_four_by_key_by_click_and_in_order(browser: Browser, tmp_path: P
 def test_hostile_texts_and_pictures_are_shown_or_refused_in_words(browser: Browser, tmp_path: Path) -> None:
     """And nothing goes to another host; a large picture comes small, and whole when asked for."""
     source = label_page.pairs(tmp_path / "in", 6, prompts=HOSTILE)
-    for name in ("0004-a.png", "0004-b.png"):
-        Image.new("L", (10_000, 5_000), 90).save(tmp_path / "in" / name, compress_level=1)
+    Image.new("L", (10_000, 5_000), 90).save(tmp_path / "in/0004-a.png", compress_level=1)
     bad = tmp_path / "in/0005-a.png"
     bad.write_bytes(bad.read_bytes()[:80])
     answers, hosts, seen = tmp_path / "answers.jsonl", set(), {}
@@ -186,9 +185,10 @@ def test_hostile_texts_and_pictures_are_shown_or_refused_in_words(browser: Brows
             item = item_of(page)
             seen[item] = page.locator("#prompt").text_content()
             if item == "4":
-                shown = page.locator("#pictures img").first
-                assert shown.evaluate("image => image.naturalWidth") == 1280
+                widths = page.locator("#pictures img").evaluate_all("all => all.map(image => image.naturalWidth)")
+                assert sorted(widths) == [64, 1280]
                 page.keyboard.press("z")
+                page.keyboard.press(f"{widths.index(1280) + 1}")
                 until(page, "document.getElementById('which').textContent.includes('10000 × 5000')")
                 page.keyboard.press("Escape")
             if item == "5":
