@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: demo demo-sd3 demo-compress test test-slow check results clean
+.PHONY: demo demo-sd3 demo-compress label test test-browser test-slow check results notebooks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,11 +28,19 @@ demo-compress: $(STAMP)
 	rm -rf outputs/compress
 	$(BIN)/python -m pruning.compress --config configs/compress_shapes_sd3.yaml
 
+label: $(STAMP)  # the page on which people choose, on preferences that ship with the package
+	mkdir -p outputs/label
+	$(BIN)/python -m align.label shapes-preferences --split heldout --output outputs/label/answers.jsonl
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(STAMP)  # `make test` runs these too where both are there
+	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
+	$(BIN)/python -m pytest -m browser
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -41,6 +49,9 @@ check: $(STAMP)
 
 results: $(STAMP)  # tests/benchmarks/results/*.json -> tests/benchmarks/README.md
 	$(BIN)/python -m tests.benchmarks.table
+
+notebooks: $(STAMP)  # all of notebooks/ anew, with their outputs
+	$(BIN)/python -m tests.notebooks
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info

@@ -10,8 +10,8 @@ writes into ``output_dir``
 - ``manifest.jsonl``: a line a picture, see :class:`align.data.trajectories.ManifestLine`; ``rollout.json``: what all
   of that depends on.
 
-Killed and called again it goes on at the first shard that is missing. What people say of the pictures goes into a file
-that :class:`align.data.annotations.LabelledRollout` reads; ``align.train`` trains on both.
+Killed and called again it goes on at the first shard that is missing. ``align.label`` asks people, and what
+they say is a file that :class:`align.data.annotations.LabelledRollout` reads; ``align.train`` trains on both.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ from rewards.serving.batching import Limits
 logger = logging.getLogger(__name__)
 
 
-def _token(file: str | None) -> str | None:
+def token_from(file: str | None) -> str | None:
+    """The token in ``file``, or in the environment variable; None where there is neither. ``RewardError``."""
     if file is None:
         return os.environ.get(TOKEN) or None
     try:
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise RewardError(f"the server needs {error.name}; pip install 't2i-align[serve]'") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     limits = Limits(**{one.name: getattr(arguments, one.name) for one in dataclasses.fields(Limits)})
-    named, token = parse_rewards(arguments.reward, weighted=False), _token(arguments.token_file)
+    named, token = parse_rewards(arguments.reward, weighted=False), token_from(arguments.token_file)
     check_token(arguments.host, token)  # before anything heavy is loaded
     device = pick_device(arguments.device)
     server = Server(RewardSum.of(named, device).rewards, arguments.host, arguments.port, token, limits, device)

@@ -6,7 +6,7 @@
 
 - ``configs.json``: what ``--print_config`` says of every file in ``configs/``;
 - ``losses/``: small training configs, and ``losses.json``, every line of metrics that they gave, on one thread;
-- ``names.json``: the names that the README, the notebook and the model cards import;
+- ``names.json``: the names that the README, the notebooks and the model cards import;
 - ``folders/``: a killed LoRA run, a labelled rollout, a learned noise, half the scores and a compressed pipeline,
   and ``folders.json``, what comes of going on with them.
 
@@ -460,8 +460,9 @@ def check_losses(names: Sequence[str] | None = None) -> list[str]:
 
 # the public names
 def record_names() -> None:
-    """Those of the README's code, the notebook's cells and the cards in the recorded folders."""
-    cells = json.loads((ROOT / "notebooks/embedded_world.ipynb").read_text(encoding="utf-8"))["cells"]
+    """Those of the README's code, the notebooks' cells and the cards in the recorded folders."""
+    books = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "notebooks").glob("*.ipynb")]
+    cells = [cell for book in books for cell in book["cells"]]
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     texts += [path.read_text(encoding="utf-8") for path in (DATA / "folders").rglob("README.md")]
     texts += re.findall(r"```.*?```|`[^`\n]+`", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

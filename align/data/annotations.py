@@ -6,7 +6,11 @@ Label files, recognised by what is in them; several files and several annotators
   :mod:`rewards.data.verdicts` knows; 1 and 2 where both are there), and perhaps ``prompt, annotator, weight``; the
   votes on a pair are summed;
 - scores, CSV or JSONL: ``image, score``, and perhaps ``annotator``; an image's scores are averaged;
+- rankings, JSONL: ``images, ranking``, 1 the best, and perhaps ``annotator``; of every two that rank differently one is
+  preferred, those of one rank were not compared;
 - D3PO's own JSON: a list of N lists, one a prompt, of k numbers, one an image; averaged over files too.
+
+The file of ``align.label`` is one of these; what was taken back, skipped or asked twice there counts for nothing.
 
 Of two images of one prompt the one with more votes, or with the strictly higher mean score, is the winner. Where
 votes and scores contradict each other, or nothing decides, it is a tie and no pair. An image is named by its path in
@@ -33,6 +37,7 @@ from align.common.errors import DataError
 from align.common.resolution import Resolution
 from align.data.dataset import Data, Setup
 from align.data.trajectories import Rollout, RolloutFolder, TrajectoryBatch, TrajectoryPairs
+from rewards.data.answers import standing
 from rewards.data.records import RECORD_SUFFIXES, Broken, read_records
 from rewards.data.text import brief
 from rewards.data.verdicts import counts_from_one, number, verdict
@@ -80,7 +85,10 @@ class Reader:
     def read(self, file: Path) -> list[Vote]:
         if not file.is_file():
             raise DataError(f"there is no label file {file}; expected JSONL, CSV or D3PO's JSON")
-        entries = read_records(file) if file.suffix.lower() in RECORD_SUFFIXES else []
+        lines = read_records(file) if file.suffix.lower() in RECORD_SUFFIXES else []
+        entries = standing(lines)
+        if lines and not entries:
+            return []  # all was skipped, or taken back
         first = entries[0][1] if entries else None
         if broken := next((f"{where}: {entry.reason}" for where, entry in entries if isinstance(entry, Broken)), None):
             raise DataError(broken)
@@ -89,11 +97,13 @@ class Reader:
         if isinstance(first, dict) and first.keys() >= {"image_a", "image_b", "label"}:
             counted = counts_from_one(entry.get("label") for _, entry in entries if isinstance(entry, dict))
             return [self._choice(file, where, entry, counted) for where, entry in entries]
+        if isinstance(first, dict) and first.keys() >= {"images", "ranking"}:
+            return [vote for where, entry in entries for vote in self._ranking(file, where, entry)]
         if isinstance(first, dict) and first.keys() >= {"image", "score"}:
             return [self._score(file, where, entry) for where, entry in entries]
         raise DataError(
-            f"{file} begins with {brief(first)}; expected .jsonl or .csv with image_a, image_b, label or with image, "
-            "score, or .json with a list of lists of numbers"
+            f"{file} begins with {brief(first)}; expected .jsonl or .csv with image_a, image_b, label, with images, "
+            "ranking or with image, score, or .json with a list of lists of numbers"
         )
 
     def _matrix(self, file: Path, entries: Sequence[tuple[str, Any]]) -> list[Vote]:
@@ -134,6 +144,24 @@ class Reader:
         if factor < 0:
             raise DataError(f"{where}: weight is {factor:g}; expected 0 or more, swap the label instead")
         return Vote(str(entry.get("annotator") or file.name), where, a, b, factor * value)
+
+    def _ranking(self, file: Path, where: str, entry: Any) -> list[Vote]:
+        entry = _object(entry, where, ("images", "ranking"))
+        names, ranks = entry["images"], entry["ranking"]
+        if not isinstance(names, list) or not isinstance(ranks, list) or len(names) != len(ranks):
+            raise DataError(
+                f"{where}: images {brief(names)} and ranking {brief(ranks)}; expected two lists of one length"
+            )
+        images = [self._image(name, where) for name in names]
+        if len({self.rollout.lines[image].prompt_index for image in images}) > 1 or len(set(images)) < len(images):
+            raise DataError(f"{where} ranks {brief(names)}; expected distinct images of one prompt")
+        values = [_number(rank, where, "a rank") for rank in ranks]
+        annotator = str(entry.get("annotator") or file.name)
+        return [
+            Vote(annotator, where, images[i], images[j], float(_sign(values[j] - values[i])))
+            for i, j in combinations(range(len(images)), 2)
+            if values[i] != values[j]
+        ]
 
     def _score(self, file: Path, where: str, entry: Any) -> Vote:
         entry = _object(entry, where, ("image", "score"))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rewards.common.files import atomic, write_text
 
+GAP, LABEL, GUTTER = 6, 26, 44  # pixels of a grid: between images, of a caption above them, of rows' names beside them
+
 
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] to an 8-bit image."""
@@ -39,26 +41,45 @@ def save_folder(images: Tensor, texts: Sequence[str], seeds: Sequence[int], fold
 def save_grid(
     images: Tensor, captions: Sequence[str], path: Path, columns: int = 4, rows_of: Sequence[str] | None = None
 ) -> None:
-    """Write images (N, 3, H, W) as a captioned grid PNG; small ones are enlarged to be seen.
+    """Write :func:`grid` as a PNG."""
+    save_png(grid(images, captions, columns, rows_of), path)
+
+
+def grid(
+    images: Tensor, captions: Sequence[str], columns: int = 4, rows_of: Sequence[str] | None = None
+) -> Image.Image:
+    """Images (N, 3, H, W) in [0, 1] as a captioned grid; small ones are enlarged to be seen.
 
     With ``rows_of`` (names such as base and tuned) ``images`` holds that many a caption, one under another.
     """
     deep = len(rows_of) if rows_of else 1
     side = max(128, images.shape[-1])
-    label, count = 26, len(captions)
+    count = len(captions)
     columns = min(columns, count)
-    left = 44 if rows_of else 0
+    left = GUTTER if rows_of else 0
     rows = -(-count // columns)
-    tile_h = side * deep + label
-    sheet = Image.new("RGB", (left + columns * (side + 6), rows * (tile_h + 6)), "white")
+    tile_h = side * deep + LABEL
+    sheet = Image.new("RGB", (left + columns * (side + GAP), rows * (tile_h + GAP)), "white")
     pen = ImageDraw.Draw(sheet)
     for k, caption in enumerate(captions):
-        x, y = left + (k % columns) * (side + 6), (k // columns) * (tile_h + 6)
+        x, y = left + (k % columns) * (side + GAP), (k // columns) * (tile_h + GAP)
         for d in range(deep):
             tile = to_pil(images[k * deep + d]).resize((side, side), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (x, y + label + d * side))
+            sheet.paste(tile, (x, y + LABEL + d * side))
             if rows_of and k % columns == 0:
-                pen.text((2, y + label + d * side + side // 2 - 6), rows_of[d], fill="black")
+                pen.text((2, y + LABEL + d * side + side // 2 - 6), rows_of[d], fill="black")
         label_lines = textwrap.wrap(caption, side // 6, break_long_words=False)[:2]
         pen.text((x + 2, y), "\n".join(label_lines), fill="black", spacing=1)
-    save_png(sheet, path)
+    return sheet
+
+
+def cut_grid(sheet: Image.Image, count: int, columns: int = 4) -> list[Image.Image] | None:
+    """The ``count`` images of a grid that :func:`grid` made without ``rows_of``, one a caption; None where its
+    size says that it is no such grid."""
+    columns = min(columns, count)
+    side = sheet.width // columns - GAP if columns else 0
+    tile, rows = side + LABEL + GAP, -(-count // columns) if columns else 0
+    if side < 1 or sheet.size != (columns * (side + GAP), rows * tile):
+        return None
+    places = [((k % columns) * (side + GAP), (k // columns) * tile + LABEL) for k in range(count)]
+    return [sheet.crop((x, y, x + side, y + side)) for x, y in places]

@@ -33,6 +33,19 @@ def escape(text: str) -> str:
     return re.sub(r"(?<!\w)_|_(?!\w)|[\\`*\[\]<>|~#&$]", r"\\\g<0>", " ".join(text.split()))
 
 
+def data_uri(image: Image.Image, side: int) -> str:
+    """A JPEG of ``image``, made smaller where an edge is longer than ``side``, as the ``src`` of an ``img``."""
+    thumbnail = image.convert("RGB")
+    thumbnail.thumbnail((side, side))
+    return _source(thumbnail, "JPEG", quality=90, subsampling=0)
+
+
+def _source(image: Image.Image, kind: str, **how: int) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **how)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 @dataclass(frozen=True)
 class Figure:
     """An image with what is written below it: scores, a text, and whose it is, a file's or a model's name."""
@@ -45,15 +58,7 @@ class Figure:
     @property
     def source(self) -> str:
         """The image's thumbnail as the ``src`` of an ``img``."""
-        thumbnail = self.image.convert("RGB")
-        thumbnail.thumbnail((SIDE, SIDE))
-        return _source(thumbnail, "JPEG", quality=90, subsampling=0)
-
-
-def _source(image: Image.Image, kind: str, **how: int) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **how)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return data_uri(self.image, SIDE)
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,21 @@ class Page:
 
     def html(self) -> str:
         """The page by ``page.html.j2``, which escapes every text."""
-        import jinja2
+        return render(self, "rewards.common", "page.html.j2")
 
-        environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        template = files("rewards.common").joinpath("page.html.j2").read_text(encoding="utf-8")
-        return environment.from_string(template).render(page=self)
+
+def render(page: object, package: str, template: str) -> str:
+    """The HTML of ``page`` by the ``template`` of ``package``, which may extend ``page.html.j2``. Texts are escaped."""
+    import jinja2
+
+    def source(name: str) -> str:
+        return files(package if name == template else "rewards.common").joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(source),
+    )
+    return environment.get_template(template).render(page=page)

@@ -7,7 +7,8 @@ labelled are neither pairs nor ties. The layouts:
                    folder (dataset_info.json or dataset_dict.json), a hub id, .jsonl, .json, .csv or .tsv; label_0 = 1,
                    0, or 0.5 for a tie; image_0, image_1 too
   MJ-Bench         columns caption, image0, image1, label = 0 or 1, the number of the better image, in any of the same
-  answers          columns prompt, image_a, image_b, label = a, b or tie, in any of the same
+  answers          columns prompt, image_a, image_b, label = a, b or tie, in any of the same; the file of align.label,
+                   of which only what stands counts (rewards.data.answers), its grids as images and ranking
   columns          caption or prompt, chosen, rejected (images or paths) in any of the same; HPDv3's path1, path2 too
   HPDv2            {"prompt", "image_path" or "file_path": [..], "human_preference" or "rank": [..]} in any of the same
   ImageReward      {"prompt", "generations": [..], "ranking": [..]}, 1 the best, in any of the same
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rewards.common.errors import DataError
+from rewards.data.answers import standing
 from rewards.data.arrow_tables import Spread, hub_table, is_hub_id, is_saved, saved_table
 from rewards.data.formats import mention_columns
 from rewards.data.images import IMAGE_SUFFIXES
@@ -137,7 +139,7 @@ def _hub(name: str, split: str, caption: str | None, root: Path | None) -> Layou
 
 
 def _records(file: Path, caption: str | None, root: Path | None) -> Layout:
-    table = RecordTable(file, read_records(file))
+    table = RecordTable(file, standing(read_records(file)))
     if not table.names and table.problems:
         row, reason = next(iter(table.problems.items()))
         raise DataError(f"{table.where(row)}: {reason}")

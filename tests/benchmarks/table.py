@@ -766,6 +766,18 @@ def _benches() -> str:
     return "\n".join(lines)
 
 
+def _label() -> str:
+    found = load("label")
+    times = found["milliseconds"]
+    return (
+        f"**The page on which people choose** ({found['date']}, {found['hardware']}): {found['pairs']} pairs of "
+        f"{found['side']} x {found['side']} pictures by keyboard in Chromium, the server killed by SIGKILL half way. "
+        f"From key to next picture on the screen: median {times['median']:.0f} ms, 95 % within {times['p95']:.0f} ms, "
+        f"at most {times['most']:.0f} ms. Answers lost: {found['lost']}; twice in the file: {found['twice']}; other "
+        f"than given: {found['other']}."
+    )
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd", "Diffusion-DPO"),
     "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3", "Diffusion-DPO without guidance"),
@@ -803,6 +815,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "full_size": _full_size,
     "memory": _memory,
     "benches": _benches,
+    "label": _label,
 }
 
 

@@ -1,0 +1,52 @@
+"""Pictures that models draw while people choose between those that are there."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from align.evaluation.pictures import Drawing, PictureFolder
+from align.families import Family
+from rewards.common.device import Launched
+from rewards.common.errors import one_line
+
+logger = logging.getLogger(__name__)
+
+
+class Background:
+    """Draws each model's pictures in a thread of its own, side by side, so that the first items are whole soon. Models
+    are loaded one after another, since libraries' loading is no work for two threads. ``fault`` says in words what
+    went wrong, empty where nothing did."""
+
+    def __init__(self, models: Mapping[str, Callable[[], Family]], pictures: Mapping[str, PictureFolder]) -> None:
+        self.models, self.pictures, self.fault = models, pictures, ""
+
+    def start(self, drawing: Drawing) -> threading.Thread:
+        """Begin; the thread that is returned ends when all is drawn."""
+        thread = threading.Thread(target=self._all, args=(drawing,), name="drawing", daemon=True)
+        thread.start()
+        return thread
+
+    def _all(self, drawing: Drawing) -> None:
+        threads = []
+        for name, load in self.models.items():
+            try:
+                family = load()
+            except Exception as error:
+                self._fail(name, error)
+                continue
+            threads.append(threading.Thread(target=self._one, args=(name, family, drawing), name=name, daemon=True))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+    def _one(self, name: str, family: Family, drawing: Drawing) -> None:
+        try:
+            self.pictures[name].draw(family, drawing, Launched(0, 0, 1), name)
+        except Exception as error:
+            self._fail(name, error)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        logger.error("%s cannot draw", name, exc_info=error)
+        self.fault = f"{name} cannot draw: {one_line(error)}"

@@ -1,0 +1,38 @@
+"""The answers file of ``python -m align.label``, as whoever trains or compares on it reads it: what stands.
+
+A line is an answer (``id``, ``item``, ``annotator``, and what was said of which images) or takes one back
+(``{"id": .., "undo": ID}``). Lines of other tools, which have none of these, are left as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from rewards.data.records import Broken
+
+logger = logging.getLogger(__name__)
+SKIP = "skip"
+
+
+def standing(entries: Sequence[tuple[str, object]]) -> list[tuple[str, object]]:
+    """``entries``, as :func:`rewards.data.records.read_records` gives them, without answers that were taken back,
+    skipped, or asked again to see whether a person is consistent (``check``), and without a last line that a kill cut
+    short."""
+    if not any(_of_the_page(entry) for _, entry in entries):
+        return list(entries)
+    if isinstance(entries[-1][1], Broken):
+        logger.warning("%s was cut short by a kill and never confirmed; it is left out", entries[-1][0])
+        entries = entries[:-1]
+    undone = {entry["undo"] for _, entry in entries if isinstance(entry, dict) and "undo" in entry}
+    return [(where, entry) for where, entry in entries if not _of_the_page(entry) or _counts(entry, undone)]
+
+
+def _of_the_page(entry: object) -> bool:
+    return isinstance(entry, dict) and "id" in entry and ("undo" in entry or "item" in entry)
+
+
+def _counts(entry: object, undone: set[object]) -> bool:
+    assert isinstance(entry, dict)
+    dropped = "undo" in entry or entry["id"] in undone or entry.get("check") or entry.get("label") == SKIP
+    return not dropped
