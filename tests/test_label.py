@@ -38,6 +38,7 @@ from align.labelling.sources import open_source, read_scores, with_scores
 from align.labelling.summary import alpha, summarize
 from align.labelling.writers import export
 from rewards.common.errors import WriteError
+from rewards.data.formats import open_input
 from rewards.data.preferences import recognise
 from rewards.data.tables import LazyImage
 from tests.helpers import HOSTILE
@@ -670,6 +671,8 @@ def test_thumbs_and_scores_are_unpaired_rows(tmp_path: Path) -> None:
         {"image": "in/0.png", "prompt": "a", "label": True},
         {"image": "in/1.png", "prompt": "b", "label": False},
     ]
+    as_it_is = open_input(str(thumbs)).listed  # what Images reads, and whatever trains on ratings
+    assert [(row.prompt, row.metadata["label"]) for row in as_it_is] == [("a", True), ("b", False)]
     scores = labelled(tmp_path / "s", str(tmp_path / "in"), "score", lambda number: 3 + number, **how)
     with pytest.raises(UserError, match="--threshold 4"):
         export(scores, "jsonl", tmp_path / "s.jsonl")

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rewards.common.errors import DataError
+from rewards.data.answers import standing
 from rewards.data.arrow_tables import ArrowTable, hub_table, is_hub_id, is_saved, saved_table
 from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource, UnreadableError
 from rewards.data.paths import left_out, locate_file, no_such_file, visible
@@ -26,6 +27,7 @@ from rewards.data.records import (
     caption_column,
     caption_of,
     mention_others,
+    objects_of,
     read_objects,
     read_records,
 )
@@ -182,7 +184,7 @@ def _by_name(path: Path, below: Path, column: str | None, folder: Path) -> dict[
 def records(path: Path, caption: str | None, image_column: str | None) -> ImageSource:
     """A .jsonl, .json or .csv file with the path of an image, relative to it, in every row."""
     rows = []
-    for where, record in read_objects(path):
+    for where, record in objects_of(standing(read_records(path))):
         image, prompt = _columns(where, list(record), caption, image_column)
         cell = record[image]
         if not isinstance(cell, str):

@@ -96,8 +96,13 @@ def _csv(
 
 def read_objects(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """:func:`read_records` where every entry has to be an object. ``DataError`` names one that is not."""
+    return objects_of(read_records(file))
+
+
+def objects_of(entries: Sequence[tuple[str, object]]) -> list[tuple[str, dict[str, Any]]]:
+    """``entries``, of which each has to be an object. ``DataError`` names one that is not."""
     objects = []
-    for where, value in read_records(file):
+    for where, value in entries:
         if isinstance(value, Broken):
             raise DataError(f"{where}: {value.reason}")
         if not isinstance(value, dict):
