@@ -140,6 +140,8 @@ def unlike(config: BenchRun, spec: BenchSpec, settings: Comparison, resolution: 
         "resolution": resolution,
     }
     told = benches.differences(spec, used)
+    if config.reward_args:
+        told.append(f"scorers given {', '.join(f'{key} {value}' for key, value in config.reward_args.items())}")
     if not config.reward:
         return [*told, *spec.unlike]
     named = [one.name for one in parse_rewards(list(spec.reward))]

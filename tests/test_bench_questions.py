@@ -338,6 +338,7 @@ def test_a_bench_that_asks_questions(name: str, server: tuple[str, Asked], tmp_p
         if spec.task_column:
             assert entry["task_ci"].keys() == entry["tasks"].keys()
     page = (tmp_path / "out/bench.md").read_text()
+    assert f"scorers given url {url}, model m" in report["differences"]
     assert all(line in " ".join(page.split()) for line in spec.unlike if "'" not in line)
     with Image.open(tmp_path / "out/chart.png") as chart:
         assert chart.width > 300
