@@ -1,6 +1,6 @@
 """A reward that is hacked on the embedded world, and what holds against that: small JPEG files on shapes-sd3.
 
-    python tests/benchmarks/guard.py    # configs/gardo_shapes_sd3.yaml, four arms of AWM, and DGPO; seed 0
+    python tests/benchmarks/guard.py    # configs/gardo_shapes_sd3.yaml, four arms of AWM, DGPO, NFT; seed 0
 
 Nothing in a file's size holds pictures to their prompts. Arms: nothing against it, KL, GARDO's gate on it with the
 graded score as auxiliary reward, and the stop rule alone. Looked at is the strict score, which no arm trains on, of
@@ -38,6 +38,7 @@ METHODS = {  # that learn the same, held by nothing, from as many pictures and r
         *("--stop", "null", "--objective", "DGPO", *SAMPLER, "--objective.anchor", "old"),
         *("--train_batch_size", "8", "--gradient_accumulation_steps", "2"),
     ],
+    "NFT": ["--stop", "null", "--objective", "NFT", *SAMPLER],
 }
 SEEN = {"kilobytes": "reward/JPEGCompressibility", "strict": "reward/strict", "graded": "reward/Shapes"}
 SEEN |= {name: f"reward/{name}" for name in ("DarkShare", "EdgeDensity", "ColorEntropy", "Sharpness")}
