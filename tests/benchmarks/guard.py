@@ -1,8 +1,8 @@
 """A reward that is hacked on the embedded world, and what holds against that: small JPEG files on shapes-sd3.
 
-    python tests/benchmarks/guard.py    # configs/gardo_shapes_sd3.yaml, three arms of AWM, and DGPO; seed 0
+    python tests/benchmarks/guard.py    # configs/gardo_shapes_sd3.yaml, four arms of AWM, DGPO, NFT; seed 0
 
-Nothing in a file's size holds pictures to their prompts. Arms: nothing against it, GARDO's gate on a KL with the
+Nothing in a file's size holds pictures to their prompts. Arms: nothing against it, KL, GARDO's gate on it with the
 graded score as auxiliary reward, and the stop rule alone. Looked at is the strict score, which no arm trains on, of
 the pictures that the run itself draws: means of the first and the last two rollouts. Finished arms are kept in
 ``outputs/`` and not run again.
@@ -27,6 +27,7 @@ CONFIG = "configs/gardo_shapes_sd3.yaml"
 FREE = ["--objective.gate", "null"]
 ARMS = {  # what of the config's three an arm has
     "nothing": ["--stop", "null", *FREE, "--objective.kl_weight", "0"],
+    "KL": ["--stop", "null", *FREE],
     "KL behind GARDO's gate": ["--stop", "null"],
     "stop rule": [*FREE, "--objective.kl_weight", "0"],
 }
@@ -37,6 +38,7 @@ METHODS = {  # that learn the same, held by nothing, from as many pictures and r
         *("--stop", "null", "--objective", "DGPO", *SAMPLER, "--objective.anchor", "old"),
         *("--train_batch_size", "8", "--gradient_accumulation_steps", "2"),
     ],
+    "NFT": ["--stop", "null", "--objective", "NFT", *SAMPLER],
 }
 SEEN = {"kilobytes": "reward/JPEGCompressibility", "strict": "reward/strict", "graded": "reward/Shapes"}
 SEEN |= {name: f"reward/{name}" for name in ("DarkShare", "EdgeDensity", "ColorEntropy", "Sharpness")}
