@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from align.families import Family
     from align.families import load as load_family
     from align.families import tuned as load_tuned
-    from align.objectives import D3PO, DPO, FIND, NFT, OPD, B2DiffuRL, Objective, PolicyGradient, ReNO
+    from align.objectives import D3PO, DPO, FIND, NFT, OPD, B2DiffuRL, DirectReward, Objective, PolicyGradient, ReNO
     from align.policy.lora import LoRA
     from align.policy.policy import Policy
     from align.sampling.generate import sample_images
@@ -41,6 +41,7 @@ __all__ = [
     "NFT",
     "OPD",
     "B2DiffuRL",
+    "DirectReward",
     "Evaluate",
     "Family",
     "Images",
@@ -65,7 +66,7 @@ _FROM = {
     "align.data": "Images LabelledRollout PreferencePairs Prompts TaskPrompts",
     "align.evaluate": "Evaluate",
     "align.families": "Family",
-    "align.objectives": "B2DiffuRL D3PO DPO FIND NFT OPD Objective PolicyGradient ReNO",
+    "align.objectives": "B2DiffuRL D3PO DPO DirectReward FIND NFT OPD Objective PolicyGradient ReNO",
     "align.policy.lora": "LoRA",
     "align.policy.policy": "Policy",
     "align.sampling.generate": "sample_images",

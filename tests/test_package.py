@@ -46,13 +46,13 @@ def test_the_algebra_imports_only_torch() -> None:
         assert {name for name in outside if not name.startswith("align.diffusion")} <= {"torch", "torch.nn"}, file
 
 
-REGISTERED = {"B2DiffuRL", "D3PO", "DPO", "FIND", "NFT", "OPD", "PolicyGradient", "ReNO"}
+REGISTERED = {"B2DiffuRL", "D3PO", "DPO", "DirectReward", "FIND", "NFT", "OPD", "PolicyGradient", "ReNO"}
 
 # B2-DiffuRL is a way to roll out and wraps the update rule that it is given
 WRAPS = {"b2_diffurl.py": {"align.objectives.d3po", "align.objectives.policy_gradient"}}
 
 
-PAPERS = {"b2_diffurl", "d3po", "dpo", "find", "nft", "opd", "policy_gradient", "reno"}
+PAPERS = {"b2_diffurl", "d3po", "direct_reward", "dpo", "find", "nft", "opd", "policy_gradient", "reno"}
 
 
 def test_objectives_do_not_import_one_another_or_a_family() -> None:
@@ -201,7 +201,7 @@ def library_lines(root: Path) -> int:
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
 STILL_TOO_LONG: dict[str, int] = {}
-LIBRARY_LINES = 27_000  # 16_429 before the rooms; faults of strangers, nine families, benches, export, scale since
+LIBRARY_LINES = 27_500  # 16_429 before the rooms; faults of strangers, nine families, benches, export, scale since
 
 
 def test_rooms_import_only_rooms_before_them() -> None:

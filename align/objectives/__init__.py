@@ -2,6 +2,7 @@
 
 from align.objectives.b2_diffurl import B2DiffuRL
 from align.objectives.d3po import D3PO
+from align.objectives.direct_reward import DirectReward
 from align.objectives.dpo import DPO
 from align.objectives.find import FIND
 from align.objectives.nft import NFT
@@ -19,6 +20,7 @@ __all__ = [
     "B2DiffuRL",
     "Context",
     "Cost",
+    "DirectReward",
     "Metrics",
     "Needs",
     "Objective",
