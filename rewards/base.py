@@ -37,6 +37,7 @@ BUILT_IN: dict[str, str] = {
     "Remote": "rewards.models.remote.Remote",
     "Safety": "rewards.models.safety.Safety",
     "Shapes": "rewards.models.shapes.Shapes",
+    "ShapesNet": "rewards.models.shapes_net.ShapesNet",
     "VQAScore": "rewards.models.vqa_score.VQAScore",
 }
 _SLACK = 1e-3  # how far outside [0, 1] rounding may carry a pixel; a picture in [-1, 1] or [0, 255] goes further

@@ -389,11 +389,14 @@ def test_two_processes_are_one(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 # memory
-def test_a_trace_counts_what_checkpoints_spare(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_trace_counts_what_checkpoints_spare(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gradient through four steps takes more than through one, and hardly more where the states alone are kept."""
 
     def peak(**arguments: Any) -> int:
-        benchmark.OBJECTIVES["DirectReward"] = {"sampler": {"num_inference_steps": 4}} | arguments
+        settings = {"sampler": {"num_inference_steps": 4}} | arguments
+        monkeypatch.setitem(benchmark.OBJECTIVES, "DirectReward", settings)
         config = benchmark.config_of(tiny_folders["flow"], "DirectReward", tmp_path, resolution=32, train_batch_size=2)
         phases = {phase.name: phase for phase in trace(config).phases}
         return phases["update"].total

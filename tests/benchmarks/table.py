@@ -414,6 +414,47 @@ def _shapes() -> str:
     return f"**The reward that looks** ({found['date']}): {found['summary']}"
 
 
+def _direct_reward() -> str:
+    found = load("direct_reward")
+    lines = [
+        f"**Reward back-propagation by `ShapesNet`** ({found['date']}, {found['hardware']}): held-out prompts, one "
+        "picture each in the steps and at the guidance of the config's samples, before → after. `Shapes` is only "
+        "watched.",
+        "",
+        "| config | seed | pictures | evaluations | minutes | `ShapesNet` | graded | strict | rise |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for config, runs in sorted(found["configs"].items()):
+        for run in runs["seeds"]:
+            before, after = run["looks"][0], run["looks"][-1]
+            changes = [f"{before[name]:.3f} → {after[name]:.3f}" for name in ("net", "graded", "strict")]
+            lines.append(
+                f"| `{config}` | {run['seed']} | {run['pictures']:,.0f} | {run['evaluations']:,} "
+                f"| {run['minutes']:.0f} | {' | '.join(changes)} | {after['strict'] - before['strict']:+.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def _shapes_net() -> str:
+    found = load("shapes_net")
+    lines = [
+        f"**The small network that stands for it where a gradient is needed, `ShapesNet`** ({found['date']}): "
+        f"{found['weights']:,} weights, {found['bytes'] / 1e6:.2f} MB, beside the exact graded score on pictures that "
+        "it was not trained on. *Right above wrong*: how often it scores an exactly right picture higher than one "
+        "that is not; *pairs*: how often it prefers the same of two pictures of one caption.",
+        "",
+        "| pictures | number | correlation | mean error | right above wrong | pairs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in found["kinds"].items():
+        pairs = f"{row['pairs_in_order']:.3f}" if "pairs_in_order" in row else ""
+        lines.append(
+            f"| {name} | {row['pictures']} | {row['correlation']:.3f} | {row['mean_absolute_error']:.3f} "
+            f"| {row['right_above_wrong']:.3f} | {pairs} |"
+        )
+    return "\n".join(lines)
+
+
 def _pretrain() -> str:
     found = load("pretrain")
     scores = found["scores"]
@@ -721,6 +762,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_flow_grpo_unguided": lambda: _online("online_flow_grpo_unguided", "Flow-GRPO without guidance"),
     "online_d3po": lambda: _online("online_d3po", "D3PO, the reward as proxy for people"),
     "online_d3po_unguided": lambda: f"{_online('online_d3po_unguided', 'D3PO without guidance')}\n\n{_equal()}",
+    "direct_reward": _direct_reward,
     "jpeg": _jpeg,
     "b2_diffurl": _b2,
     "online_gpu": _online_gpu,
@@ -734,6 +776,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "scoring": _scoring,
     "scoring_gpu": _scoring_gpu,
     "shapes_reward": _shapes,
+    "shapes_net": _shapes_net,
     "pretrain": _pretrain,
     "overhead": _overhead,
     "overhead_online": _overhead_online,
