@@ -417,20 +417,20 @@ def _shapes() -> str:
 def _direct_reward() -> str:
     found = load("direct_reward")
     lines = [
-        f"**Reward back-propagation by `ShapesNet`** ({found['date']}, {found['hardware']}): held-out prompts, one "
-        "picture each in the steps and at the guidance of the config's samples, before → after. `Shapes` is only "
-        "watched.",
+        f"**Reward back-propagation by `ShapesNet`** ({found['date']}, {found['hardware']}): means over the pictures "
+        "that the first eight updates trained on → the last eight. `Shapes` is only watched.",
         "",
-        "| config | seed | pictures | evaluations | minutes | `ShapesNet` | graded | strict | rise |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| config | seed | updates | pictures | evaluations | `ShapesNet` | graded | strict |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for config, runs in sorted(found["configs"].items()):
         for run in runs["seeds"]:
-            before, after = run["looks"][0], run["looks"][-1]
-            changes = [f"{before[name]:.3f} → {after[name]:.3f}" for name in ("net", "graded", "strict")]
+            changes = [
+                " → ".join(f"{value:.3f}" for value in run["ends"][name]) for name in ("net", "graded", "strict")
+            ]
             lines.append(
-                f"| `{config}` | {run['seed']} | {run['pictures']:,.0f} | {run['evaluations']:,} "
-                f"| {run['minutes']:.0f} | {' | '.join(changes)} | {after['strict'] - before['strict']:+.3f} |"
+                f"| `{config}` | {run['seed']} | {run['updates']} | {run['pictures']:,.0f} | {run['evaluations']:,} "
+                f"| {' | '.join(changes)} |"
             )
     return "\n".join(lines)
 

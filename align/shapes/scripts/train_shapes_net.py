@@ -2,7 +2,7 @@
 
     python -m align.shapes.scripts.train_shapes_net --judge_batch 128 --output outputs/shapes_net.safetensors
     python -m align.shapes.scripts.train_shapes_net --start outputs/shapes_net.safetensors --seed 1 --encoded 200 \
-        --updates 1500 0 300                                  # the shipped file: some six minutes of a core for both
+        --updates 1500 0 300                                  # the shipped file: some five minutes of a core for both
 
 Pictures: rendered scenes, some of other things than their caption asks for; the same blurred, mixed, noisy, cut or
 through the pipelines' autoencoder with noise on the latent; and what the pipelines drew (the shipped preference
