@@ -27,7 +27,21 @@ if TYPE_CHECKING:
     from align.families import Family
     from align.families import load as load_family
     from align.families import tuned as load_tuned
-    from align.objectives import AWM, D3PO, DGPO, DPO, FIND, KTO, NFT, OPD, B2DiffuRL, Objective, PolicyGradient, ReNO
+    from align.objectives import (
+        AWM,
+        D3PO,
+        DGPO,
+        DPO,
+        FIND,
+        KTO,
+        NFT,
+        OPD,
+        B2DiffuRL,
+        DirectReward,
+        Objective,
+        PolicyGradient,
+        ReNO,
+    )
     from align.policy.lora import LoRA
     from align.policy.policy import Policy
     from align.sampling.generate import sample_images
@@ -44,6 +58,7 @@ __all__ = [
     "NFT",
     "OPD",
     "B2DiffuRL",
+    "DirectReward",
     "Evaluate",
     "Family",
     "Images",
@@ -69,7 +84,7 @@ _FROM = {
     "align.data": "Images LabelledRollout PreferencePairs Prompts RatedImages TaskPrompts",
     "align.evaluate": "Evaluate",
     "align.families": "Family",
-    "align.objectives": "AWM B2DiffuRL D3PO DGPO DPO FIND KTO NFT OPD Objective PolicyGradient ReNO",
+    "align.objectives": "AWM B2DiffuRL D3PO DGPO DPO DirectReward FIND KTO NFT OPD Objective PolicyGradient ReNO",
     "align.policy.lora": "LoRA",
     "align.policy.policy": "Policy",
     "align.sampling.generate": "sample_images",

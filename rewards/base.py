@@ -42,6 +42,7 @@ BUILT_IN: dict[str, str] = {
     "Remote": "rewards.models.remote.Remote",
     "Safety": "rewards.models.safety.Safety",
     "Shapes": "rewards.models.shapes.Shapes",
+    "ShapesNet": "rewards.models.shapes_net.ShapesNet",
     "Sharpness": "rewards.models.image_statistics.Sharpness",
     "SoftTIFA": "rewards.models.soft_tifa.SoftTIFA",
     "VQAScore": "rewards.models.vqa_score.VQAScore",

@@ -276,7 +276,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a negative count": (lambda f: change(f / "unet" / "config.json", layers_per_block=-1), r"layers_per_block is -1"),
     "negative width": (lambda f: change(f / "unet" / "config.json", block_out_channels=[-8, 16]), r"cannot be read"),
     "no scale": (lambda f: change(f / "vae" / "config.json", scaling_factor=0), r"scaling_factor is 0"),
-    "no size": (lambda f: change(f / "unet" / "config.json", sample_size=None), r"sample_size in unet/config.json is None"),
+    "no size": (lambda f: change(f / "unet" / "config.json", sample_size=None), r"unet/config.json is None"),
     "text encoder of another model": (
         lambda f: change(f / "unet" / "config.json", cross_attention_dim=32), r"prompts of 32 channels and the"
     ),

@@ -209,6 +209,7 @@ UPDATES: dict[str, dict[str, Any]] = {
     "DGPO": {"sampler": SAMPLER, "images_per_prompt": 2},
     "FIND": {"sampler": SAMPLER, "images_per_prompt": 2},
     "ReNO": {"num_inference_steps": 2},
+    "DirectReward": {"sampler": {"num_inference_steps": 2}, "last_steps": 2},
     "OPD": {"sampler": SAMPLER, "teachers": [{"class_path": "PipelineTeacher", "init_args": {"task": "*"}}]},
 }
 

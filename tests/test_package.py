@@ -46,13 +46,19 @@ def test_the_algebra_imports_only_torch() -> None:
         assert {name for name in outside if not name.startswith("align.diffusion")} <= {"torch", "torch.nn"}, file
 
 
-REGISTERED = {"AWM", "B2DiffuRL", "D3PO", "DGPO", "DPO", "FIND", "KTO", "NFT", "OPD", "PolicyGradient", "ReNO"}
+REGISTERED = {
+    *("AWM", "B2DiffuRL", "D3PO", "DGPO", "DPO", "DirectReward"),
+    *("FIND", "KTO", "NFT", "OPD", "PolicyGradient", "ReNO"),
+}
 
 # B2-DiffuRL is a way to roll out and wraps the update rule that it is given
 WRAPS = {"b2_diffurl.py": {"align.objectives.d3po", "align.objectives.policy_gradient"}}
 
 
-PAPERS = {"awm", "b2_diffurl", "d3po", "dgpo", "dpo", "find", "nft", "opd", "policy_gradient", "reno"}
+PAPERS = {
+    *("awm", "b2_diffurl", "d3po", "dgpo", "direct_reward", "dpo", "find", "kto", "nft", "opd", "policy_gradient"),
+    "reno",
+}
 
 
 def test_objectives_do_not_import_one_another_or_a_family() -> None:
@@ -201,7 +207,7 @@ def library_lines(root: Path) -> int:
 
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
-STILL_TOO_LONG: dict[str, int] = {"align/objectives/__init__.py": 42}  # the registry: two lines an objective
+STILL_TOO_LONG: dict[str, int] = {"align/objectives/__init__.py": 35}  # the registry: two lines an objective
 LIBRARY_LINES = 35_000  # 16_429 before the rooms; faults, families, benches, export, scale, hub, people, methods since
 
 

@@ -4,6 +4,7 @@ from align.objectives.awm import AWM
 from align.objectives.b2_diffurl import B2DiffuRL
 from align.objectives.d3po import D3PO
 from align.objectives.dgpo import DGPO
+from align.objectives.direct_reward import DirectReward
 from align.objectives.dpo import DPO
 from align.objectives.find import FIND
 from align.objectives.kto import KTO
@@ -25,6 +26,7 @@ __all__ = [
     "B2DiffuRL",
     "Context",
     "Cost",
+    "DirectReward",
     "Metrics",
     "Needs",
     "Objective",

@@ -115,8 +115,7 @@ class ReNO(Objective, TrainsModule, Prepares):
         return BestNoise(prompts, shape, family.source, family.scheduler_name, self.noise_seed)
 
     def prepare(self, policy: Policy, scorer: Scorer | None) -> None:
-        differentiable = {name: reward.differentiable for name, reward in scorer.rewards.items()} if scorer else {}
-        if scorer and (blind := [name for name in scorer.weights if not differentiable[name]]):
+        if scorer and (blind := scorer.without_gradient):
             raise UserError(f"ReNO needs differentiable rewards, {', '.join(blind)} has no gradient; use FIND for it")
 
     def cost(self, family: Family, resolution: Resolution) -> Cost:

@@ -119,6 +119,18 @@ class Policy:
         self.evaluations["trained" if torch.is_grad_enabled() else "frozen"] += rows
         return self.family.predict(x_t, t, cond, guidance_scale, model)
 
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Within, :meth:`predict` says again, for a checkpoint in the backward pass, what it has said: not counted, and
+        past accelerate's wrapper, whose hooks take a second call for another pass."""
+        before, counts = self.answering, dict(self.evaluations)
+        self.answering = before if before is not None else self.denoiser
+        try:
+            yield
+        finally:
+            self.answering = before
+            self.evaluations |= counts
+
     def zero(self) -> Tensor:
         """0 with a gradient of 0 for every trained parameter, through the whole network at no image in particular."""
         return self._nothing(self.model)

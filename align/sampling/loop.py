@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -35,17 +35,24 @@ def sample(
     noise: Callable[[int], Tensor] | None = None,
     callback: Callable[[int, Tensor, Gaussian, Tensor], None] | None = None,
     steps: Sequence[int] | None = None,
+    trained: Collection[int] | None = None,
+    stop: int | None = None,
 ) -> Tensor:
     """Run ``x`` (B, C, h, w), standard normal, through every step of ``grid`` and return the clean latents.
 
     ``noise(i)`` is the standard normal draw of step i, asked for where the step is stochastic.
     ``callback(i, x, step, y)`` sees the state before each step, the step's distribution and what was drawn
     from it, and keeps of it what it wants. ``steps`` runs a part of the grid, for a trajectory that is
-    forked. Gradients flow unless the caller forbids them.
+    forked. Gradients flow unless the caller forbids them, or, with ``trained``, at these steps alone through the
+    network; what the kernel makes of the state itself passes them on at the others. With ``stop`` the clean latents
+    are what the network takes them for at that step, and the loop ends there.
     """
     there = grid.to(x.device)
     for i in steps if steps is not None else range(len(grid)):
-        prediction = predict(x, there.t[i].expand(len(x)), cond, guidance_scale)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (trained is None or i in trained)):
+            prediction = predict(x, there.t[i].expand(len(x)), cond, guidance_scale)
+        if i == stop:
+            return prediction.x0
         step = kernel(prediction, there, i)
         if not has_noise(kernel, grid, i, prediction.prediction_type):
             y = step.mean

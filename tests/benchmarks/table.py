@@ -414,6 +414,47 @@ def _shapes() -> str:
     return f"**The reward that looks** ({found['date']}): {found['summary']}"
 
 
+def _direct_reward() -> str:
+    found = load("direct_reward")
+    lines = [
+        f"**Reward back-propagation by `ShapesNet`** ({found['date']}, {found['hardware']}): means over the pictures "
+        "that the first eight updates trained on → the last eight. `Shapes` is only watched.",
+        "",
+        "| config | seed | updates | pictures | evaluations | `ShapesNet` | graded | strict |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for config, runs in sorted(found["configs"].items()):
+        for run in runs["seeds"]:
+            changes = [
+                " → ".join(f"{value:.3f}" for value in run["ends"][name]) for name in ("net", "graded", "strict")
+            ]
+            lines.append(
+                f"| `{config}` | {run['seed']} | {run['updates']} | {run['pictures']:,.0f} | {run['evaluations']:,} "
+                f"| {' | '.join(changes)} |"
+            )
+    return "\n".join(lines)
+
+
+def _shapes_net() -> str:
+    found = load("shapes_net")
+    lines = [
+        f"**The small network that stands for it where a gradient is needed, `ShapesNet`** ({found['date']}): "
+        f"{found['weights']:,} weights, {found['bytes'] / 1e6:.2f} MB, beside the exact graded score on pictures that "
+        "it was not trained on. *Right above wrong*: how often it scores an exactly right picture higher than one "
+        "that is not; *pairs*: how often it prefers the same of two pictures of one caption.",
+        "",
+        "| pictures | number | correlation | mean error | right above wrong | pairs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in found["kinds"].items():
+        pairs = f"{row['pairs_in_order']:.3f}" if "pairs_in_order" in row else ""
+        lines.append(
+            f"| {name} | {row['pictures']} | {row['correlation']:.3f} | {row['mean_absolute_error']:.3f} "
+            f"| {row['right_above_wrong']:.3f} | {pairs} |"
+        )
+    return "\n".join(lines)
+
+
 def _pretrain() -> str:
     found = load("pretrain")
     scores = found["scores"]
@@ -790,6 +831,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_d3po_unguided": lambda: f"{_online('online_d3po_unguided', 'D3PO without guidance')}\n\n{_equal()}",
     "online_awm_unguided": lambda: _online("online_awm_unguided", "AWM without guidance"),
     "online_dgpo_unguided": lambda: _online("online_dgpo_unguided", "DGPO without guidance"),
+    "direct_reward": _direct_reward,
     "jpeg": _jpeg,
     "guard": _guard,
     "b2_diffurl": _b2,
@@ -804,6 +846,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "scoring": _scoring,
     "scoring_gpu": _scoring_gpu,
     "shapes_reward": _shapes,
+    "shapes_net": _shapes_net,
     "pretrain": _pretrain,
     "overhead": _overhead,
     "overhead_online": _overhead_online,

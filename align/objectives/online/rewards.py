@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from align.common.errors import UserError
 from rewards import Reward, RewardConfig, RewardSum, checked
 from rewards.common.background import in_background
 
@@ -59,6 +60,22 @@ class Scorer:
 
         self._before = in_background(score, "reward")
         return self._before.result
+
+    @property
+    def without_gradient(self) -> list[str]:
+        """Those that are trained on and not differentiable."""
+        return [name for name in self.weights if not self.rewards[name].differentiable]
+
+    def differentiable_scores(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, Tensor]:
+        """Every reward's scores by name, (B,) each: with the gradient to ``images`` of those that are trained on.
+        Raises :class:`UserError` where one of these has none, whatever it declares."""
+        seen = {name: images if name in self.weights else images.detach() for name in self.rewards}
+        scores = {n: checked(r, n, seen[n], prompts, metadata) for n, r in self.rewards.items()}
+        if blind := [n for n in self.weights if images.requires_grad and not scores[n].requires_grad]:
+            raise UserError(f"{', '.join(blind)}: differentiable is true, but the score has no gradient to the image")
+        return scores
 
     def differentiable_total(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
