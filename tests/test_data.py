@@ -205,6 +205,19 @@ def test_a_dataset_dict_needs_its_split(places: dict[str, Path], tmp_path: Path)
         read_pairs(tmp_path / "both")
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_names_no_split_is_the_split_train(name: str, places: dict[str, Path], tmp_path: Path) -> None:
+    """As ``datasets`` has it: the README's first command puts such a path into a config that says ``split: train``."""
+    assert len(read_pairs(places[name], split="train")) == COUNT
+    with pytest.raises(DataError, match="split"):
+        read_pairs(places[name], split="validation")
+    held_out = tmp_path / "test.parquet"
+    held_out.symlink_to(places["parquet"])
+    for place in (held_out, tmp_path):  # names a split, and another
+        with pytest.raises(DataError, match="has no split 'train'"):
+            read_pairs(place, split="train")
+
+
 def test_w_l_folders_and_csv_and_hpdv3_and_columns(places: dict[str, Path], drawn: list[Drawn], tmp_path: Path) -> None:
     for old, new in (("chosen", "w"), ("rejected", "l")):
         (tmp_path / "kohya").mkdir(exist_ok=True)

@@ -14,6 +14,8 @@ from rewards.data.tables import VALUES, Table, columns_of, text_columns
 
 logger = logging.getLogger(__name__)
 
+WHOLE = "train"  # the split that `datasets` takes a file or folder for which names none
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -80,7 +82,7 @@ def saved_table(folder: Path, split: str | None) -> ArrowTable:
     from datasets import DatasetDict, load_from_disk
 
     dataset = load_from_disk(str(folder))
-    splits = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
+    splits = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or WHOLE): dataset}
     if split is None and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:
@@ -98,7 +100,7 @@ def hub_table(name: str, split: str | None) -> ArrowTable:
     """A data set of the hub, by default its split train."""
     from datasets import load_dataset
 
-    split = split or "train"
+    split = split or WHOLE
     logger.info("%s is no file or folder here; asking the hub for it", name)
     try:
         return ArrowTable(load_dataset(name, split=split), split)

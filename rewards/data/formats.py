@@ -18,7 +18,7 @@ from typing import Any
 
 from rewards.common.errors import DataError
 from rewards.data.answers import standing
-from rewards.data.arrow_tables import ArrowTable, hub_table, is_hub_id, is_saved, saved_table
+from rewards.data.arrow_tables import WHOLE, ArrowTable, hub_table, is_hub_id, is_saved, saved_table
 from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource, UnreadableError
 from rewards.data.paths import left_out, locate_file, no_such_file, visible
 from rewards.data.records import (
@@ -95,7 +95,7 @@ def open_input(
         return _dataset(f"{source}/{table.split}", table, caption, image_column)
     else:
         raise DataError(f"no such folder or file: {place}; expected {LAYOUTS}")
-    if split is not None:
+    if split not in (None, WHOLE):
         raise DataError(f"{place} has no splits, but --split {split} is given; leave it out")
     if prompts is not None and rows.identity["layout"] != "folder":
         raise DataError(f"--prompts is for a folder of images; {place} brings its own, see --caption_column")

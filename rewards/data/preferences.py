@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from rewards.common.errors import DataError
 from rewards.data.answers import standing
-from rewards.data.arrow_tables import Spread, hub_table, is_hub_id, is_saved, saved_table
+from rewards.data.arrow_tables import WHOLE, Spread, hub_table, is_hub_id, is_saved, saved_table
 from rewards.data.formats import mention_columns
 from rewards.data.images import IMAGE_SUFFIXES
 from rewards.data.pair_rows import MARKS, PairRow, one_image_a_row, pairs_of, ranked_lists
@@ -80,7 +80,7 @@ def recognise(path: str, split: str | None, caption: str | None, root: Path | No
                 return recognise(str(place / f"{split}{suffix}"), None, caption, root)
     if place.is_dir():
         return _folder(place, split, caption, root)
-    if split is not None:
+    if split is not None and (split != WHOLE or _split_of(place) in SPLITS - {WHOLE}):
         raise DataError(f"{place} is one file and has no split {split!r}; leave split out")
     if place.suffix.lower() == ".parquet":
         return _parquet([place], caption, root)
@@ -94,17 +94,19 @@ def _folder(folder: Path, split: str | None, caption: str | None, root: Path | N
         table = saved_table(folder, split)
         return _table(f"save_to_disk folder, split {table.split}", table, folder, caption, root)
     shards = [(file, _split_of(file)) for file in sorted(visible(folder, "*.parquet"))]
-    if split is not None:
-        chosen = [file for file, label in shards if label == split or file.parent.name == split]
-        if chosen:
-            return _parquet(chosen, caption, root)
-        labels = sorted({label for _, label in shards})
-        raise DataError(f"{folder} has no split {split!r}" + (f"; its parquet files are {labels}" if labels else ""))
     names = sorted(
         file
         for file in folder.iterdir()
         if file.suffix.lower() in RECORD_SUFFIXES and file.is_file() and not file.name.startswith(".")
     )
+    if split is not None:
+        chosen = [file for file, label in shards if label == split or file.parent.name == split]
+        if chosen:
+            return _parquet(chosen, caption, root)
+        labels = sorted({label for _, label in shards} | {_split_of(file) for file in names})
+        if split != WHOLE or SPLITS & set(labels):
+            named = f"; its files are {labels}" if labels else ""
+            raise DataError(f"{folder} has no split {split!r}{named}")
     metadata = [file for file in names if file.stem == "metadata"]
     siblings = [pair for pair in FOLDERS if all((folder / name).is_dir() for name in pair)]
     if metadata:
