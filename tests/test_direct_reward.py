@@ -389,6 +389,7 @@ def test_two_processes_are_one(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 # memory
+@pytest.mark.slow
 def test_a_trace_counts_what_checkpoints_spare(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"folder": tmp_path_factory.mktemp("once")}
 
 
-SLOW = ("quantization", "weights", "text encoders")
+SLOW = ("quantization", "weights", "text encoders", "the healing config")
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in CHANGES])
@@ -148,8 +148,8 @@ def test_results_of_other_settings_are_refused_and_remade_on_request(
     named = {name for name in ALL | {"profile", "plan"} if re.search(rf" {name}( \(|, which follows)", told)}
     assert named == {name.removesuffix(".json") for name in again} - {"merged"}
     assert not remade(before, times(out)) and (out / "config.yaml").read_text() == settings
-    if what not in (*SLOW, "the healing config"):
-        return  # three do for what takes its time
+    if what not in SLOW:
+        return  # these do for what takes its time
     assert run(config, "--overwrite_output_dir") == 0
     assert remade(before, times(out)) == again
     assert yaml.safe_load((out / "config.yaml").read_text())["overwrite_output_dir"] is True
@@ -183,6 +183,7 @@ def test_a_run_that_stopped_halfway_does_not_go_on_with_other_settings(
     assert yaml.safe_load((tmp_path / "out/heal/config.yaml").read_text())["learning_rate"] == 1e-2
 
 
+@pytest.mark.slow
 def test_a_signal_while_healing_keeps_a_checkpoint_and_the_same_command_goes_on(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,7 +159,8 @@ def test_a_limit_changes_nothing_of_one_that_answers(seconds: float | None) -> N
     assert torch.equal(value, IMAGES.mean((1, 2, 3)) + 100)
 
 
-@pytest.mark.parametrize("what", [pytest.param("hang", marks=pytest.mark.slow), "spin"])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["hang", "spin"])
 def test_a_process_whose_reward_never_answers_ends(folder: Path, what: str) -> None:
     line = [sys.executable, "-m", "rewards.score", str(folder), "--reward", named(what, timeout=0.2), "--output"]
     done = subprocess.run(
@@ -325,7 +326,8 @@ def test_a_wrong_option_is_one_line(name: str, capsys: pytest.CaptureFixture[str
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("reader", [pytest.param("true", marks=pytest.mark.slow), "exec 1>/dev/full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["true", "exec 1>/dev/full"])
 def test_an_output_that_takes_nothing_is_one_line(folder: Path, reader: str) -> None:
     score_it = f"{sys.executable} -m rewards.score {folder} --reward JPEGCompressibility --output {folder.parent}/s"
     line = f"{score_it} | true" if reader == "true" else f"{reader}; {score_it}"

@@ -471,6 +471,7 @@ def test_the_value_network_learns_and_goes_on_after_a_checkpoint() -> None:
     assert torch.equal(net(seen), other(seen))
 
 
+@pytest.mark.slow
 def test_value_calibration_is_against_what_was_expected(tiny: Build) -> None:
     """Before the network learns from this rollout; fresh rows only teach it; other distributions are other inputs."""
     objective = FIND(Sampler(1, 1.0), 4, calibration="value", value_steps=50, value_learning_rate=1e-3, replay=4)

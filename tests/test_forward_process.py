@@ -174,6 +174,7 @@ def old_reference(part: NoisedRows, new: Prediction, x0: Tensor, eps: Tensor) ->
     return (part.reference - new.target(x0, eps)).square().mean((1, 2, 3)).reshape(-1, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AWM, DGPO])
 def test_a_brighter_policy_after_some_updates(tiny: Build, kind: type[Objective]) -> None:
     torch.manual_seed(0)

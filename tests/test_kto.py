@@ -341,6 +341,7 @@ def test_a_positive_ratio_repeats_the_class_that_is_short(ratio: float, goods: i
         RatedImages(thumbs(tmp_path, [{"label": 1}] * 3), positive_ratio=0.5).prepare(Setup(Tiny(), progress=False))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_config_runs_and_its_peak_is_traced() -> None:
     path = Path(__file__).parents[1] / "configs/kto_shapes.yaml"
     settings, _ = parse(TrainConfig, "x", None, ["--config", str(path)])

@@ -208,7 +208,7 @@ def test_hostile_texts_and_pictures_are_shown_or_refused_in_words(browser: Brows
     assert [line["label"] for line in standing(answers) if line["item"] == 5] == ["skip"]
 
 
-@pytest.mark.parametrize("task", ["pair", "best"])
+@pytest.mark.parametrize("task", ["pair", pytest.param("best", marks=pytest.mark.slow)])
 def test_it_fits_a_narrow_screen_and_has_a_name_for_everything(browser: Browser, tmp_path: Path, task: str) -> None:
     with served(str(grids(tmp_path / "in")), "--task", task, "--output", str(tmp_path / "a.jsonl")) as server:
         page = opened(browser, server.url("/annotate/ann"), viewport={"width": 360, "height": 740})

@@ -135,6 +135,7 @@ def test_the_published_comparison_holds() -> None:
         assert all(abs(pair["traced_gib"] / pair["measured_gib"] - 1) < 0.15 for pair in entry.values())
 
 
+@pytest.mark.slow
 def test_what_saves_memory_is_seen_to(config: Callable[..., TrainConfig]) -> None:
     def update(**settings: Any) -> Phase:
         return next(phase for phase in trace(config(**settings)).phases if phase.name == "update")

@@ -699,6 +699,7 @@ def mps_reference(
     return float(model.logit_scale.exp() * F.cosine_similarity(whole, x[0], dim=0)), int((mask < 0).sum())
 
 
+@pytest.mark.slow
 def test_mps_is_upstreams(mps: str, clip: Path, drawn: list[Sample]) -> None:
     scorer = MPS(mps, processor=str(clip), condition="", device="cpu")
     weights = load_file(Path(mps) / "model.safetensors")
