@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tests.pipelines import Build
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: pytest runs one on every core
 
 
 def pytest_collectstart() -> None:
