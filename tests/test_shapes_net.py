@@ -72,7 +72,8 @@ def test_an_image_scores_the_same_alone_and_at_another_size(net: ShapesNet, scen
     alone = torch.cat([net.score(images=images[k : k + 1], prompts=texts[k : k + 1]) for k in range(12)])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
     larger = torch.nn.functional.interpolate(images, (128, 128), mode="nearest")
-    torch.testing.assert_close(net.score(images=larger, prompts=texts), together, atol=0.05, rtol=0)
+    difference = (net.score(images=larger, prompts=texts) - together).abs()
+    assert difference.mean() < 0.02 and difference.max() < 0.1
 
 
 def test_captions_are_read_by_the_grammar(net: ShapesNet, scenes: tuple[Tensor, list[str]]) -> None:
