@@ -13,7 +13,7 @@ import rewards
 from align.shapes import world
 from rewards import Reward, RewardError
 from rewards.models.shapes import Shapes
-from rewards.models.shapes_net import LENGTH, WEIGHTS, WORDS, ShapesNet, tokens
+from rewards.models.shapes_net import WEIGHTS, ShapesNet
 
 SCENES = 72
 
@@ -48,8 +48,8 @@ def test_it_agrees_with_the_exact_reward(net: ShapesNet, scenes: tuple[Tensor, l
     exact = Shapes().score(images=both[0], prompts=both[1])
     scores = net.score(images=both[0], prompts=both[1])
     assert scores.shape == exact.shape and scores.dtype == torch.float32 and bool(((scores >= 0) & (scores <= 1)).all())
-    assert np.corrcoef(scores, exact)[0, 1] > 0.6
-    assert (scores[:SCENES] > scores[SCENES:]).float().mean() > 0.85
+    assert np.corrcoef(scores, exact)[0, 1] > 0.95
+    assert (scores[:SCENES] > scores[SCENES:]).float().mean() > 0.97
 
 
 def test_the_gradient_is_that_of_the_score(scenes: tuple[Tensor, list[str]]) -> None:
@@ -72,14 +72,17 @@ def test_an_image_scores_the_same_alone_and_at_another_size(net: ShapesNet, scen
     alone = torch.cat([net.score(images=images[k : k + 1], prompts=texts[k : k + 1]) for k in range(12)])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
     larger = torch.nn.functional.interpolate(images, (128, 128), mode="nearest")
-    torch.testing.assert_close(net.score(images=larger, prompts=texts), together, atol=0.05, rtol=0)
+    difference = (net.score(images=larger, prompts=texts) - together).abs()
+    assert difference.mean() < 0.02 and difference.max() < 0.1
 
 
-def test_captions_are_read_by_the_grammars_words() -> None:
-    rows = tokens(["a photo of  Three red stars", "three red stars", "a dog left of a red circle", "a " * 20])
-    assert torch.equal(rows[0], rows[1]) and rows.shape == (4, LENGTH)
-    assert [WORDS[k - 1] for k in rows[2].tolist() if k] == ["a", "left", "of", "a", "red", "circle"]
-    assert bool((rows[3] == WORDS.index("a") + 1).all())
+def test_captions_are_read_by_the_grammar(net: ShapesNet, scenes: tuple[Tensor, list[str]]) -> None:
+    """However it leads and is spaced; another prompt is refused by its row."""
+    images = scenes[0][:1].expand(2, -1, -1, -1)
+    first, second = net.score(images=images, prompts=["a photo of  Three red stars", "three red stars"])
+    assert first == second
+    with pytest.raises(RewardError, match="ShapesNet: row 1: not a caption of the embedded world: 'a dog'"):
+        net.score(images=images, prompts=["a star", "a dog"])
 
 
 def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -1,66 +1,128 @@
 """Reward back-propagation by the small network, beside the exact reward, which is only watched.
 
-    python tests/benchmarks/direct_reward.py draft_unguided_shapes_sd3 --seeds 0
+    python tests/benchmarks/direct_reward.py DRTune --seeds 0    # an arm; configs/draft_shapes_sd3.yaml
 
-Of the pictures that a run draws to train on: what ``ShapesNet`` says, whose gradient it follows, and what ``Shapes``
-says, in the first eight updates and in the last eight. Where the former rises and the latter falls, the reward was
-hacked. Figures of configs and seeds are added to what is recorded; finished runs are kept in ``outputs/``.
+Held out: every prompt of the embedded world's held-out set once, by the base and by what was trained, from the
+same noise in the ten steps of training at its guidance: what ``ShapesNet`` says, whose gradient an arm follows, and
+what ``Shapes`` says, graded and strict. Where the former rises and the latter falls, the reward was hacked. Beside that
+the same of the pictures that the run draws to train on, means of the first and the last eight updates. Figures of arms
+and seeds are added to what is recorded; finished runs are kept in ``outputs/`` and not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import yaml
+
+from align.evaluation.compare import STRICT
+from align.train import main as train
+from align.training.stop import STATUS
 from tests.benchmarks import RESULTS, command, metrics, record, runs_folder
 
-CONFIGS = ("draft_unguided_shapes_sd3", "draft_shapes_sd3")
-REWARDS = {"net": "ShapesNet", "graded": "Shapes", "strict": "strict"}
+GUIDED, UNGUIDED, STOP = (f"configs/draft_{kind}shapes_sd3.yaml" for kind in ("", "unguided_", "stop_"))
+
+
+class Arm(NamedTuple):
+    config: str
+    options: Sequence[str] = ()
+
+
+ARMS = {
+    "DRTune": Arm(GUIDED),
+    "DRTune, unguided": Arm(UNGUIDED),
+    "DRTune, unguided, early stop, at 1e-3": Arm(
+        UNGUIDED, ("--learning_rate", "1e-3", "--max_grad_norm", "1.0", "--objective.early_stop", "6")
+    ),
+    "DRaFT-1, unguided": Arm(STOP),
+    "DRaFT-2, unguided, at 1e-2": Arm(
+        STOP,
+        (
+            *("--learning_rate", "1e-2", "--max_grad_norm", "1.0", "--objective.last_steps", "2"),
+            *("--rollout_batch_size", "16", "--train_batch_size", "16"),
+        ),
+    ),
+}
+REWARDS = {"net": "ShapesNet", "graded": "Shapes", "strict": STRICT}
 UPDATES = 8  # at either end
+HELD_OUT = ("--reward", "[Shapes,ShapesNet]", "--num_inference_steps", "10", "--samples_per_prompt", "1")
 
 
-def run(config: str, seed: int) -> dict[str, Any]:
-    """Train one seed, unless that was done, and compare its first updates with its last."""
-    folder = runs_folder(False) / f"{config}-{seed}"
-    if not (folder / "pytorch_lora_weights.safetensors").exists():
-        options = ["--output_dir", str(folder), "--seed", str(seed), "--overwrite_output_dir", "true"]
-        command("align.train", "--config", f"configs/{config}.yaml", *options)
-    lines = [line for line in metrics(folder) if "reward/ShapesNet" in line]
-    ends = {
-        name: [fmean(line[f"reward/{label}"] for line in part) for part in (lines[:UPDATES], lines[-UPDATES:])]
-        for name, label in REWARDS.items()
+def run(arm: str, seed: int) -> dict[str, Any]:
+    """Train one seed, unless that was done, and look at the held-out prompts."""
+    config, options = ARMS[arm]
+    folder = runs_folder(False) / f"direct_reward-{arm.replace(', ', '-').replace(' ', '_')}-{seed}"
+    done, scores = folder / "done", folder / "scores.json"
+    if not done.exists():
+        words = ["--config", config, "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none"]
+        status = train([*words, "--overwrite_output_dir", "true", *options])
+        if status not in (0, STATUS):
+            raise SystemExit(status)
+        done.write_text(str(status))
+    if not scores.exists():
+        sampler = yaml.safe_load(Path(config).read_text())["objective"]["init_args"]["sampler"]
+        scale = sampler.get("guidance_scale")
+        shared = runs_folder(False) / f"direct_reward-{scale}"  # the base's pictures stay there
+        at = [] if scale is None else ["--guidance_scale", str(scale)]
+        last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=folder)
+        tuned = last if done.read_text() == str(STATUS) else folder  # a stopped run leaves checkpoints alone
+        where = ["--tuned", str(tuned), "--base", "shapes-sd3", "--output_dir", str(shared)]
+        command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", *where, *HELD_OUT, *at)
+        shutil.copy(shared / "scores.json", scores)
+    return figures(metrics(folder), json.loads(scores.read_text())) | {
+        "seed": seed,
+        "config": config,
+        "options": list(options),
+        "stopped": done.read_text() == str(STATUS),
     }
+
+
+def figures(lines: Sequence[Mapping[str, float]], report: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's log and of its evaluation."""
+    lines = [line for line in lines if "reward/ShapesNet" in line]
+    labels = REWARDS | {"strict": "strict"}
+    entries = {name: report["rewards"][title] for name, title in REWARDS.items()}
     counted = lines[-1]["evaluations/trained"] + lines[-1]["evaluations/frozen"]  # before the last update
     return {
-        "seed": seed,
         "updates": len(lines),
         "pictures": sum(line["rollout/pictures"] for line in lines),
         "evaluations": round(counted * len(lines) / (len(lines) - 1)),
         "minutes": (lines[-1]["time"] - lines[0]["time"]) / 60,
-        "ends": ends,
-        "curve": [{name: line[f"reward/{label}"] for name, label in REWARDS.items()} for line in lines],
+        "ends": {
+            name: [fmean(line[f"reward/{label}"] for line in part) for part in (lines[:UPDATES], lines[-UPDATES:])]
+            for name, label in labels.items()
+        },
+        "held_out": {
+            name: {key: entry[key] for key in ("base_overall", "tuned_overall", "difference_ci", "win_rate")}
+            for name, entry in entries.items()
+        },
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", choices=CONFIGS)
+    parser.add_argument("arms", nargs="+", choices=sorted(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     file = RESULTS / "direct_reward.json"
-    known = json.loads(file.read_text())["configs"] if file.exists() else {}
-    seeds = {run["seed"]: run for run in known.get(args.config, {}).get("seeds", [])}
-    seeds |= {seed: run(args.config, seed) for seed in args.seeds}
-    found = {"date": time.strftime("%Y-%m-%d"), "seeds": [seeds[seed] for seed in sorted(seeds)]}
-    record("direct_reward", {"configs": known | {args.config: found}})
-    print(json.dumps(found))
+    known = json.loads(file.read_text()).get("arms", {}) if file.exists() else {}
+    for arm in args.arms:
+        for seed in args.seeds:
+            found = {one["seed"]: one for one in known.get(arm, [])}
+            found[seed] = run(arm, seed) | {"date": time.strftime("%Y-%m-%d")}
+            known[arm] = [found[number] for number in sorted(found)]
+            record("direct_reward", {"arms": known})
+            print(arm, json.dumps(found[seed]))
 
 
 if __name__ == "__main__":

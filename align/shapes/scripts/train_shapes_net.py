@@ -1,15 +1,13 @@
 """Train the embedded differentiable reward, ``ShapesNet``, to say what the exact one says.
 
-    python -m align.shapes.scripts.train_shapes_net --judge_batch 128 --output outputs/shapes_net.safetensors
-    python -m align.shapes.scripts.train_shapes_net --start outputs/shapes_net.safetensors --seed 1 --encoded 200 \
-        --updates 1500 0 300                                  # the shipped file: some five minutes of a core for both
+    python -m align.shapes.scripts.train_shapes_net    # the shipped file: 6.4 minutes of one core
 
 Pictures: rendered scenes, some of other things than their caption asks for; the same blurred, mixed, noisy, cut or
-through the pipelines' autoencoder with noise on the latent; and what the pipelines drew (the shipped preference
-sets' training splits). The exact reward's detector looks at each once. The network's judge learns first, from scenes
-that nobody draws, then its eye to name what the detector finds, then both together: each picture is asked for by
-several captions, true ones, near misses and others, whose graded scores are the target of a cross-entropy. Captions are
-of seen combinations, but for near misses.
+through the pipelines' autoencoder with noise on the latent; what the pipelines drew (the shipped preference sets'
+training splits); and what they draw in ten steps, half of it without guidance. The exact reward's detector looks at
+each once. The network's eye learns first, to name what the detector finds, then eye and judge together: each picture is
+asked for by several captions, true ones, near misses and others, whose graded scores are the target of a
+cross-entropy. Captions are of seen combinations, but for near misses.
 """
 
 from __future__ import annotations
@@ -24,18 +22,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from align import families
 from align.common.assets import locate
+from align.sampling import generate
 from align.shapes.world import SEEN, SIZE, TASKS, caption, draw, place
 from rewards.common.files import atomic
-from rewards.models.shape_detector import UNKNOWN, DetectedObject
+from rewards.models.shape_detector import DetectedObject
 from rewards.models.shapes import COUNTS, PALETTE, RELATIONS, SHAPES, Spec, Thing, find, grade, parse
-from rewards.models.shapes_net import CELLS, NAMES, WEIGHTS, ShapesNet
+from rewards.models.shapes_net import CELLS, WEIGHTS, ShapesNet
 
 SETS = ("shapes-preferences", "shapes-preferences-sd3")
 SPOILT = ("none", "none", "blur", "mix", "noise", "cut", "fade")
@@ -128,6 +127,18 @@ def drawn(name: str, split: str) -> Pictures:
     return looked_at(pixels, [text for text, _ in files])
 
 
+def hasty(name: str, texts: list[str], seed: int) -> Pictures:
+    """What the pipeline ``name`` draws of ``texts`` as online runs do: in ten steps, every other one unguided."""
+    family = families.load(name, device="cpu")
+    pixels: list[np.ndarray] = []
+    halves = (texts[0::2], texts[1::2])
+    for k, scale in enumerate((None, 1.0)):
+        seeds = range(seed + k, seed + 2 * len(halves[k]) + k, 2)
+        images = generate.sample_images(family.predict, family, halves[k], seeds, 10, scale)
+        pixels += list((images * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    return looked_at(pixels, halves[0] + halves[1])
+
+
 def near_miss(rng: np.random.Generator, text: str) -> str:
     """``text`` with one word of the grammar put in another's place; itself where that is no caption."""
     spec = parse(text)
@@ -217,67 +228,45 @@ def batches(rng: np.random.Generator, count: int, size: int) -> Iterator[np.ndar
 
 def questions(
     rng: np.random.Generator, captions: Sequence[str], objects: Sequence[list[DetectedObject]], each: int
-) -> tuple[list[str], Tensor]:
-    """``each`` captions for every picture, and their graded scores."""
-    texts = [asked(rng, text, found) for text, found in zip(captions, objects, strict=True) for _ in range(each)]
-    pairs = zip(texts, (found for found in objects for _ in range(each)), strict=True)
-    return texts, torch.tensor([grade(parse(text), found) for text, found in pairs], dtype=torch.float32)
-
-
-def imagined(rng: np.random.Generator) -> tuple[str, list[DetectedObject]]:
-    """A caption, and what a detector would find in a picture for it that nobody draws; one thing may be missing, and a
-    shape or a colour have no name."""
-    text = caption(rng, TASKS[rng.integers(len(TASKS))])
-    bodies = place(rng, wanted(rng, text))
-    known = rng.random((2, len(bodies))) > 0.06
-    objects = [
-        DetectedObject(b.thing.shape if k else UNKNOWN, str(b.thing.colour) if c else UNKNOWN, b.x, b.y, 0.0, 1.0)
-        for b, k, c in zip(bodies, *known, strict=True)
+) -> tuple[list[Spec], Tensor]:
+    """What ``each`` captions for every picture ask for, and their graded scores."""
+    pairs = [
+        (parse(asked(rng, text, found)), found)
+        for text, found in zip(captions, objects, strict=True)
+        for _ in range(each)
     ]
-    if rng.random() < 0.25:
-        objects.pop(rng.integers(len(objects)))
-    return text, objects
+    return [spec for spec, _ in pairs], torch.tensor([grade(*pair) for pair in pairs], dtype=torch.float32)
 
 
-def train(data: Pictures, updates: tuple[int, int, int], seed: int, judge_batch: int, start: Path | None) -> ShapesNet:
-    """First the judge, on what nobody draws; then the eye, on names alone; then both together on ``data``. ``start``
-    holds weights to begin with."""
+def train(data: Pictures, updates: tuple[int, int], seed: int) -> ShapesNet:
+    """First the eye, on names alone; then eye and judge together, on scores and names."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    net = ShapesNet.untrained()
-    if start is not None:
-        net.load_state_dict(load_file(start))
-    scenes = [imagined(rng) for _ in range(10 * updates[0])]
-    scene_cells = torch.from_numpy(np.stack([named_cells(objects) for _, objects in scenes]))
+    rng, net = np.random.default_rng(seed), ShapesNet.untrained()
     cells = torch.from_numpy(np.stack([named_cells(objects) for objects in data.objects]))
-    few, many, eyes = (
-        batches(rng, n, size) for n, size in ((len(scenes), judge_batch), (len(cells), 64), (len(cells), 64))
-    )
+    turns = batches(rng, len(cells), 64)
 
-    def judging() -> Tensor:
-        chosen = next(few)
-        texts, goal = questions(rng, [scenes[k][0] for k in chosen], [scenes[k][1] for k in chosen], 1)
-        parts = [F.one_hot(scene_cells[chosen, k], count) for k, count in enumerate(NAMES)]
-        return F.binary_cross_entropy_with_logits(
-            net.logits(torch.cat(parts, -1).permute(0, 3, 1, 2).float(), texts), goal
-        )
+    def looking(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            shapes, colours = net.named(floats(data.pixels[chosen]))
+        return shapes.float(), colours.float()
 
-    def naming(parts: tuple[Tensor, Tensor], chosen: np.ndarray) -> Tensor:
+    def naming(parts: tuple[Tensor, Tensor], chosen: np.ndarray, weight: int) -> Tensor:
+        """``weight`` is that of a cell in which there is something; but for 1, more are named than there are."""
         wrong = [F.cross_entropy(part, cells[chosen, k], reduction="none") for k, part in enumerate(parts)]
-        return ((wrong[0] + wrong[1]) * (1 + 7 * (cells[chosen, 0] > 0))).mean()
+        return ((wrong[0] + wrong[1]) * (1 + (weight - 1) * (cells[chosen, 0] > 0))).mean()
 
     def seeing() -> Tensor:
-        chosen = next(eyes)
-        return naming(net.named(floats(data.pixels[chosen])), chosen)
+        chosen = next(turns)
+        return naming(looking(chosen), chosen, 4)
 
     def both() -> Tensor:
-        chosen = next(many)
-        texts, goal = questions(rng, [data.captions[k] for k in chosen], [data.objects[k] for k in chosen], PER_TURN)
-        parts = net.named(floats(data.pixels[chosen]))
+        chosen = next(turns)
+        specs, goal = questions(rng, [data.captions[k] for k in chosen], [data.objects[k] for k in chosen], PER_TURN)
+        parts = looking(chosen)
         soft = torch.cat([part.softmax(1) for part in parts], 1).repeat_interleave(PER_TURN, 0)
-        return F.binary_cross_entropy_with_logits(net.logits(soft, texts), goal) + 0.2 * naming(parts, chosen)
+        return F.binary_cross_entropy_with_logits(net.logits(soft, specs), goal) + naming(parts, chosen, 1)
 
-    stages = ((net, judging, 4e-3, "judge"), (net.eye, seeing, 4e-3, "eye"), (net, both, 2e-3, "both"))
+    stages = ((net.eye, seeing, 3e-3, "eye"), (net, both, 2e-3, "both"))
     for (part, loss_of, rate, name), count in zip(stages, updates, strict=True):
         if count:
             Schedule(part, count, rate).run(loss_of, name)
@@ -287,21 +276,23 @@ def train(data: Pictures, updates: tuple[int, int, int], seed: int, judge_batch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
-    parser.add_argument("--scenes", type=int, default=3000, help="rendered scenes, spoilt")
-    parser.add_argument("--encoded", type=int, default=800, help="rendered scenes through the autoencoder")
-    parser.add_argument("--updates", type=int, nargs=3, default=[1000, 400, 250], help="of judge, eye, both")
-    parser.add_argument("--judge_batch", type=int, default=256, help="scenes of an update of the judge alone")
-    parser.add_argument("--start", type=Path, help="weights of an earlier training to go on with")
+    parser.add_argument("--scenes", type=int, default=7000, help="rendered scenes, spoilt")
+    parser.add_argument("--encoded", type=int, default=300, help="rendered scenes through the autoencoder")
+    parser.add_argument("--hasty", type=int, default=144, help="pictures that each pipeline draws in ten steps")
+    parser.add_argument("--updates", type=int, nargs=2, default=[1200, 1600], help="of the eye, of both")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     parts = [rendered(args.scenes, args.seed), encoded(args.encoded, args.seed + 1)]
     parts += [drawn(name, "train") for name in SETS]
+    rng = np.random.default_rng(args.seed + 2)
+    for name in ("shapes-sd", "shapes-sd3") if args.hasty else ():
+        parts.append(hasty(name, [caption(rng, TASKS[k % len(TASKS)]) for k in range(args.hasty)], args.seed))
     data = Pictures(
         np.concatenate([part.pixels for part in parts]),
         [text for part in parts for text in part.captions],
         [objects for part in parts for objects in part.objects],
     )
-    net = train(data, tuple(args.updates), args.seed, args.judge_batch, args.start)
+    net = train(data, tuple(args.updates), args.seed)
     with atomic(args.output) as draft:
         save_file({key: value.contiguous() for key, value in net.state_dict().items()}, draft)
 
