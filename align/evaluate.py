@@ -112,6 +112,8 @@ def beside(source: Path) -> Path:
 def evaluate(config: Evaluate) -> dict[str, Any] | None:
     """Sample, score, compare and write; returns what ``scores.json`` holds, in the first process."""
     sides(config.resolution)
+    if config.diversity_features and config.samples_per_prompt < 2:
+        raise UserError("diversity_features compares pictures of one prompt; give samples_per_prompt of at least 2")
     launched, sources = Launched.here(), config.sources
     device = pick_device(config.device, launched.local)
     bench = config.bench(device)
@@ -123,6 +125,8 @@ def evaluate(config: Evaluate) -> dict[str, Any] | None:
             families.find(str(source))
         elif families.what_is_tuned(family, source) == "lora":
             families.read_lora(source, family.pipe, family.denoiser_name)
+    samples = config.samples_per_prompt
+    features = Features(config.diversity_features, device) if config.diversity_features and samples > 1 else None
     output = config.output_dir or beside(sources[0])
     labels = ["tuned"] if len(sources) == 1 else names(sources, ("base",))
     guidance_scale = family.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
@@ -140,9 +144,8 @@ def evaluate(config: Evaluate) -> dict[str, Any] | None:
         compared = draw_and_compare(models(), config, bench, output, config.resolution, launched)
         if compared is None:
             return None
-        report, samples = dict(compared.report), config.samples_per_prompt
+        report = dict(compared.report)
         if samples > 1:
-            features = Features(config.diversity_features, device) if config.diversity_features else None
             report["diversity"] = diversity(compared.images, samples, features)
         report |= {
             "base": base,

@@ -16,6 +16,7 @@ TLS before it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -37,6 +38,7 @@ from rewards.common.device import pick_device
 from rewards.serve import token_from
 
 if TYPE_CHECKING:
+    from align.evaluation.pictures import Drawing
     from align.families import Family
     from align.labelling.drawing import Background
     from align.labelling.server import Server
@@ -155,8 +157,11 @@ def drawn(config: Label, folder: Path) -> tuple[Source, Background]:
     from align.data.prompts import read_prompt_rows
     from align.evaluate import is_pipeline, names, open_model
     from align.evaluation.pictures import PictureFolder, Wanted, noise_seed
+    from align.families.blank import blank
+    from align.families.folder import Unsupported
     from align.labelling.drawing import Background
     from align.labelling.sources import of_models
+    from align.training.ghost import Ghost
     from align.training.run_folder import base_of
 
     rows = read_prompt_rows(str(config.prompts))[: config.limit]
@@ -169,10 +174,24 @@ def drawn(config: Label, folder: Path) -> tuple[Source, Background]:
     for name, source in zip(names(sources), sources, strict=True):
         if is_pipeline(source):
             families.find(str(source))
-        base = None if is_pipeline(source) else base_of(source) if (source / "config.yaml").is_file() else bases[0]
+            base = None
+        elif (source / "config.yaml").is_file():
+            base = base_of(source)
+        elif bases:
+            base = bases[0]
+        else:
+            raise UserError(f"{source} does not say which model it is of; give that one among --models too")
+        with contextlib.suppress(Unsupported), Ghost().present():  # now, not on a page that waits for pictures
+            drawing(config).resolved(blank(base or str(source)))
         pictures[name] = PictureFolder(folder / f"{config.output.stem}-drawn" / name, wanted, config.batch_size)
         models[name] = partial(open_model, source, base, dtype, device)
     return of_models(pictures, folder), Background(models, pictures)
+
+
+def drawing(config: Label) -> Drawing:
+    from align.evaluation.pictures import Drawing
+
+    return Drawing(config.num_inference_steps, config.guidance_scale, config.resolution)
 
 
 def serve(config: Label) -> Server:
@@ -223,9 +242,7 @@ def serve(config: Label) -> Server:
     page = Page(session, access, source.title, lambda: background.fault if background else "", local=token is None)
     server = Server(page, config.host, config.port)
     if background is not None:
-        from align.evaluation.pictures import Drawing
-
-        background.start(Drawing(config.num_inference_steps, config.guidance_scale, config.resolution))
+        background.start(drawing(config))
     return server
 
 

@@ -311,6 +311,8 @@ def test_a_table_reads_as_its_cells_do() -> None:
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--base", "./nowhere"], "no model_index.json"),
         (["--num_inference_steps", "0"], "steps must be at least 1"),
+        (["--samples_per_prompt", "1", "--diversity_features", "./nowhere"], "give samples_per_prompt of at least 2"),
+        (["--diversity_features", "./nowhere"], "'./nowhere' is no vision model"),
         (["--samples_per_prompt", "0"], "samples_per_prompt must be at least 1"),
     ],
 )
@@ -320,7 +322,7 @@ def test_mistakes_are_one_line(
     assert evaluate(tuned, *arguments) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1
-    assert message in error[0]
+    assert message in error[0] and not (tuned / "evaluation").exists()
 
 
 @pytest.mark.parametrize("mistake", ["nothing tuned in", "cannot write into"])

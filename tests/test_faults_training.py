@@ -333,6 +333,7 @@ def test_every_lora_target_has_to_be_a_layer(
     [
         (["--learning_rate", ".nan"], "learning_rate must be a finite number"),
         (["--objective.beta", ".inf"], "beta must be a finite number"),
+        (["--stop", "{rises: a, falls: {b: .nan}}"], "must be a finite number, got nan"),
         (["--learning_rate", "-1"], "learning_rate must be positive"),
         (["--adam_beta2", "1.0"], "adam_beta2 must be at least 0 and below 1"),
         (["--adam_epsilon", "0"], "adam_epsilon must be positive"),

@@ -249,6 +249,7 @@ def test_what_an_image_costs(tiny: Build) -> None:
     [
         ({"beta": 0.0}, "beta must be positive"),
         ({"undesirable_weight": -1.0}, "at least 0"),
+        ({"desirable_weight": 0.0, "undesirable_weight": 0.0}, "trains nothing"),
         ({"proportion_empty_prompts": 2.0}, "must be a share"),
     ],
 )
@@ -281,6 +282,19 @@ def test_thumbs_of_every_spelling(tmp_path: Path) -> None:
     loaded: RatedBatch = data.prepare(quiet(Tiny())).batch([0, 1])
     assert loaded.labels is not None and loaded.labels.tolist() == [1, 0] and loaded.latents.ndim == 4
     assert [item.label for item in RatedImages(path, label_column="good").read().items] == [1, 0]
+
+
+@pytest.mark.parametrize(("said", "kind"), [(["up", 1], "good"), ([0, "bad"], "bad"), ([1, 0], None)])
+def test_images_of_one_kind_alone_are_said(
+    said: list[Any], kind: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    RatedImages(thumbs(tmp_path, [{"label": value} for value in said])).check()
+    assert ("all images are" in caplog.text) == (kind is not None) and (kind is None or f"are {kind};" in caplog.text)
+
+
+def test_thumbs_that_are_taken_for_pairs_are_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="pairs is true, which is for pairs; false reads images with a label"):
+        RatedImages(thumbs(tmp_path, [{"label": 1}]), pairs=True).read()
 
 
 def test_a_threshold_splits_scores(tmp_path: Path) -> None:

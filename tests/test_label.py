@@ -247,6 +247,9 @@ def test_some_items_come_again_swapped_or_not(tmp_path: Path) -> None:
         ("pair", True, "expected 1, 2, tie"),
         ("pair", [1], "expected 1, 2, tie"),
         ("best", [1, 1], "expected places of 2 pictures"),
+        ("best", [1.0], "expected places of 2 pictures"),
+        ("best", [True, 1], "expected places of 2 pictures"),
+        ("best", [{}], "expected places of 2 pictures"),
         ("best", [3], "expected places of 2 pictures"),
         ("best", "1", "expected places of 2 pictures"),
         ("thumbs", 1, "expected good, bad or skip"),
@@ -300,7 +303,7 @@ def test_a_rollout_is_a_source_with_its_scores(round1: Path, tmp_path: Path) -> 
     assert set(source.groups[0].pictures[1].scores) == {"JPEGCompressibility"}
 
 
-def test_folders_with_pictures_of_the_same_prompts_are_models(tmp_path: Path) -> None:
+def test_folders_with_pictures_of_the_same_prompts_are_models(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for model in ("base", "tuned"):
         rows = [{"file_name": f"{k}.png", "prompt": f"prompt {k % 2}"} for k in range(4)]
         for k in range(4):
@@ -312,6 +315,13 @@ def test_folders_with_pictures_of_the_same_prompts_are_models(tmp_path: Path) ->
         ["in/base/1.png", "in/tuned/1.png"],
     ]
     assert {tuple(one.model for one in item.pictures) for item in items} == {("base", "tuned")} and len(items) == 4
+    assert "in one folder alone" not in caplog.text
+    picture(tmp_path, "in/base/4.png")
+    (tmp_path / "in/base/metadata.jsonl").write_text(
+        "\n".join(map(json.dumps, [*rows, {"file_name": "4.png", "prompt": "another"}]))
+    )
+    open_source(str(tmp_path / "in"), tmp_path)
+    assert "1 of 3 prompts have pictures in one folder alone" in caplog.text
 
 
 def test_what_is_no_source_is_said_in_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -465,6 +475,8 @@ def test_wrong_calls_are_refused_in_words_and_others_go_on(tmp_path: Path) -> No
     sent = [entry(one, 0, 1), entry(one, 1, "nonsense"), entry(one, 2, 2)]
     results = web.post(path, json={"entries": sent}).json()["results"]
     assert [results[each["id"]].partition(":")[0] for each in sent] == ["stored", "refused", "stored"]
+    no_text = web.post(path, content=b'{"entries": [{"id": "\\ud800"}]}', headers={"Content-Type": "application/json"})
+    assert no_text.status_code == 200 and "refused" in no_text.text
     assert web.get("/annotate/a%20b").status_code == 404 and web.get("/annotate/<b>").status_code == 404
     assert web.get("/?name=ann").headers["Location"] == "/annotate/ann"
 
@@ -473,17 +485,18 @@ def test_large_and_damaged_pictures(tmp_path: Path) -> None:
     big, bad = tmp_path / "big.jpg", tmp_path / "bad.png"
     Image.new("L", (10_000, 5_000), 90).save(big)
     picture(tmp_path, "bad.png", side=40)
-    bad.write_bytes(bad.read_bytes()[:60])
     items = [Item("large", (Picture("big.jpg", LazyImage(big)), Picture("bad.png", LazyImage(bad))))]
     one = session(tmp_path, items)
     web, shown = client(one), one.shown("ann", 0)
     path = f"/annotate/ann/picture/0/{shown.index(0)}"
     page = Image.open(io.BytesIO(web.get(path).content))
     assert page.size == (1280, 640)
-    refused = web.get(f"/annotate/ann/picture/0/{shown.index(1)}")
-    assert (
-        refused.status_code == 422 and "This picture cannot be shown: not a readable image" in refused.json()["error"]
-    )
+    for damaged in (bad.read_bytes()[:60], b"no picture"):
+        bad.write_bytes(damaged)
+        refused = web.get(f"/annotate/ann/picture/0/{shown.index(1)}")
+        assert refused.status_code == 422
+        told = refused.json()["error"]
+        assert "This picture cannot be shown: not a readable image" in told and "BytesIO" not in told
 
 
 def test_ten_thousand_items_are_quick(tmp_path: Path) -> None:
@@ -654,6 +667,15 @@ def test_exports_of_pairs_are_read_again(tmp_path: Path) -> None:
     assert {"caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label"} <= set(columns)
     with pytest.raises(UserError, match="is there already"):
         export(answers, "imagefolder", tmp_path / "p")
+    before = answers.read_bytes()
+    for same in (
+        answers,
+        answers.with_suffix(".session.json"),
+        answers.parent / ".." / answers.parent.name / answers.name,
+    ):
+        with pytest.raises(UserError, match="is what is read"):
+            export(answers, "jsonl", same)
+    assert answers.read_bytes() == before
     (tmp_path / "in/a.png").unlink()
     with pytest.raises(DataError, match=r"a.png is gone"):
         export(answers, "pickapic", tmp_path / "q.parquet")
@@ -695,6 +717,9 @@ def test_thumbs_and_scores_are_unpaired_rows(tmp_path: Path) -> None:
         (["shapes-preferences", "--split", "heldout", "--k", "3"], "with --task best"),
         (["shapes-preferences", "--split", "heldout", "--host", "0.0.0.0"], "can be reached by others"),
         (["shapes-preferences", "--split", "heldout", "--annotators", "a/b"], "annotators has 'a/b'"),
+        (["shapes-preferences", "--split", "heldout", "--annotators", ".."], "annotators has '..'"),
+        (["--models", __file__, "--prompts", "shapes-prompts"], "does not say which model it is of"),
+        (["--models", "shapes-sd", "--prompts", "shapes-prompts", "--resolution", "3"], "is no multiple of"),
         (["shapes-preferences", "--split", "heldout", "--first", "uncertain"], "needs scores of every picture"),
         (["export", "nothing.jsonl", "--to", "jsonl", "--output", "x"], "nothing.session.json cannot be read"),
     ],

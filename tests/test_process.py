@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +197,13 @@ def test_marginals_of_a_gaussian_toy(kernel: Kernel, steps: int, std: float) -> 
     x = toy_end(kernel, steps)
     assert x.mean().item() == pytest.approx(1.5, abs=0.01)
     assert x.std().item() == pytest.approx(std, abs=0.006)
+
+
+@pytest.mark.parametrize(("eta", "schedule"), [(-0.1, "ddim"), (-0.1, "cps"), (2.0, "cps")])
+def test_a_stochasticity_that_means_nothing_is_refused(eta: float, schedule: Any) -> None:
+    """The sine of Flow-CPS comes back to 0 at 2: noise that grows no more is none that was asked for."""
+    with pytest.raises(ValueError, match="eta of schedule"):
+        DDIM(eta, schedule)
 
 
 @pytest.mark.parametrize(("steps", "std"), [(10, 0.277), (300, 0.318)])

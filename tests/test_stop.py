@@ -117,6 +117,7 @@ def test_a_run_stops_and_keeps_its_last_good_checkpoint(
             {"stop": {"rises": "light", "falls": {"dark": 0.1}}},
             "there is no 'light' to look at; there are bright, dark",
         ),
+        ({"stop": {"rises": "bright", "falls": {"bright": 0.1}}}, "cannot rise and fall at once"),
         ({"stop": {"rises": "bright", "falls": {}}}, "falls name amounts above 0, got 5 and {}"),
         ({"stop": {"rises": "bright", "falls": {"dark": -1.0}}}, "falls name amounts above 0"),
         ({"checkpointing_steps": 0}, "set checkpointing_steps above 0"),

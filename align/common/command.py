@@ -77,6 +77,14 @@ def parser_for(settings: type[T], prog: str, description: str | None) -> OneLine
     return parser
 
 
+def _not_finite(value: object) -> float | None:
+    """The first nan or infinity in a setting, which may be a list or a mapping of numbers."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for one in inside if (found := _not_finite(one)) is not None), None)
+
+
 def parse(
     settings: type[T], prog: str, description: str | None, argv: Sequence[str] | None, leaves: bool = True
 ) -> tuple[T, str]:
@@ -100,8 +108,8 @@ def parse(
             parser.error(str(error))
         namespace: Namespace = parser.parse_args(arguments)
     for key, value in namespace.as_flat().__dict__.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"{key} must be a finite number, got {value}")
+        if (number := _not_finite(value)) is not None:
+            parser.error(f"{key} must be a finite number, got {number}")
         if isinstance(value, int) and abs(value) >= 2**63:
             parser.error(f"{key} must be a number of at most 63 bits, got one of {value.bit_length()}")
     namespace.pop("config", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from rewards.data.tables import Cells
 from rewards.data.text import brief, clean
 from rewards.data.verdicts import number, unwrap
 
+logger = logging.getLogger(__name__)
 LABELS = ("label", "good")
 WORDS = {
     **dict.fromkeys(("true", "good", "up", "yes", "like", "liked", "desirable"), 1.0),
@@ -80,7 +82,18 @@ class RatedImages(Images):
 
     def _recognised(self) -> Layout:
         root = Path(self.image_root) if self.image_root else None
-        return recognise(locate(self.path), self.split, self.caption_column, root)
+        try:
+            return recognise(locate(self.path), self.split, self.caption_column, root)
+        except DataError as error:
+            raise DataError(f"pairs is true, which is for pairs; false reads images with a label: {error}") from error
+
+    def check(self) -> None:
+        super().check()
+        labels = (item.label for item in self.items().items)
+        first = next(labels)
+        if all(label == first for label in labels):
+            kind = "good" if first else "bad"
+            logger.warning("%s: all images are %s; nothing shows what the other kind is", self.path, kind)
 
     def label(self, row: ImageRow) -> float | str | None:
         names = [self.score_column] if self.threshold is not None else [self.label_column or "", *LABELS]

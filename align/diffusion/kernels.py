@@ -113,6 +113,11 @@ class DDIM(Kernel):
     eta: float = 0.0
     schedule: Literal["ddim", "cps"] = "ddim"
 
+    def __post_init__(self) -> None:
+        if self.eta < 0 or (self.schedule == "cps" and self.eta > 1):
+            most = "0 to 1" if self.schedule == "cps" else "at least 0"
+            raise ValueError(f"eta of schedule {self.schedule} must be {most}, got {self.eta}")
+
     def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
         x0, eps = prediction.x0, prediction.eps
         alpha, sigma, alpha_s, sigma_s = _knots(grid, i, x0)

@@ -129,4 +129,9 @@ def _require_kinds(spec: BenchSpec) -> None:
 def differences(spec: BenchSpec, used: Mapping[str, Any]) -> list[str]:
     """Where what was ``used`` is not the bench's protocol."""
     official = dataclasses.asdict(spec.protocol)
-    return [f"{name} {used[name]}, {value} in the bench" for name, value in official.items() if used[name] != value]
+    said = {None: "the pipeline's own"}
+    return [
+        f"{name} {said.get(used[name], used[name])}, {said.get(value, value)} in the bench"
+        for name, value in official.items()
+        if used[name] != value
+    ]

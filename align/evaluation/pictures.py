@@ -161,6 +161,8 @@ class PictureFolder:
             return int(path.is_file() and path.read_text(encoding="utf-8") == text)
 
         if launched.rank:
+            if not same():  # which may take as long as somebody takes to start it
+                logger.warning("%s: waiting for the first process or shard, up to %d s", self.path, PATIENCE)
             self._wait(same, 1, RECORD)
         elif not same():
             if self.path.exists():

@@ -19,7 +19,7 @@ TAGS = {
     "other": "other",
 }
 SCORES = range(1, 6)
-NAME = re.compile(r"[\w.-]{1,40}")  # of a person, who is part of an address
+NAME = re.compile(r"(?!\.+$)[\w.-]{1,40}")  # of a person, who is part of an address, where . and .. are none
 ID = re.compile(r"[A-Za-z0-9-]{8,64}")
 
 
@@ -106,7 +106,8 @@ def said(task: Task, item: Item, shown: Sequence[int], choice: object, names: Se
 def _ranking(choice: object, shown: Sequence[int]) -> list[int]:
     """The rank of each picture, 1 the best; those that were not placed share the last."""
     places = range(1, len(shown) + 1)
-    if not isinstance(choice, list) or len(set(map(str, choice))) < len(choice) or any(c not in places for c in choice):
+    known = isinstance(choice, list) and all(type(place) is int and place in places for place in choice)
+    if not isinstance(choice, list) or not known or len(set(choice)) < len(choice):
         raise Refused(f"the choice is {choice!r}; expected places of {len(shown)} pictures, the best first, or skip")
     ranks = [len(choice) + 1] * len(shown)
     for rank, place in enumerate(choice, 1):

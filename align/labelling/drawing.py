@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
+from align.common.errors import UserError
 from align.evaluation.pictures import Drawing, PictureFolder
 from align.families import Family
 from rewards.common.device import Launched
@@ -48,5 +49,5 @@ class Background:
             self._fail(name, error)
 
     def _fail(self, name: str, error: Exception) -> None:
-        logger.error("%s cannot draw", name, exc_info=error)
         self.fault = f"{name} cannot draw: {one_line(error)}"
+        logger.error(self.fault, exc_info=None if isinstance(error, UserError) else error)

@@ -245,10 +245,11 @@ class Page:
             raise HTTPException(413, f"at most {MOST_ENTRIES} answers at a time")
         results = {}
         for entry in entries:
+            identity = str(entry.get("id"))[:64].encode(errors="replace").decode()  # JSON may hold what is no text
             try:
-                results[str(entry.get("id"))[:64]] = self.session.submit(name, entry)
+                results[identity] = self.session.submit(name, entry)
             except Refused as error:
-                results[str(entry.get("id"))[:64]] = f"refused: {error}"
+                results[identity] = f"refused: {error}"
             except WriteError as error:  # the page keeps it and tries again
                 logger.error("%s", error)
                 raise HTTPException(507, str(error)) from error

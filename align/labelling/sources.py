@@ -111,6 +111,12 @@ def of_images(path: str, folder: Path, prompts: str | None, caption_column: str 
     for prompt, parent, _ in rows:
         parents.setdefault(prompt, set()).add(parent)
     models = any(len(each) > 1 for each in parents.values())
+    if models and (alone := sum(len(each) == 1 for each in parents.values())):
+        logger.warning(
+            "%s: folders within are taken for models, since they hold pictures of the same prompts, and only those of "
+            "different models are compared; %d of %d prompts have pictures in one folder alone",
+            path, alone, len(parents),
+        )  # fmt: skip
     every = [
         (prompt, Picture(relative(file, folder), LazyImage(file), (parent or ".") if models else ""))
         for prompt, parent, file in rows

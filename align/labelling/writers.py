@@ -67,6 +67,8 @@ def export(answers: Path, to: Format, output: Path, threshold: float | None = No
     """Write what stands in the file ``answers`` to ``output``; returns the number of rows. Raises :class:`UserError`
     where a layout cannot hold the task, and :class:`DataError` where a picture is gone."""
     read = read_answers(answers)
+    if output.resolve() in (answers.resolve(), answers.with_suffix(".session.json").resolve()):
+        raise UserError(f"--output {output} is what is read; name another file")
     if to == "d3po":
         return _d3po(read, output)
     if len(read.items[0].pictures) == 1 and to != "pickapic":

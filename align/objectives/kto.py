@@ -74,6 +74,8 @@ class KTO(Objective):
             raise ValueError(f"beta must be positive, got {self.beta}")
         if min(self.desirable_weight, self.undesirable_weight) < 0:
             raise ValueError("desirable_weight and undesirable_weight must be at least 0")
+        if not self.desirable_weight and not self.undesirable_weight:
+            raise ValueError("desirable_weight and undesirable_weight are both 0, which trains nothing")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(f"proportion_empty_prompts must be a share, got {self.proportion_empty_prompts}")
 

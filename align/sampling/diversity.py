@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from align.common.errors import UserError
+from rewards.common.errors import one_line
 from rewards.models import lpips
 
 THUMBNAIL = 64  # pixels a side at which pictures are compared, so that grain does not count
@@ -56,10 +58,16 @@ class Semantic:
     def __init__(self, source: str, device: torch.device | str) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
-        clip = AutoConfig.from_pretrained(source).model_type == "clip"
-        loader = CLIPVisionModelWithProjection if clip else AutoModel
-        self.model = loader.from_pretrained(source, use_safetensors=True).to(device).eval().requires_grad_(False)
-        self.processor = AutoImageProcessor.from_pretrained(source)
+        try:
+            clip = AutoConfig.from_pretrained(source).model_type == "clip"
+            loader = CLIPVisionModelWithProjection if clip else AutoModel
+            self.model = loader.from_pretrained(source, use_safetensors=True).to(device).eval().requires_grad_(False)
+            self.processor = AutoImageProcessor.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"diversity_features: {source!r} is no vision model that can be loaded; expected a folder or a hub "
+                f"id of DINOv2 or CLIP, or lpips:FILE ({one_line(error)})"
+            ) from error
 
     def __call__(self, images: Tensor) -> Tensor:
         pixels = self.processor(images=images.float().cpu(), do_rescale=False, return_tensors="pt")["pixel_values"]

@@ -50,6 +50,8 @@ class StopRule:
             raise UserError(
                 f"stop: window must be at least 1 and falls name amounts above 0, got {self.window} and {self.falls}"
             )
+        if self.rises in self.falls:
+            raise UserError(f"stop: {self.rises} cannot rise and fall at once; falls names what is only watched")
         known = sorted({*labels, *SPACES})
         for name in (self.rises, *self.falls):
             if name not in known:

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rewards.common.errors import DataError
@@ -103,6 +103,9 @@ def decode(source: Path | bytes, formats: tuple[str, ...] | None = None, max_pix
             return image
     except UnreadableError:
         raise
+    except UnidentifiedImageError as error:  # whose own words for bytes are an address in memory
+        named = f" {str(source)!r}" if isinstance(source, Path) else ""
+        raise UnreadableError(f"not a readable image: cannot identify image file{named}") from error
     except BROKEN as error:
         raise UnreadableError(f"not a readable image: {error}") from error
 
