@@ -13,7 +13,8 @@ screen with the exact reward, and presses the key of the right answer in 85 % of
 ``align.train`` reads the answers file as it is; ``align.evaluate`` sets the runs beside the base on held-out prompts,
 drawn as the pictures were, in 10 steps without guidance. Seeds are of the training; the answers are the same.
 ``--quick`` takes 12 answers and 2 updates of one seed, and records nothing. What is finished is kept in ``outputs/``
-and judged with what is asked for by ``--methods`` and ``--seeds``.
+and judged with what is asked for by ``--methods`` and ``--seeds``. What was recorded: DPO of three seeds, KTO and D3PO
+of seed 0 (``--methods D3PO KTO --seeds 0``); LOG.md says what else was tried.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ METHODS = {
         "pair",
         "configs/d3po_human.yaml",
         "--objective.timestep_fraction 0.2 --rollout_batch_size 400 --train_batch_size 40 "
-        "--gradient_accumulation_steps 20 --max_train_steps 8 --lr_warmup_steps 1",
+        "--gradient_accumulation_steps 20 --max_train_steps 8 --lr_warmup_steps 1 --learning_rate 4e-3 --ema_decay 0.5",
         rollout=True,
     ),
 }
