@@ -1,0 +1,269 @@
+"""People in the loop: 400 answers given on the page train shapes-sd, by pairs (DPO), trajectories (D3PO), thumbs (KTO).
+
+    python tests/benchmarks/people.py
+
+``align.rollout`` draws 7 pictures of each of 480 training prompts, once, unguided, for all three. A script opens
+``align.label`` in Chromium (where there is none it talks to the server as the page does), looks at what is on the
+screen with the exact reward, and presses the key of the right answer in 85 % of the items, else the other:
+
+- ``--task pair``, for DPO and D3PO: the pictures of a prompt that the reward likes most and least, of the 400 prompts
+  where these differ most;
+- ``--task thumbs``, for KTO: both pictures of the first 200 of them; good is what is exactly right.
+
+``align.train`` reads the answers file as it is; ``align.evaluate`` sets the runs beside the base on held-out prompts,
+drawn as the pictures were, in 10 steps without guidance. Seeds are of the training; the answers are the same.
+``--quick`` takes 12 answers and 2 updates of one seed, and records nothing. What is finished is kept in ``outputs/``
+and judged with what is asked for by ``--methods`` and ``--seeds``. What was recorded: DPO of three seeds, KTO and D3PO
+of seed 0 (``--methods D3PO KTO --seeds 0``); LOG.md says what else was tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from align.common.rng import generator, uniform
+from align.data.trajectories import ManifestLine, RolloutFolder
+from align.diffusion.kernels import DDIM, Gaussian, Kernel
+from align.diffusion.process import Grid, Prediction
+from align.evaluation.compare import STRICT
+from align.labelling.items import Task
+from rewards.common.files import write_text
+from rewards.data.images import decode_tensor
+from rewards.models.shapes import Shapes, flawless
+from tests import label_page
+from tests.benchmarks import command, metrics, record, runs_folder
+
+RIGHT, EACH, STEPS = 0.85, 7, 10
+
+
+@dataclass(frozen=True, repr=False)
+class EarlyDDIM(Kernel):
+    """DDIM with ``eta`` in the first ``steps`` steps and without noise after them, as ``D3PO.window`` draws while it
+    trains: what is preferred follows from the steps that train."""
+
+    eta: float = 1.0
+    steps: int = 2
+
+    def __call__(self, prediction: Prediction, grid: Grid, i: int | Tensor) -> Gaussian:
+        last = int(i.max()) if isinstance(i, Tensor) else i  # a training batch lies within the steps
+        return DDIM(self.eta if last < self.steps else 0.0)(prediction, grid, i)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What people are asked, and how ``config`` trains on that: on pictures, or on the ``rollout``'s trajectories;
+    ``options`` come after it."""
+
+    task: Task
+    config: str
+    options: str
+    rollout: bool = False
+
+
+KERNEL = f"tests.benchmarks.people.{EarlyDDIM.__name__}"
+SAMPLER = (("num_inference_steps", str(STEPS)), ("guidance_scale", "1.0"), ("batch_size", "64"), ("kernel", KERNEL))
+COMMON = ("--checkpointing_steps", "0", "--report_to", "none", "--lr_scheduler", "cosine", "--ema_decay", "0.9")
+STILL = "--objective.proportion_empty_prompts 0 --max_train_steps 80 --lr_warmup_steps 5"
+METHODS = {
+    "DPO": Method("pair", "configs/dpo_shapes.yaml", STILL),
+    "KTO": Method("thumbs", "configs/kto_shapes.yaml", f"{STILL} --data.pairs false"),
+    "D3PO": Method(
+        "pair",
+        "configs/d3po_human.yaml",
+        "--objective.timestep_fraction 0.2 --rollout_batch_size 400 --train_batch_size 40 "
+        "--gradient_accumulation_steps 20 --max_train_steps 8 --lr_warmup_steps 1 --learning_rate 4e-3 --ema_decay 0.5",
+        rollout=True,
+    ),
+}
+REWARDS = [{"name": "Shapes"}, {"name": "Shapes", "args": {"mode": "strict"}, "label": "strict"}]  # for the manifest
+
+
+# The person
+PIXELS = """images => Promise.all(images.map(async image => {
+    const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+    canvas.getContext("2d").drawImage(image, 0, 0);
+    const bytes = await (await canvas.convertToBlob()).arrayBuffer();
+    return btoa(String.fromCharCode(...new Uint8Array(bytes)));
+}))"""
+KEYS: dict[str, dict[int | str, str]] = {
+    "pair": {1: "ArrowLeft", 2: "ArrowRight"},
+    "thumbs": {"good": "ArrowUp", "bad": "ArrowDown"},
+}
+
+
+@dataclass
+class Person:
+    """Sees a prompt and its pictures, and gives the right answer in :data:`RIGHT` of the items, by a draw that belongs
+    to the item; else the other one."""
+
+    task: Task
+    seed: int
+    right: list[bool] = field(default_factory=list)
+
+    def choose(self, item: str, prompt: str, pictures: Sequence[bytes]) -> int | str:
+        images = torch.stack([decode_tensor(picture) for picture in pictures]) / 255
+        graded = Shapes().score(images=images, prompts=[prompt] * len(images)).tolist()
+        if self.task == "thumbs":
+            words: list[int | str] = ["good", "bad"] if flawless(graded[0]) else ["bad", "good"]
+        else:
+            words = [1, 2] if graded[0] > graded[1] else [2, 1]
+        luck = uniform([generator(self.seed, "person", self.task, item, 0)]).item()
+        self.right.append(luck < RIGHT)
+        return words[0 if self.right[-1] else 1]
+
+
+def in_a_browser(url: str, person: Person, count: int) -> list[float]:
+    """``count`` answers by keyboard; returns milliseconds from each key to the next pictures."""
+    with label_page.chromium() as browser:
+        page = label_page.opened(browser, url)
+        for _ in range(count):
+            label_page.until(page, "document.body.dataset.item")
+            pictures = [base64.b64decode(one) for one in page.eval_on_selector_all("#pictures img", PIXELS)]
+            choice = person.choose(label_page.item_of(page), page.inner_text("#prompt"), pictures)
+            label_page.press(page, KEYS[person.task][choice])
+        label_page.settled(page)
+        return label_page.latencies(page)
+
+
+def by_post(url: str, person: Person, count: int) -> list[float]:
+    """The same without a browser, and so without times."""
+
+    def ask(path: str, body: object = None) -> bytes:
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(f"{url}/{path}", data, {"Content-Type": "application/json"})
+        answer: bytes = urllib.request.urlopen(request).read()
+        return answer
+
+    while len(person.right) < count:
+        told = json.loads(ask("next"))
+        for shown in told["items"][: count - len(person.right)]:
+            pictures = [ask(source) for source in shown["src"]]
+            choice = person.choose(shown["key"], shown["prompt"], pictures)
+            entry = {"id": uuid.uuid4().hex, "session": told["session"], "item": shown["item"], "check": ""}
+            ask("answers", {"entries": [entry | {"choice": choice}]})
+    return []
+
+
+def answered(source: Path, task: Task, count: int, answers: Path) -> dict[str, Any]:
+    """Have ``count`` items of ``source`` answered into ``answers``, unless they are; returns what there was to see."""
+    seen = answers.with_suffix(".seen.json")
+    if not seen.exists():
+        for left in answers.parent.glob(f"{answers.stem}*"):
+            left.unlink()
+        person, browser = Person(task, seed=0), label_page.CHROMIUM is not None
+        words = [str(source), "--output", str(answers), "--task", task]
+        with label_page.served(*words) as server:
+            times = (in_a_browser if browser else by_post)(server.url("/annotate/ann"), person, count)
+        figures = {"answers": len(label_page.standing(answers)), "right": sum(person.right), "browser": browser}
+        write_text(seen, json.dumps(figures | {"milliseconds": sorted(times)[len(times) // 2] if times else None}))
+    found: dict[str, Any] = json.loads(seen.read_text())
+    return found
+
+
+# What they are asked about
+def drawn(folder: Path, quick: bool) -> Path:
+    """The rollout that all look at."""
+    how = [word for name, value in SAMPLER for word in (f"--sampler.{name}", value)]
+    words = ["--images_per_prompt", str(EACH), "--prompts_per_shard", "64", *how, *(["--limit", "16"] if quick else [])]
+    words += ["--output_dir", str(folder), "--rewards", json.dumps(REWARDS)]
+    command("align.rollout", "--prompts", "shapes-prompts", *words)
+    return folder
+
+
+def graded(line: ManifestLine) -> float:
+    return line.scores["Shapes"]
+
+
+def sources(rollout: Path, count: int) -> dict[Task, Path]:
+    """For each task the list, beside ``rollout``, that ``align.label`` is to be opened on."""
+    groups = dict[int, list[ManifestLine]]()
+    for line in RolloutFolder(rollout).read().lines:
+        groups.setdefault(line.prompt_index, []).append(line)
+    ends = [(max(group, key=graded), min(group, key=graded)) for group in groups.values()]
+    ends.sort(key=lambda pair: graded(pair[1]) - graded(pair[0]))
+    name = rollout.name
+    rows: dict[Task, list[dict[str, str]]] = {
+        "pair": [
+            {"prompt": a.prompt, "chosen": f"{name}/{a.image}", "rejected": f"{name}/{b.image}"}
+            for a, b in ends[:count]
+        ],
+        "thumbs": [{"prompt": o.prompt, "image": f"{name}/{o.image}"} for ab in ends[: count // 2] for o in ab],
+    }
+    files: dict[Task, Path] = {task: rollout.parent / f"items-{task}.jsonl" for task in rows}
+    for task, file in files.items():
+        write_text(file, "".join(json.dumps(row) + "\n" for row in rows[task]))
+    return files
+
+
+# Training and judging
+def trained(method: Method, rollout: Path, answers: Path, seed: int, folder: Path, quick: bool) -> int:
+    """Train on the answers, unless that is done; returns the number of updates."""
+    if not (folder / "pytorch_lora_weights.safetensors").exists():
+        if method.rollout:
+            data = ["--data.path", str(rollout), "--data.labels", json.dumps([str(answers)])]
+            data += [word for name, value in SAMPLER for word in (f"--objective.sampler.{name}", value)]
+        else:
+            data = ["--data.path", str(answers), "--data.split", "null", "--validation_data", "null"]
+        few = ["--max_train_steps", "2", "--lr_warmup_steps", "0"] if quick else []
+        where = ["--output_dir", str(folder), "--overwrite_output_dir", "true", "--seed", str(seed)]
+        command("align.train", "--config", method.config, *data, *COMMON, *method.options.split(), *few, *where)
+    return int(metrics(folder)[-1]["step"])
+
+
+def judged(runs: Sequence[Path], folder: Path, quick: bool) -> dict[str, Any]:
+    """The base and ``runs`` on held-out prompts; pictures that are there are not drawn again."""
+    how = ["--guidance_scale", "1", "--num_inference_steps", str(STEPS), *(["--max_prompts", "12"] if quick else [])]
+    tuned = ["--tuned", json.dumps([str(run) for run in runs]), "--output_dir", str(folder)]
+    command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", *tuned, *how)
+    report: dict[str, Any] = json.loads((folder / "scores.json").read_text())
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    count, seeds = (12, args.seeds[:1]) if args.quick else (400, args.seeds)
+    root = runs_folder(args.quick) / "people"
+    rollout = drawn(root / "rollout", args.quick)
+    asked = {
+        task: answered(source, task, count, root / f"{task}.jsonl") for task, source in sources(rollout, count).items()
+    }
+    runs = dict[str, dict[str, Any]]()
+    for name, method in METHODS.items():
+        for seed in range(10):
+            folder = root / f"{name.lower()}-{seed}"
+            if folder.is_dir() or (name in args.methods and seed in seeds):
+                updates = trained(method, rollout, root / f"{method.task}.jsonl", seed, folder, args.quick)
+                runs[folder.name] = {"method": name, "task": method.task, "seed": seed, "updates": updates}
+    report = judged([root / name for name in runs], root / "evaluation", args.quick)
+    for name, run in runs.items():
+        model, prefix = (name, f"{name}_") if len(runs) > 1 else ("tuned", "")
+        for title, reward in (("strict", STRICT), ("graded", "Shapes")):
+            entry = report["rewards"][reward]
+            wins = {key: entry[f"{prefix}{key}"] for key in ("win_rate", "win_rate_ci")}
+            run[title] = {"base": entry["base_overall"], "tuned": entry[f"{model}_overall"], **wins}
+    pictures = RolloutFolder(rollout).record().images
+    figures = {"pictures": pictures, "right": RIGHT, "asked": asked, "runs": list(runs.values())}
+    record("people", figures, args.quick)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
