@@ -251,6 +251,7 @@ def settings(folder: Path, pairs: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_over_buckets_resumes_at_any_step(tiny_folders: dict[str, Path], pairs: Path, tmp_path: Path) -> None:
     config = settings(tiny_folders["flow"], pairs, tmp_path)
     assert main(["--config", write(config)]) == 0

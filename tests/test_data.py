@@ -338,7 +338,7 @@ def test_a_missing_path_and_an_unknown_layout_say_what_to_do(tmp_path: Path) -> 
     with pytest.raises(DataError, match="not parquet"):
         read_pairs(tmp_path / "b.parquet")
     with pytest.raises(DataError, match="no split"):
-        read_pairs(tmp_path / "a.jsonl", split="train")
+        read_pairs(tmp_path / "a.jsonl", split="test")
 
 
 def test_heldout_pairs_are_never_mixed_in(drawn: list[Drawn], tmp_path: Path) -> None:

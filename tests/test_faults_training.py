@@ -389,6 +389,7 @@ def test_one_trains_into_a_folder_at_a_time(
     assert main(["--config", write(config, resume_from_checkpoint="latest", max_train_steps=2000, dry_run=True)]) == 0
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_midst_of_exchanging_weights_leaves_a_whole_checkpoint(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

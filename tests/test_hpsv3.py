@@ -125,6 +125,7 @@ def upstream(folder: Path, question: str) -> Callable[[Image.Image, str], list[f
     return score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", [False, pytest.param(True, marks=pytest.mark.skipif(not PUBLISHED, reason=WHY))])
 def test_scores_are_upstreams(folder: Path, drawn: list[Sample], published: bool) -> None:
     ours = new(folder, **({"question": None} if published else {}))

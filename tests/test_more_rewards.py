@@ -559,6 +559,7 @@ def owl(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_geneval_style_finds_what_the_detector_says(owl: str, clip: Path, drawn: list[Sample]) -> None:
     scorer = ge.GenEvalStyle(owl, str(clip), threshold=0.0, counting_threshold=0.5, overlap=2.0, device="cpu")
     model, processor = Owlv2ForObjectDetection.from_pretrained(owl), Owlv2Processor.from_pretrained(owl)

@@ -46,6 +46,7 @@ except Enough:
 NEEDLESS = ("torch._inductor.compile_fx", "datasets", "pruning.loading", "matplotlib", "pyarrow.dataset")
 
 
+@pytest.mark.slow
 def test_training_reaches_its_first_step_soon_and_imports_nothing_needless(tmp_path: Path) -> None:
     """6 to 7 s of CPU where we measured, with the caption and image encoders' work of eight pairs in it."""
     words = [
