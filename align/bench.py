@@ -31,11 +31,11 @@ from align.common.provenance import provenance
 from align.common.resolution import Resolution, sides
 from align.evaluate import is_pipeline, names, open_model
 from align.evaluation import bench_spec as benches
+from align.evaluation.bar_chart import chart
 from align.evaluation.bench_cost import pace
 from align.evaluation.bench_prompts import read_rows
 from align.evaluation.bench_report import first_pictures, noise_pictures, panels, require_heed, results, write_geneval
 from align.evaluation.bench_spec import BenchSpec
-from align.evaluation.chart import chart
 from align.evaluation.compare import Bench, Compared, Comparison, depends, draw_and_compare, table
 from align.evaluation.gallery import save_png
 from align.evaluation.intervals import task_intervals

@@ -16,14 +16,15 @@ from align.bench import main
 from align.common.errors import UserError
 from align.evaluation import bench_spec as benches
 from align.evaluation import pictures
+from align.evaluation.bar_chart import Panel, Value, chart
 from align.evaluation.bench_cost import Pace
 from align.evaluation.bench_prompts import read_rows
 from align.evaluation.bench_report import write_geneval
 from align.evaluation.bench_spec import load_spec
-from align.evaluation.chart import Panel, Value, chart, ticks
 from align.evaluation.compare import compare, overall
 from align.evaluation.intervals import task_intervals
 from align.evaluation.pictures import PictureFolder, Wanted
+from align.evaluation.ticks import ticks
 from rewards.common.files import locked
 from tests.bench_files import write_all
 
@@ -242,8 +243,8 @@ def test_the_chart_says_what_the_figures_do() -> None:
     low, high, bars = far.axis
     assert not bars and 21.3 < low < 21.4 and 22.1 < high < 22.2
     assert Panel("ImageReward", {"all": {"a": Value(-0.2, -0.4, 0.1)}}).axis[2]
-    assert ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert ticks(21.38, 22.12) == pytest.approx([21.4, 21.6, 21.8, 22.0])
+    assert ticks(0.0, 1.0, 5)[0] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(21.38, 22.12, 5)[0] == pytest.approx([21.4, 21.6, 21.8, 22.0])
     chart([Panel("same", {"all": {"a": Value(0.0, 0.0, 0.0)}})], "nothing but zeros")
 
 

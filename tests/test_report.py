@@ -17,12 +17,13 @@ import torch
 from PIL import Image, ImageChops
 
 from align.common.errors import UserError
-from align.evaluation.charts import number, tick, ticks
+from align.evaluation.curve_chart import number, tick
 from align.evaluation.curves import BUCKETS, Curve, Position
 from align.evaluation.gallery import cut_grid, save_grid, to_pil
 from align.evaluation.panels import COUNTERS
 from align.evaluation.run_page import FRAMES, run_page
 from align.evaluation.run_record import State, read_run
+from align.evaluation.ticks import ticks
 from align.report import main, named, report
 
 V0_1 = Path(__file__).parent / "v0_1"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from align.common.errors import UserError
+from align.evaluation.bar_chart import Panel, Value
 from align.evaluation.bench_spec import BenchSpec
-from align.evaluation.chart import Panel, Value
 from align.evaluation.compare import Bench, overall
 from align.evaluation.pictures import PictureFolder, Wanted
 from rewards.base import needs_prompt

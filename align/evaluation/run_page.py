@@ -20,8 +20,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from align.common.errors import UserError
-from align.evaluation.charts import Line, chart, has, number
 from align.evaluation.compare import evenly_spaced
+from align.evaluation.curve_chart import Line, chart, has, number
 from align.evaluation.curves import Axis, Curve
 from align.evaluation.gallery import cut_grid
 from align.evaluation.panels import SECTIONS, PanelKey, panels_of

@@ -106,9 +106,7 @@ class AWM(Objective, Prepares):
             raise ValueError(
                 "clip_range, ghuber_power and loss_scale must be positive, kl_weight and old_weight at least 0"
             )
-        if self.gate is not None and not self.kl_weight:
-            raise ValueError("gate holds images by kl_weight, which is 0")
-        self._forward.check()
+        self._forward.check(self.kl_weight)
 
     @property
     def _forward(self) -> ForwardProcess:

@@ -92,7 +92,7 @@ class DGPO(Objective, Prepares):
     def __post_init__(self) -> None:
         if self.beta <= 0 or self.clip_range <= 0 or self.kl_weight < 0:
             raise ValueError("beta and clip_range must be positive, kl_weight at least 0")
-        self._forward.check()
+        self._forward.check(self.kl_weight)
 
     @property
     def _forward(self) -> ForwardProcess:

@@ -80,9 +80,7 @@ class NFT(Objective, Prepares):
     def __post_init__(self) -> None:
         if min(self.beta, self.loss_scale) <= 0 or self.kl_weight < 0:
             raise ValueError("beta and loss_scale must be positive, kl_weight at least 0")
-        if self.gate is not None and not self.kl_weight:
-            raise ValueError("gate holds images by kl_weight, which is 0")
-        self._forward.check()
+        self._forward.check(self.kl_weight)
 
     @property
     def _forward(self) -> ForwardProcess:

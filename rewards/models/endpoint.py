@@ -10,8 +10,10 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -19,6 +21,7 @@ from PIL import Image
 from rewards import RewardError
 from rewards.common.errors import shortened
 
+Answer = TypeVar("Answer")
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # answers of a server worth asking again
 LARGEST = 1 << 20  # bytes of an answer
 
@@ -85,6 +88,14 @@ class Endpoint:
             told = shortened(answer.decode(errors="replace"))
             raise RewardError(f"{self.name}: {self.address} answered no chat completion: {told!r}", row) from error
         return choice
+
+    def at_once(self, ask: Callable[..., Answer], asked: Iterable[Sequence[Any]]) -> list[Answer]:
+        """``ask(*each)`` of what is ``asked``, ``workers`` under way at once; the first that fails stops the rest."""
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            return [one.result() for one in [pool.submit(ask, *each) for each in asked]]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def reply(self, row: int, picture: Image.Image, question: str, tokens: int) -> str:
         """The whole reply; one that is cut off after ``tokens`` is an error."""

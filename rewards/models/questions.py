@@ -11,7 +11,6 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -138,12 +137,8 @@ class Questioner(nn.Module):
             with torch.autocast(next(self.parameters()).device.type, enabled=False):
                 self.kept |= {key: answer(ask) for key, ask in new.items()}
         else:
-            pool = ThreadPoolExecutor(self.endpoint.workers)
-            try:
-                under_way = {key: pool.submit(answer, ask) for key, ask in new.items()}
-                self.kept |= {key: one.result() for key, one in under_way.items()}  # the first that fails stops all
-            finally:
-                pool.shutdown(cancel_futures=True)
+            found = self.endpoint.at_once(answer, [(ask,) for ask in new.values()])
+            self.kept |= dict(zip(new, found, strict=True))
         answers = [self.kept[key] for key in keys]
         while len(self.kept) > KEPT:
             self.kept.popitem(last=False)

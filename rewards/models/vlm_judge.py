@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -179,13 +178,8 @@ class EndpointJudge:
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B,) float32; the first row that fails stops the rest."""
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            rows = zip(to_pil(images), prompts, strict=True)
-            asked = [pool.submit(self.one, row, *pair) for row, pair in enumerate(rows)]
-            scores = [answer.result() for answer in asked]
-        finally:
-            pool.shutdown(cancel_futures=True)
+        rows = zip(to_pil(images), prompts, strict=True)
+        scores = self.endpoint.at_once(self.one, [(row, *pair) for row, pair in enumerate(rows)])
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def one(self, row: int, picture: Image.Image, prompt: str) -> float:

@@ -72,8 +72,10 @@ class ForwardProcess:
     shared_noise: bool = False
     drop_ties: bool = False
 
-    def check(self) -> None:
-        """Raise ValueError for settings that cannot be."""
+    def check(self, kl_weight: float) -> None:
+        """Raise ValueError for settings that cannot be, beside an objective's ``kl_weight``."""
+        if self.gate is not None and not kl_weight:
+            raise ValueError("gate holds images by kl_weight, which is 0")
         if self.images_per_prompt < 2 or self.draws_per_image < 1:
             raise ValueError("images_per_prompt must be at least 2 and draws_per_image at least 1")
         if self.adv_clip_max <= 0:

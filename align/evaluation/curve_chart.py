@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from align.evaluation.curves import Axis, Bucket, Curve
+from align.evaluation.ticks import ticks
 
 WIDTH, HEIGHT = 340, 190  # of the view box; text keeps its size where a page gives a chart about that much
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22
@@ -36,15 +37,6 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
-def ticks(low: float, high: float, most: int) -> tuple[list[float], float]:
-    """At most ``most`` and one round numbers from ``low`` to ``high``, and how far they are apart."""
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first = math.ceil(low / step - 1e-6)
-    return [n * step for n in range(first, first + most + 1) if n * step <= high + 1e-6 * step], step
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
+from align.evaluation.ticks import ticks
+
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#f0e442")  # Okabe and Ito
 WIDE, BAR, GAP = 420, 12, 10  # pixels: of the axis, of a bar, between rows
 INK, FAINT = "#1c1c1c", "#dddddd"
@@ -43,14 +45,6 @@ class Panel:
             low, high = min(low, 0.0), max(high, 0.0)
         slack = 0.05 * ((high - low) or abs(high) or 1.0)
         return low - slack * (low < 0 or not bars), high + slack, bars
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers from ``low`` to ``high``."""
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * k for k in (1, 2, 5, 10) if power * k >= raw * 0.999)
-    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def chart(panels: Sequence[Panel], title: str) -> Image.Image:
@@ -109,7 +103,7 @@ def _panel(
 
     pen.text((8, start + 8), panel.title, fill=INK, font=font)
     bottom = end - 26
-    for tick in ticks(low, high):
+    for tick in ticks(low, high, 5)[0]:
         pen.line((place(tick), start + 32, place(tick), bottom), FAINT)
         text = f"{tick:.6g}"
         pen.text((place(tick) - font.getlength(text) / 2, bottom + 2), text, fill=INK, font=font)
