@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -20,6 +21,7 @@ from align.families import Conditioning
 from align.objectives import Context, DirectReward
 from align.objectives.direct_reward import DirectRewardRows
 from align.objectives.online.collect import initial_noise
+from align.objectives.online.differentiate import TrainedPredictor
 from align.objectives.online.rewards import Scorer
 from align.policy.policy import LoRA, Policy
 from align.sampling.loop import sample
@@ -159,6 +161,26 @@ def test_the_gradient_is_the_one_by_hand(arguments: dict[str, Any]) -> None:
     # scores are kept in float32, gradients through them and the toy's arithmetic in float64
     assert [g.item() for g in found] == pytest.approx(wanted, rel=1e-6)
     assert abs(wanted[0]) > 1e-7
+
+
+def direct_start() -> Tensor:
+    """Where the authors' trajectories start."""
+    return torch.randn(4, 3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+
+
+@pytest.mark.parametrize("last_steps", range(1, T + 1))
+def test_the_gradient_is_alignprops(last_steps: int) -> None:
+    """What AlignProp's sampling loop gave to the weights of the same network from the same states, where it begins to
+    pass gradients at step ``T - last_steps``: goldens/make_objectives.py."""
+    golden = json.loads((Path(__file__).parent / "goldens/upstream_objectives.json").read_text())["alignprop"]
+    toy, objective = Linear(), made(T, last_steps=last_steps)
+    predict = TrainedPredictor(toy)  # type: ignore[arg-type]
+    trained, stop = objective.steps(0, 0)
+    cond = Conditioning({"c": torch.zeros(4, 1)})
+    end = sample(predict, toy.grid(T), cond, direct_start(), 1.0, DDIM(), lambda _: None, trained=trained, stop=stop)
+    loss = -Near().score(images=toy.to_image(end), prompts=[]).mean()
+    found = [each.item() for each in torch.autograd.grad(loss, [toy.a, toy.b])]
+    assert found == pytest.approx(golden[str(T - last_steps)], rel=1e-9)
 
 
 def test_which_steps_are_trained() -> None:

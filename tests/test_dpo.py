@@ -344,13 +344,16 @@ def test_mapo_and_orpo_in_float64() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_and_safeguard_are_the_authors_code(seed: int) -> None:
-    """What Diffusion-SDPO's train.py and MaPO's utils.py gave on the same tensors: goldens/make_objectives.py."""
+    """What Diffusion-SDPO's train.py, MaPO's utils.py and diffusers' ORPO script, whose log-odds have the other sign,
+    gave on the same tensors: goldens/make_objectives.py."""
     goldens = json.loads((Path(__file__).parent / "goldens/upstream_objectives.json").read_text())["pairs"][seed]
     winner, loser, then = drawn(seed)
     errors = errors_of(winner, loser, then)
     for name, loss_type, beta in (("dpo", "sigmoid", 300.0), ("dspo", "dspo", 0.05), ("mapo", "mapo", 0.1)):
         loss, _ = pair_loss(errors, loss_type, beta)  # type: ignore[arg-type]
         assert loss.mean().item() == pytest.approx(goldens[name], rel=1e-9)
+    loss, logit = pair_loss(errors, "orpo", 0.1)  # log sigmoid(-x) = log sigmoid(x) - x
+    assert (loss + 0.1 * logit).mean().item() == pytest.approx(goldens["orpo"], rel=1e-9)
     for mu, wanted in goldens["lambda"].items():  # of one pair a batch
         assert safeguard(winner, loser, float(mu)).tolist() == pytest.approx(wanted, rel=1e-9)
 

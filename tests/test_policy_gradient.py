@@ -7,6 +7,7 @@ import math
 from collections import deque
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -417,6 +418,24 @@ def test_the_kl_mask_acts_only_outward_and_beyond_the_threshold(ratio: float, ad
     masked = kl > 1 and (ratio - 1) * advantage > 0
     assert (float(loss), float(found)) == pytest.approx((0, 0) if masked else (-advantage * ratio, -advantage))
     assert float(share) == masked
+
+
+def surrogate_drawn() -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratios, advantages and means of eight steps whose old means are 0, for the authors' values."""
+    generator = torch.Generator().manual_seed(9)
+    log_ratio, advantage = torch.randn(2, 8, dtype=torch.float64, generator=generator).unbind()
+    return 0.1 * log_ratio, advantage, 0.1 * torch.randn(8, 3, 2, 2, dtype=torch.float64, generator=generator)
+
+
+def test_flow_dppo_is_the_authors_code() -> None:
+    """What UniRL's flowdppo.py gave for the same steps: goldens/make_objectives.py."""
+    golden = json.loads((Path(__file__).parent / "goldens/upstream_objectives.json").read_text())["flow_dppo"]
+    log_ratio, advantage, means = surrogate_drawn()
+    kl = Gaussian(means, torch.tensor(0.5).double()).kl(Gaussian(torch.zeros_like(means), torch.tensor(0.5).double()))
+    loss, share = masked_surrogate(log_ratio.exp(), advantage, kl, 0.02)
+    assert loss.tolist() == pytest.approx(golden["loss"], rel=1e-9)
+    assert share.item() == golden["masked"]
+    assert 0 < golden["masked"] < (kl >= 0.02).double().mean()  # some of those beyond the limit come back
 
 
 def test_the_trust_region_by_kl_is_the_closed_form() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from align.diffusion.kernels import DDIM, FlowSDE, Gaussian, Kernel, WindowedKer
 from align.diffusion.process import Grid, Prediction, add_noise, append_dims
 
 KINDS = ("epsilon", "v_prediction", "flow_prediction")
+GOLDENS = Path(__file__).parent / "goldens/upstream_objectives.json"
 
 
 def coefficients(kind: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +147,26 @@ def test_cps_is_the_paper_formula(kind: str, amount: float) -> None:
     assert step.std == 0  # into the data
     ode = DDIM(0.0)(prediction, grid, 4)
     assert torch.equal(DDIM(0.0, "cps")(prediction, grid, 4).mean, ode.mean)
+
+
+def steps_drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States, velocities, and states that follow, of the authors' values."""
+    generator = torch.Generator().manual_seed(6)
+    x, v, y = torch.randn(3, 2, 3, 2, 2, dtype=torch.float64, generator=generator).unbind()
+    return x, v, y
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_cps_and_constant_sigma_are_the_authors_steps(i: int) -> None:
+    """What Flow-CPS's and DanceGRPO's functions gave for the same states: goldens/make_objectives.py."""
+    golden = json.loads(GOLDENS.read_text())["transitions"][i]
+    (x, v, y), grid = steps_drawn(), flow_grid(5)
+    prediction = Prediction(v, x, grid.alpha[i], grid.sigma[i], "flow_prediction")
+    cps, dance = DDIM(0.8, "cps")(prediction, grid, i), FlowSDE(0.3, "constant")(prediction, grid, i)
+    assert cps.mean.flatten().tolist() == pytest.approx(golden["cps"]["mean"], rel=1e-9)
+    assert [float(cps.std)] * 2 == pytest.approx(golden["cps"]["std"], rel=1e-9)
+    assert dance.mean.flatten().tolist() == pytest.approx(golden["dance"]["mean"], rel=1e-9)
+    assert dance.log_prob(y).tolist() == pytest.approx(golden["dance"]["log_prob"], rel=1e-9)
 
 
 def test_constant_sigma_is_dancegrpos_step() -> None:
