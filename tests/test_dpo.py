@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from align.data.preferences import PairBatch
 from align.diffusion.process import Prediction
 from align.objectives import Context
-from align.objectives.dpo import DPO, DPORows
+from align.objectives.dpo import DPO
 from align.objectives.losses import denoising_error, preference_loss
-from align.objectives.pair_losses import PairErrors, mapo_logit, pair_loss, safeguard, scale_gradient
+from align.objectives.pair_losses import PairErrors, PairRows, mapo_logit, pair_loss, safeguard, scale_gradient
 from align.policy.policy import LoRA, Policy
 from tests.pipelines import Build
 from tests.test_policy import disturb
@@ -53,7 +53,7 @@ def run(objective: DPO, policy: Policy, pairs: PairBatch | None = None) -> tuple
     return objective.loss(ctx, table)
 
 
-def in_float64(objective: DPO, policy: Policy, table: DPORows) -> Tensor:
+def in_float64(objective: DPO, policy: Policy, table: PairRows) -> Tensor:
     """The paper's formula, written out pair by pair from the raw network outputs."""
     losses = []
     for k in range(len(table)):

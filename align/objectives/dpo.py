@@ -5,45 +5,25 @@ With l = mean over (C, h, w) of the squared error of the network's output, and o
     delta = (l_w - l_w_ref) - (l_l - l_l_ref)        loss = -log sigmoid(-beta/2 * delta)
 
 which is the official code (its mean and its half; the paper's eq. 14 writes a sum, T and omega folded into beta).
-For flow it is Flow-DPO with constant beta (Liu et al. 2025, arXiv 2501.13918). Other ``loss_type``s:
-
-    dspo  |(v_w - target) - c (v_w - v_w_ref)|^2 with c = beta sigmoid(beta/2 * delta) (Zhu et al. 2025; SD1.5: 0.001)
-    mapo  l_w - beta log sigmoid(T (phi(l_w) - phi(l_l))), no reference (Hong et al. 2024, arXiv 2406.06424; 0.1)
-    orpo  l_w - beta log sigmoid(l_l - l_w), no reference (diffusers' research project; 0.1)
-
-The betas in brackets, as published, do not compare with DPO's. diffusers' script of the last writes l_w - l_l, which
-pushes the winner's error over the loser's; the sign here is ORPO's with -l as the log-likelihood.
+For flow it is Flow-DPO with constant beta (Liu et al. 2025, arXiv 2501.13918). Other losses of a pair are in
+:mod:`align.objectives.pair_losses`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from align.common import rng
 from align.data.preferences import PairBatch
-from align.diffusion.process import Reduction, add_noise, reduce_dims, upload
-from align.families import Conditioning, Family, Resolution, sides
-from align.objectives.losses import TargetSpace, denoising_gap
+from align.diffusion.process import Reduction, add_noise, upload
+from align.families import Conditioning, Family, Resolution
+from align.objectives import pair_losses
+from align.objectives.losses import TargetSpace, beta_note, denoising_gap
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Reference
-from align.objectives.pair_losses import PUBLISHED_BETA, PairErrors, PairLoss, pair_loss, safeguard, scale_gradient
-from align.objectives.rows import Rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPORows(Rows):
-    """R pairs: their latents (R, 2, C, h, w), winner first, their captions, and the noise and time of both members;
-    ``votes`` (R,) is the winner's share of the votes, nan where nobody counted, and there where a setting asks."""
-
-    latents: Tensor
-    cond: Conditioning
-    eps: Tensor  # (R, C, h, w)
-    t: Tensor  # (R,)
-    votes: Tensor | None = None
+from align.objectives.pair_losses import PairErrors, PairLoss, PairRows, Votes
 
 
 @dataclass
@@ -72,7 +52,7 @@ class DPO(Objective):
     loss_type: PairLoss = "sigmoid"
     target_space: TargetSpace = "native"
     label_smoothing: float = 0.0
-    votes: Literal["ignore", "smooth", "weight"] = "ignore"
+    votes: Votes = "ignore"
     sft_weight: float = 0.0
     loser_weight: float = 1.0
     safeguard: float | None = None
@@ -80,15 +60,10 @@ class DPO(Objective):
     reference: Reference = "base"
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
+        smooths = bool(self.label_smoothing) or self.votes == "smooth"
+        pair_losses.check(self.loss_type, self.beta, self.reduction, smooths)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if (self.label_smoothing or self.votes == "smooth") and self.loss_type != "sigmoid":
-            raise ValueError(f"label_smoothing is defined for loss_type sigmoid, not {self.loss_type}")
-        if self.loss_type in PUBLISHED_BETA and (self.beta > 10 or self.reduction != "mean"):
-            published = f"{PUBLISHED_BETA[self.loss_type]:g} and reduction mean"
-            raise ValueError(f"loss_type {self.loss_type}: beta {self.beta:g} is DPO's; published are {published}")
         if self.loser_weight < 0 or not 0 <= (self.safeguard or 0) <= 1:
             raise ValueError("loser_weight must be at least 0, and safeguard null or in [0, 1]")
         if not 0 <= self.proportion_empty_prompts <= 1:
@@ -99,42 +74,30 @@ class DPO(Objective):
         return Needs((PairBatch,), self.loss_type not in ("mapo", "orpo"), labels=self.votes != "ignore")
 
     def cost(self, family: Family, resolution: Resolution) -> Cost:
-        size = math.prod(family.latent_shape(*sides(resolution)))
-        other, value = ("sum", self.beta / size) if self.reduction == "mean" else ("mean", self.beta * size)
-        beta = f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"
-        notes = {"beta": f"{self.beta:g} of {self.loss_type}" if self.loss_type in PUBLISHED_BETA else beta}
-        return Cost(2, 2 if self.needs.reference else 0, notes=notes)
+        note = beta_note(self.beta, self.reduction, family, resolution)
+        other = f"{self.beta:g} of {self.loss_type}" if self.loss_type in pair_losses.PUBLISHED_BETA else note
+        return Cost(2, 2 * self.needs.reference, notes={"beta": other})
 
-    def rollout(self, ctx: Context, batch: PairBatch) -> DPORows:
+    def rollout(self, ctx: Context, batch: PairBatch) -> PairRows:
         family, generators = ctx.policy.family, ctx.generators("dpo")
         cond = family.drop_prompts(batch.cond, rng.uniform(generators) < self.proportion_empty_prompts)
         t = upload(family.sample_timesteps(rng.uniform(generators)), family.device)
         latents = upload(batch.latents, family.device).float()
         eps = upload(rng.normal(tuple(latents.shape[2:]), generators), family.device)
         votes = upload(batch.labels, family.device) if self.votes != "ignore" and batch.labels is not None else None
-        return DPORows(image=torch.arange(len(t)), latents=latents, cond=cond, eps=eps, t=t, votes=votes)
+        return PairRows(image=torch.arange(len(t)), latents=latents, cond=cond, eps=eps, t=t, votes=votes)
 
-    def loss(self, ctx: Context, rows: DPORows) -> tuple[Tensor, Metrics]:
+    def loss(self, ctx: Context, rows: PairRows) -> tuple[Tensor, Metrics]:
         errors, scale = self.errors(ctx, rows)
-        smoothing: float | Tensor = self.label_smoothing
-        if rows.votes is not None and self.votes == "smooth":
-            smoothing = torch.where(rows.votes.isnan(), self.label_smoothing, 1 - rows.votes)
-        loss, logit = pair_loss(errors, self.loss_type, self.beta, smoothing)
-        if rows.votes is not None and self.votes == "weight":
-            loss = (2 * rows.votes - 1).clamp(min=0).nan_to_num(nan=1.0) * loss
-        loss = loss.mean()
+        smoothing, weight = pair_losses.voted(rows.votes, self.votes, self.label_smoothing)
+        loss, logit = pair_losses.pair_loss(errors, self.loss_type, self.beta, smoothing)
+        loss = (weight * loss).mean()
         if self.sft_weight:
             loss = loss + self.sft_weight * errors.winner.mean()
-        metrics = {
-            "implicit_acc": ((logit > 0).float() + 0.5 * (logit == 0).float()).mean(),
-            "error_winner": errors.winner.mean().detach(),
-        }
-        if self.needs.reference:
-            metrics["delta_winner"] = (errors.winner - errors.ref_winner).mean().detach()
-            metrics["delta_loser"] = (errors.loser - errors.ref_loser).mean().detach()
+        metrics = pair_losses.metrics(errors, logit, self.needs.reference)
         return loss, metrics if self.safeguard is None else metrics | {"loser_scale": scale.mean()}
 
-    def errors(self, ctx: Context, rows: DPORows) -> tuple[PairErrors, Tensor]:
+    def errors(self, ctx: Context, rows: PairRows) -> tuple[PairErrors, Tensor]:
         """Of each pair, where the implicit reward is -beta/2 (l - l_ref); and the factors, which these have in them, of
         the gradients through losers."""
         x0, eps, t = torch.cat(rows.latents.unbind(1)), rows.eps.repeat(2, 1, 1, 1), rows.t.repeat(2)
@@ -144,12 +107,4 @@ class DPO(Objective):
             with torch.no_grad(), ctx.policy.reference():
                 then = denoising_gap(ctx.policy.predict(x_t, t, cond), x0, eps, self.target_space)
         now = denoising_gap(ctx.policy.predict(x_t, t, cond), x0, eps, self.target_space)
-        then = now.detach() if then is None else then
-        winner, loser = reduce_dims(now.square(), self.reduction).chunk(2)
-        scale = torch.full_like(loser, self.loser_weight)
-        if self.safeguard is not None:
-            scale = scale * safeguard(now[: len(rows)], now[len(rows) :], self.safeguard)
-        ref_winner, ref_loser = reduce_dims(then.square(), self.reduction).chunk(2)
-        moved = reduce_dims((now - then)[: len(rows)].square(), self.reduction)
-        loser = scale_gradient(loser, scale)
-        return PairErrors(winner, loser, ref_winner, ref_loser, moved), scale
+        return pair_losses.pair_errors(now, then, self.reduction, self.loser_weight, self.safeguard)

@@ -11,7 +11,6 @@ once, and ours of the whole batch, however that is cut up.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -21,8 +20,8 @@ from torch import Tensor
 from align.common import rng
 from align.data.rated import RatedBatch
 from align.diffusion.process import Reduction, add_noise, upload
-from align.families import Conditioning, Family, Resolution, sides
-from align.objectives.losses import TargetSpace, denoising_error
+from align.families import Conditioning, Family, Resolution
+from align.objectives.losses import TargetSpace, beta_note, denoising_error
 from align.objectives.objective import Context, Cost, Metrics, Needs, Objective, Reference
 from align.objectives.rows import SHARED, Rows
 
@@ -84,9 +83,7 @@ class KTO(Objective):
         return Needs((RatedBatch,))
 
     def cost(self, family: Family, resolution: Resolution) -> Cost:
-        size = math.prod(family.latent_shape(*sides(resolution)))
-        other, value = ("sum", self.beta / size) if self.reduction == "mean" else ("mean", self.beta * size)
-        notes = {"beta": f"{self.beta:g} ({self.reduction} over D={size}) = {value:g} as a {other}"}
+        notes = {"beta": beta_note(self.beta, self.reduction, family, resolution)}
         return Cost(1, 1 + (self.reference_point == "batch"), notes=notes)
 
     def rollout(self, ctx: Context, batch: RatedBatch) -> KTORows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from align.diffusion.kernels import DDIM, Kernel, Step
 from align.diffusion.process import Grid, Prediction, Reduction, append_dims, reduce_dims, upcast
+from align.families import Family, Resolution, sides
 
 TargetSpace = Literal["native", "epsilon"]
 PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
@@ -36,6 +38,13 @@ def adaptive_error(prediction: Prediction, x0: Tensor, _eps: Tensor) -> Tensor:
     """(R,) mean square of ``x0_hat - x0`` over its own mean size, which has no gradient (DiffusionNFT, eq. 12)."""
     gap = prediction.x0 - x0
     return reduce_dims(gap.square(), "mean") / reduce_dims(gap.detach().abs(), "mean").clamp(min=1e-5)
+
+
+def beta_note(beta: float, reduction: Reduction, family: Family, resolution: Resolution) -> str:
+    """``beta`` of an error under ``reduction``, and what it is under the other one."""
+    size = math.prod(family.latent_shape(*sides(resolution)))
+    other, value = ("sum", beta / size) if reduction == "mean" else ("mean", beta * size)
+    return f"{beta:g} ({reduction} over D={size}) = {value:g} as a {other}"
 
 
 def preference_loss(

@@ -24,13 +24,14 @@ from align.data.preferences import PreferencePairs
 from align.diffusion.process import add_noise
 from align.families import Conditioning
 from align.objectives import Context
-from align.objectives.dpo import DPO, DPORows
+from align.objectives.dpo import DPO
+from align.objectives.pair_losses import PairRows
 from align.training.config import TrainConfig
 from align.training.trainer import Trainer
 from tests.benchmarks import record
 
 
-def bare(loop: Trainer, rows: DPORows) -> float:
+def bare(loop: Trainer, rows: PairRows) -> float:
     """Seconds of the reference forward, the trained forward and its backward: what nothing can do without."""
     policy = loop.policy
     x0 = torch.cat(rows.latents.unbind(1))
