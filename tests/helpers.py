@@ -132,7 +132,7 @@ def launch(
 ) -> ForkServerProcess:
     """``align.train``, or another command, in a process of its own, forked from one that has the imports done."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["align.train", "tests.helpers"])
+    server.set_forkserver_preload(["tests.preloaded"])
     process = server.Process(target=target, args=(list(arguments), environment), daemon=True)
     process.start()
     return process
