@@ -25,6 +25,9 @@ def pytest_collectstart() -> None:
     assert rewards
     import torch
 
+    from align.common import bitsandbytes_shim
+
+    bitsandbytes_shim.ensure()
     # networks this small are faster on one thread, and the subprocesses that tests compare with bit by bit use one too
     torch.set_num_threads(1)
 

@@ -4,7 +4,10 @@ again by their garbage collections. Each fork would otherwise do for itself what
 import gc
 import importlib
 
+from align.common import bitsandbytes_shim
+
 gc.disable()  # imports leave no garbage worth half of their time
+bitsandbytes_shim.ensure()
 for name in (
     "align.train", "align.training.trainer", "tests.helpers", "datasets", "pandas", "onnxruntime",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
