@@ -90,12 +90,16 @@ def tiny_sd3(dual: tuple[int, ...] = ()) -> SD3:
     return SD3(pipe, "tiny-sd3")
 
 
+def tokenizers(family: Family) -> list[object]:
+    """What copies of a family may share."""
+    return [part for name, part in family.pipe.components.items() if name.startswith("tokenizer")]
+
+
 @functools.cache
 def _built(kind: str) -> tuple[Mould, torch.Tensor]:
     """A tiny family to be copied, and the state of torch's generator after it was built."""
     family = tiny_sd3() if kind == "flow" else tiny_sd({"epsilon": "epsilon", "v": "v_prediction"}[kind])
-    tokenizers = [part for name, part in family.pipe.components.items() if name.startswith("tokenizer")]
-    return Mould(family, tokenizers), torch.get_rng_state()
+    return Mould(family, tokenizers(family)), torch.get_rng_state()
 
 
 def tiny(kind: str) -> Family:

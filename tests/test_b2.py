@@ -25,7 +25,7 @@ from tests.helpers import Flat, Heard, lines, moved, online, rolled, weights, wr
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
-KINDS = ("epsilon", "v", "flow")
+KINDS = ("epsilon", pytest.param("v", marks=pytest.mark.slow), "flow")
 FEW = {"first": 2, "stages": 4, "threshold_best": 0.1, "threshold_worst": 0.1}
 
 

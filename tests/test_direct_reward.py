@@ -44,7 +44,7 @@ from tests.helpers import (
 )
 from tests.pipelines import Build
 
-KINDS = ("epsilon", "v", "flow")
+KINDS = ("epsilon", pytest.param("v", marks=pytest.mark.slow), "flow")
 T = 5
 PLAIN: dict[str, Any] = {"checkpoint": False, "decode_batch_size": None}
 

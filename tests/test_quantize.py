@@ -381,7 +381,9 @@ def test_a_shared_tensor_is_counted_once(tmp_path: Path) -> None:
 
 
 # to disk and back
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "sdxl" else name for name in sorted(MODELS)]
+)
 @pytest.mark.parametrize("settings", [FLOAT, DOUBLE, NF4()], ids=["float32", "double", "bf16"])
 def test_saved_and_loaded_to_the_bit(name: str, settings: NF4, tmp_path: Path) -> None:
     model = fresh(name)

@@ -78,7 +78,13 @@ def run(module: str, arguments: Sequence[str], path: Sequence[str]) -> int | Non
     return process.exitcode
 
 
-@pytest.mark.parametrize("check", CHECKS)
+# these take longest, and are seen to hold of our own families
+SLOW = ("check_saved_weights", "check_reference", "check_gradient_checkpointing")
+
+
+@pytest.mark.parametrize(
+    "check", [pytest.param(c, marks=pytest.mark.slow) if c.__name__ in SLOW else c for c in CHECKS]
+)
 def test_their_family_passes_our_checks(theirs: None, pipeline: Path, check: Callable[[FamilyCase], None]) -> None:
     check(FamilyCase(pipeline, disturbance=0.3))
 
