@@ -93,10 +93,13 @@ def each_folder_read_once(base: type[Any]) -> Iterator[None]:
 
 def _key(cls: type[Any], source: Any, options: Mapping[str, Any]) -> object:
     """What decides what is read; None where that is more than files and words."""
-    plain = all(isinstance(value, str | int | float | torch.dtype | None) for value in options.values())
+    probe, plain = torch.empty(0), str | int | float | torch.dtype | None
+    if type(probe) is not torch.Tensor or probe.device.type != "cpu":
+        return None
+    if not isinstance(source, str | Path) or not all(isinstance(value, plain) for value in options.values()):
+        return None
     folder = Path(source) / (options.get("subfolder") or "")
-    probe = torch.empty(0)
-    if not plain or not folder.is_dir() or type(probe) is not torch.Tensor or probe.device.type != "cpu":
+    if not folder.is_dir():
         return None
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if sum(path.stat().st_size for path in files) > _LARGEST:

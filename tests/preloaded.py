@@ -9,7 +9,8 @@ from align.common import bitsandbytes_shim
 gc.disable()  # imports leave no garbage worth half of their time
 bitsandbytes_shim.ensure()
 for name in (
-    "align.train", "align.training.trainer", "tests.helpers", "datasets", "pandas", "onnxruntime",
+    "align.train", "align.training.trainer", "tests.helpers", "align.labelling.server",
+    "datasets", "pandas", "onnxruntime",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "transformers.models.clip.modeling_clip", "transformers.models.t5.modeling_t5",
