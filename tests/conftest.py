@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +34,37 @@ def pytest_collectstart() -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """The half a million objects of the libraries are no garbage: no collection looks through them again."""
     gc.freeze()
+    if hasattr(session.config, "workerinput"):
+        _fork_the_server()
     gc.set_threshold(10_000, 20, 20)
     gc.enable()
+
+
+def _fork_the_server() -> None:
+    """Processes that tests start are forked from one of multiprocessing's, which imports everything anew; in a worker
+    of pytest that one is itself a fork of the worker, made before any test has run and any thread of one. What these
+    processes print is seen where a file's tests run without workers."""
+    from multiprocessing import forkserver, util
+
+    def fork(path: bytes, arguments: list[str], passed: list[int]) -> int:
+        if pid := os.fork():
+            return pid
+        try:
+            for fd in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+            for last, following in pairwise([2, *sorted(fd for fd in passed if fd > 2), 65536]):
+                os.closerange(last + 1, following)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+            exec(arguments[-1])  # "from multiprocessing.forkserver import main; main(..)"
+        finally:
+            os._exit(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(util, "spawnv_passfds", fork)
+        forkserver.ensure_running()
 
 
 @pytest.fixture
