@@ -86,7 +86,7 @@ def captions(policy: Policy, count: int) -> Conditioning:
     return Conditioning({name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in found.tensors.items()})
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_a_dpo_update_asks_for_no_value(tiny: Build, kind: str) -> None:
     policy = on_meta(tiny, kind)
     family, objective = policy.family, DPO(beta=100.0)
