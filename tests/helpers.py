@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import multiprocessing
 import os
@@ -33,7 +34,8 @@ from align.objectives.online.rewards import Scorer
 from align.objectives.rows import Rows
 from align.policy.policy import LoRA, Policy
 from align.sampling.trajectory import Trajectories
-from tests.pipelines import Build
+from tests.mould import Mould
+from tests.pipelines import Build, tokenizers
 from tests.test_policy import disturb
 
 TEXTS = ["two red stars", "a star", "a blue circle left of a green square", "a red circle"]
@@ -132,7 +134,7 @@ def launch(
 ) -> ForkServerProcess:
     """``align.train``, or another command, in a process of its own, forked from one that has the imports done."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["align.train", "tests.helpers"])
+    server.set_forkserver_preload(["tests.preloaded"])
     process = server.Process(target=target, args=(list(arguments), environment), daemon=True)
     process.start()
     return process
@@ -243,10 +245,18 @@ def bright() -> Scorer:
 # an objective without the loop
 def moved(tiny: Build, kind: str, lora: LoRA | None = LoRA(2), scale: float = 0.1) -> Policy:
     """A tiny policy whose weights are not those of its reference."""
+    mould, state = _moved(tiny, kind, lora, scale)
+    torch.set_rng_state(state)
+    policy: Policy = mould.copy()
+    return policy
+
+
+@functools.cache
+def _moved(tiny: Build, kind: str, lora: LoRA | None, scale: float) -> tuple[Mould, Tensor]:
     torch.manual_seed(0)
     policy = Policy(tiny(kind), lora)
     disturb(policy, scale)
-    return policy
+    return Mould(policy, tokenizers(policy.family)), torch.get_rng_state()
 
 
 def prompted(policy: Policy, count: int = 2, first: int = 0) -> PromptBatch:

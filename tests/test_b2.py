@@ -25,7 +25,7 @@ from tests.helpers import Flat, Heard, lines, moved, online, rolled, weights, wr
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
-KINDS = ("epsilon", "v", "flow")
+KINDS = ("epsilon", pytest.param("v", marks=pytest.mark.slow), "flow")
 FEW = {"first": 2, "stages": 4, "threshold_best": 0.1, "threshold_worst": 0.1}
 
 
@@ -59,7 +59,7 @@ def test_branches_share_the_prefix_and_nothing_after_it(tiny: Build, kind: str, 
     assert len({tuple(group[0, 0].flatten().tolist()) for group in latents.split(3)}) == 3
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_the_prefix_is_the_sampler_of_the_update(tiny: Build, kind: str) -> None:
     """The fork is what the kernel makes of the shared noise in N - k steps, drawn in batches of any size."""
     policy, found = moved(tiny, kind), []

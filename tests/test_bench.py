@@ -65,7 +65,14 @@ def run(name: str, model: Path, prompts: Path | None, output: Path, *more: str) 
     return main([name, "--models", str(model), *(["--prompts", str(prompts)] if prompts else []), *small, *more])
 
 
-@pytest.mark.parametrize("name", [name for name in benches.names() if name != "shapes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("sdpo-parti", "sdpo-hpsv2", "wise-verified") else name
+        for name in benches.names()
+        if name != "shapes"
+    ],
+)
 def test_a_bench_from_its_layout_to_its_report(
     name: str,
     places: dict[str, Path],

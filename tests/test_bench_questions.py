@@ -321,7 +321,9 @@ def drawn_in(images: Path) -> set[bytes]:
     return {decoded(file.read_bytes()) for file in images.glob("*.png")}
 
 
-@pytest.mark.parametrize("name", ["geneval2", "dpg", "wise", "wise-verified", "oneig-alignment"])
+@pytest.mark.parametrize(
+    "name", ["geneval2", "dpg", "wise", pytest.param("wise-verified", marks=pytest.mark.slow), "oneig-alignment"]
+)
 def test_a_bench_that_asks_questions(name: str, server: tuple[str, Asked], tmp_path: Path) -> None:
     url, asked = server
     prompts = bench_files.write_all(tmp_path)[name]

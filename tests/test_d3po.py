@@ -24,7 +24,7 @@ from tests.helpers import Bright, Fixed, Flat, Heard, Toy, bright, gradients, mo
 from tests.pipelines import Build
 from tests.test_policy import disturb
 
-KINDS = ("epsilon", "v", "flow")
+KINDS = ("epsilon", pytest.param("v", marks=pytest.mark.slow), "flow")
 
 
 @pytest.mark.parametrize("kind", KINDS)

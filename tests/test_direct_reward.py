@@ -46,7 +46,7 @@ from tests.helpers import (
 )
 from tests.pipelines import Build
 
-KINDS = ("epsilon", "v", "flow")
+KINDS = ("epsilon", pytest.param("v", marks=pytest.mark.slow), "flow")
 T = 5
 PLAIN: dict[str, Any] = {"checkpoint": False, "decode_batch_size": None}
 
@@ -253,7 +253,7 @@ def test_refl_judges_what_the_network_takes_for_the_image(tiny: Build, kind: str
     assert loss.item() == pytest.approx(2 - metrics["reward"].item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_checkpoints_change_no_bit_and_no_count(tiny: Build, kind: str) -> None:
     found, counts = [], []
     for settings in ({}, {"checkpoint": True}, {"decode_batch_size": 1}, {"checkpoint": True, "decode_batch_size": 2}):
@@ -314,7 +314,7 @@ def test_the_kl_is_nothing_at_first_and_holds_the_weights(tiny: Build, lora: LoR
     assert loss.item() == pytest.approx(1e6 * metrics["kl_reference"].item() - metrics["reward"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["epsilon", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("v", "flow"))])
 def test_a_policy_becomes_brighter(tiny: Build, kind: str) -> None:
     torch.manual_seed(0)
     policy = Policy(tiny(kind), LoRA(4), reference=False)

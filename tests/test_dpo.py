@@ -20,8 +20,8 @@ from align.objectives.dpo import DPO
 from align.objectives.losses import denoising_error, preference_loss
 from align.objectives.pair_losses import PairErrors, PairRows, mapo_logit, pair_loss, safeguard, scale_gradient
 from align.policy.policy import LoRA, Policy
+from tests.helpers import moved
 from tests.pipelines import Build
-from tests.test_policy import disturb
 
 KINDS = ("epsilon", "v", "flow")
 CAPTIONS = ["two red stars", "a star", "a blue circle left of a green square", "a red circle"]
@@ -37,13 +37,6 @@ def batch(policy: Policy, same: bool = False) -> PairBatch:
 
 def context(policy: Policy, positions: Sequence[int] = range(4), step: int = 0) -> Context:
     return Context(policy, 0, step, positions)
-
-
-def moved(tiny: Build, kind: str, lora: LoRA | None = LoRA(2)) -> Policy:
-    torch.manual_seed(0)
-    policy = Policy(tiny(kind), lora)
-    disturb(policy, 0.1)
-    return policy
 
 
 def run(objective: DPO, policy: Policy, pairs: PairBatch | None = None) -> tuple[Tensor, dict[str, Tensor]]:

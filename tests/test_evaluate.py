@@ -264,7 +264,7 @@ def test_several_models_and_what_a_prompt_file_says(
     assert open_input(str(tmp_path / "out/images/flow")).listed[1].metadata["include"] == rows[1]["include"]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_an_untrained_lora_wins_exactly_half(tuned: Path, precision: str) -> None:
     weights = {name: torch.zeros_like(value) for name, value in load_file(tuned / LORA_FILE).items()}
     save_file(weights, tuned / LORA_FILE)

@@ -93,7 +93,12 @@ def trains(family: Family, objective: PolicyGradient | D3PO) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "objective"), [*((name, PolicyGradient) for name in SCHEDULERS[::2]), (SCHEDULERS[0], D3PO)]
+    ("name", "objective"),
+    [
+        *((name, PolicyGradient) for name in SCHEDULERS[:5:2]),
+        *(pytest.param(name, PolicyGradient, marks=pytest.mark.slow) for name in SCHEDULERS[6::2]),
+        (SCHEDULERS[0], D3PO),
+    ],
 )
 def test_online_objectives_train_whatever_scheduler_a_pipeline_has(
     copy: Callable[[str], Path], name: str, objective: type[PolicyGradient | D3PO]

@@ -25,7 +25,7 @@ PROMPT = "two red stars"
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
-@pytest.mark.parametrize("guidance_scale", [0.0, 0.7, 1.0, 1.5])
+@pytest.mark.parametrize("guidance_scale", [0.0, pytest.param(0.7, marks=pytest.mark.slow), 1.0, 1.5])
 def test_images_are_the_stock_pipelines_below_one_too(
     tiny_folders: dict[str, Path], kind: str, guidance_scale: float
 ) -> None:

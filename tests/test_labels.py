@@ -216,7 +216,7 @@ def test_unshared_noise(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     assert not any(torch.equal(first[a], first[b]) for a, b in combinations(range(K), 2))
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_log_probs_replay(tiny_folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """The stored trajectories under the weights that drew them: every likelihood ratio is 1, bit for bit where the
     network is asked in the same batches."""

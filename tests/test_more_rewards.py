@@ -11,8 +11,6 @@ import io
 import json
 import random
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,10 +75,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     return samples(tmp_path_factory.mktemp("modes"))
 
 
-def test_all_are_built_in_and_none_is_imported_unasked() -> None:
-    script = "import sys, rewards; print([n for n in ('cv2', 'rapidocr', 'onnxruntime') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_all_are_built_in() -> None:
     named = {"OCR", "Safety", "OpenNSFW", "VQAScore", "Judge", "EndpointJudge", "GenEval-style", "MPS"}
     named |= {"SoftTIFA", "QuestionGraph", "WiScore", "BLIPVQA"}
     assert named <= set(rewards.available())

@@ -17,7 +17,7 @@ TINY: dict[str, dict[str, object]] = {
     "4_small": {"heal_steps": 1, "scenes": 64},
     "5_choose_a_reward": {"images_per_prompt": 2, "inference_steps": 2, "pairs": 12},
 }
-QUICK = ("1_your_own_pairs", "5_choose_a_reward")
+QUICK = ("5_choose_a_reward",)
 LIMIT = 400_000  # bytes
 
 

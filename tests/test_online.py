@@ -118,7 +118,7 @@ def test_every_online_objective_trains(
         assert any(value.any() for layer, value in weights(tmp_path / "run").items() if "lora_B" in layer)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_bf16_passes_the_self_check(tiny_folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     config = online(tiny_folders[kind], tmp_path, "PolicyGradient", **PG)
     assert main(["--config", write(config, mixed_precision="bf16", max_train_steps=2)]) == 0

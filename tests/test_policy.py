@@ -84,7 +84,7 @@ def test_state_round_trip_and_mismatch(tiny: Build) -> None:
         Policy(tiny("epsilon"), LoRA(2, targets=["to_q"])).load_state(policy.state())
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lora", [LoRA(2, alpha=3.0), None])
 @pytest.mark.parametrize("anchored", [True, False])
 def test_a_run_starts_from_the_weights_of_another(
@@ -108,7 +108,7 @@ def test_a_run_starts_from_the_weights_of_another(
             assert torch.equal(say(policy), changed)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_autocast_never_answers_with_weights_that_were_exchanged(tiny: Build, tmp_path: Path, kind: str) -> None:
     """Autocast keeps the half-precision copy of a weight for as long as it lasts, whatever the weight becomes."""
     first = Policy(tiny(kind), LoRA(2))

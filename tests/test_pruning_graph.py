@@ -232,7 +232,13 @@ def test_removing_is_skipping_and_loses_exactly_its_parameters(build: Build, dro
     assert torch.equal(out(small), skipped)
 
 
-@pytest.mark.parametrize(("build", "drop"), [pytest.param(*case, id=name) for name, case in WHOLE.items()])
+SLOW = ("sdxl layers", "sdxl layers and pairs", "sd15 pairs")  # others hold of each layer and pair among these
+
+
+@pytest.mark.parametrize(
+    ("build", "drop"),
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else []) for name, case in WHOLE.items()],
+)
 def test_stock_diffusers_loads_whole_blocks_without_a_word(build: Build, drop: tuple[str, ...], tmp_path: Path) -> None:
     model = build()
     assert BlockGraph.of(model).portable(drop)

@@ -172,6 +172,9 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name == "sdxl" else name for name in sorted(MODELS)]
+
+
 def fresh(name: str) -> Any:
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -381,7 +384,7 @@ def test_a_shared_tensor_is_counted_once(tmp_path: Path) -> None:
 
 
 # to disk and back
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("settings", [FLOAT, DOUBLE, NF4()], ids=["float32", "double", "bf16"])
 def test_saved_and_loaded_to_the_bit(name: str, settings: NF4, tmp_path: Path) -> None:
     model = fresh(name)
@@ -428,7 +431,7 @@ def as_if_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("settings", [FLOAT, DOUBLE], ids=["single", "double"])
 def test_stock_loading_gives_the_same_tensors(name: str, settings: NF4, tmp_path: Path, as_if_gpu: None) -> None:
     model = fresh(name)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from align.common.command import dumped, parse
-from align.common.renames import CLASSES, upgrade
+from align.common.renames import CLASSES, upgrade, upgrade_arguments
 from align.data.preferences import PreferencePairs
 from align.data.prompts import Prompts
 from align.diffusion.kernels import DDIM
@@ -55,6 +55,19 @@ def test_a_command_line_of_0_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.objective.sampler.guidance_scale, config.objective.reference) == (3.5, "start")
     assert config.samples.num_inference_steps == 7
     assert "--samples.steps is now --samples.num_inference_steps" in capsys.readouterr().err
+
+
+def test_lists_and_mappings_of_0_1_on_a_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--data=align.data.Prompts", "--data.path=shapes-prompts", "--objective=D3PO", "--samples", "{steps: 7}"]
+    config, _ = parse(TrainConfig, "align.train", None, [*line, "--samples.prompts=[a star]"])
+    assert (config.samples.num_inference_steps, config.samples.prompts) == (7, ["a star"])
+    assert "samples.steps is now num_inference_steps" in capsys.readouterr().err
+    told: list[str] = []
+    assert upgrade_arguments(["--stages", "[plan, quantise]", "--prompts=[a, b"], told)[1:] == [
+        '["plan", "quantize"]',
+        "--prompts=[a, b",
+    ]
+    assert told == ["stages: quantise is now quantize"]
 
 
 def test_every_class_that_moved_is_where_the_table_says() -> None:

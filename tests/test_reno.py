@@ -172,7 +172,7 @@ def test_the_best_of_each_prompt_is_kept() -> None:
     assert found.flatten().tolist() == pytest.approx([0.5, z[1].item(), 0.3])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["flow", pytest.param("epsilon", marks=pytest.mark.slow)])
 def test_steps_raise_the_reward_and_the_first_is_what_it_started_from(tiny: Build, kind: str) -> None:
     policy, objective = learner(tiny, kind, seed=3), ReNO(1, 1.0)
     noise = best_noise(policy)

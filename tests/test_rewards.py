@@ -408,8 +408,8 @@ def test_import_is_light_and_repairs_torchvision(tmp_path: Path) -> None:
     )
     code = (
         "import sys, torch; torch.version.cuda = None; import rewards; import torchvision; "
-        "print(torch.ops.torchvision.qnms, torch.ops.torchvision.nms, [m for m in ('transformers', 'scipy') "
-        "if m in sys.modules])"
+        "print(torch.ops.torchvision.qnms, torch.ops.torchvision.nms, [m for m in ('transformers', 'scipy', 'cv2', "
+        "'rapidocr', 'onnxruntime') if m in sys.modules])"
     )
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

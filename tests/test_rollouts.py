@@ -23,7 +23,7 @@ from align.sampling.sampler import Sampler, SDEWindow, grid_of
 from tests.helpers import TEXTS, Bright, Heard, bright, moved, prompted, rolled
 from tests.pipelines import Build
 
-KINDS = ("epsilon", "v", "flow")
+KINDS = ("epsilon", pytest.param("v", marks=pytest.mark.slow), "flow")
 SHAPE = (4, 8, 8)
 
 
@@ -41,7 +41,7 @@ def latents(rollout: Rollout) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 @pytest.mark.parametrize(
     ("kind", "kernel"),
     [("epsilon", DDIM(1.0)), ("epsilon", DDIM(0.5)), ("v", DDIM(1.0)), ("flow", FlowSDE(0.7)), ("flow", DDIM(1.0))],
@@ -245,9 +245,9 @@ def test_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build, ki
     ("arguments", "trained_steps"),
     [
         ({}, 4),
-        ({"timestep_fraction": 0.99}, 3),
+        pytest.param({"timestep_fraction": 0.99}, 3, marks=pytest.mark.slow),
         ({"window": SDEWindow(2)}, 2),
-        ({"step_normalisation": "guard"}, 4),
+        pytest.param({"step_normalisation": "guard"}, 4, marks=pytest.mark.slow),
         ({"kl": "flow_grpo"}, 4),
     ],
 )

@@ -86,7 +86,7 @@ def captions(policy: Policy, count: int) -> Conditioning:
     return Conditioning({name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in found.tensors.items()})
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_a_dpo_update_asks_for_no_value(tiny: Build, kind: str) -> None:
     policy = on_meta(tiny, kind)
     family, objective = policy.family, DPO(beta=100.0)
@@ -100,8 +100,15 @@ def test_a_dpo_update_asks_for_no_value(tiny: Build, kind: str) -> None:
     assert {value.device.type for value in metrics.values()} == {"meta"}
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "flow"])
-@pytest.mark.parametrize("settings", [{"beta": 0.1}, {"step_normalisation": "guard"}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("flow", {"step_normalisation": "guard"}),
+        ("epsilon", {"beta": 0.1}),
+        pytest.param("flow", {"beta": 0.1}, marks=pytest.mark.slow),
+        pytest.param("epsilon", {"step_normalisation": "guard"}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_policy_gradient_update_asks_for_no_value(tiny: Build, kind: str, settings: dict[str, Any]) -> None:
     policy = on_meta(tiny, kind)
     shape, steps = policy.family.latent_shape(), 2

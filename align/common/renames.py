@@ -5,9 +5,12 @@ A renamed key, value or class is accepted for one release, and the user is told 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import yaml
 
 _SAMPLING = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 
@@ -81,13 +84,25 @@ def upgrade(config: Any, parent: str = "", told: list[str] | None = None) -> Any
     return new
 
 
+def _new_text(parent: str, key: str, text: str, told: list[str]) -> str:
+    """What follows ``--PARENT.KEY`` on a command line: a word, or a list or a mapping as YAML has them on one line."""
+    if text[:1] not in ("[", "{"):
+        return CLASSES.get(text, _new_value(key, text, told))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the parser says what is wrong
+    new = upgrade({key: value}, parent, told)
+    return text if new == {key: value} else json.dumps(new[key], default=str)
+
+
 def upgrade_arguments(arguments: Sequence[str], told: list[str]) -> list[str]:
     """A command line in today's names: ``--samples.steps 4`` becomes ``--samples.num_inference_steps 4``."""
     new: list[str] = []
-    key = ""
+    parent = key = ""
     for argument in arguments:
         if not argument.startswith("--"):
-            new.append(CLASSES.get(argument, _new_value(key, argument, told)))
+            new.append(_new_text(parent, key, argument, told))
             continue
         path, equals, value = argument[2:].partition("=")
         *parents, last = path.split(".")
@@ -95,7 +110,7 @@ def upgrade_arguments(arguments: Sequence[str], told: list[str]) -> list[str]:
         key = KEYS.get(parent, {}).get(last, last)
         if key != last:
             told.append(f"--{path} is now --{'.'.join([*parents, key])}")
-        value = CLASSES.get(value, _new_value(key, value, told)) if equals else value
+        value = _new_text(parent, key, value, told) if equals else value
         new.append(f"--{'.'.join([*parents, key])}{equals}{value}")
     return new
 
