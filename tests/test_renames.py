@@ -70,6 +70,11 @@ def test_lists_and_mappings_of_0_1_on_a_command_line(capsys: pytest.CaptureFixtu
     assert told == ["stages: quantise is now quantize"]
 
 
+@pytest.mark.parametrize("text", ["[" * 5000, "[2001-99-99]", "[1, 2", "{a: 1, a: 2}", f"[{'9' * 6000}]"], ids=range(5))
+def test_what_is_no_list_is_left_to_the_parser(text: str) -> None:
+    assert upgrade_arguments(["--rewards", text], []) == ["--rewards", text]
+
+
 def test_every_class_that_moved_is_where_the_table_says() -> None:
     for new in CLASSES.values():
         module, _, name = new.rpartition(".")

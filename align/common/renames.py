@@ -90,7 +90,7 @@ def _new_text(parent: str, key: str, text: str, told: list[str]) -> str:
         return CLASSES.get(text, _new_value(key, text, told))
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text  # the parser says what is wrong
     new = upgrade({key: value}, parent, told)
     return text if new == {key: value} else json.dumps(new[key], default=str)
