@@ -1,0 +1,162 @@
+"""Every online method at equal network evaluations, on both embedded pipelines, without guidance; seeds 0, 1, 2.
+
+    python tests/benchmarks/equal.py                             # what is not recorded yet: two hours of a core
+    python tests/benchmarks/equal.py --methods NFT --seeds 0     # this, beside what is recorded
+
+A run ends with the last rollout before the network has been asked BUDGET times: in drawing, for old and reference
+answers, in training. DRaFT and ReFL follow the gradient of ``ShapesNet``, the others the graded ``Shapes``; nobody
+trains on the strict score. Judged are the averaged weights, on the 240 held-out prompts, two pictures each, drawn as in
+training: ten steps without guidance. The curve is of what a run drew to train on, the strict score of each sixth of its
+pictures. ``--quick`` is one seed of two rollouts and records nothing. Finished runs are kept in ``outputs/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from align.evaluation.compare import STRICT
+from align.train import main as train
+from tests.benchmarks import RESULTS, command, curves, metrics, record, runs_folder
+
+BUDGET = 36_864
+POINTS = 6  # of a curve
+HELD_OUT = ("--num_inference_steps", "10", "--guidance_scale", "1", "--samples_per_prompt", "2")
+PIPELINES = ("shapes-sd", "shapes-sd3")
+
+
+class Arm(NamedTuple):
+    """A method: its config, of which so many rollouts and updates fit the budget, and what is changed in it."""
+
+    config: str
+    rollouts: int
+    updates: int
+    options: str = ""
+
+
+FORWARD = "--train_batch_size 64 --gradient_accumulation_steps 4 --lora.rank 16 --learning_rate 3e-3"
+DIRECT = "--stop null --ema_decay 0.9 --lr_scheduler cosine --learning_rate 1e-3 --max_grad_norm 0.1"
+ARMS = {
+    "policy gradient": Arm("configs/ddpo_unguided_shapes.yaml", 6, 12),
+    "D3PO": Arm("configs/d3po_unguided_shapes.yaml", 5, 10),
+    "NFT": Arm("configs/nft_shapes_sd3.yaml", 10, 20, f"--objective.sampler.guidance_scale 1.0 {FORWARD}"),
+    "AWM": Arm("configs/awm_shapes_sd3.yaml", 10, 20),
+    "DGPO": Arm("configs/dgpo_shapes_sd3.yaml", 10, 20),
+    "DRaFT": Arm("configs/draft_unguided_shapes_sd3.yaml", 115, 115, DIRECT),
+    "ReFL": Arm(
+        "configs/draft_unguided_shapes_sd3.yaml",
+        192,
+        192,
+        f"{DIRECT} --objective.last_steps 1 --objective.train_steps null --objective.stop_input_gradient false "
+        "--objective.early_stop 8",
+    ),
+}
+ONLY = {("policy gradient", "shapes-sd3"): Arm("configs/flow_grpo_unguided_shapes_sd3.yaml", 6, 24)}  # Flow-GRPO
+
+
+def arm_of(method: str, pipeline: str) -> Arm:
+    return ONLY.get((method, pipeline), ARMS[method])
+
+
+def trained(method: str, pipeline: str, seed: int, quick: bool) -> Path:
+    """The folder of a run, trained unless that is done."""
+    arm = arm_of(method, pipeline)
+    folder = runs_folder(quick) / "equal" / pipeline / f"{method.replace(' ', '_')}-{seed}"
+    done = folder / "done"
+    if not done.exists():
+        short = min(arm.rollouts, 2) if quick else arm.rollouts
+        words = ["--config", arm.config, "--pretrained_model_name_or_path", pipeline, *arm.options.split()]
+        words += ["--data.path", "shapes-prompts", "--max_rollouts", str(short), "--max_train_steps", str(arm.updates)]
+        words += ["--validation_data", "null", "--samples.prompts", "[]", "--checkpointing_steps", "0"]
+        words += ["--output_dir", str(folder), "--overwrite_output_dir", "true", "--seed", str(seed)]
+        started = time.process_time()
+        if status := train([*words, "--report_to", "none"]):
+            raise SystemExit(status)
+        done.write_text(f"{time.process_time() - started:.0f}")
+    return folder
+
+
+def judged(pipeline: str, run: Path, quick: bool) -> dict[str, Any]:
+    """``run`` beside the base, whose pictures stay from one run to the next."""
+    folder = runs_folder(quick) / "equal" / pipeline / "evaluation"
+    where = ["--base", pipeline, "--tuned", str(run), "--output_dir", str(folder)]
+    few = ["--max_prompts", "12"] if quick else []
+    command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", *where, *HELD_OUT, *few)
+    report = json.loads((folder / "scores.json").read_text())
+    found: dict[str, Any] = {"diversity": report["diversity"]}
+    for title, reward in (("strict", STRICT), ("graded", "Shapes")):
+        entry = report["rewards"][reward]
+        found[title] = {key: entry[key] for key in ("base_overall", "tuned_overall", "win_rate", "win_rate_ci")}
+    return found
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Of a run's log: pictures, evaluations, CPU seconds, and the strict score of what it drew, with the evaluations
+    asked by then, at POINTS points."""
+    lines = metrics(folder)
+    drawn = [line for line in lines if "rollout/pictures" in line]
+    key = "rollout/reward/strict" if "rollout/reward/strict" in drawn[0] else "reward/strict"
+    # a line is written after its update: what a rollout asks is what lies between two rollouts' lines
+    asked = [line["evaluations/trained"] + line["evaluations/frozen"] for line in drawn]
+    each = (asked[-1] - asked[0]) / (len(asked) - 1)
+    size = max(1, len(drawn) // POINTS)
+    parts = [drawn[k : k + size] for k in range(0, len(drawn), size)]
+    ends = [(k * size + len(part) / 2) * each for k, part in enumerate(parts)]
+    return {
+        "pictures": sum(line["rollout/pictures"] for line in drawn),
+        "evaluations": round(len(drawn) * each),
+        "updates": lines[-1]["step"],
+        "cpu_seconds": int((folder / "done").read_text()),
+        "curve": [(at, fmean(line[key] for line in part)) for at, part in zip(ends, parts, strict=True)],
+    }
+
+
+def picture(runs: Sequence[Mapping[str, Any]]) -> None:
+    """``results/equal_PIPELINE.png``: the curves of the recorded runs, means of the seeds."""
+    for pipeline in PIPELINES:
+        found = dict[str, list[Any]]()
+        for run in runs:
+            if run["pipeline"] == pipeline:
+                found.setdefault(run["method"], []).append(run["curve"])
+        series = {
+            method: [tuple(map(fmean, zip(*points, strict=True))) for points in zip(*each, strict=False)]
+            for method, each in found.items()
+        }
+        title = f"{pipeline}, unguided: what each drew to train on"
+        curves(RESULTS / f"equal_{pipeline}.png", series, title, "network evaluations", "strict ShapesEval")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipelines", choices=PIPELINES, nargs="+", default=PIPELINES)
+    parser.add_argument("--methods", choices=ARMS, nargs="+", default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    file = RESULTS / "equal.json"
+    known = json.loads(file.read_text())["runs"] if file.exists() and not args.quick else []
+    runs = {(run["pipeline"], run["method"], run["seed"]): run for run in known}
+    for seed, pipeline, method in product(args.seeds[:1] if args.quick else args.seeds, args.pipelines, args.methods):
+        if (pipeline, method, seed) in runs:
+            continue
+        folder = trained(method, pipeline, seed, args.quick)
+        run = {"pipeline": pipeline, "method": method, "seed": seed, "date": time.strftime("%Y-%m-%d")}
+        runs[pipeline, method, seed] = run | figures(folder) | judged(pipeline, folder, args.quick)
+        print(json.dumps(runs[pipeline, method, seed]), flush=True)
+        order = sorted(runs, key=lambda one: (one[0], list(ARMS).index(one[1]), one[2]))
+        record("equal", {"budget": BUDGET, "runs": [runs[one] for one in order]}, args.quick)
+    if not args.quick:
+        picture(list(runs.values()))
+
+
+if __name__ == "__main__":
+    main()
