@@ -40,6 +40,17 @@ def test_a_person_is_right_as_often_as_said_and_says_the_same_again() -> None:
     assert thumbs.right == [(choice == "good") == (item % 2 == 0) for item, choice in enumerate(said)]
 
 
+def test_an_order_is_the_right_one_or_its_reverse() -> None:
+    asked = "a red circle left of a blue square"
+    pictures = [png(caption, 0) for caption in ("a green star", asked, "a red circle right of a blue square")]
+    person = Person("best", 0)
+    said = [person.choose(str(item), asked, pictures) for item in range(100)]
+    assert 0.75 < np.mean(person.right) < 0.95
+    assert said == [[2, 3, 1] if right else [1, 3, 2] for right in person.right]
+    alike = [Person("best", 0).choose(str(item), asked, pictures[:1] * 2) for item in range(40)]
+    assert {tuple(one) for one in alike if isinstance(one, list)} == {(1, 2), (2, 1)}  # chance, not the place
+
+
 def test_noise_is_in_the_first_steps_alone() -> None:
     family = load_family("shapes-sd")
     assert list(Sampler(10, kernel=EarlyDDIM()).with_noise(family, range(10))) == [0, 1]
@@ -53,4 +64,4 @@ def test_all_of_it_in_small(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.splitlines()[-1])
     assert [run["method"] for run in figures["runs"]] == ["DPO", "KTO", "D3PO"]
-    assert all(told["answers"] == 12 for told in figures["asked"].values())
+    assert all(run["asked"]["answers"] == 12 for run in figures["runs"])

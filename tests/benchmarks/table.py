@@ -857,24 +857,25 @@ def _label() -> str:
 
 def _people() -> str:
     found = load("people")
-    pair, thumbs = (found["asked"][task] for task in ("pair", "thumbs"))
     lines = [
-        f"**People in the loop, by a script** ({found['date']}, {found['hardware']}): {pair['answers']} answers by "
-        f"keyboard on the page, right in {pair['right']} of {pair['answers']} pairs and {thumbs['right']} of "
-        f"{thumbs['answers']} thumbs, on {found['pictures']:,} pictures that shapes-sd drew; held-out prompts, in 10 "
-        "steps without guidance.",
+        f"**People in the loop, by a script** ({found['date']}, {found['hardware']}): answers by keyboard on the page, "
+        f"{found['right']:.0%} of them right in the mean. Pairs and thumbs are on {found['pictures']:,} pictures that "
+        "shapes-sd drew, and the same for every seed; orders are of 8 pictures, which the run itself drew. Held-out "
+        "prompts, in 10 steps without guidance.",
         "",
-        "| method | answers | seed | updates | strict base | strict tuned | win rate, strict (95 % interval) "
+        "| method | answers | right | seed | updates | strict base | strict tuned | win rate, strict (95 % interval) "
         "| graded | win rate, graded |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    kinds = {"pair": "pairs", "thumbs": "thumbs", "best": "orders"}
     for run in found["runs"]:
         strict, graded = run["strict"], run["graded"]
         wins = [
             f"{of['win_rate']:.3f} ({' to '.join(f'{x:.3f}' for x in of['win_rate_ci'])})" for of in (strict, graded)
         ]
+        answers = f"{run['asked']['answers']} {kinds[run['task']]} | {run['asked']['right']}"
         lines.append(
-            f"| {run['method']} | {run['task']} | {run['seed']} | {run['updates']} | {strict['base']:.3f} "
+            f"| {run['method']} | {answers} | {run['seed']} | {run['updates']} | {strict['base']:.3f} "
             f"| {strict['tuned']:.3f} | {wins[0]} | {graded['base']:.3f} → {graded['tuned']:.3f} | {wins[1]} |"
         )
     return "\n".join(lines)
