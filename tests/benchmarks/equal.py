@@ -3,17 +3,18 @@
     python tests/benchmarks/equal.py                             # what is not recorded yet: two hours of a core
     python tests/benchmarks/equal.py --methods NFT --seeds 0     # this, beside what is recorded
 
-A run ends with the last rollout before the network has been asked BUDGET times: in drawing, for old and reference
-answers, in training. DRaFT and ReFL follow the gradient of ``ShapesNet``, the others the graded ``Shapes``; nobody
+A run has as many rollouts as come nearest to BUDGET network evaluations: in drawing, for old and reference answers, in
+training. DRaFT and ReFL follow the gradient of ``ShapesNet``, the others the graded ``Shapes``; nobody
 trains on the strict score. Judged are the averaged weights, on the 240 held-out prompts, two pictures each, drawn as in
-training: ten steps without guidance. The curve is of what a run drew to train on, the strict score of each sixth of its
-pictures. ``--quick`` is one seed of two rollouts and records nothing. Finished runs are kept in ``outputs/``.
+training: ten steps without guidance. The curve is of what a run drew to train on, the strict score of at most six parts
+of its pictures. ``--quick`` is one seed of two rollouts and records nothing. Finished runs are kept in ``outputs/``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -108,7 +109,7 @@ def figures(folder: Path) -> dict[str, Any]:
     # a line is written after its update: what a rollout asks is what lies between two rollouts' lines
     asked = [line["evaluations/trained"] + line["evaluations/frozen"] for line in drawn]
     each = (asked[-1] - asked[0]) / (len(asked) - 1)
-    size = max(1, len(drawn) // POINTS)
+    size = math.ceil(len(drawn) / POINTS)
     parts = [drawn[k : k + size] for k in range(0, len(drawn), size)]
     ends = [(k * size + len(part) / 2) * each for k, part in enumerate(parts)]
     return {

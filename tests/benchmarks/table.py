@@ -116,7 +116,7 @@ def _equal_evaluations() -> str:
     for run in found["runs"]:
         groups.setdefault((run["pipeline"], run["method"]), []).append(run)
     lines = [
-        f"**Every online method from at most {found['budget']:,} network evaluations** "
+        f"**Every online method from about {found['budget']:,} network evaluations** "
         f"({span(run['date'] for run in found['runs'])}, {found['hardware']}), without guidance, in ten steps: means "
         "of the seeds, the range in brackets; 480 held-out pictures a seed. CPU is of the training, on a busy machine.",
         "",
