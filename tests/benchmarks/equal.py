@@ -45,21 +45,18 @@ class Arm(NamedTuple):
 
 
 FORWARD = "--train_batch_size 64 --gradient_accumulation_steps 4 --lora.rank 16 --learning_rate 3e-3"
-DIRECT = "--stop null --ema_decay 0.9 --lr_scheduler cosine --learning_rate 1e-3 --max_grad_norm 0.1"
+DIRECT = (
+    "--stop null --ema_decay 0.9 --lr_scheduler cosine --learning_rate 2e-3 --max_grad_norm 1.0 "
+    "--rollout_batch_size 128 --train_batch_size 32 --gradient_accumulation_steps 4"
+)
 ARMS = {
     "policy gradient": Arm("configs/ddpo_unguided_shapes.yaml", 6, 12),
     "D3PO": Arm("configs/d3po_unguided_shapes.yaml", 5, 10),
     "NFT": Arm("configs/nft_shapes_sd3.yaml", 10, 20, f"--objective.sampler.guidance_scale 1.0 {FORWARD}"),
     "AWM": Arm("configs/awm_shapes_sd3.yaml", 10, 20),
     "DGPO": Arm("configs/dgpo_shapes_sd3.yaml", 10, 20),
-    "DRaFT": Arm("configs/draft_unguided_shapes_sd3.yaml", 115, 115, DIRECT),
-    "ReFL": Arm(
-        "configs/draft_unguided_shapes_sd3.yaml",
-        192,
-        192,
-        f"{DIRECT} --objective.last_steps 1 --objective.train_steps null --objective.stop_input_gradient false "
-        "--objective.early_stop 8",
-    ),
+    "DRaFT": Arm("configs/draft_stop_shapes_sd3.yaml", 28, 28, f"{DIRECT} --objective.last_steps 3"),
+    "ReFL": Arm("configs/draft_stop_shapes_sd3.yaml", 44, 44, f"{DIRECT} --objective.early_stop 8"),
 }
 ONLY = {("policy gradient", "shapes-sd3"): Arm("configs/flow_grpo_unguided_shapes_sd3.yaml", 6, 24)}  # Flow-GRPO
 
