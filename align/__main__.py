@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "align.train",
+    "encode": "align.encode",
     "sample": "align.sample",
     "rollout": "align.rollout",
     "label": "align.label",

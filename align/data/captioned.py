@@ -16,6 +16,7 @@ from typing import ClassVar
 from align.common.assets import locate
 from align.common.errors import DataError, UserError
 from align.common.resolution import Resolution, sides
+from align.data import latent_cache
 from align.data.dataset import Bad, Data, Example, ExampleSet, Row, Rows, Setup, Unlabelled, check_bad, image_key
 from align.data.example_index import code_of, indexed, listing
 from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache
@@ -26,7 +27,7 @@ from align.families import Family
 from rewards.data.arrow_tables import WHOLE, is_hub_id
 from rewards.data.formats import open_input
 from rewards.data.hub_files import hub_files, hub_folder
-from rewards.data.images import ImageRow, ImageSource
+from rewards.data.images import ImageRow, ImageSource, InOrder
 from rewards.data.paths import no_such_file
 from rewards.data.tables import Cells, LazyImage
 from rewards.data.text import caption_fault, clean
@@ -179,15 +180,29 @@ class EncodedData(Data):
         assert height and width
         return buckets_of((height, width), self.aspect_ratio_buckets, self.bucket_reso_steps)
 
-    def prepare(self, setup: Setup) -> EncodedDataset:
-        """Encode what the cache lacks, check every row, and open the cache. Raises :class:`DataError` for a data set
-        that is unusable, or latents that are not finite."""
-        examples = self.items()
-        count = min(len(examples), self.limit or len(examples))
+    @property
+    def count(self) -> int:
+        """The examples that are used."""
+        return min(len(self.items()), self.limit or len(self.items()))
+
+    @property
+    def shards(self) -> int:
+        """The files of the latent cache."""
+        return -(-self.count // latent_cache.SHARD)
+
+    def encode(self, setup: Setup) -> LatentCache:
+        """Write this process's share of what the cache lacks. Raises :class:`DataError` for latents that are not
+        finite."""
         views = Views(self.sizes(setup.family), self.center_crop, self.random_flip, self.variants, setup.seed)
         how = self.text_cache, self.text_cache_dtype
-        cache = LatentCache(self.cache, self.what, examples, count, views, setup, *how)
+        cache = LatentCache(self.cache, self.what, self.items(), self.count, views, setup, *how)
         cache.encode(self.vae_batch)
+        return cache
+
+    def prepare(self, setup: Setup) -> EncodedDataset:
+        """Encode what the cache lacks, check every row, and open the cache. Raises :class:`DataError` for a data set
+        that is unusable."""
+        examples, count, cache = self.items(), self.count, self.encode(setup)
         dataset, unreadable = cache.open(self.batch_type)
         # every process sees the same rows here, so that all of them stop or none
         total = (
@@ -275,22 +290,3 @@ def _fault(row: ImageRow, root: Path) -> str:
     if isinstance(row.image, Path) and not os.path.isfile(row.image):
         return no_such_file(row.image, root)
     return caption_fault(row.prompt)
-
-
-class InOrder:
-    """Rows whose images are inside larger files, read forward: asking for them in order costs one pass."""
-
-    def __init__(self, source: ImageSource) -> None:
-        self.source = source
-        self._next = 0
-        self._rows: Iterator[ImageRow | None] = iter(())
-
-    def record(self, number: int) -> dict[str, object]:
-        """{"": the image of row ``number``}."""
-        if number < self._next or not self._next:
-            self._next, self._rows = 0, self.source.rows(lambda row: row >= number)
-        row = None
-        while self._next <= number:
-            row, self._next = next(self._rows), self._next + 1
-        assert row is not None
-        return {"": row.image}
