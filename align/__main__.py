@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "train": "align.train",
+    "encode": "align.encode",
     "sample": "align.sample",
     "rollout": "align.rollout",
     "label": "align.label",
@@ -26,7 +27,8 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"usage: t2i-align {{{','.join(COMMANDS)}}} [options]; 't2i-align COMMAND --help' tells more")
         return 0 if name in ("-h", "--help") else 2
-    return int(import_module(COMMANDS[name]).main(sys.argv[2:]))
+    sys.argv = sys.argv[1:]
+    return int(import_module(COMMANDS[name]).main())
 
 
 if __name__ == "__main__":

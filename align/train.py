@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from align.common.command import command, parse
+from align.common.imports import uncollected
 from align.training.config import TrainConfig
 from rewards.common.command import exit_status
 
@@ -29,7 +30,9 @@ def run(config: TrainConfig, resolved: str) -> int:
     from align.training.preemption import STATUS, Preempted
     from align.training.stop import STATUS as STOPPED
     from align.training.stop import Stopped
-    from align.training.trainer import train  # accelerate: not for --help or a wrong key
+
+    with uncollected():
+        from align.training.trainer import train  # accelerate: not for --help or a wrong key
 
     try:
         train(config, resolved)

@@ -55,6 +55,8 @@ EXPECTED: dict[str, str] = {
     "validation_data.init_args.text_cache": "the same",
     "data.init_args.text_cache_dtype": "nor in full precision",
     "validation_data.init_args.text_cache_dtype": "the same",
+    "data.init_args.streaming": "hub data sets need not be downloaded",
+    "validation_data.init_args.streaming": "the same",
     "data.init_args.aspect_ratio_buckets": "images need not be square",
     "validation_data.init_args.aspect_ratio_buckets": "the same",
     "data.init_args.bucket_reso_steps": "the same",

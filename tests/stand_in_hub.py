@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs
 
 import yaml
 
@@ -47,6 +48,7 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     fails: dict[str, int] = field(default_factory=dict)
     address: str = ""
+    sent: int = 0  # bytes of files
 
     def asked(self, pattern: str) -> int:
         return sum(bool(re.search(pattern, f"{method} {path}")) for method, path in self.requests)
@@ -93,7 +95,7 @@ class Answers(BaseHTTPRequestHandler):
             return self.validate(json.loads(data)["content"])
         if path == "/api/repos/create":
             return self.create(json.loads(data), name, clubs, writes)
-        if found := re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+?)((?:\.git)?/.*|)", path):
+        if found := re.fullmatch(r"/(?:api/models/|(?:api/)?datasets/)?([^/]+/[^/]+?)((?:\.git)?/.*|)", path):
             repo = self.hub.repos.get(found[1])
             if repo is None or (repo.private and found[1].partition("/")[0] not in (name, *clubs)):
                 return self.say(404, headers={"X-Error-Code": "RepoNotFound"}, error="Repository not found")
@@ -128,18 +130,29 @@ class Answers(BaseHTTPRequestHandler):
             siblings = [{"rfilename": file} for file in repo.files]
             info = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": repo.sha, "private": repo.private}
             return self.say(200, info | {"siblings": siblings, "tags": [], "cardData": repo.card})
-        if rest.startswith("/tree/"):
+        if rest.startswith(("/tree/", "/paths-info/")):
             entries = [
                 {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for file, content in repo.files.items()
+                if rest.startswith("/tree/") or file in parse_qs(data.decode())["paths"]
             ]
+            below = "".join(part + "/" for part in rest.split("/")[3:])  # /tree/commit/folder
+            if rest.startswith("/tree/") and "recursive=true" not in self.path.lower():
+                inside = [entry["path"].removeprefix(below) for entry in entries if entry["path"].startswith(below)]
+                folders = sorted({below + name.partition("/")[0] for name in inside if "/" in name})
+                entries = [entry for entry in entries if entry["path"].rpartition("/")[0] == below.rstrip("/")]
+                entries += [{"type": "directory", "path": name, "oid": "0"} for name in folders]
             return self.say(200, entries)
         if found := re.fullmatch(r"/resolve/[^/]+/(.+)", rest):
             if found[1] not in repo.files:
                 return self.say(404, headers={"X-Error-Code": "EntryNotFound"}, error="Entry not found")
             content = repo.files[found[1]]
             tag = f'"{hashlib.sha1(content).hexdigest()}"'
-            return self.say(200, content, {"ETag": tag, "X-Repo-Commit": repo.sha})
+            status, span = 200, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if span:
+                status, content = 206, content[int(span[1]) : int(span[2]) + 1]
+            self.hub.sent += len(content) if self.command == "GET" else 0
+            return self.say(status, content, {"ETag": tag, "X-Repo-Commit": repo.sha})
         if not writes:
             return self.say(403, error="this token may not write here")
         if rest == "/auth-check/write":

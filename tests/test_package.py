@@ -319,6 +319,7 @@ def test_a_long_file_is_a_fault(tmp_path: Path, name: str, limit: int) -> None:
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "datasets", "scipy", "pandas", "pyarrow", "bitsandbytes")
 LIGHT = (
     "align.train",
+    "align.encode",
     "align.sample",
     "align.rollout",
     "align.label",

@@ -31,9 +31,9 @@ SHARDS = 5
 class Fragile(Length):
     """Fails at one picture while the file ``stop`` is there; kills its process where it finds ``fall``, once."""
 
-    def __init__(self, stop: str, fall: str) -> None:
+    def __init__(self, flags: list[str]) -> None:  # a file among the settings would be one of them
         super().__init__()
-        self.stop, self.fall = Path(stop), Path(fall)
+        self.stop, self.fall = map(Path, flags)
 
     def score(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -98,12 +98,12 @@ def test_two_workers_that_are_stopped_and_killed_end_as_the_local_engine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, stop, fall = spoiled(tmp_path / "in", "sidecar"), tmp_path / "stop", tmp_path / "fall"
-    reward = f"{{name: tests.test_ray_engine.Fragile, args: {{stop: {stop}, fall: {fall}}}}}"
+    reward = f"{{name: tests.test_ray_engine.Fragile, args: {{flags: [{stop}, {fall}]}}}}"
     command = [source, "--reward", reward, "--shard_size", "2", "--skip_errors", "--output"]
     assert main([*command, str(tmp_path / "local")]) == 0
     out = tmp_path / "ray"
     there = [*command, str(out), "--engine", "ray", "--workers", "2"]
-    with ray_engine._cluster(2):
+    with ray_engine.cluster(2):
         stop.touch()
         assert main(there) == 2
         assert "told to stop" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from align.common import bitsandbytes_shim
+from align.common import bitsandbytes_shim, imports
 from align.common.errors import UserError
 from align.data.preferences import PairBatch
 from align.objectives import DPO, Context
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 TO_THE_FIRST_STEP = """
-import json, resource, sys
+import gc, json, resource, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 class Enough(BaseException):
@@ -37,10 +38,11 @@ def first(*_):
 register_optimizer_step_post_hook(first)
 from align.train import main
 try:
-    main(sys.argv[1:])
+    main()
 except Enough:
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"seconds": used.ru_utime + used.ru_stime, "modules": sorted(sys.modules)}))
+    found = {"seconds": used.ru_utime + used.ru_stime, "modules": sorted(sys.modules)}
+    print(json.dumps(found | {"frozen": gc.get_freeze_count(), "collects": gc.isenabled()}))
 """
 # pandas comes with pyarrow where a data set's index is made, the first time alone
 NEEDLESS = ("torch._inductor.compile_fx", "datasets", "pruning.loading", "matplotlib", "pyarrow.dataset")
@@ -65,6 +67,30 @@ def test_training_reaches_its_first_step_soon_and_imports_nothing_needless(tmp_p
     found = json.loads(done.stdout.splitlines()[-1])
     assert sorted(set(NEEDLESS) & set(found["modules"])) == []
     assert found["seconds"] < 25
+    assert found["frozen"] > 100_000 and found["collects"]
+
+
+def test_imports_are_not_collected_in_a_commands_own_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's garbage, models among it, is never kept; nor is a command's once it may have models."""
+    monkeypatch.setattr(imports, "_young", False)
+    before = gc.get_freeze_count()
+    with imports.uncollected():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
+    imports.own_process()
+    kept: list[list[object]] = []
+    try:
+        for last in (False, True):
+            frozen = gc.get_freeze_count()
+            with pytest.raises(ImportError), imports.uncollected(last):
+                assert not gc.isenabled()
+                kept += [[] for _ in range(1000)]
+                raise ImportError
+            assert gc.isenabled() and gc.get_freeze_count() >= frozen + 1000
+        with imports.uncollected():
+            assert gc.isenabled()
+    finally:
+        gc.unfreeze()
 
 
 def test_bitsandbytes_is_compiled_when_it_is_called() -> None:

@@ -246,10 +246,14 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
 def command(run: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
     """Run a command quietly; its exit status is that of :func:`rewards.common.command.status`."""
     from align.common import bitsandbytes_shim
+    from align.common.imports import own_process, uncollected
 
-    bitsandbytes_shim.ensure()
-    from diffusers.utils import logging as diffusers_logging  # here: --help and a wrong key need neither library
-    from transformers.utils import logging as transformers_logging
+    if argv is None:
+        own_process()
+    with uncollected():
+        bitsandbytes_shim.ensure()
+        from diffusers.utils import logging as diffusers_logging  # here: --help and a wrong key need neither library
+        from transformers.utils import logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):  # their loading bars and hints would bury ours
         library.disable_progress_bar()

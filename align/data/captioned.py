@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -16,15 +16,18 @@ from typing import ClassVar
 from align.common.assets import locate
 from align.common.errors import DataError, UserError
 from align.common.resolution import Resolution, sides
-from align.data.dataset import Bad, Data, Example, ExampleSet, Rows, Setup, Unlabelled, check_bad, image_key
+from align.data import latent_cache
+from align.data.dataset import Bad, Data, Example, ExampleSet, Row, Rows, Setup, Unlabelled, check_bad, image_key
 from align.data.example_index import code_of, indexed, listing
 from align.data.latent_cache import EncodedBatch, EncodedDataset, LatentCache
 from align.data.packed import Storage
 from align.data.text_cache import TextCache
 from align.data.views import Size, Views, buckets_of
 from align.families import Family
+from rewards.data.arrow_tables import WHOLE, is_hub_id
 from rewards.data.formats import open_input
-from rewards.data.images import ImageRow, ImageSource
+from rewards.data.hub_files import hub_files, hub_folder
+from rewards.data.images import ImageRow, ImageSource, InOrder
 from rewards.data.paths import no_such_file
 from rewards.data.tables import Cells, LazyImage
 from rewards.data.text import caption_fault, clean
@@ -33,20 +36,8 @@ logger = logging.getLogger(__name__)
 
 CACHE = "~/.cache/t2i-align"
 # settings of which the rows do not depend
-VIEWS = frozenset(
-    {
-        "limit",
-        "resolution",
-        "aspect_ratio_buckets",
-        "bucket_reso_steps",
-        "center_crop",
-        "random_flip",
-        "variants",
-        "cache_dir",
-        "vae_batch",
-        "positive_ratio",
-    }
-)
+VIEWS = frozenset({"streaming", "limit", "resolution", "aspect_ratio_buckets", "bucket_reso_steps", "center_crop"})
+VIEWS |= {"random_flip", "variants", "cache_dir", "vae_batch", "positive_ratio"}
 LIMITS = frozenset({"max_bad_share", "max_contradicted_share", "text_cache", "text_cache_dtype"})
 
 
@@ -57,6 +48,9 @@ class EncodedData(Data):
     Args:
         path: a file, a folder or a hub id.
         split: the split of a hub id (default train), or of a folder that holds several.
+        streaming: of a hub id, read what is asked for where it lies and keep nothing but encodings: first captions and
+            labels, then each image once, as it is encoded. With ``limit`` no row after the last of these is read.
+            Otherwise all of a hub id is downloaded first; files of this machine are read in place either way.
         limit: use the first so many items.
         resolution: of the images, pixels a side of squares, or WIDTHxHEIGHT; default the model's own.
         aspect_ratio_buckets: ``true`` cuts each image to the aspect ratio that is nearest to its own, of all that sides
@@ -77,6 +71,7 @@ class EncodedData(Data):
 
     path: str
     split: str | None = None
+    streaming: bool = False
     limit: int | None = None
     resolution: Resolution = None
     aspect_ratio_buckets: bool | list[str] = False
@@ -114,13 +109,29 @@ class EncodedData(Data):
     def _key(self) -> str:
         """The index's name: what the rows depend on."""
         place = Path(locate(self.path)).expanduser()
-        if place.exists():
+        if self.streamed:  # by its commit; as many rows as are needed
+            there = [*map(str, hub_files(self.path, self.split or WHOLE)), str(self.limit)]
+        elif place.exists():
             there = [os.path.realpath(place), listing(place.resolve(), self.cache.resolve())]
         else:  # of the hub
             there = [self.path, *(str(image_key(file, {})) for file in self.rows()[1])]
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in VIEWS | LIMITS}
         key = [type(self).__qualname__, code_of(type(self)), there, settings]
         return hashlib.sha256(json.dumps(key, default=repr, sort_keys=True).encode()).hexdigest()[:24]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows are read from the hub as they are needed."""
+        return self.streaming and not Path(locate(self.path)).expanduser().exists() and is_hub_id(self.path)
+
+    def limited(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """``rows`` as they are, or of a stream those up to the example that is the last of ``limit``."""
+        count = 0
+        for row in rows:
+            yield row
+            count += isinstance(row, Example)
+            if self.streamed and count == self.limit:
+                return
 
     def read(self) -> ExampleSet:
         """The examples, before ``limit``. :class:`DataError` for nothing there, no known layout, or too many bad rows,
@@ -169,15 +180,29 @@ class EncodedData(Data):
         assert height and width
         return buckets_of((height, width), self.aspect_ratio_buckets, self.bucket_reso_steps)
 
-    def prepare(self, setup: Setup) -> EncodedDataset:
-        """Encode what the cache lacks, check every row, and open the cache. Raises :class:`DataError` for a data set
-        that is unusable, or latents that are not finite."""
-        examples = self.items()
-        count = min(len(examples), self.limit or len(examples))
+    @property
+    def count(self) -> int:
+        """The examples that are used."""
+        return min(len(self.items()), self.limit or len(self.items()))
+
+    @property
+    def shards(self) -> int:
+        """The files of the latent cache."""
+        return -(-self.count // latent_cache.SHARD)
+
+    def encode(self, setup: Setup) -> LatentCache:
+        """Write this process's share of what the cache lacks. Raises :class:`DataError` for latents that are not
+        finite."""
         views = Views(self.sizes(setup.family), self.center_crop, self.random_flip, self.variants, setup.seed)
         how = self.text_cache, self.text_cache_dtype
-        cache = LatentCache(self.cache, self.what, examples, count, views, setup, *how)
+        cache = LatentCache(self.cache, self.what, self.items(), self.count, views, setup, *how)
         cache.encode(self.vae_batch)
+        return cache
+
+    def prepare(self, setup: Setup) -> EncodedDataset:
+        """Encode what the cache lacks, check every row, and open the cache. Raises :class:`DataError` for a data set
+        that is unusable."""
+        examples, count, cache = self.items(), self.count, self.encode(setup)
         dataset, unreadable = cache.open(self.batch_type)
         # every process sees the same rows here, so that all of them stop or none
         total = (
@@ -199,9 +224,10 @@ class ImageBatch(EncodedBatch):
 
 @dataclass
 class Images(EncodedData):
-    """Captioned images on disk, and how they are cut: a folder with ``metadata.jsonl`` or ``.csv`` (``file_name`` and
+    """Captioned images, and how they are cut: a folder with ``metadata.jsonl`` or ``.csv`` (``file_name`` and
     ``text``, ``caption`` or ``prompt``) or a ``.txt`` beside each image; a ``.jsonl`` or ``.csv`` of paths; parquet;
-    webdataset tar files; a ``save_to_disk`` folder. The layouts are :func:`rewards.data.formats.open_input`'s.
+    webdataset tar files; a ``save_to_disk`` folder; with ``streaming`` a hub id. The layouts are
+    :func:`rewards.data.formats.open_input`'s.
 
     Args:
         image_column: the image's column, where it is not image, jpg, png, file_name or the like.
@@ -214,7 +240,7 @@ class Images(EncodedData):
 
     def rows(self) -> Rows:
         place, source = self._source()
-        return json.dumps(source.identity, sort_keys=True), (), _examples(place, source, self.label)
+        return json.dumps(source.identity, sort_keys=True), (), self.limited(_examples(place, source, self.label))
 
     def cells(self) -> Cells | None:
         return InOrder(self._source()[1])
@@ -225,8 +251,16 @@ class Images(EncodedData):
 
     def _source(self) -> tuple[Path, ImageSource]:
         place = Path(locate(self.path)).expanduser()
+        if self.streamed:
+            place = hub_folder(hub_files(self.path, self.split or WHOLE)[0])
+            return place, open_input(
+                self.path, None, self.caption_column, self.image_column, self.split, streaming=True
+            )
         if not place.exists():
-            raise DataError(f"there is no file or folder {place}; expected captioned images, see align.data.Images")
+            raise DataError(
+                f"there is no file or folder {place}; expected captioned images, see align.data.Images; "
+                "a data set of the hub is read with streaming: true"
+            )
         return place, open_input(str(place), None, self.caption_column, self.image_column, self.split)
 
 
@@ -256,22 +290,3 @@ def _fault(row: ImageRow, root: Path) -> str:
     if isinstance(row.image, Path) and not os.path.isfile(row.image):
         return no_such_file(row.image, root)
     return caption_fault(row.prompt)
-
-
-class InOrder:
-    """Rows whose images are inside larger files, read forward: asking for them in order costs one pass."""
-
-    def __init__(self, source: ImageSource) -> None:
-        self.source = source
-        self._next = 0
-        self._rows: Iterator[ImageRow | None] = iter(())
-
-    def record(self, number: int) -> dict[str, object]:
-        """{"": the image of row ``number``}."""
-        if number < self._next or not self._next:
-            self._next, self._rows = 0, self.source.rows(lambda row: row >= number)
-        row = None
-        while self._next <= number:
-            row, self._next = next(self._rows), self._next + 1
-        assert row is not None
-        return {"": row.image}

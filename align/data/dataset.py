@@ -19,6 +19,7 @@ from align.common.errors import DataError
 from align.common.resolution import Resolution
 from align.families import Family
 from rewards.common.files import write_text
+from rewards.data.hub_files import address, hub_size
 from rewards.data.verdicts import contradicted
 
 logger = logging.getLogger(__name__)
@@ -67,15 +68,19 @@ class Unlabelled:
     reason: str
 
 
-# layout, files that it depends on, rows; None: a tie
-Rows = tuple[str, Sequence[Path], Iterable[Example | Bad | Unlabelled | None]]
+Row = Example | Bad | Unlabelled | None  # None: a tie
+Rows = tuple[str, Sequence[Path], Iterable[Row]]  # layout, files that it depends on, rows
 
 
 def image_key(file: Path, stats: dict[Path, tuple[str, int, int]]) -> tuple[str, int, int]:
-    """A file's true name, size and time, which ``stats`` remembers."""
+    """A file's true name, size and time, which ``stats`` remembers; one of the hub has its commit in its name."""
     if (known := stats.get(file)) is None:
-        found = os.stat(file)
-        known = stats[file] = os.path.realpath(file), found.st_size, found.st_mtime_ns
+        if (url := address(file)) is not None:
+            known = url, hub_size(url), 0
+        else:
+            found = os.stat(file)
+            known = os.path.realpath(file), found.st_size, found.st_mtime_ns
+        stats[file] = known
     return known
 
 
@@ -108,7 +113,7 @@ class ExampleSet:
     content_digest: str  # of captions, and of images by their size: the same wherever they lie
 
     @staticmethod
-    def of(layout: str, rows: Iterable[Example | Bad | Unlabelled | None], files: Sequence[Path] = ()) -> ExampleSet:
+    def of(layout: str, rows: Iterable[Row], files: Sequence[Path] = ()) -> ExampleSet:
         """Sort ``rows`` into examples, bad rows, unlabelled ones and ties (None), all in memory."""
         kept = list(rows)
         items = [row for row in kept if isinstance(row, Example)]

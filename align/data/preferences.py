@@ -51,14 +51,14 @@ class PreferencePairs(EncodedData):
 
     def rows(self) -> Rows:
         layout, files, rows, _ = self._recognised()
-        return layout, files, self._examples(rows)
+        return layout, files, self.limited(self._examples(rows))
 
     def cells(self) -> Cells | None:
         return self._recognised().cells
 
     def _recognised(self) -> Layout:
         root = Path(self.image_root) if self.image_root else None
-        return recognise(locate(self.path), self.split, self.caption_column, root)
+        return recognise(locate(self.path), self.split, self.caption_column, root, self.streaming)
 
     def read(self) -> ExampleSet:
         examples = super().read()

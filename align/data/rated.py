@@ -74,7 +74,7 @@ class RatedImages(Images):
     def rows(self) -> Rows:
         if self.pairs:
             layout = self._recognised()
-            return layout.name, layout.files, _members(layout.rows)
+            return layout.name, layout.files, self.limited(_members(layout.rows))
         return super().rows()
 
     def cells(self) -> Cells | None:
@@ -83,7 +83,7 @@ class RatedImages(Images):
     def _recognised(self) -> Layout:
         root = Path(self.image_root) if self.image_root else None
         try:
-            return recognise(locate(self.path), self.split, self.caption_column, root)
+            return recognise(locate(self.path), self.split, self.caption_column, root, self.streaming)
         except DataError as error:
             raise DataError(f"pairs is true, which is for pairs; false reads images with a label: {error}") from error
 

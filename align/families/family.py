@@ -20,6 +20,7 @@ from align.common.errors import UserError
 from align.diffusion.kernels import Kernel
 from align.diffusion.process import Grid, Prediction, PredictionType, upcast, upload
 from align.families.conditioning import Conditioning
+from align.families.decoding import in_parts
 from align.families.folder import Unsupported, recommendations
 from align.families.identity import identity
 
@@ -43,6 +44,7 @@ class Family(ABC):
     text_mask: ClassVar[Literal["bool", "number"] | None] = None  # the type of ``mask`` in the conditions
     unguided_scale: ClassVar[float] = 1.0  # up to this guidance scale the stock pipeline asks once, with the prompt
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the stock pipeline's ``__call__``
+    decode_batch_size: int | None = None  # latents that the autoencoder decodes at once; None is all
     patch: ClassVar[int] = 1  # latent cells along the side of a token; a side of a latent is a multiple of it
 
     def __init__(self, pipe: DiffusionPipeline, source: str) -> None:
@@ -127,10 +129,9 @@ class Family(ABC):
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """The autoencoder's z, the posterior's mean, of pixels (B, 3, H, W) in [-1, 1]."""
         encoded = self.pipe.vae.encode(pixels)
-        for name in ("latent", "latents"):  # AutoencoderDC's and AutoencoderTiny's, which have no posterior
-            if name in encoded:
-                return encoded[name]
-        return encoded.latent_dist.mode()
+        # AutoencoderDC's and AutoencoderTiny's have no posterior
+        plain = next((encoded[name] for name in ("latent", "latents") if name in encoded), None)
+        return encoded.latent_dist.mode() if plain is None else plain
 
     def decode_pixels(self, z: Tensor) -> Tensor:
         return self.pipe.vae.decode(z).sample
@@ -285,10 +286,10 @@ class Family(ABC):
         return (z.float() - shift) * scale
 
     def to_image(self, x0: Tensor) -> Tensor:
-        """Latents to pictures (B, 3, H, W) in [0, 1], float32; differentiable."""
+        """Latents to pictures (B, 3, H, W) in [0, 1], float32; differentiable; without a gradient in parts that fit."""
         shift, scale = self._statistics()
         with torch.autocast(self.device.type, enabled=False):
-            pixels = self.decode_pixels((x0.to(self.device) / scale + shift).to(self.pipe.vae.dtype))
+            pixels = in_parts(self, (x0.to(self.device) / scale + shift).to(self.pipe.vae.dtype))
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def _statistics(self) -> list[float | Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from align.common.assets import EMBEDDED, locate
 from align.common.errors import UserError
+from align.common.imports import uncollected
 from align.families.family import Family
 from align.families.folder import LORA_FILE, Unsupported
 from align.families.lora_file import load_lora, lora_path
@@ -93,7 +94,8 @@ def _family(pipeline: str, source: str) -> type[Family]:
     if pipeline not in known:
         raise Unsupported(f"{source!r} is a {pipeline}; supported pipelines: {', '.join(known)}")
     module, _, name = known[pipeline].partition(":")
-    found: type[Family] = getattr(import_module(module), name)
+    with uncollected(last=True):
+        found: type[Family] = getattr(import_module(module), name)
     return found
 
 

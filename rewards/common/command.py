@@ -13,9 +13,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import torch
-
 from rewards.base import available
+from rewards.common.device import is_out_of_memory
 from rewards.common.errors import DataError, RewardError, UserError, shortened
 
 MISTAKE = 2  # exit status where the user has something to put right
@@ -137,7 +136,7 @@ def _told(error: Exception) -> str | None:
         what = f"{error.filename}: {error.strerror}" if named else shortened(str(error), 600)
         kept = "the files that were written are whole; " if error.errno in UNWRITABLE else ""
         return f"{what} ({kept}{DEBUG} shows where)"
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         return f"out of memory: {shortened(str(error)) or 'no more is given'}; lower the batch size or the resolution"
     if isinstance(error, RuntimeError) and LOST.search(str(error)):
         rank = os.environ.get("RANK", "?")

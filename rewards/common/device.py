@@ -44,3 +44,8 @@ def _environment(name: str, default: int) -> int:
     if not text.isdigit():
         raise RewardError(f"the environment variable {name} is {text!r}; expected a number, as accelerate sets it")
     return int(text)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, a GPU or torch on the CPU has no more memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -19,6 +19,7 @@ from typing import Any
 from rewards.common.errors import DataError
 from rewards.data.answers import standing
 from rewards.data.arrow_tables import WHOLE, ArrowTable, hub_table, is_hub_id, is_saved, saved_table
+from rewards.data.hub_files import file_size, hub_files, hub_folder
 from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource, UnreadableError
 from rewards.data.paths import left_out, locate_file, no_such_file, visible
 from rewards.data.records import (
@@ -52,12 +53,13 @@ def open_input(
     caption: str | None = None,
     image_column: str | None = None,
     split: str | None = None,
+    streaming: bool = False,
 ) -> ImageSource:
     """Find out which layout ``source`` has. In a folder that has several, images go before tar files and parquet.
 
     ``prompts`` names a file for a folder of images; ``caption`` and ``image_column`` default to the first of
-    :data:`~rewards.data.records.CAPTIONS` and :data:`IMAGES` that is there. ``DataError`` says what arrived and what
-    is understood.
+    :data:`~rewards.data.records.CAPTIONS` and :data:`IMAGES` that is there; ``streaming`` downloads nothing of a hub id
+    but what is read. ``DataError`` says what arrived and what is understood.
     """
     place = Path(source).expanduser()
     if place.is_file():
@@ -90,6 +92,9 @@ def open_input(
             rows = tars(place, [place / file for file in archives], caption, image_column)
         else:
             rows = parquet(place, [place / file for file in shards], caption, image_column)
+    elif is_hub_id(source) and streaming:
+        shards_there = hub_files(source, split or WHOLE)
+        return parquet(hub_folder(shards_there[0]), shards_there, caption, image_column)
     elif is_hub_id(source):
         table = hub_table(source, split)
         return _dataset(f"{source}/{table.split}", table, caption, image_column)
@@ -246,7 +251,7 @@ def parquet(home: Path, files: Sequence[Path], caption: str | None, image_column
         file = bisect_right(ends, number)
         return f"{names[file]}#{number - (ends[file] - table.counts[file])}"
 
-    sizes = [[name, n, file.stat().st_size] for name, n, file in zip(names, table.counts, files, strict=True)]
+    sizes = [[name, n, file_size(file)] for name, n, file in zip(names, table.counts, files, strict=True)]
     identity = {"layout": "parquet", "files": sizes, "image_column": image, "prompt_column": prompt}
     return _rows_of(identity, table, place, image, prompt, caption)
 

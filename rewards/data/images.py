@@ -167,3 +167,22 @@ def _mention_animation(image: Image.Image) -> None:
 @functools.cache
 def _mention_once() -> None:
     logger.warning("an animated image is among the data; of these the first frame is taken")
+
+
+class InOrder:
+    """Rows whose images are inside larger files, read forward: asking for them in order costs one pass."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+        self._next = 0
+        self._rows: Iterator[ImageRow | None] = iter(())
+
+    def record(self, number: int) -> dict[str, object]:
+        """{"": the image of row ``number``}."""
+        if number < self._next or not self._next:
+            self._next, self._rows = 0, self.source.rows(lambda row: row >= number)
+        row = None
+        while self._next <= number:
+            row, self._next = next(self._rows), self._next + 1
+        assert row is not None
+        return {"": row.image}

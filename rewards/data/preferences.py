@@ -31,6 +31,7 @@ from rewards.common.errors import DataError
 from rewards.data.answers import standing
 from rewards.data.arrow_tables import WHOLE, Spread, hub_table, is_hub_id, is_saved, saved_table
 from rewards.data.formats import mention_columns
+from rewards.data.hub_files import hub_files
 from rewards.data.images import IMAGE_SUFFIXES
 from rewards.data.pair_rows import MARKS, PairRow, one_image_a_row, pairs_of, ranked_lists
 from rewards.data.paths import visible
@@ -66,14 +67,15 @@ class Layout(NamedTuple):
     cells: Cells | None = None
 
 
-def recognise(path: str, split: str | None, caption: str | None, root: Path | None) -> Layout:
+def recognise(path: str, split: str | None, caption: str | None, root: Path | None, streaming: bool = False) -> Layout:
     """What ``path`` (file, folder or hub id) holds; relative paths in it start from ``root``, or from the file that has
-    them. Raises :class:`DataError` for no layout, or more than one."""
+    them. ``streaming`` downloads nothing of a hub id but what is read. Raises :class:`DataError` for no layout, or more
+    than one."""
     place = Path(path).expanduser()
     if place.exists() and not place.is_dir() and not place.is_file():
         raise DataError(f"{place} is a pipe or a device; expected a file or a folder of preferences")
     if not place.exists():
-        return _hub(path, split or "train", caption, root)
+        return _hub(path, split or WHOLE, caption, root, streaming)
     if place.is_dir() and split is not None:
         for suffix in (".parquet", *RECORD_SUFFIXES, ""):
             if (place / f"{split}{suffix}").exists():
@@ -134,10 +136,11 @@ def _parquet(files: list[Path], caption: str | None, root: Path | None) -> Layou
     return _table(what, ParquetTable(files), files[0], caption, root)
 
 
-def _hub(name: str, split: str, caption: str | None, root: Path | None) -> Layout:
+def _hub(name: str, split: str, caption: str | None, root: Path | None, streaming: bool) -> Layout:
     if not is_hub_id(name):
         raise DataError(f"there is no file or folder {name}, and it is not a hub id of the form owner/name")
-    return _table(f"hub data set, split {split}", hub_table(name, split), name, caption, root)
+    table = ParquetTable(hub_files(name, split)) if streaming else hub_table(name, split)
+    return _table(f"hub data set, split {split}", table, name, caption, root)
 
 
 def _records(file: Path, caption: str | None, root: Path | None) -> Layout:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 from PIL import Image
 
 from rewards.common.errors import DataError
+from rewards.data.hub_files import address, cannot_be_read, footers, open_parquet
 from rewards.data.images import UnreadableError, decode, require_plain
 from rewards.data.paths import locate_file
 from rewards.data.records import Broken
@@ -190,21 +191,19 @@ class RecordTable:
 
 
 class ParquetTable:
-    """Parquet files as one table. Rows are read 32 at a time and only the last batch is kept, so going through the rows
-    in order costs one pass, and memory for one page of each column, not for a row group; row groups of which nothing
-    is asked are not read."""
+    """Parquet files, of this machine or of the hub, as one table. Rows are read 32 at a time and only the last batch is
+    kept, so going through the rows in order costs one pass, and memory for one page of each column, not for a row
+    group; row groups of which nothing is asked are not read."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        import pyarrow.parquet as pq
-
         self.files = list(files)
         self.groups: list[tuple[Path, int]] = []
         self.starts: list[int] = []  # the first row of each row group, counted over all files
         self.counts: list[int] = []
         schemas, start = [], 0
         try:
-            for file in files:
-                metadata = pq.read_metadata(file)
+            self._footers = dict(zip(self.files, footers(self.files), strict=True))
+            for file, metadata in self._footers.items():
                 schemas.append(metadata.schema.to_arrow_schema())
                 self.counts.append(metadata.num_rows)
                 for group in range(metadata.num_row_groups):
@@ -212,6 +211,8 @@ class ParquetTable:
                     self.starts.append(start)
                     start += metadata.row_group(group).num_rows
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            if address(self.files[0]):
+                raise DataError(cannot_be_read(self.files[0].parent, error)) from error
             raise DataError(f"{self.files[0].parent} has a file that is not parquet: {error}") from error
         self.schema = schemas[0]
         self.names = [name for name in self.schema.names if all(name in schema.names for schema in schemas)]
@@ -230,19 +231,15 @@ class ParquetTable:
         self._group, self._last = -1, (-1, {})
 
     def column(self, name: str, limit: int | None = None) -> list[Any]:
-        import pyarrow.parquet as pq
-
         if limit is not None:
-            batch = next(pq.ParquetFile(self.files[0]).iter_batches(limit, columns=[name]), None)
+            batch = next(self._open(self.files[0]).iter_batches(limit, columns=[name]), None)
             return [] if batch is None else _values(self.files[0], name, batch.column(0))
         return list(self.values(name))
 
     def values(self, name: str) -> Iterator[Any]:
-        import pyarrow.parquet as pq
-
         for file in self.files:
             start = 0
-            for batch in pq.ParquetFile(file).iter_batches(VALUES, columns=[name]):
+            for batch in self._open(file).iter_batches(VALUES, columns=[name]):
                 yield from _values(file, name, batch.column(0), start)
                 start += len(batch)
 
@@ -250,24 +247,27 @@ class ParquetTable:
         return self.groups[bisect_right(self.starts, row) - 1][0]
 
     def record(self, row: int) -> dict[str, Any]:
-        import pyarrow.parquet as pq
-
         group = bisect_right(self.starts, row) - 1
         file, index = self.groups[group]
         try:
             if group != self._group or row < self._first:
-                self._batches = pq.ParquetFile(file, memory_map=True).iter_batches(32, [index], self.columns)
+                self._batches = self._open(file, memory_map=True).iter_batches(32, [index], self.columns)
                 self._group, self._first, self._batch = group, self.starts[group], ()
             while row >= self._first + len(self._batch):
                 self._first, self._batch = self._first + len(self._batch), next(self._batches)
             if self._last[0] != row:  # a pair asks twice
                 self._last = (row, self._batch.slice(row - self._first, 1).to_pylist()[0])
         except (OSError, ValueError) as error:
+            if address(file):
+                raise DataError(cannot_be_read(file, error)) from error
             raise DataError(f"{file} is damaged near row {row}: {error}") from error
         return self._last[1]
 
     def where(self, row: int) -> str:
         return f"{self.home(row)} row {row}"
+
+    def _open(self, file: Path, memory_map: bool = False) -> Any:
+        return open_parquet(file, self._footers[file], memory_map)
 
 
 def _values(file: Path, name: str, column: Any, start: int = 0) -> list[Any]:

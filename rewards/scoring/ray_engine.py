@@ -60,8 +60,8 @@ def score_there(
     if not missing:
         return rows
     share = _Share(arguments, source.identity, named, shards, bad_file, bad)
-    with tqdm(total=rows, initial=ready, desc="scoring", unit="image") as bar, _cluster(arguments.workers):
-        for number, error in _scored(missing, share):
+    with tqdm(total=rows, initial=ready, desc="scoring", unit="image") as bar, cluster(arguments.workers):
+        for number, error in done_by(_Actor, share, missing, arguments.workers, arguments.device):
             if error:
                 raise RewardError(error)
             bad |= shards.bad([number])
@@ -113,13 +113,15 @@ class _Actor:
         return {"shard": [number], "error": [""]}
 
 
-def _scored(missing: Sequence[int], share: _Share) -> Iterator[tuple[int, str]]:
-    """Every missing shard as it is done, with what went wrong, if anything."""
-    given = share.arguments
-    gpus = 0 if given.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
-    workers = given.workers or max(gpus, 1)
+def done_by(
+    actor: type, share: object, missing: Sequence[int], workers: int | None, device: str | None = None
+) -> Iterator[tuple[int, str]]:
+    """Every missing shard as it is done, with what went wrong, if anything. ``actor(share)`` is made in each of
+    ``workers`` processes, by default one for each GPU, and called with the number of a shard."""
+    gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+    workers = workers or max(gpus, 1)
     dataset = ray.data.from_items(list(missing), override_num_blocks=len(missing)).map_batches(
-        _Actor,
+        actor,
         batch_size=None,  # a block, which is one shard
         fn_constructor_args=(share,),
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(missing)), max_tasks_in_flight_per_actor=1),
@@ -133,7 +135,7 @@ def _scored(missing: Sequence[int], share: _Share) -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
-def _cluster(workers: int | None) -> Iterator[None]:
+def cluster(workers: int | None) -> Iterator[None]:
     """The Ray that this process is joined to, or the one that ``RAY_ADDRESS`` names, or a new one on this machine."""
     if ray.is_initialized():
         yield
