@@ -383,6 +383,7 @@ def test_rewards_without_a_gradient_are_refused_at_start_up(
     assert not Path(config["output_dir"]).exists()
 
 
+@pytest.mark.slow
 def test_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp_path: Path) -> None:
     """Bitwise; and the watched reward, which has no gradient, is in every line."""
     config["objective"]["init_args"] |= {"random_truncation": True, "early_stop": 1}

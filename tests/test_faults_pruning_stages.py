@@ -123,7 +123,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"folder": tmp_path_factory.mktemp("once")}
 
 
-SLOW = ("quantization", "weights", "text encoders", "the healing config")
+SLOW = ("quantization", "weights", "text encoders", "the healing config", "no healing")
 
 
 @pytest.mark.parametrize("what", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in CHANGES])

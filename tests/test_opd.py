@@ -717,6 +717,7 @@ def test_a_run_trains_the_student_and_nothing_else(
     assert "load_lora_weights" in card and "OPD" in card
 
 
+@pytest.mark.slow
 def test_resumed_is_the_uninterrupted_run(
     tiny: Build, tiny_folders: dict[str, Path], tmp_path: Path, schools: dict[str, Path]
 ) -> None:
@@ -743,6 +744,7 @@ def test_the_average_of_weights_begins_at_the_cold_start(
     assert all(torch.equal(a, b) for a, b in zip(own, loop.policy.ema.shadow_params, strict=True))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(
     tiny: Build, tiny_folders: dict[str, Path], tmp_path: Path, schools: dict[str, Path]
 ) -> None:

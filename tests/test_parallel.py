@@ -112,7 +112,7 @@ def require_alike(one: Path, other: Path, steps: int = 3, start: Path | None = N
     ("kind", "name", "lora"),
     [
         ("epsilon", "PolicyGradient", True),
-        ("flow", "DPO", False),
+        pytest.param("flow", "DPO", False, marks=pytest.mark.slow),
         *(
             pytest.param(kind, name, lora, marks=pytest.mark.slow)
             for kind, name, lora in [

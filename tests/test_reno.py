@@ -279,6 +279,7 @@ def test_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp_path: Path
     assert torch.equal(kept(folder)["mean"], before)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(config: dict[str, Any], tmp_path: Path) -> None:
     """Each optimises one of the two prompts; the file has the best of both."""
     config |= {"max_grad_norm": 1e9, "learning_rate": 1.0}
