@@ -92,7 +92,7 @@ METHODS = {
     "KTO": Method(
         "thumbs",
         "configs/kto_shapes.yaml",
-        f"{STILL} --max_train_steps 160 --learning_rate 5e-4 --objective.reference_point zero --data.pairs false",
+        f"{STILL} --data.pairs false --objective.reference_point zero --objective.beta 500 --max_train_steps 100",
     ),
     "D3PO": Method(  # of one of its rounds
         "best",
