@@ -46,7 +46,8 @@ def run(config: EncodeConfig) -> int:
     require_at_least(1, config, "workers")
     if config.engine == "local" and config.workers is not None:
         raise UserError("workers is for engine: ray; processes on this machine are accelerate's: accelerate launch")
-    data = [each for each in (config.data, config.validation_data) if isinstance(each, EncodedData)]
+    seeds = (config.data, config.seed), (config.validation_data, 0)  # held-out data is cut by seed 0 in a run
+    data = [(each, seed) for each, seed in seeds if isinstance(each, EncodedData)]
     if not data:
         raise UserError(f"{type(config.data).__name__} has nothing to encode; expected pairs or captioned images")
     config.check()
@@ -64,9 +65,8 @@ def run(config: EncodeConfig) -> int:
 
     ranks = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     family = config.family(accelerator.device)
-    for each in data:
-        # held-out data is cut by seed 0 in a run
-        each.prepare(Setup(family, config.seed if each is config.data else 0, *ranks, accelerator.wait_for_everyone))
+    for each, seed in data:
+        each.prepare(Setup(family, seed, *ranks, accelerator.wait_for_everyone))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,12 @@ def test_actors_write_the_cache_of_one_process(config: dict[str, Any], tmp_path:
     run = TrainConfig(data, DPO(), pretrained_model_name_or_path=config["pretrained_model_name_or_path"])
     run.mixed_precision = "no"
     assert data.shards == 3
-    share = ray_encoding._Share(run, data, 0, data.items().digest, 3)
-    actors = [ray_encoding._Actor(share) for _ in range(2)]
+    share = ray_encoding._Encoding(config=run, data=data, seed=0, digest=data.items().digest, shards=3)
+    actors = [ray_encoding._Encoder(share) for _ in range(2)]
     for actor, number in zip((0, 1, 1), (2, 0, 1), strict=True):
         assert actors[actor]({"item": np.array([number])}) == {"shard": [number], "error": [""]}
     assert left(tmp_path / "ray") == left(tmp_path / "cache")
-    other = ray_encoding._Actor(ray_encoding._Share(run, data, 0, "another", 3))
+    other = ray_encoding._Encoder(replace(share, digest="another"))
     (error,) = other({"item": np.array([0])})["error"]
     assert "finds other data at" in error
 

@@ -72,23 +72,30 @@ def test_an_actor_writes_the_local_engines_shards(tmp_path: Path, layout: str) -
     settings = pq.read_schema(tmp_path / "local/scores-00000.parquet").metadata[b"t2i-align.settings"]
     shards = ScoreShards(tmp_path / "actor", json.loads(settings))
 
-    def share(**changes: Any) -> ray_engine._Share:
+    def share(**changes: Any) -> ray_engine._Scoring:
         given: dict[str, Any] = dict.fromkeys(("prompts", "caption_column", "image_column", "split", "limit", "device"))
         given |= {"source": source, "batch_size": 32, "shard_size": 2, "threads": 1, "max_bad": 1, **changes}
         identity = open_input(source).identity
         bad: BadRows = {}
         arguments = argparse.Namespace(**given)
-        return ray_engine._Share(arguments, identity, parse_rewards([REWARD]), shards, tmp_path / "bad.jsonl", bad)
+        return ray_engine._Scoring(
+            arguments=arguments,
+            identity=identity,
+            named=parse_rewards([REWARD]),
+            shards=shards,
+            bad_file=tmp_path / "bad.jsonl",
+            bad=bad,
+        )
 
-    actor = ray_engine._Actor(share())
+    actor = ray_engine._Scorer(share())
     for number in (3, 1, 0, 4, 2):
         assert actor({"item": np.array([number])}) == {"shard": [number], "error": [""]}
     written = {name: content for name, content in left(tmp_path / "local").items() if name.startswith("scores")}
     assert len(written) == SHARDS and left(tmp_path / "actor") == written
-    other = ray_engine._Actor(share(source=lay(tmp_path / "other", "csv")))
+    other = ray_engine._Scorer(share(source=lay(tmp_path / "other", "csv")))
     assert "finds other images" in other({"item": np.array([0])})["error"][0]
     if layout == "sidecar":
-        (error,) = ray_engine._Actor(share(max_bad=0))({"item": np.array([1])})["error"]
+        (error,) = ray_engine._Scorer(share(max_bad=0))({"item": np.array([1])})["error"]
         assert "1 images cannot be read, the last 2.png" in error
         assert [json.loads(line)["file"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == ["2.png"]
 

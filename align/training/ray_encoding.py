@@ -6,76 +6,56 @@ is that of one process. Where an actor dies, Ray starts another one and gives it
 
 from __future__ import annotations
 
-import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from align.common.errors import DataError, UserError
+from align.common.errors import DataError
 from align.data.captioned import EncodedData
 from align.data.dataset import Setup
 from align.families import Family
 from align.training.config import TrainConfig
 from rewards.common.device import pick_device
-from rewards.scoring.ray_engine import cluster, done_by
+from rewards.scoring.ray_engine import Actor, Share, cluster, done_by
 
 
-@dataclass
-class _Share:
-    """What an actor is told: the run, as if it had only these data, what they hold, and of how many shards."""
+@dataclass(kw_only=True)
+class _Encoding(Share):
+    """The run, as if it had only these data, what they hold, and of how many shards."""
 
     config: TrainConfig
     data: EncodedData
     seed: int
     digest: str
     shards: int
-    home: Path = field(default_factory=Path.cwd)
 
 
-class _Actor:
-    """Encodes one shard a call."""
-
-    def __init__(self, share: _Share) -> None:
-        self.share = share
-
+class _Encoder(Actor[_Encoding]):
     @cached_property
     def family(self) -> Family:
-        """Made by the first call: what goes wrong is then an answer, where Ray would start a broken actor anew."""
         share = self.share
-        try:
-            os.chdir(share.home)
-        except OSError as error:
-            raise DataError(f"{platform.node()} has no {share.home}; all machines have to share it") from error
         if share.data.items().digest != share.digest:
             raise DataError(f"{platform.node()} finds other data at {share.data.path}; all machines have to share it")
         return share.config.family(torch.device(pick_device(None)))
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        (number,) = batch["item"].tolist()
-        try:
-            setup = Setup(self.family, self.share.seed, number, self.share.shards, progress=False)
-            self.share.data.encode(setup)
-        except UserError as error:
-            return {"shard": [number], "error": [str(error)]}
-        return {"shard": [number], "error": [""]}
+    def do(self, number: int) -> None:
+        setup = Setup(self.family, self.share.seed, number, self.share.shards, progress=False)
+        self.share.data.encode(setup)
 
 
-def encode(config: TrainConfig, data: Sequence[EncodedData], workers: int | None) -> None:
-    """Write what the caches of ``data`` lack. Raises :class:`DataError` with what an actor said."""
+def encode(config: TrainConfig, data: Sequence[tuple[EncodedData, int]], workers: int | None) -> None:
+    """Write what the caches of ``data``, a seed each, lack. Raises :class:`DataError` with what an actor said."""
     with cluster(workers):
-        for each in data:
-            seed, shards = config.seed if each is config.data else 0, each.shards
-            bare = replace(each)  # a copy, without the mapped index
+        for each, seed in data:
+            bare, shards = replace(each), each.shards  # a copy, without the mapped index
             told = replace(config, data=bare, validation_data=None)
-            share = _Share(told, bare, seed, each.items().digest, shards)
+            share = _Encoding(config=told, data=bare, seed=seed, digest=each.items().digest, shards=shards)
             with tqdm(total=shards, desc=f"encode {each.what}", unit="shard") as bar:
-                for _, error in done_by(_Actor, share, range(shards), workers):
+                for _, error in done_by(_Encoder, share, range(shards), workers):
                     if error:
                         raise DataError(error)
                     bar.update()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.common.errors import DataError
+from rewards.data.hub_files import not_there
 from rewards.data.tables import VALUES, Table, columns_of, text_columns
 
 logger = logging.getLogger(__name__)
@@ -105,5 +106,4 @@ def hub_table(name: str, split: str | None) -> ArrowTable:
     try:
         return ArrowTable(load_dataset(name, split=split), split)
     except (OSError, ValueError, RuntimeError) as error:  # not found, no network, no such split, needs code to run
-        reason = " ".join(str(error).split())
-        raise DataError(f"{name} is no file or folder here, nor a hub data set of split {split}: {reason}") from error
+        raise not_there(name, f"a hub data set of split {split}", error) from error

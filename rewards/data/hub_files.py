@@ -34,8 +34,7 @@ def hub_files(name: str, split: str) -> tuple[Path, ...]:
     try:
         config = load_dataset_builder(name).config
     except (OSError, ValueError, RuntimeError) as error:  # not found, no network, several subsets, needs code to run
-        reason = " ".join(str(error).split())
-        raise DataError(f"{name} is no file or folder here, nor a data set of the hub: {reason}") from error
+        raise not_there(name, "a data set of the hub", error) from error
     files = config.data_files or {}
     if not isinstance(config, ParquetConfig):
         raise DataError(
@@ -44,6 +43,11 @@ def hub_files(name: str, split: str) -> tuple[Path, ...]:
     if split not in files:
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(map(str, files)) or 'none'}")
     return tuple(Path(file) for file in files[split])
+
+
+def not_there(name: str, what: str, error: Exception) -> DataError:
+    """For ``name``, of which the hub said ``error`` when it was asked for ``what``."""
+    return DataError(f"{name} is no file or folder here, nor {what}: {' '.join(str(error).split())}")
 
 
 def hub_folder(file: Path) -> Path:

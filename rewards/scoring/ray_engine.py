@@ -15,12 +15,13 @@ import argparse
 import logging
 import os
 import platform
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ray
 import ray.data
@@ -59,9 +60,11 @@ def score_there(
     rows, ready = sum(sizes.values()), sum(size for number, size in sizes.items() if number in done)
     if not missing:
         return rows
-    share = _Share(arguments, source.identity, named, shards, bad_file, bad)
+    share = _Scoring(
+        arguments=arguments, identity=source.identity, named=named, shards=shards, bad_file=bad_file, bad=bad
+    )
     with tqdm(total=rows, initial=ready, desc="scoring", unit="image") as bar, cluster(arguments.workers):
-        for number, error in done_by(_Actor, share, missing, arguments.workers, arguments.device):
+        for number, error in done_by(_Scorer, share, missing, arguments.workers, arguments.device):
             if error:
                 raise RewardError(error)
             bad |= shards.bad([number])
@@ -70,33 +73,58 @@ def score_there(
     return rows
 
 
-@dataclass
-class _Share:
-    """What an actor is told."""
+@dataclass(kw_only=True)
+class Share:
+    """What an actor is told; ``home`` is the folder from which paths are given."""
 
+    home: Path = field(default_factory=Path.cwd)
+
+
+Told = TypeVar("Told", bound=Share)
+
+
+class Actor(ABC, Generic[Told]):
+    """Does the work of one shard a call."""
+
+    def __init__(self, share: Told) -> None:
+        self.share = share
+
+    @abstractmethod
+    def do(self, number: int) -> None:
+        """Write shard ``number``. What this needs it makes itself, once: what goes wrong is then an answer, where Ray
+        would start a broken actor anew. Raises ``UserError``, which is the answer."""
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        (number,) = batch["item"].tolist()
+        try:
+            _go(self.share.home)
+            self.do(number)
+        except UserError as error:
+            return {"shard": [number], "error": [str(error)]}
+        return {"shard": [number], "error": [""]}
+
+
+def _go(home: Path) -> None:
+    try:
+        os.chdir(home)
+    except OSError as error:
+        raise UserError(f"{platform.node()} has no {home}; all machines have to share it") from error
+
+
+@dataclass(kw_only=True)
+class _Scoring(Share):
     arguments: argparse.Namespace
     identity: Mapping[str, Any]
     named: Sequence[RewardConfig]
     shards: ScoreShards
     bad_file: Path
     bad: BadRows
-    home: Path = field(default_factory=Path.cwd)
 
 
-class _Actor:
-    """Scores one shard a call."""
-
-    def __init__(self, share: _Share) -> None:
-        self.share = share
-
+class _Scorer(Actor[_Scoring]):
     @cached_property
-    def scorer(self) -> ScoringEngine:
-        """Made by the first call: what goes wrong is then an answer, where Ray would start a broken actor anew."""
+    def engine(self) -> ScoringEngine:
         share, given = self.share, self.share.arguments
-        try:
-            os.chdir(share.home)  # paths, also those among a reward's arguments, are given from there
-        except OSError as error:
-            raise RewardError(f"{platform.node()} has no {share.home}; all machines have to share it") from error
         source = open_input(given.source, given.prompts, given.caption_column, given.image_column, given.split)
         if source.identity != share.identity:
             raise RewardError(
@@ -104,17 +132,12 @@ class _Actor:
             )
         return open_scorer(given, source, share.named, share.shards, share.bad_file)
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        (number,) = batch["item"].tolist()
-        try:
-            self.scorer.run({number}.__contains__, self.share.bad, end=(number + 1) * self.share.arguments.shard_size)
-        except UserError as error:
-            return {"shard": [number], "error": [str(error)]}
-        return {"shard": [number], "error": [""]}
+    def do(self, number: int) -> None:
+        self.engine.run({number}.__contains__, self.share.bad, end=(number + 1) * self.share.arguments.shard_size)
 
 
 def done_by(
-    actor: type, share: object, missing: Sequence[int], workers: int | None, device: str | None = None
+    actor: type[Actor[Told]], share: Told, missing: Sequence[int], workers: int | None, device: str | None = None
 ) -> Iterator[tuple[int, str]]:
     """Every missing shard as it is done, with what went wrong, if anything. ``actor(share)`` is made in each of
     ``workers`` processes, by default one for each GPU, and called with the number of a shard."""

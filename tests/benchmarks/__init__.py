@@ -8,16 +8,18 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 from align.common.provenance import provenance
+from align.training.stop import STATUS
 from rewards.common.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,6 +95,31 @@ def trained(
         command("align.train", "--config", config, *more)
         command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", "--tuned", str(folder), *evaluate)
     return json.loads(scores.read_text()), metrics(folder)
+
+
+class Finished(NamedTuple):
+    """A run's exit status, 0 or that of its stop rule, and the CPU seconds that it took."""
+
+    status: int
+    cpu_seconds: int
+
+    @property
+    def stopped(self) -> bool:
+        return self.status == STATUS
+
+
+def finished(folder: Path, *words: str) -> Finished:
+    """Train into ``folder`` in this process, with ``words`` on the command line, unless that has been done."""
+    done = folder / "done"
+    if not done.exists():
+        from align.train import main
+
+        started = time.process_time()
+        status = main([*words, "--output_dir", str(folder), "--report_to", "none"])
+        if status not in (0, STATUS):
+            raise SystemExit(status)
+        write_text(done, f"{status} {time.process_time() - started:.0f}")
+    return Finished(*map(int, done.read_text().split()))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -26,9 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import yaml
 
 from align.evaluation.compare import STRICT
-from align.train import main as train
-from align.training.stop import STATUS
-from tests.benchmarks import RESULTS, command, metrics, record, runs_folder
+from tests.benchmarks import RESULTS, command, finished, metrics, record, runs_folder
 
 GUIDED, UNGUIDED, STOP = (f"configs/draft_{kind}shapes_sd3.yaml" for kind in ("", "unguided_", "stop_"))
 
@@ -62,20 +60,16 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     """Train one seed, unless that was done, and look at the held-out prompts."""
     config, options = ARMS[arm]
     folder = runs_folder(False) / f"direct_reward-{arm.replace(', ', '-').replace(' ', '_')}-{seed}"
-    done, scores = folder / "done", folder / "scores.json"
-    if not done.exists():
-        words = ["--config", config, "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none"]
-        status = train([*words, "--overwrite_output_dir", "true", *options])
-        if status not in (0, STATUS):
-            raise SystemExit(status)
-        done.write_text(str(status))
+    scores = folder / "scores.json"
+    words = ["--config", config, "--seed", str(seed), "--overwrite_output_dir", "true", *options]
+    stopped = finished(folder, *words).stopped
     if not scores.exists():
         sampler = yaml.safe_load(Path(config).read_text())["objective"]["init_args"]["sampler"]
         scale = sampler.get("guidance_scale")
         shared = runs_folder(False) / f"direct_reward-{scale}"  # the base's pictures stay there
         at = [] if scale is None else ["--guidance_scale", str(scale)]
         last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=folder)
-        tuned = last if done.read_text() == str(STATUS) else folder  # a stopped run leaves checkpoints alone
+        tuned = last if stopped else folder  # a stopped run leaves checkpoints alone
         where = ["--tuned", str(tuned), "--base", "shapes-sd3", "--output_dir", str(shared)]
         command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", *where, *HELD_OUT, *at)
         shutil.copy(shared / "scores.json", scores)
@@ -83,7 +77,7 @@ def run(arm: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "config": config,
         "options": list(options),
-        "stopped": done.read_text() == str(STATUS),
+        "stopped": stopped,
     }
 
 

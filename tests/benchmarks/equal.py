@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from align.evaluation.compare import STRICT
-from align.train import main as train
-from tests.benchmarks import RESULTS, command, curves, metrics, record, runs_folder
+from tests.benchmarks import RESULTS, command, curves, finished, mean_curve, metrics, record, runs_folder
 
 BUDGET = 36_864
 POINTS = 6  # of a curve
@@ -65,22 +64,16 @@ def arm_of(method: str, pipeline: str) -> Arm:
     return ONLY.get((method, pipeline), ARMS[method])
 
 
-def trained(method: str, pipeline: str, seed: int, quick: bool) -> Path:
-    """The folder of a run, trained unless that is done."""
+def trained(method: str, pipeline: str, seed: int, quick: bool) -> tuple[Path, int]:
+    """The folder of a run, trained unless that is done, and the CPU seconds that this took."""
     arm = arm_of(method, pipeline)
     folder = runs_folder(quick) / "equal" / pipeline / f"{method.replace(' ', '_')}-{seed}"
-    done = folder / "done"
-    if not done.exists():
-        short = min(arm.rollouts, 2) if quick else arm.rollouts
-        words = ["--config", arm.config, "--pretrained_model_name_or_path", pipeline, *arm.options.split()]
-        words += ["--data.path", "shapes-prompts", "--max_rollouts", str(short), "--max_train_steps", str(arm.updates)]
-        words += ["--validation_data", "null", "--samples.prompts", "[]", "--checkpointing_steps", "0"]
-        words += ["--output_dir", str(folder), "--overwrite_output_dir", "true", "--seed", str(seed)]
-        started = time.process_time()
-        if status := train([*words, "--report_to", "none"]):
-            raise SystemExit(status)
-        done.write_text(f"{time.process_time() - started:.0f}")
-    return folder
+    short = min(arm.rollouts, 2) if quick else arm.rollouts
+    words = ["--config", arm.config, "--pretrained_model_name_or_path", pipeline, *arm.options.split()]
+    words += ["--data.path", "shapes-prompts", "--max_rollouts", str(short), "--max_train_steps", str(arm.updates)]
+    words += ["--validation_data", "null", "--samples.prompts", "[]", "--checkpointing_steps", "0"]
+    words += ["--overwrite_output_dir", "true", "--seed", str(seed)]
+    return folder, finished(folder, *words).cpu_seconds
 
 
 def judged(pipeline: str, run: Path, quick: bool) -> dict[str, Any]:
@@ -98,8 +91,8 @@ def judged(pipeline: str, run: Path, quick: bool) -> dict[str, Any]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Of a run's log: pictures, evaluations, CPU seconds, and the strict score of what it drew, with the evaluations
-    asked by then, at POINTS points."""
+    """Of a run's log: pictures, evaluations, and the strict score of what it drew, with the evaluations asked by then,
+    at POINTS points."""
     lines = metrics(folder)
     drawn = [line for line in lines if "rollout/pictures" in line]
     key = "rollout/reward/strict" if "rollout/reward/strict" in drawn[0] else "reward/strict"
@@ -113,8 +106,10 @@ def figures(folder: Path) -> dict[str, Any]:
         "pictures": sum(line["rollout/pictures"] for line in drawn),
         "evaluations": round(len(drawn) * each),
         "updates": lines[-1]["step"],
-        "cpu_seconds": int((folder / "done").read_text()),
-        "curve": [(at, fmean(line[key] for line in part)) for at, part in zip(ends, parts, strict=True)],
+        "curve": [
+            {"evaluations": at, "strict": fmean(line[key] for line in part)}
+            for at, part in zip(ends, parts, strict=True)
+        ],
     }
 
 
@@ -125,10 +120,7 @@ def picture(runs: Sequence[Mapping[str, Any]]) -> None:
         for run in runs:
             if run["pipeline"] == pipeline:
                 found.setdefault(run["method"], []).append(run["curve"])
-        series = {
-            method: [tuple(map(fmean, zip(*points, strict=True))) for points in zip(*each, strict=False)]
-            for method, each in found.items()
-        }
+        series = {method: mean_curve(each, "evaluations") for method, each in found.items()}
         title = f"{pipeline}, unguided: what each drew to train on"
         curves(RESULTS / f"equal_{pipeline}.png", series, title, "network evaluations", "strict ShapesEval")
 
@@ -146,8 +138,9 @@ def main() -> None:
     for seed, pipeline, method in product(args.seeds[:1] if args.quick else args.seeds, args.pipelines, args.methods):
         if (pipeline, method, seed) in runs:
             continue
-        folder = trained(method, pipeline, seed, args.quick)
+        folder, seconds = trained(method, pipeline, seed, args.quick)
         run = {"pipeline": pipeline, "method": method, "seed": seed, "date": time.strftime("%Y-%m-%d")}
+        run |= {"cpu_seconds": seconds}
         runs[pipeline, method, seed] = run | figures(folder) | judged(pipeline, folder, args.quick)
         print(json.dumps(runs[pipeline, method, seed]), flush=True)
         order = sorted(runs, key=lambda one: (one[0], list(ARMS).index(one[1]), one[2]))

@@ -19,9 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from align.train import main as train
-from align.training.stop import STATUS
-from tests.benchmarks import metrics, record, runs_folder
+from tests.benchmarks import finished, metrics, record, runs_folder
 
 CONFIG = "configs/gardo_shapes_sd3.yaml"
 FREE = ["--objective.gate", "null"]
@@ -49,20 +47,14 @@ WINDOW = 2  # rollouts in a mean
 def run(arm: str, options: Sequence[str], seed: int) -> dict[str, Any]:
     """One run: its first and last means, rollouts, and evaluations."""
     folder = runs_folder(False) / f"guard-{arm.replace(' ', '_')}-{seed}"
-    done = folder / "done"
-    if not done.exists():
-        words = ["--config", CONFIG, "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none"]
-        status = train([*words, "--resume_from_checkpoint", "latest", *options])
-        if status not in (0, STATUS):
-            raise SystemExit(status)
-        done.write_text(str(status))
+    words = ["--config", CONFIG, "--seed", str(seed), "--resume_from_checkpoint", "latest", *options]
+    stopped = finished(folder, *words).stopped
     lines = [line for line in metrics(folder) if "rollout/pictures" in line]
     found = {}
     for name, key in SEEN.items():
         values = [line[f"rollout/{key}"] * (-500 if name == "kilobytes" else 1) for line in lines]
         found[name] = [fmean(values[:WINDOW]), fmean(values[-WINDOW:])]
     evaluations = lines[-1]["evaluations/trained"] + lines[-1]["evaluations/frozen"]
-    stopped = done.read_text() == str(STATUS)
     return {"arm": arm, "seed": seed, "rollouts": len(lines), "evaluations": evaluations, "stopped": stopped, **found}
 
 
