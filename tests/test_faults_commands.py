@@ -108,6 +108,20 @@ def test_another_trainers_word_is_answered_with_ours(tmp_path: Path, words: str,
         parse(TrainConfig, "align.train", None, ["--config", f"{tmp_path}/config.yaml", *arguments], leaves=False)
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("--objective NOSUCH", ".*AWM, .*DPO, .*ReNO.*"),
+        ("--data Prefs", "(?!.*EncodedData).*PreferencePairs, .*RatedImages, .*"),
+        ("--objective PolicyGradient --objective.sampler.kernel Ddim", ".*DDIM, .*WindowedKernel.*"),
+    ],
+)
+def test_a_class_that_is_none_is_answered_with_those_that_are(tmp_path: Path, words: str, names: str) -> None:
+    (tmp_path / "config.yaml").write_text(DPO)
+    with pytest.raises(UserError, match=rf"; there are {names}, and your own by MODULE.CLASS$"):
+        parse(TrainConfig, "align.train", None, ["--config", f"{tmp_path}/config.yaml", *words.split()], leaves=False)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_a_config_is_read_as_it_is_meant(tmp_path: Path, encoding: str) -> None:
     """In any encoding with a mark, and with Python's words."""

@@ -50,15 +50,21 @@ FOREIGN: Mapping[str, str] = {
     "weight_decay": "adam_weight_decay",
 }
 UNKNOWN = re.compile(r"(?:Option|accept option) '([^']+)'|--([\w.-]+)")
+NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
 def suggestion(message: str, settings: type[Any]) -> str:
-    """Which settings were meant by the names that a parser's ``message`` calls unknown; empty where none is near."""
+    """Which settings were meant by the names that a parser's ``message`` calls unknown, empty where none is near; or
+    which classes there are, where it calls one unknown."""
     if re.search(r"NoneType.* Given value: none$", message, re.IGNORECASE):
         return "; null stands for none"
+    if NO_CLASS.search(message):
+        kind = _settings(settings).get(".".join(re.findall(r'Parser key "([^"]+)"', message)))
+        classes = [choice.__name__ for part in (kind, *get_args(kind)) for choice in _choices(part)]
+        return f"; there are {', '.join(sorted(classes))}, and your own by MODULE.CLASS" if classes else ""
     if not re.search(r"not accept|unrecognized arguments", message):
         return ""
-    names = _names(settings)
+    names = list(_settings(settings))
     meant = [_nearest(option or flag, names) for option, flag in UNKNOWN.findall(message)]
     found = list(dict.fromkeys(name for name in meant if name))
     return f"; did you mean {', '.join(found)}?" if found else ""
@@ -88,26 +94,25 @@ def _types(settings: type[Any]) -> dict[str, Any]:
         return {}
 
 
-def _names(settings: type[Any], above: str = "", inside: tuple[type, ...] = ()) -> list[str]:
-    """The dotted names of all settings, those of every class that may stand in one too; the outer first."""
+def _settings(settings: type[Any], above: str = "", inside: tuple[type, ...] = ()) -> dict[str, Any]:
+    """The types of all settings by dotted name, those of every class that may stand in one too; the outer first."""
     types = _types(settings)
-    names, below = [], []
+    found, below = dict[str, Any](), dict[str, Any]()
     for field in dataclasses.fields(settings):
-        names.append(above + field.name)
-        kind = types.get(field.name)
+        kind = found[above + field.name] = types.get(field.name)
         for part in (kind, *get_args(kind)):
-            if isinstance(part, type) and part not in inside:
+            if part not in inside:
                 for choice in _choices(part):
-                    below += _names(choice, f"{above}{field.name}.", (*inside, part))
-    return list(dict.fromkeys(names + below))
+                    below |= _settings(choice, f"{above}{field.name}.", (*inside, part))
+    return found | below
 
 
-def _choices(kind: type[Any]) -> list[type[Any]]:
-    """The dataclasses that ``kind`` stands for: itself, or what there is of an abstract one."""
-    found = [kind] if dataclasses.is_dataclass(kind) else []
-    if inspect.isabstract(kind):
-        found += [choice for part in kind.__subclasses__() for choice in _choices(part)]
-    return found
+def _choices(kind: Any) -> list[type[Any]]:
+    """The dataclasses that ``kind`` stands for: itself and all below it, but no abstract one."""
+    if not isinstance(kind, type) or kind is object:
+        return []
+    found = [kind] if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind) else []
+    return found + [choice for part in type.__subclasses__(kind) for choice in _choices(part)]
 
 
 def _nearest(unknown: str, names: Sequence[str]) -> str | None:
