@@ -43,6 +43,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    gc.freeze()  # at its end pytest collects five times
+
+
 def _fork_the_server() -> None:
     """Processes that tests start are forked from one of multiprocessing's, which imports everything anew; in a worker
     of pytest that one is itself a fork of the worker, made before any test has run and any thread of one. What these

@@ -120,9 +120,15 @@ def parse(
     except ValueError as error:  # how settings, objectives and data refuse a value
         parser.error(str(error))
     resolved = parser.dump(namespace, skip_none=False, skip_validation=True)  # it comes from the parser itself
-    plain = yaml.load(resolved, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    plain = loaded(resolved)
     open_to_all = without_secrets(plain)
     return values, resolved if open_to_all == plain else yaml.safe_dump(open_to_all, sort_keys=False)
+
+
+def loaded(text: str) -> dict[str, Any]:
+    """What resolved settings say. libyaml reads them, which is faster and which thousands of brackets would crash: this
+    is for no text of anybody else's."""
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
 
 
 def dumped(settings: object) -> str:

@@ -60,8 +60,8 @@ def suggestion(message: str, settings: type[Any]) -> str:
         return "; null stands for none"
     if NO_CLASS.search(message):
         kind = _settings(settings).get(".".join(re.findall(r'Parser key "([^"]+)"', message)))
-        classes = [choice.__name__ for part in (kind, *get_args(kind)) for choice in _choices(part)]
-        return f"; there are {', '.join(sorted(classes))}, and your own by MODULE.CLASS" if classes else ""
+        classes = sorted(choice.__name__ for part in (kind, *get_args(kind)) for choice in _choices(part))
+        return f"; there are {', '.join(classes)}, and your own by MODULE.CLASS" if classes else ""
     if not re.search(r"not accept|unrecognized arguments", message):
         return ""
     names = list(_settings(settings))
@@ -100,19 +100,19 @@ def _settings(settings: type[Any], above: str = "", inside: tuple[type, ...] = (
     found, below = dict[str, Any](), dict[str, Any]()
     for field in dataclasses.fields(settings):
         kind = found[above + field.name] = types.get(field.name)
-        for part in (kind, *get_args(kind)):
-            if part not in inside:
-                for choice in _choices(part):
-                    below |= _settings(choice, f"{above}{field.name}.", (*inside, part))
+        for each in (kind, *get_args(kind)):
+            if each not in inside:
+                for choice in _choices(each):
+                    below |= _settings(choice, f"{above}{field.name}.", (*inside, each))
     return found | below
 
 
 def _choices(kind: Any) -> list[type[Any]]:
     """The dataclasses that ``kind`` stands for: itself and all below it, but no abstract one."""
-    if not isinstance(kind, type) or kind is object:
+    if not isinstance(kind, type) or kind in (object, type):
         return []
     found = [kind] if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind) else []
-    return found + [choice for part in type.__subclasses__(kind) for choice in _choices(part)]
+    return found + [choice for part in kind.__subclasses__() for choice in _choices(part)]
 
 
 def _nearest(unknown: str, names: Sequence[str]) -> str | None:

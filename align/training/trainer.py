@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from align.common import rng
-from align.common.command import dumped
+from align.common.command import dumped, loaded
 from align.data.dataset import Setup, contents_of
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
@@ -82,7 +81,7 @@ class Trainer:
         self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes, precision)
         self.preemption, self.watch, self.preempted = Preemption(), Watch(config.stop), False
         rows = {"rows of an update": self.sizes.update * self.accelerator.num_processes}
-        self.settings = (yaml.safe_load(self.resolved) or {}) | rows  # what a checkpoint keeps of them
+        self.settings = loaded(self.resolved) | rows  # what a checkpoint keeps of them
         self.step = self.rollouts = self.barren = 0  # barren: rollouts since the last that gave rows
 
     def start(self) -> None:
