@@ -112,7 +112,8 @@ def _choices(kind: Any) -> list[type[Any]]:
     if not isinstance(kind, type) or kind in (object, type):
         return []
     found = [kind] if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind) else []
-    return found + [choice for part in kind.__subclasses__() for choice in _choices(part)]
+    below: list[type[Any]] = kind.__subclasses__()
+    return found + [choice for part in below for choice in _choices(part)]
 
 
 def _nearest(unknown: str, names: Sequence[str]) -> str | None:
