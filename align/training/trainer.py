@@ -92,9 +92,11 @@ class Trainer:
         if accelerator.is_main_process:  # first of all: encoding a data set may take hours
             self.folder.claim(source is not None, config.overwrite_output_dir, self.family.denoiser_name)
         ranks = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-        self.data = config.data.prepare(Setup(self.family, config.seed, *ranks, accelerator.wait_for_everyone))
+        setup = Setup(self.family, config.seed, *ranks, accelerator.wait_for_everyone)
+        self.data = config.data.prepare(setup)
         self.settings |= contents_of(self.data)
-        self.held_out = config.validation_data.prepare(Setup(self.family)) if config.validation_data else None
+        fixed = dataclasses.replace(setup, seed=0)  # all runs are judged on the same crops
+        self.held_out = config.validation_data.prepare(fixed) if config.validation_data else None
         rate = config.learning_rate * (self.sizes.update * accelerator.num_processes if config.scale_lr else 1)
         optimizer = build_optimizer(config, self.policy, rate)
         self.optimizer = prepare(accelerator, self.policy, optimizer)
