@@ -8,7 +8,7 @@ keys of the right answer in 85 % of the items, else of the opposite:
 
 - ``--task pair``, for DPO: the pictures of a prompt that the reward likes most and least among 7, of the 400 prompts
   where these differ most;
-- ``--task thumbs``, for KTO: both pictures of the first 200 of them; good is what is exactly right;
+- ``--task thumbs``, for KTO: of the same prompts, in turn, the one or the other; good is what is exactly right;
 - ``--task best``, for D3PO: all 8 pictures of a prompt, put in order; the opposite is the reverse order, so 85 % of
   the pairs that an order decides are right too. In four rounds: the weights of one draw what the next asks about.
 
@@ -219,7 +219,10 @@ def sources(rollout: Path, count: int) -> dict[Task, Path]:
             {"prompt": a.prompt, "chosen": f"{name}/{a.image}", "rejected": f"{name}/{b.image}"}
             for a, b in ends[:count]
         ],
-        "thumbs": [{"prompt": o.prompt, "image": f"{name}/{o.image}"} for ab in ends[: count // 2] for o in ab],
+        "thumbs": [
+            {"prompt": pair[k % 2].prompt, "image": f"{name}/{pair[k % 2].image}"}
+            for k, pair in enumerate(ends[:count])
+        ],
     }
     files: dict[Task, Path] = {task: rollout.parent / f"items-{task}.jsonl" for task in rows}
     for task, file in files.items():
