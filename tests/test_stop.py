@@ -51,6 +51,8 @@ def test_a_checkpoint_is_good_until_half_is_lost() -> None:
     assert watch.saved(1)["good"] == 1
     add(watch, 1.0, 0.9375)
     assert watch.saved(2)["good"] == 1 and watch.verdict is None
+    early = watched(StopRule("up", {"down": 0.125}, window=2), (0.0, 1.0), (0.0, 1.0), (1.0, 0.5))
+    assert early.saved(3)["good"] is None and early.verdict is None  # too early to stop, not to see that half is lost
     other = Watch(watch.rule)
     other.load_state(watch.saved(2))
     for one in (watch, other):

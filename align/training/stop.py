@@ -25,7 +25,7 @@ class StopRule:
     Training stops after the first rollout at which the last mean of ``rises`` is above its first one and that of any of
     ``falls`` is below its first one by at least its amount; not before ``2 * window`` rollouts. A rollout's pictures
     are those that it has drawn, before its own updates. A checkpoint is good where no mean of ``falls`` has lost half
-    of its amount; the last good one is never deleted.
+    of its amount, from the first rollouts on; the last good one is never deleted.
 
     Args:
         rises: the label of the reward that is trained on.
@@ -91,8 +91,8 @@ class Watch:
         return fmean(values[:window]), fmean(values[-window:])
 
     def fallen(self, share: float = 1.0) -> list[str]:
-        """What has lost at least this share of what it may."""
-        if self.rule is None or len(self.history[self.rule.rises]) < 2 * self.rule.window:
+        """What has lost at least this share of what it may, as far as that can be told yet."""
+        if self.rule is None or not self.history[self.rule.rises]:
             return []
         lost = {name: first - last for name in self.rule.falls for first, last in [self.change(name)]}
         return [name for name, amount in self.rule.falls.items() if lost[name] >= share * amount]
@@ -101,7 +101,7 @@ class Watch:
     def verdict(self) -> str | None:
         """Why to stop; None where there is no reason."""
         fallen = self.fallen()
-        if self.rule is None or not fallen:
+        if self.rule is None or not fallen or len(self.history[self.rule.rises]) < 2 * self.rule.window:
             return None
         first, last = self.change(self.rule.rises)
         if last <= first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,15 +56,26 @@ class ShapesNet(Network):
 
     Args:
         weights: a safetensors file of another training; null is the shipped one.
+        temperature: what the eye's logits are divided by. Above 1 an eye that is sure of a wrong name still has a
+            gradient, and images share it more evenly; the score then agrees less with the exact one.
         device, dtype: default CUDA where there is any; of the convolutions.
     """
 
     places: Tensor
     apart: Tensor
 
-    def __init__(self, weights: str | None = None, device: str | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        weights: str | None = None,
+        temperature: float = 1.0,
+        device: str | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        if not 0 < temperature < math.inf:
+            raise RewardError(f"ShapesNet: temperature is {temperature:g}; expected a number above 0")
         super().__init__()
         self._build()
+        self.temperature = temperature
         with loading("ShapesNet", weights or str(WEIGHTS)):
             self.load_state_dict(read_weights(weights or str(WEIGHTS), WEIGHTS.name))
         self.settle(device, dtype, self.eye)
@@ -74,6 +86,7 @@ class ShapesNet(Network):
         net = cls.__new__(cls)
         nn.Module.__init__(net)
         net._build()
+        net.temperature = 1.0
         return net
 
     def _build(self) -> None:
@@ -146,7 +159,8 @@ class ShapesNet(Network):
                 specs.append(parse(prompt))
             except ValueError as error:
                 raise RewardError(f"ShapesNet: row {row}: {error}", row=row) from error
-        return self.logits(torch.cat([part.softmax(1) for part in self.named(images)], 1), specs).sigmoid()
+        cells = torch.cat([(part / self.temperature).softmax(1) for part in self.named(images)], 1)
+        return self.logits(cells, specs).sigmoid()
 
 
 def _windows(maps: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
     python tests/benchmarks/direct_reward.py DRTune --seeds 0    # an arm; configs/draft_shapes_sd3.yaml
 
 Held out: every prompt of the embedded world's held-out set once, by the base and by what was trained, from the
-same noise in the ten steps of training at its guidance: what ``ShapesNet`` says, whose gradient an arm follows, and
-what ``Shapes`` says, graded and strict. Where the former rises and the latter falls, the reward was hacked. Beside that
-the same of the pictures that the run draws to train on, means of the first and the last eight updates. Figures of arms
-and seeds are added to what is recorded; finished runs are kept in ``outputs/`` and not run again.
+same noise in the ten steps of training at its guidance: what the ``ShapesNet`` of the config says, whose gradient an
+arm follows, and what ``Shapes`` says, graded and strict. Where the former rises and the latter falls, the reward was
+hacked. Of a run that its rule has stopped, the last good checkpoint is judged. Beside that the same of the pictures
+that the run draws to train on, means of the first and the last eight updates. Figures of arms and seeds are added to
+what is recorded; finished runs are kept in ``outputs/`` and not run again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from align.evaluation.compare import STRICT
 from tests.benchmarks import RESULTS, command, finished, metrics, record, runs_folder
 
 GUIDED, UNGUIDED, STOP = (f"configs/draft_{kind}shapes_sd3.yaml" for kind in ("", "unguided_", "stop_"))
+SOFT = "configs/draft_stop_shapes.yaml"
 
 
 class Arm(NamedTuple):
@@ -50,10 +52,12 @@ ARMS = {
             *("--rollout_batch_size", "16", "--train_batch_size", "16"),
         ),
     ),
+    "DRaFT-3, a soft eye, nothing stops it": Arm(SOFT, ("--stop", "null")),
+    "DRaFT-3, a soft eye": Arm(SOFT),
 }
 REWARDS = {"net": "ShapesNet", "graded": "Shapes", "strict": STRICT}
 UPDATES = 8  # at either end
-HELD_OUT = ("--reward", "[Shapes,ShapesNet]", "--num_inference_steps", "10", "--samples_per_prompt", "1")
+HELD_OUT = ("--num_inference_steps", "10", "--samples_per_prompt", "1")
 
 
 def run(arm: str, seed: int) -> dict[str, Any]:
@@ -64,14 +68,18 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     words = ["--config", config, "--seed", str(seed), "--overwrite_output_dir", "true", *options]
     stopped = finished(folder, *words).stopped
     if not scores.exists():
-        sampler = yaml.safe_load(Path(config).read_text())["objective"]["init_args"]["sampler"]
-        scale = sampler.get("guidance_scale")
-        shared = runs_folder(False) / f"direct_reward-{scale}"  # the base's pictures stay there
-        at = [] if scale is None else ["--guidance_scale", str(scale)]
-        last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=folder)
-        tuned = last if stopped else folder  # a stopped run leaves checkpoints alone
-        where = ["--tuned", str(tuned), "--base", "shapes-sd3", "--output_dir", str(shared)]
-        command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", *where, *HELD_OUT, *at)
+        settings = yaml.safe_load(Path(config).read_text())
+        base, scale = (
+            settings["pretrained_model_name_or_path"],
+            settings["objective"]["init_args"]["sampler"].get("guidance_scale"),
+        )
+        net = next(reward for reward in settings["rewards"] if reward["name"] == "ShapesNet")
+        shared = runs_folder(False) / f"direct_reward-{base}-{scale}"  # the base's pictures stay there
+        how = ["--reward", json.dumps([{"name": "Shapes"}, net]), *HELD_OUT]
+        how += [] if scale is None else ["--guidance_scale", str(scale)]
+        tuned = folder / f"checkpoint-{last_good(folder)}" if stopped else folder
+        where = ["--tuned", str(tuned), "--base", base, "--output_dir", str(shared)]
+        command("align.evaluate", "--config", "configs/evaluate_shapes.yaml", *where, *how)
         shutil.copy(shared / "scores.json", scores)
     return figures(metrics(folder), json.loads(scores.read_text())) | {
         "seed": seed,
@@ -79,6 +87,13 @@ def run(arm: str, seed: int) -> dict[str, Any]:
         "options": list(options),
         "stopped": stopped,
     }
+
+
+def last_good(folder: Path) -> int:
+    """The step of the checkpoint that a stopped run names: what the last one of all keeps of the rule."""
+    states = [json.loads(file.read_text()) for file in folder.glob("checkpoint-*/state.json")]
+    good: int = max(states, key=lambda state: state["step"])["stop"]["good"]
+    return good
 
 
 def figures(lines: Sequence[Mapping[str, float]], report: Mapping[str, Any]) -> dict[str, Any]:

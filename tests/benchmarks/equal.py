@@ -55,7 +55,9 @@ ARMS = {
     "AWM": Arm("configs/awm_shapes_sd3.yaml", 10, 20),
     "DGPO": Arm("configs/dgpo_shapes_sd3.yaml", 10, 20),
     "DRaFT": Arm("configs/draft_stop_shapes_sd3.yaml", 28, 28, f"{DIRECT} --objective.last_steps 3"),
-    "ReFL": Arm("configs/draft_stop_shapes_sd3.yaml", 44, 44, f"{DIRECT} --objective.early_stop 8"),
+    "ReFL": Arm(
+        "configs/draft_stop_shapes_sd3.yaml", 44, 44, f"{DIRECT} --objective.early_stop 8 --learning_rate 5e-4"
+    ),
 }
 ONLY = {("policy gradient", "shapes-sd3"): Arm("configs/flow_grpo_unguided_shapes_sd3.yaml", 6, 24)}  # Flow-GRPO
 
