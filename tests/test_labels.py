@@ -130,7 +130,13 @@ def test_the_picture_is_the_last_state(round1: Path, tiny_folders: dict[str, Pat
     assert np.abs(seen.astype(int) - wanted.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("cut", ["last shard", "first shard", "torn shard", "a picture", "before the manifest"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        *(pytest.param(cut, marks=pytest.mark.slow) for cut in ("last shard", "a picture")),
+        *("first shard", "torn shard", "before the manifest"),
+    ],
+)
 def test_an_interrupted_rollout_ends_as_the_whole_one(
     copy: Path, round1: Path, tiny_folders: dict[str, Path], cut: str
 ) -> None:

@@ -87,7 +87,7 @@ def test_every_spelling_adds_the_same(tiny: Build, run: Path, tmp_path: Path) ->
     assert layers[f"unet.{first}"].scale == 1.0
 
 
-@pytest.mark.parametrize("alpha", [None, 6.0, 2.0])
+@pytest.mark.parametrize("alpha", [None, 6.0, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_a_run_starts_from_what_the_last_drew(tiny: Build, run: Path, alpha: float | None) -> None:
     family = tiny("epsilon")
     cond, x, t = family.encode(["two red stars"]), torch.ones(1, 4, 8, 8), torch.tensor([400.0])

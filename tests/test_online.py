@@ -205,7 +205,8 @@ def test_a_resumed_round_keeps_its_anchor(config: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("PolicyGradient", PG | {"beta": 0.5}),
+        # in the default run B2-DiffuRL's below, DPO's in test_train and those that share weights in test_parallel do
+        pytest.param("PolicyGradient", PG | {"beta": 0.5}, marks=pytest.mark.slow),
         # in some suites, all of it saved, its second process has not ended after two minutes; nobody knows why
         pytest.param("D3PO", PAIR | {"images_per_prompt": 3}, marks=pytest.mark.slow),
     ],
