@@ -266,16 +266,15 @@ def test_a_rollout_that_is_given_up_is_drawn_again(tiny_folders: dict[str, Path]
 
 
 # runs that never end, and what accelerate was told
+@pytest.mark.parametrize("objective", ["D3PO", pytest.param("PolicyGradient", marks=pytest.mark.slow)])
 def test_a_reward_that_tells_nothing_apart_stops_the_run(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
 ) -> None:
     arguments = {"sampler": {"num_inference_steps": 1, "guidance_scale": 1.0}, "images_per_prompt": 2}
-    for objective in ("D3PO", "PolicyGradient"):
-        config = online(tiny_folders["epsilon"], tmp_path / objective, objective, **arguments)  # noqa: F811
-        (tmp_path / objective).mkdir()
-        config |= {"rewards": [{"name": "tests.helpers.Flat"}], "train_batch_size": 6}
-        assert main(["--config", write(config)]) == 2
-        assert "20 rollouts in a row gave nothing to train on" in capsys.readouterr().err
+    config = online(tiny_folders["epsilon"], tmp_path, objective, **arguments)  # noqa: F811
+    config |= {"rewards": [{"name": "tests.helpers.Flat"}], "train_batch_size": 6}
+    assert main(["--config", write(config)]) == 2
+    assert "20 rollouts in a row gave nothing to train on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
