@@ -308,7 +308,7 @@ def test_an_image_is_the_same_in_any_batch(tiny: Build, arguments: dict[str, Any
     assert near(whole, (parts[0] + parts[1]) / 2)
 
 
-@pytest.mark.parametrize("lora", [LoRA(2), None])
+@pytest.mark.parametrize("lora", [LoRA(2), pytest.param(None, marks=pytest.mark.slow)])
 def test_the_kl_is_nothing_at_first_and_holds_the_weights(tiny: Build, lora: LoRA | None) -> None:
     torch.manual_seed(0)
     policy, objective = Policy(tiny("epsilon"), lora), made(last_steps=2, kl_weight=1e6)

@@ -546,7 +546,7 @@ def sd3() -> DiffusionPipeline:
     return pipe
 
 
-@pytest.mark.parametrize("build", [sd1, sd2, sdxl, sd3])
+@pytest.mark.parametrize("build", [sd1, pytest.param(sd2, marks=pytest.mark.slow), sdxl, sd3])
 def test_a_single_file_is_read_back_by_stock_diffusers(build: Callable[[], DiffusionPipeline], tmp_path: Path) -> None:
     torch.manual_seed(0)
     pipe = build()

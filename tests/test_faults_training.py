@@ -59,7 +59,13 @@ def test_a_checkpoint_holds_no_pickle_and_is_a_lora(run: dict[str, Any], tiny_fo
     assert stock.get_active_adapters()
 
 
-@pytest.mark.parametrize("file", ["optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl", "scaler.pt"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("optimizer.bin", "random_states_0.pkl"),
+        *(pytest.param(file, marks=pytest.mark.slow) for file in ("custom_checkpoint_0.pkl", "scaler.pt")),
+    ],
+)
 def test_a_hostile_checkpoint_runs_nothing(
     run: dict[str, Any], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

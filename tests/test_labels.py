@@ -542,9 +542,10 @@ def measured(folder: Path) -> list[dict[str, Any]]:
             {"objective": {"sampler": SAMPLER | {"num_inference_steps": 5}}},
             "sampler has num_inference_steps 5, but .* num_inference_steps: 3$",
         ),
-        (
+        pytest.param(
             {"objective": {"sampler": SAMPLER | {"guidance_scale": 5.0}}},
             "has guidance_scale 5.0, but .* guidance_scale: 2.0$",
+            marks=pytest.mark.slow,
         ),
         (
             {"objective": {"sampler": SAMPLER | {"kernel": {"class_path": "DDIM", "init_args": {"eta": 0.7}}}}},

@@ -522,7 +522,10 @@ def delta(policy: Policy, name: str) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize(("kind", "rank", "alpha"), [("flow", 5, None), ("epsilon", 8, 3.0), ("flow", 2, 6.0)])
+@pytest.mark.parametrize(
+    ("kind", "rank", "alpha"),
+    [pytest.param("flow", 5, None, marks=pytest.mark.slow), ("epsilon", 8, 3.0), ("flow", 2, 6.0)],
+)
 def test_cold_start_is_the_mean_of_what_the_teachers_add(
     tiny: Build, tmp_path: Path, kind: str, rank: int, alpha: float | None
 ) -> None:

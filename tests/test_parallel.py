@@ -400,7 +400,11 @@ def _updated(chunks: Sequence[Rows], sizes: Sequence[int], count: int) -> Tensor
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[1] / "configs/accelerate").glob("*.yaml")), ids=lambda file: file.stem
+    "file",
+    [
+        pytest.param(file, id=file.stem, marks=pytest.mark.slow if file.stem in ("multi_node", "zero2") else [])
+        for file in sorted((Path(__file__).parents[1] / "configs/accelerate").glob("*.yaml"))
+    ],
 )
 def test_the_configs_of_accelerate_are_read_by_it_and_heard_by_us(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path

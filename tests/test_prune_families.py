@@ -25,7 +25,7 @@ from tests import tiny_families
 PRUNABLE = [
     name for name in tiny_families.BUILD if name not in ("chroma", "sdxl-turbo", "z-image-turbo", "flux2-klein")
 ]
-FAST = ("flux-schnell", "qwen-image", "z-image")  # of a UNet's blocks test_pruning_graph has more
+FAST = ("flux-schnell", "qwen-image")  # of a UNet's blocks test_pruning_graph has more
 SIBLINGS = ("sdxl-turbo", "flux-schnell", "z-image-turbo", "flux2-klein", "flux2-dev")  # of the same class as others
 END_TO_END = ("flux-schnell", "sdxl", "qwen-image", "z-image")
 PROMPTS = ("two red stars", "a star")

@@ -598,10 +598,11 @@ def with_lora(model: Any, seed: int) -> dict[str, Tensor]:
         (sd3, "transformer", ("transformer_blocks.0", "transformer_blocks.3")),
         (flux, "transformer", ("transformer_blocks.0", "single_transformer_blocks.1")),
         (sd15, "unet", ("down_blocks.0.pairs.0", "up_blocks.2.pairs.1", "mid_block")),
-        (
+        pytest.param(
             sdxl,
             "unet",
             ("down_blocks.2.pairs.0", "up_blocks.0.pairs.0", "down_blocks.1.attentions.1.transformer_blocks.0"),
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -487,7 +487,7 @@ def test_a_model_that_is_not_quantised_loads_too(tmp_path: Path) -> None:
         assert torch.equal(run(name, load(tmp_path / name)), run(name, model))
 
 
-@pytest.mark.parametrize("packed_too", [True, False])
+@pytest.mark.parametrize("packed_too", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_denoiser_that_lost_parts_of_blocks_comes_back(
     packed_too: bool, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
