@@ -74,11 +74,14 @@ def texts_of(page: str) -> list[str]:
 
 
 # runs by the command
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's, where PyYAML was built with it
+
+
 def write(config: dict[str, Any], **changes: Any) -> str:
     """The config as a file beside its run folder."""
     config = config | changes
     path = Path(config["output_dir"]).parent / f"{Path(config['output_dir']).name}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.dump(config, Dumper=DUMPER))
     return str(path)
 
 

@@ -17,17 +17,19 @@ import torch
 
 class Mould:
     """What gives as many copies of ``model`` as one likes. It is pickled once, less its tensors, which are cloned, and
-    the parts ``shared``, which nobody changes and all copies have; ``model`` must stay as it is from then on."""
+    the parts ``shared``, which nobody changes and all copies have; ``model`` must stay as it is from then on. Strings
+    and paths in it that name ``source``, where it was read, name another place in a copy from there."""
 
-    def __init__(self, model: object, shared: Sequence[object] = ()) -> None:
+    def __init__(self, model: object, shared: Sequence[object] = (), source: str | None = None) -> None:
         self.shared = {id(part) for part in shared}
+        self.source = source
         self.aside: list[Any] = []
         file = io.BytesIO()
         _Pickler(file, self).dump(model)
         self.form = file.getvalue()
 
-    def copy(self) -> Any:
-        return _Unpickler(self).load()
+    def copy(self, source: str | None = None) -> Any:
+        return _Unpickler(self, source).load()
 
 
 class _Pickler(pickle.Pickler):
@@ -37,7 +39,8 @@ class _Pickler(pickle.Pickler):
         self.places: dict[int, int] = {}
 
     def persistent_id(self, part: object) -> int | None:
-        if not isinstance(part, torch.Tensor) and id(part) not in self.mould.shared:
+        named = self.mould.source is not None and isinstance(part, str | Path) and self.mould.source in str(part)
+        if not isinstance(part, torch.Tensor) and not named and id(part) not in self.mould.shared:
             return None
         place = self.places.setdefault(id(part), len(self.mould.aside))
         if place == len(self.mould.aside):
@@ -46,13 +49,16 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, mould: Mould) -> None:
+    def __init__(self, mould: Mould, source: str | None) -> None:
         super().__init__(io.BytesIO(mould.form))
-        self.mould = mould
+        self.mould, self.source = mould, source
         self.copied: dict[int, Any] = {}  # by which the copies of tensors share memory where the tensors do
 
     def persistent_load(self, place: int) -> Any:
         part = self.mould.aside[place]
+        if isinstance(part, str | Path):
+            assert self.source is not None and self.mould.source is not None
+            return type(part)(str(part).replace(self.mould.source, self.source))
         return part if id(part) in self.mould.shared else copy.deepcopy(part, self.copied)
 
 
@@ -61,8 +67,8 @@ _LARGEST = 50_000_000  # bytes of a folder that are looked at to know it again
 
 @contextmanager
 def each_folder_read_once(base: type[Any]) -> Iterator[None]:
-    """Within, ``from_pretrained`` of ``base`` and its subclasses reads a local folder of the same bytes, asked for in
-    the same words, twice in this process, and then copies what it read the second time."""
+    """Within, ``from_pretrained`` of ``base`` and its subclasses reads a local folder of the same bytes, wherever it
+    lies and asked for in the same words, twice in this process, and then copies what it read the second time."""
     method = base.__dict__["from_pretrained"]
     read = method.__func__
     seen: dict[object, Mould | None] = {}
@@ -72,14 +78,14 @@ def each_folder_read_once(base: type[Any]) -> Iterator[None]:
         key = _key(cls, source, options) if not arguments else None
         mould = seen.get(key)
         if mould is not None:
-            return mould.copy()
+            return mould.copy(str(source))
         before = torch.get_rng_state()
         model = read(cls, source, *arguments, **options)
         if key in seen and before.equal(torch.get_rng_state()):
-            mould = Mould(model)
-            if all(type(part) in (torch.Tensor, torch.nn.Parameter) for part in mould.aside):
+            mould = Mould(model, source=str(source))
+            if all(isinstance(p, str | Path) or type(p) in (torch.Tensor, torch.nn.Parameter) for p in mould.aside):
                 seen[key] = mould
-                return mould.copy()
+                return mould.copy(str(source))
         elif key is not None:
             seen[key] = None
         return model
@@ -108,4 +114,6 @@ def _key(cls: type[Any], source: Any, options: Mapping[str, Any]) -> object:
     for path in files:
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
         digest.update(path.read_bytes())
-    return cls, str(source), tuple(sorted(options.items())), probe.dtype, digest.digest()
+    # as a word of its own "model" may stand anywhere in what is read; a path stands in it as it was given
+    place = type(source) if folder.is_absolute() else str(source)
+    return cls, place, tuple(sorted(options.items())), probe.dtype, digest.digest()

@@ -43,8 +43,14 @@ def test_trained_steps_grow_with_the_stage_as_the_official_schedule() -> None:
     assert B2DiffuRL(PolicyGradient(Sampler(20)), progressive=False).interval(0) == range(20)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        pytest.param(stage, kind, marks=[] if (stage, kind) in ((0, "epsilon"), (3, "flow")) else pytest.mark.slow)
+        for stage in (0, 3)
+        for kind in ("epsilon", "v", "flow")
+    ],
+)
 def test_branches_share_the_prefix_and_nothing_after_it(tiny: Build, kind: str, stage: int) -> None:
     """What is kept begins where they fork: bitwise one state. The last stage forks at the noise."""
     objective, policy = B2DiffuRL(gradient(), **FEW), moved(tiny, kind)
@@ -102,7 +108,7 @@ def test_equal_rewards_select_nothing(tiny: Build) -> None:
             assert table.metrics["selected_share"] == 0
 
 
-@pytest.mark.parametrize("rule", ["PolicyGradient", "D3PO"])
+@pytest.mark.parametrize("rule", [pytest.param("PolicyGradient", marks=pytest.mark.slow), "D3PO"])
 def test_a_run_of_equal_rewards_updates_nothing_and_ends(
     tiny_folders: dict[str, Path], tmp_path: Path, rule: str
 ) -> None:
@@ -224,8 +230,14 @@ def test_a_prompt_seen_once_or_always_the_same_has_no_advantage() -> None:
 
 # cost
 @pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
-@pytest.mark.parametrize("branches", [True, False])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "branches"),
+    [
+        pytest.param(stage, branches, marks=[] if branches == (stage != 0) else pytest.mark.slow)
+        for stage in (0, 2, 3)
+        for branches in (True, False)
+    ],
+)
 def test_a_rollout_costs_a_prefix_and_b_branches(
     tiny: Build, stage: int, branches: bool, guidance_scale: float
 ) -> None:

@@ -68,7 +68,9 @@ def run(name: str, model: Path, prompts: Path | None, output: Path, *more: str) 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("sdpo-parti", "sdpo-hpsv2", "wise-verified") else name
+        name
+        if name in ("dpg", "geneval-owlv2", "hpsv2", "oneig-alignment", "t2i-compbench", "drawbench")
+        else pytest.param(name, marks=pytest.mark.slow)
         for name in benches.names()
         if name != "shapes"
     ],

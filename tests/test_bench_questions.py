@@ -322,7 +322,12 @@ def drawn_in(images: Path) -> set[bytes]:
 
 
 @pytest.mark.parametrize(
-    "name", ["geneval2", "dpg", "wise", pytest.param("wise-verified", marks=pytest.mark.slow), "oneig-alignment"]
+    "name",
+    [
+        "dpg",
+        "wise",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("geneval2", "wise-verified", "oneig-alignment")),
+    ],
 )
 def test_a_bench_that_asks_questions(name: str, server: tuple[str, Asked], tmp_path: Path) -> None:
     url, asked = server

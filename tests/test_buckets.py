@@ -181,7 +181,7 @@ def family_of(kind: str, tiny: Build) -> Family:
     return SDXL(tiny_families.sdxl(), "tiny-sdxl") if kind == "sdxl" else tiny(kind)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "sdxl", "flow"])
+@pytest.mark.parametrize("kind", [pytest.param("epsilon", marks=pytest.mark.slow), "sdxl", "flow"])
 def test_a_bucketed_batch_costs_what_its_rows_do(kind: str, tiny: Build, pairs: Path, tmp_path: Path) -> None:
     """At its own size, with SDXL's sizes as conditions; and so with the means that validation reports."""
     family = family_of(kind, tiny)

@@ -53,7 +53,7 @@ def config(base: Path, tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [{"rank": 2}, None])
+@pytest.mark.parametrize("lora", [{"rank": 2}, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("embedded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_card_of_a_run_loads_it(
     config: dict[str, Any], base: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any] | None, embedded: bool

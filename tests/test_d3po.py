@@ -25,10 +25,16 @@ from tests.pipelines import Build
 from tests.test_policy import disturb
 
 KINDS = ("epsilon", pytest.param("v", marks=pytest.mark.slow), "flow")
+LORAS = [
+    pytest.param(
+        lora, kind, marks=[] if (lora is None, kind) in ((False, "flow"), (True, "epsilon")) else pytest.mark.slow
+    )
+    for lora in (LoRA(2), None)
+    for kind in ("epsilon", "v", "flow")
+]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [LoRA(2), None])
+@pytest.mark.parametrize(("lora", "kind"), LORAS)
 def test_the_loss_starts_at_ln_2(tiny: Build, kind: str, lora: LoRA | None) -> None:
     torch.manual_seed(0)
     policy, objective = Policy(tiny(kind), lora), D3PO(Sampler(3, 2.0))
@@ -41,7 +47,7 @@ def test_the_loss_starts_at_ln_2(tiny: Build, kind: str, lora: LoRA | None) -> N
     assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
 
 
-@pytest.mark.parametrize("scale", [0.01, 0.3, 3.0])
+@pytest.mark.parametrize("scale", [0.01, pytest.param(0.3, marks=pytest.mark.slow), 3.0])
 def test_the_clamp_bounds_the_loss(tiny: Build, scale: float) -> None:
     """|argument| <= 0.1 (ln 1.1 - ln 0.9): the sigmoid never leaves its straight part, whatever the weights."""
     torch.manual_seed(0)
@@ -154,8 +160,7 @@ def test_members_share_noise_and_step(tiny: Build, kind: str) -> None:
     assert not torch.equal(first[0], first[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [LoRA(2), None])
+@pytest.mark.parametrize(("lora", "kind"), LORAS)
 def test_the_reference_is_a_deep_copy_of_the_start(tiny: Build, kind: str, lora: LoRA | None) -> None:
     family, objective = tiny(kind), D3PO(Sampler(2, 2.0))
     torch.manual_seed(0)

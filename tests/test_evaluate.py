@@ -169,7 +169,7 @@ def test_what_a_kill_left_out_is_drawn_again_to_the_byte(tiny: Build, tmp_path: 
     assert all((again.path / name).read_bytes() != data for name, (data, _) in before.items() if name != METADATA)
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("order", [(0, 1), pytest.param((1, 0), marks=pytest.mark.slow)])
 def test_two_processes_draw_what_one_does(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
 ) -> None:

@@ -156,7 +156,8 @@ def test_results_of_other_settings_are_refused_and_remade_on_request(
 
 
 @pytest.mark.parametrize("change", [
-    {"report": {"samples_per_prompt": 2}}, {"batch_size": 3}, {"device": "cpu"}, {"blocks": " 1"},
+    {"report": {"samples_per_prompt": 2}}, {"batch_size": 3},
+    *(pytest.param(change, marks=pytest.mark.slow) for change in ({"device": "cpu"}, {"blocks": " 1"})),
 ])  # fmt: skip
 def test_what_changes_no_result_is_no_difference(
     config: dict[str, Any], tmp_path: Path, change: dict[str, Any]
@@ -251,7 +252,9 @@ def test_healing_by_importance_needs_the_profile(
 
 
 @pytest.mark.parametrize("name", ["plan.json", pytest.param("profile.json", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("content", ["", pytest.param("{", marks=pytest.mark.slow), "[1]", '{"dropped": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", *(pytest.param(c, marks=pytest.mark.slow) for c in ("{", "[1]")), '{"dropped": 3}']
+)
 def test_a_broken_plan_or_profile_is_named(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
 ) -> None:
@@ -360,8 +363,17 @@ def test_impossible_numbers_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["output_weight", "feature_weight", "task_weight", "proportion_empty_prompts"])
-@pytest.mark.parametrize("value", [NAN, INF, -1.0])
+FEW = (("output_weight", INF), ("proportion_empty_prompts", -1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param(name, value, marks=[] if value is NAN or (name, value) in FEW else pytest.mark.slow)
+        for name in ("output_weight", "feature_weight", "task_weight", "proportion_empty_prompts")
+        for value in (NAN, INF, -1.0)
+    ],
+)
 def test_impossible_weights_of_healing_are_refused(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: float
 ) -> None:

@@ -604,7 +604,7 @@ def kept(folder: str | Path) -> dict[str, Tensor]:
     return load_file(Path(folder) / NOISE_FILE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_a_run_trains_the_noise_and_nothing_else(
     tiny_folders: dict[str, Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,6 +643,7 @@ def test_resumed_is_the_uninterrupted_run(tiny_folders: dict[str, Path], tmp_pat
     assert same(*memory) and any(name.startswith("value.") for name in memory[0]) and "memory.noise" in memory[0]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     """Each draws the pictures of one prompt, and replays its share of all rows."""
     config = finding(tiny_folders["flow"], tmp_path, replay=6, calibration="value")

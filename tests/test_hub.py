@@ -145,6 +145,7 @@ def test_a_run_is_uploaded_once_more_and_for_other_programs(
     assert snippet(repo.files["README.md"])["pipe"].transformer.peft_config
 
 
+@pytest.mark.slow
 def test_a_merged_pipeline_loads_from_there(hub: Hub, run: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     target = ["--to", "diffusers", "--merge", "--output", str(tmp_path / "whole")]
     assert export.main([str(run), *target, "--push_to_hub", "--hub_model_id", "club/whole"]) == 0

@@ -47,8 +47,13 @@ def measured(family: Family, path: Path, **changes: Any) -> dict[str, Any]:
     return profile(family, Calibration(TEXTS, **settings | changes), path, **options)
 
 
-@pytest.mark.parametrize("kind", ["flow", "epsilon"])
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("guidance_scale", "kind"),
+    [
+        *((1.0, "flow"), (3.0, "epsilon")),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in ((1.0, "epsilon"), (3.0, "flow"))),
+    ],
+)
 def test_every_candidate_is_evaluated_once_a_state(
     tiny: Build, tmp_path: Path, kind: str, guidance_scale: float
 ) -> None:

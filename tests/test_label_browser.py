@@ -54,7 +54,7 @@ def test_pairs_by_keyboard_with_undo_and_a_kill_in_between(browser: Browser, tmp
         given[item_of(page)] = same.get(key, key)
         press(page, key)
 
-    with served(str(label_page.pairs(tmp_path / "in", 40)), "--output", str(answers)) as server:
+    with served(str(label_page.pairs(tmp_path / "in", 24)), "--output", str(answers)) as server:
         page = opened(browser, server.url("/annotate/ann"))
         for number in range(12):
             choose(page, number)
@@ -75,17 +75,17 @@ def test_pairs_by_keyboard_with_undo_and_a_kill_in_between(browser: Browser, tmp
             choose(page, number)  # what is ahead is in the browser already
         until(page, "document.getElementById('state').textContent.includes('5 answers wait in this browser')")
         server.start()
-        while (number := len(given)) < 40:
+        while (number := len(given)) < 24:
             choose(page, number)
         page.wait_for_selector("[data-state=done]")
         settled(page)
         times = latencies(page)
-        assert page.locator("#count").text_content() == "40 of 40"
+        assert page.locator("#count").text_content() == "24 of 24"
         page.context.close()
     found = standing(answers)
-    assert Counter(line["item"] for line in found) == dict.fromkeys(range(40), 1)
+    assert Counter(line["item"] for line in found) == dict.fromkeys(range(24), 1)
     assert {str(line["item"]): chosen(line) for line in found} == given
-    assert len(times) >= 40 and median(times) < 100, times
+    assert len(times) >= 24 and median(times) < 100, times
 
 
 def test_answers_outlive_the_page_that_could_not_send_them(browser: Browser, tmp_path: Path) -> None:

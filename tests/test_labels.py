@@ -130,7 +130,13 @@ def test_the_picture_is_the_last_state(round1: Path, tiny_folders: dict[str, Pat
     assert np.abs(seen.astype(int) - wanted.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("cut", ["last shard", "first shard", "torn shard", "a picture", "before the manifest"])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        *(pytest.param(cut, marks=pytest.mark.slow) for cut in ("last shard", "a picture")),
+        *("first shard", "torn shard", "before the manifest"),
+    ],
+)
 def test_an_interrupted_rollout_ends_as_the_whole_one(
     copy: Path, round1: Path, tiny_folders: dict[str, Path], cut: str
 ) -> None:
@@ -536,9 +542,10 @@ def measured(folder: Path) -> list[dict[str, Any]]:
             {"objective": {"sampler": SAMPLER | {"num_inference_steps": 5}}},
             "sampler has num_inference_steps 5, but .* num_inference_steps: 3$",
         ),
-        (
+        pytest.param(
             {"objective": {"sampler": SAMPLER | {"guidance_scale": 5.0}}},
             "has guidance_scale 5.0, but .* guidance_scale: 2.0$",
+            marks=pytest.mark.slow,
         ),
         (
             {"objective": {"sampler": SAMPLER | {"kernel": {"class_path": "DDIM", "init_args": {"eta": 0.7}}}}},

@@ -87,7 +87,7 @@ def test_every_spelling_adds_the_same(tiny: Build, run: Path, tmp_path: Path) ->
     assert layers[f"unet.{first}"].scale == 1.0
 
 
-@pytest.mark.parametrize("alpha", [None, 6.0, 2.0])
+@pytest.mark.parametrize("alpha", [None, 6.0, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_a_run_starts_from_what_the_last_drew(tiny: Build, run: Path, alpha: float | None) -> None:
     family = tiny("epsilon")
     cond, x, t = family.encode(["two red stars"]), torch.ones(1, 4, 8, 8), torch.tensor([400.0])
@@ -147,13 +147,17 @@ def not_finite(state: dict[str, Tensor]) -> dict[str, Tensor]:
             "torch.int32, and a LoRA's are floating-point",
         ),
         (with_key("unet.mid_block.to_q.lora_magnitude_vector"), "DoRA, LoKr, LoHa"),
-        (with_key("unet.mid_block.to_q.lokr_w1"), "DoRA, LoKr, LoHa"),
+        pytest.param(with_key("unet.mid_block.to_q.lokr_w1"), "DoRA, LoKr, LoHa", marks=pytest.mark.slow),
         (with_key("unet.mid_block.weight"), "is no LoRA tensor"),
         (wider, "0 of its .* layers are not there and 1 have another size"),
         (other_rank, "whose ranks differ"),
         (not_finite, "NaN or infinite"),
         (lambda state: {k.replace("down_blocks", "blocks"): v for k, v in state.items()}, "made for another model"),
-        (lambda state: {k.replace("unet.", "transformer."): v for k, v in state.items()}, "made for another model"),
+        pytest.param(
+            lambda state: {k.replace("unet.", "transformer."): v for k, v in state.items()},
+            "made for another model",
+            marks=pytest.mark.slow,
+        ),
         (lambda state: {k.replace("up_blocks", "output_blocks"): v for k, v in kohya(state).items()}, "another model"),
         (lambda state: {}, "has no LoRA layers"),
     ],

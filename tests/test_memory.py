@@ -105,7 +105,9 @@ def test_attention_keeps_no_matrix_of_scores() -> None:
 
 
 # families from config files
-@pytest.mark.parametrize("name", ["sdxl", "flux2-klein", "chroma", "sana"])
+@pytest.mark.parametrize(
+    "name", ["sdxl", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux2-klein", "chroma")), "sana"]
+)
 def test_a_blank_family_is_the_loaded_one_without_its_weights(name: str, tmp_path: Path) -> None:
     folder = tiny_families.save(name, tmp_path / name)
     whole = families.load(str(folder), torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextModel, PreTrainedModel
 
 from align.policy.policy import LoRA, Policy
 from tests.mould import Mould, each_folder_read_once
 from tests.pipelines import Build
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
@@ -43,3 +47,20 @@ def test_a_folder_is_read_again_where_a_byte_or_a_word_is_another(
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
         assert UNet2DConditionModel.from_pretrained(tmp_path).conv_in.weight.equal(tiny.conv_in.weight + 1)
         assert UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_copy_from_another_place_names_that_place(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Also where the one was read as a path and the other as a string."""
+    with each_folder_read_once(ModelMixin), each_folder_read_once(PreTrainedModel):
+        for place in ("one", "two", "three"):
+            shutil.copytree(tiny_folders["epsilon"], tmp_path / place)
+            for asked in (tmp_path / place, str(tmp_path / place)):
+                unet = UNet2DConditionModel.from_pretrained(asked, subfolder="unet")
+                encoder = CLIPTextModel.from_pretrained(asked, subfolder="text_encoder")
+                assert unet.config["_name_or_path"] == asked
+                assert encoder.config._name_or_path == encoder.name_or_path == str(asked)
+                assert unet.conv_in.weight.equal(load_file(tmp_path / place / UNET)["conv_in.weight"])
+        file = tmp_path / "three" / UNET
+        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+        other = UNet2DConditionModel.from_pretrained(str(tmp_path / "three"), subfolder="unet")
+        assert other.conv_in.weight.equal(unet.conv_in.weight + 1)

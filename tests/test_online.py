@@ -149,11 +149,13 @@ def test_what_a_rollout_measured_is_logged_whatever_logging_steps_is(config: dic
 @pytest.mark.parametrize(
     ("kind", "name", "arguments", "changes"),
     [
-        (
+        # test_faults_training ends such a run by a signal, test_train kills one of DPO
+        pytest.param(
             "epsilon",
             "PolicyGradient",
             PG | {"advantage": "history", "history_min_count": 3, "history_size": 5},
             {"ema_decay": 0.9, "max_train_steps": 8, "checkpointing_steps": 3, "lr_scheduler": "cosine"},
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             *("flow", "B2DiffuRL", B2, {"max_rollouts": 5, "max_train_steps": None, "checkpointing_steps": 2}),
@@ -205,7 +207,8 @@ def test_a_resumed_round_keeps_its_anchor(config: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("PolicyGradient", PG | {"beta": 0.5}),
+        # in the default run B2-DiffuRL's below, DPO's in test_train and those that share weights in test_parallel do
+        pytest.param("PolicyGradient", PG | {"beta": 0.5}, marks=pytest.mark.slow),
         # in some suites, all of it saved, its second process has not ended after two minutes; nobody knows why
         pytest.param("D3PO", PAIR | {"images_per_prompt": 3}, marks=pytest.mark.slow),
     ],

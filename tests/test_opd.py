@@ -185,9 +185,10 @@ def test_rows_of_several_steps_are_those_of_each() -> None:
     ("form", "kind"),
     [
         ("ode", "epsilon"),
-        ("sde", "flow"),
-        pytest.param("ode", "flow", marks=pytest.mark.slow),
-        pytest.param("sde", "epsilon", marks=pytest.mark.slow),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in (("sde", "flow"), ("ode", "flow"), ("sde", "epsilon"))
+        ),
     ],
 )
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(
@@ -307,7 +308,7 @@ def test_teachers_are_not_among_what_trains(tiny: Build, tmp_path: Path, schools
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_using_a_teacher_leaves_no_trace(tiny: Build, kind: str, schools: dict[str, Path]) -> None:
     """Flags, the active adapter and the answers are those of before, also after an exception."""
     objective = OPD(experts(schools[kind]), Sampler(2, 1.0))
@@ -352,7 +353,7 @@ def test_states_are_given(tiny: Build, form: Form, schools: dict[str, Path]) -> 
 
 
 # who is asked what
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_each_picture_is_answered_by_the_teacher_of_its_task(
     tiny: Build, kind: str, monkeypatch: pytest.MonkeyPatch, schools: dict[str, Path]
 ) -> None:
@@ -436,10 +437,10 @@ def test_guided_to_conditional(tiny: Build, schools: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "theirs"),
     [
-        ({}, None),
+        pytest.param({}, None, marks=pytest.mark.slow),
         ({}, 1.0),
         ({"anchor": 0.5, "form": "sde"}, None),
-        ({"target": "extrapolated"}, None),
+        pytest.param({"target": "extrapolated"}, None, marks=pytest.mark.slow),
         ({"target": "guided_to_conditional", "skip_last": False}, None),
     ],
 )
@@ -521,7 +522,10 @@ def delta(policy: Policy, name: str) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize(("kind", "rank", "alpha"), [("flow", 5, None), ("epsilon", 8, 3.0), ("flow", 2, 6.0)])
+@pytest.mark.parametrize(
+    ("kind", "rank", "alpha"),
+    [pytest.param("flow", 5, None, marks=pytest.mark.slow), ("epsilon", 8, 3.0), ("flow", 2, 6.0)],
+)
 def test_cold_start_is_the_mean_of_what_the_teachers_add(
     tiny: Build, tmp_path: Path, kind: str, rank: int, alpha: float | None
 ) -> None:
@@ -587,7 +591,7 @@ def test_a_pipeline_of_another_shape_is_refused(
         student(tiny, "flow", OPD([PipelineTeacher(path=str(tiny_folders["flow"]))], Sampler(2, 1.0)))
 
 
-@pytest.mark.parametrize("lora", [LoRA(2), None])
+@pytest.mark.parametrize("lora", [pytest.param(LoRA(2), marks=pytest.mark.slow), None])
 def test_a_pipeline_teaches(
     tiny: Build, tiny_folders: dict[str, Path], lora: LoRA | None, schools: dict[str, Path]
 ) -> None:

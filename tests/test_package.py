@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -414,6 +415,17 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert all(command in out for command in COMMANDS)
 
 
+def test_the_command_ends_with_what_the_modules_own_main_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["t2i-align", "score", "--nothing"])
+    monkeypatch.delitem(sys.modules, "align.__main__", raising=False)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("align.__main__", run_name="__main__")
+    assert left.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # all but the process itself is in the test before; two seconds of torch
 def test_a_command_runs_as_a_process() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "align.__main__", "score", "--help"],

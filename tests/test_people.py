@@ -31,8 +31,8 @@ def test_a_person_is_right_as_often_as_said_and_says_the_same_again() -> None:
     asked, other = "a red circle left of a blue square", "a red circle right of a blue square"
     pictures = [[png(asked, 0), png(other, 0)], [png(other, 1), png(asked, 1)]]
     person, again = Person("pair", 0), Person("pair", 0)
-    said = [person.choose(str(item), asked, pictures[item % 2]) for item in range(200)]
-    assert said == [again.choose(str(item), asked, pictures[item % 2]) for item in range(200)]
+    said = [person.choose(str(item), asked, pictures[item % 2]) for item in range(100)]
+    assert said == [again.choose(str(item), asked, pictures[item % 2]) for item in range(100)]
     assert 0.8 < np.mean(person.right) < 0.9
     assert person.right == [choice == 1 + item % 2 for item, choice in enumerate(said)]
     thumbs = Person("thumbs", 0)
@@ -44,7 +44,7 @@ def test_an_order_is_the_right_one_or_its_reverse() -> None:
     asked = "a red circle left of a blue square"
     pictures = [png(caption, 0) for caption in ("a green star", asked, "a red circle right of a blue square")]
     person = Person("best", 0)
-    said = [person.choose(str(item), asked, pictures) for item in range(100)]
+    said = [person.choose(str(item), asked, pictures) for item in range(60)]
     assert 0.75 < np.mean(person.right) < 0.95
     assert said == [[2, 3, 1] if right else [1, 3, 2] for right in person.right]
     alike = [Person("best", 0).choose(str(item), asked, pictures[:1] * 2) for item in range(40)]

@@ -85,8 +85,13 @@ def test_state_round_trip_and_mismatch(tiny: Build) -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("lora", [LoRA(2, alpha=3.0), None])
-@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize(
+    ("anchored", "lora"),
+    [
+        *((True, LoRA(2, alpha=3.0)), (False, None)),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in ((True, None), (False, LoRA(2, alpha=3.0)))),
+    ],
+)
 def test_a_run_starts_from_the_weights_of_another(
     tiny: Build, tmp_path: Path, kind: str, lora: LoRA | None, anchored: bool
 ) -> None:

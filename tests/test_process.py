@@ -229,7 +229,7 @@ def test_a_stochasticity_that_means_nothing_is_refused(eta: float, schedule: Any
         DDIM(eta, schedule)
 
 
-@pytest.mark.parametrize(("steps", "std"), [(10, 0.277), (300, 0.318)])
+@pytest.mark.parametrize(("steps", "std"), [(10, 0.277), pytest.param(300, 0.318, marks=pytest.mark.slow)])
 def test_cps_keeps_no_marginal(steps: int, std: float) -> None:
     """With any number of steps the data comes out too narrow."""
     found = toy_end(DDIM(0.8, "cps"), steps).std().item()

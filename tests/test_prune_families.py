@@ -25,6 +25,8 @@ from tests import tiny_families
 PRUNABLE = [
     name for name in tiny_families.BUILD if name not in ("chroma", "sdxl-turbo", "z-image-turbo", "flux2-klein")
 ]
+FAST = ("flux-schnell", "qwen-image")  # of a UNet's blocks test_pruning_graph has more
+SIBLINGS = ("sdxl-turbo", "flux-schnell", "z-image-turbo", "flux2-klein", "flux2-dev")  # of the same class as others
 END_TO_END = ("flux-schnell", "sdxl", "qwen-image", "z-image")
 PROMPTS = ("two red stars", "a star")
 
@@ -43,7 +45,7 @@ def answer(family: Family) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in END_TO_END else pytest.param(name, marks=pytest.mark.slow) for name in PRUNABLE]
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PRUNABLE]
 )
 def test_a_block_that_is_gone_is_one_that_is_skipped_and_stock_diffusers_reads_the_rest(
     name: str, folder: Callable[[str], Path], tmp_path: Path
@@ -71,7 +73,9 @@ def test_chroma_is_refused_with_its_reason(folder: Callable[[str], Path]) -> Non
         BlockGraph.of(families.load(str(folder("chroma"))).denoiser)
 
 
-@pytest.mark.parametrize("name", tiny_families.BUILD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SIBLINGS else name for name in tiny_families.BUILD]
+)
 def test_what_stays_in_full_precision_is_there(name: str, folder: Callable[[str], Path]) -> None:
     """Every entry names a Linear, and no Linear outside the blocks is packed without one."""
     denoiser = families.load(str(folder(name))).denoiser

@@ -207,10 +207,11 @@ PARTS: dict[str, tuple[Build, tuple[str, ...]]] = {
         ),
     ),
 }
+# others hold of each layer and pair among these
+SLOW = ("sdxl", "sdxl layers", "sdxl layers and pairs", "sd15 pairs", "sd15 small")
+whole = [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else []) for name, case in WHOLE.items()]
 everything = pytest.mark.parametrize(
-    ("build", "drop"),
-    [pytest.param(*case, id=name) for name, case in WHOLE.items()]
-    + [pytest.param(*case, id=f"{name} parts") for name, case in PARTS.items()],
+    ("build", "drop"), [*whole, *(pytest.param(*case, id=f"{name} parts") for name, case in PARTS.items())]
 )
 
 
@@ -232,13 +233,7 @@ def test_removing_is_skipping_and_loses_exactly_its_parameters(build: Build, dro
     assert torch.equal(out(small), skipped)
 
 
-SLOW = ("sdxl layers", "sdxl layers and pairs", "sd15 pairs")  # others hold of each layer and pair among these
-
-
-@pytest.mark.parametrize(
-    ("build", "drop"),
-    [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else []) for name, case in WHOLE.items()],
-)
+@pytest.mark.parametrize(("build", "drop"), whole)
 def test_stock_diffusers_loads_whole_blocks_without_a_word(build: Build, drop: tuple[str, ...], tmp_path: Path) -> None:
     model = build()
     assert BlockGraph.of(model).portable(drop)
@@ -603,10 +598,11 @@ def with_lora(model: Any, seed: int) -> dict[str, Tensor]:
         (sd3, "transformer", ("transformer_blocks.0", "transformer_blocks.3")),
         (flux, "transformer", ("transformer_blocks.0", "single_transformer_blocks.1")),
         (sd15, "unet", ("down_blocks.0.pairs.0", "up_blocks.2.pairs.1", "mid_block")),
-        (
+        pytest.param(
             sdxl,
             "unet",
             ("down_blocks.2.pairs.0", "up_blocks.0.pairs.0", "down_blocks.1.attentions.1.transformer_blocks.0"),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -721,7 +717,8 @@ def test_full_size_denoisers_on_the_meta_device() -> None:
     ("name", "blocks", "drop"),
     [
         ("shapes-sd3", 12, ("transformer_blocks.4", "transformer_blocks.9")),
-        ("shapes-sd", 7, ("mid_block",)),  # one pair in each stage: those have to stay
+        # one pair in each stage: those have to stay
+        pytest.param("shapes-sd", 7, ("mid_block",), marks=pytest.mark.slow),
     ],
 )
 def test_the_embedded_pipelines_load_pruned_in_stock_diffusers(

@@ -384,8 +384,18 @@ def test_a_shared_tensor_is_counted_once(tmp_path: Path) -> None:
 
 
 # to disk and back
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("settings", [FLOAT, DOUBLE, NF4()], ids=["float32", "double", "bf16"])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        pytest.param(settings, name, id=f"{kind}-{name}", marks=[] if name in fast else pytest.mark.slow)
+        for kind, settings, fast in (
+            ("float32", FLOAT, ("clip", "flux", "sd3", "t5")),
+            ("double", DOUBLE, ("sd15", "t5")),
+            ("bf16", NF4(), ("clip", "flux")),
+        )
+        for name in sorted(MODELS)
+    ],
+)
 def test_saved_and_loaded_to_the_bit(name: str, settings: NF4, tmp_path: Path) -> None:
     model = fresh(name)
     before = run(name, model)
@@ -431,8 +441,14 @@ def as_if_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
 
 
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("settings", [FLOAT, DOUBLE], ids=["single", "double"])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        pytest.param(settings, name, id=f"{kind}-{name}", marks=[] if name in fast else pytest.mark.slow)
+        for kind, settings, fast in (("single", FLOAT, ("sd3", "clip")), ("double", DOUBLE, ("sd15", "flux", "t5")))
+        for name in sorted(MODELS)
+    ],
+)
 def test_stock_loading_gives_the_same_tensors(name: str, settings: NF4, tmp_path: Path, as_if_gpu: None) -> None:
     model = fresh(name)
     quantize(model, settings)
@@ -471,7 +487,7 @@ def test_a_model_that_is_not_quantised_loads_too(tmp_path: Path) -> None:
         assert torch.equal(run(name, load(tmp_path / name)), run(name, model))
 
 
-@pytest.mark.parametrize("packed_too", [True, False])
+@pytest.mark.parametrize("packed_too", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_denoiser_that_lost_parts_of_blocks_comes_back(
     packed_too: bool, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:

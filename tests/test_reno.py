@@ -79,8 +79,13 @@ def best_noise(policy: Policy) -> BestNoise:
 
 
 # the gradient
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("num_inference_steps", "guidance_scale"), [(1, 1.0), (2, 3.0)])
+@pytest.mark.parametrize(
+    ("num_inference_steps", "guidance_scale", "kind"),
+    [
+        *((1, 1.0, "flow"), (2, 3.0, "epsilon")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1.0, "epsilon"), (2, 3.0, "flow"))),
+    ],
+)
 def test_the_gradient_reaches_the_noise(
     tiny: Build, kind: str, num_inference_steps: int, guidance_scale: float
 ) -> None:
@@ -229,7 +234,7 @@ def kept(folder: str | Path) -> dict[str, Tensor]:
     return load_file(Path(folder) / NOISE_FILE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("epsilon", marks=pytest.mark.slow), "flow"])
 def test_a_run_trains_the_noise_and_nothing_else(
     tiny_folders: dict[str, Path], config: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +266,7 @@ def test_the_best_iterate_is_saved_not_the_last(config: dict[str, Any]) -> None:
     assert torch.equal(kept(config["output_dir"])["mean"], started)
 
 
+@pytest.mark.slow  # FIND resumes what is kept of noise by the same code
 def test_resumed_is_the_uninterrupted_run(config: dict[str, Any], tmp_path: Path) -> None:
     """Bitwise, with momentum; and where the reward only falls after the checkpoint, the best stays that of before."""
     config |= {"checkpointing_steps": 2}

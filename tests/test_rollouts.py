@@ -24,6 +24,7 @@ from tests.helpers import TEXTS, Bright, Heard, bright, moved, prompted, rolled
 from tests.pipelines import Build
 
 KINDS = ("epsilon", pytest.param("v", marks=pytest.mark.slow), "flow")
+FEW = ("epsilon", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("v", "flow")))
 SHAPE = (4, 8, 8)
 
 
@@ -44,7 +45,10 @@ def latents(rollout: Rollout) -> Tensor:
 @pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 @pytest.mark.parametrize(
     ("kind", "kernel"),
-    [("epsilon", DDIM(1.0)), ("epsilon", DDIM(0.5)), ("v", DDIM(1.0)), ("flow", FlowSDE(0.7)), ("flow", DDIM(1.0))],
+    [
+        pytest.param("epsilon", DDIM(1.0), marks=pytest.mark.slow),
+        *(("epsilon", DDIM(0.5)), ("v", DDIM(1.0)), ("flow", FlowSDE(0.7)), ("flow", DDIM(1.0))),
+    ],
 )
 def test_replay_gives_the_stored_log_probs(tiny: Build, kind: str, kernel: Kernel, guidance_scale: float) -> None:
     """Drawn 4 at a time with one step for all, replayed 5 at a time with steps mixed. On a flow grid the posterior's
@@ -73,7 +77,7 @@ def test_fails_for_other_weights_guidance_or_reference(tiny: Build) -> None:
         assert (other - stored).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW)
 def test_log_probs_do_not_depend_on_the_chunk(tiny: Build, kind: str) -> None:
     policy, sampler = moved(tiny, kind), Sampler(3, 3.0)
     rollout, ctx = drawn(policy, sampler), Context(policy, 0, 0, range(6))
@@ -89,7 +93,7 @@ def test_a_deterministic_sampler_has_no_density(tiny: Build) -> None:
 
 
 # whose draws
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW)
 def test_pictures_do_not_depend_on_batch_size_or_process(tiny: Build, kind: str) -> None:
     """Six pictures in groups of three; the second process begins in the middle of a group."""
     policy = moved(tiny, kind)
@@ -244,7 +248,7 @@ def test_outside_the_window_nothing_is_drawn_and_nothing_trained(tiny: Build, ki
 @pytest.mark.parametrize(
     ("arguments", "trained_steps"),
     [
-        ({}, 4),
+        pytest.param({}, 4, marks=pytest.mark.slow),
         pytest.param({"timestep_fraction": 0.99}, 3, marks=pytest.mark.slow),
         ({"window": SDEWindow(2)}, 2),
         pytest.param({"step_normalisation": "guard"}, 4, marks=pytest.mark.slow),

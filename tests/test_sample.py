@@ -85,7 +85,7 @@ def test_resolution(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     assert drawn(tmp_path / "out").shape == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("lora", [LoRA(2), None])
+@pytest.mark.parametrize("lora", [LoRA(2), pytest.param(None, marks=pytest.mark.slow)])
 def test_tuned_weights_draw(tiny_folders: dict[str, Path], tmp_path: Path, lora: LoRA | None) -> None:
     policy = Policy(families.load(str(tiny_folders["epsilon"])), lora)
     disturb(policy, 0.1)

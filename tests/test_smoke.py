@@ -1,5 +1,5 @@
 """Every ``configs/*_smoke.yaml`` runs as it stands, on the shipped pipelines, and leaves weights that moved; every
-other training config parses as it stands."""
+other training config parses as it stands, those of QLoRA in :mod:`tests.test_memory`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,15 @@ from align.training.config import TrainConfig
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*_smoke.yaml"))
 OTHERS = sorted(
-    path for path in set(FOLDER.glob("*.yaml")) - set(CONFIGS) if not path.stem.startswith(("compress", "evaluate"))
+    path
+    for path in set(FOLDER.glob("*.yaml")) - set(CONFIGS)
+    if not path.stem.startswith(("compress", "evaluate", "qlora"))
 )
 WRITTEN = {LORA_FILE: "lora_B", NOISE_FILE: "mean"}  # what a run leaves, and which of its tensors begin at zero
 
 
-FAST = ("flow_grpo_smoke",)  # the other objectives have runs by command in their own tests
-
-
-@pytest.mark.parametrize(
-    "config",
-    [pytest.param(path, id=path.stem, marks=[] if path.stem in FAST else pytest.mark.slow) for path in CONFIGS],
-)
+@pytest.mark.slow  # every objective has a run by command in its own tests
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_smoke_config_runs(config: Path, tmp_path: Path) -> None:
     assert main(["--config", str(config), "--output_dir", str(tmp_path)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -206,7 +206,7 @@ def test_accelerate_launches_it(config: dict[str, Any]) -> None:
 def test_two_processes_are_one_with_twice_the_batch(
     config: dict[str, Any], tiny_folders: dict[str, Path], tmp_path: Path, kind: str, launcher: str
 ) -> None:
-    config |= {"max_train_steps": 3, "pretrained_model_name_or_path": str(tiny_folders[kind]), "max_grad_norm": 1e9}
+    config |= {"max_train_steps": 2, "pretrained_model_name_or_path": str(tiny_folders[kind]), "max_grad_norm": 1e9}
     assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
     file = write(config, train_batch_size=2)
     if launcher == "accelerate":
@@ -366,6 +366,9 @@ def test_mixed_precision_trains_float32_adapters(
     config: dict[str, Any], tiny_folders: dict[str, Path], precision: str, kind: str
 ) -> None:
     config["pretrained_model_name_or_path"] = str(tiny_folders[kind])
-    assert main(["--config", write(config, mixed_precision=precision, gradient_checkpointing=True)]) == 0
+    assert (
+        main(["--config", write(config, mixed_precision=precision, gradient_checkpointing=True, max_train_steps=3)])
+        == 0
+    )
     assert all(v.dtype == torch.float32 for v in weights(config["output_dir"]).values())
     assert lines(config["output_dir"])[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)

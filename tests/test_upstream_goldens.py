@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # our name and argu
     },
     "vqa_score": {"": ("VQAScore", {"model": "", "dtype": "float32"})},
 }
+SLOW = (("hpsv2", "2.0"), ("mps", "none"))  # a scorer's second
 FILES = ("model", "tokenizer", "processor", "head")
 OTHERWISE = {  # samples that ours scores otherwise, by number
     # of a prompt over 77 tokens torchmetrics drops the last token too, whose state is the prompt's; CLIP keeps it
@@ -62,7 +63,14 @@ def samples(root: Path) -> list[Sample]:
     return drawn(root / "modes")
 
 
-@pytest.mark.parametrize(("name", "case"), [(name, case) for name in CASES for case in CASES[name]])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(name, case, marks=pytest.mark.slow if (name, case) in SLOW else [])
+        for name in CASES
+        for case in CASES[name]
+    ],
+)
 def test_scores_are_the_published_packages(
     name: str, case: str, root: Path, weights: dict[str, dict[str, float]], samples: list[Sample]
 ) -> None:

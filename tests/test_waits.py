@@ -104,7 +104,7 @@ def test_a_dpo_update_asks_for_no_value(tiny: Build, kind: str) -> None:
     ("kind", "settings"),
     [
         ("flow", {"step_normalisation": "guard"}),
-        ("epsilon", {"beta": 0.1}),
+        pytest.param("epsilon", {"beta": 0.1}, marks=pytest.mark.slow),
         pytest.param("flow", {"beta": 0.1}, marks=pytest.mark.slow),
         pytest.param("epsilon", {"step_normalisation": "guard"}, marks=pytest.mark.slow),
     ],
