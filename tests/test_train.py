@@ -207,8 +207,11 @@ def test_two_processes_are_one_with_twice_the_batch(
     config: dict[str, Any], tiny_folders: dict[str, Path], tmp_path: Path, kind: str, launcher: str
 ) -> None:
     config |= {"max_train_steps": 2, "pretrained_model_name_or_path": str(tiny_folders[kind]), "max_grad_norm": 1e9}
+    held_out = config["data"]["init_args"] | {"limit": 6}
+    config["validation_data"] = paired(**held_out)
     assert main(["--config", write(config, output_dir=str(tmp_path / "one"))]) == 0
-    file = write(config, train_batch_size=2)
+    encoded = paired(**held_out | {"cache_dir": str(tmp_path / "cache")})  # by both processes, once
+    file = write(config, train_batch_size=2, validation_data=encoded)
     if launcher == "accelerate":
         # its own `launch --cpu --num_processes 2` starts one process unless MPI is there; its multi-process launcher
         # (torchrun) with the CPU asked for by name is gloo
@@ -219,8 +222,11 @@ def test_two_processes_are_one_with_twice_the_batch(
     one, two = weights(tmp_path / "one"), weights(config["output_dir"])
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-3)
-    losses = [[line["loss"] for line in lines(folder)] for folder in (tmp_path / "one", config["output_dir"])]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name in ("loss", "validation/loss"):
+        alone, together = (
+            [line[name] for line in lines(folder) if name in line] for folder in (tmp_path / "one", config["output_dir"])
+        )
+        assert len(alone) == 2 and alone == pytest.approx(together, abs=1e-5)
 
 
 def test_a_nan_stops_the_run_and_names_step_rows_and_checkpoint(
