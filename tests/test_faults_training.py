@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from align.policy.lora_weights import LoRAWeights
@@ -57,6 +57,19 @@ def test_a_checkpoint_holds_no_pickle_and_is_a_lora(run: dict[str, Any], tiny_fo
     stock = DiffusionPipeline.from_pretrained(tiny_folders["epsilon"])
     stock.load_lora_weights(folder)
     assert stock.get_active_adapters()
+
+
+def test_a_checkpoint_of_every_weight_is_a_denoiser(config: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    """The averaged one, as the finished run's."""
+    more = {"lora": None, "ema_decay": 0.5, "max_train_steps": 2, "checkpointing_steps": 2}
+    assert main(["--config", write(config, **more, output_dir=str(tmp_path / "full"))]) == 0
+    kept, done = (
+        UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
+        for folder in (tmp_path / "full/checkpoint-2", tmp_path / "full")
+    )
+    raw = load_file(tmp_path / "full/checkpoint-2/trained.safetensors")
+    assert all(kept[name].equal(done[name]) for name in done)
+    assert any(not kept[name].equal(raw[name]) for name in raw)
 
 
 @pytest.mark.parametrize(

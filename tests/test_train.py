@@ -224,7 +224,8 @@ def test_two_processes_are_one_with_twice_the_batch(
         torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-3)
     for name in ("loss", "validation/loss"):
         alone, together = (
-            [line[name] for line in lines(folder) if name in line] for folder in (tmp_path / "one", config["output_dir"])
+            [line[name] for line in lines(folder) if name in line]
+            for folder in (tmp_path / "one", config["output_dir"])
         )
         assert len(alone) == 2 and alone == pytest.approx(together, abs=1e-5)
 

@@ -4,7 +4,7 @@ is unpickled, and every number in it comes back to the bit.
 | file | holds |
 |---|---|
 | ``state.json`` | step, rollouts, the settings of the run, what an objective remembers, the optimizer's plain numbers |
-| ``pytorch_lora_weights.safetensors`` | of a LoRA run, what stock ``load_lora_weights`` reads |
+| ``pytorch_lora_weights.safetensors``, ``unet/`` … | what the finished run writes, for stock diffusers |
 | ``trained.safetensors`` | the trained parameters; ``ema-`` and ``reference-`` before it: their average and anchor |
 | ``optimizer.safetensors`` | the moments, as ``PARAMETER.NAME`` |
 | ``objective.safetensors`` | tensors that an objective remembers |
@@ -126,8 +126,7 @@ def write(folder: Path, parts: Parts, state: Mapping[str, Any], writes: bool = T
             save_file(gathered, folder / name)
 
     save(parts.policy.weights.named(), WEIGHTS)
-    if parts.policy.lora is not None:
-        parts.policy.save(folder)  # for ``load_lora_weights``: a checkpoint is a LoRA as well
+    parts.policy.save(folder)  # for stock diffusers: a checkpoint is a LoRA, or a denoiser, as well
     for name, values in parts.beside().items():
         save({str(k): p for k, p in enumerate(values)}, name)
     optimizer = parts.optimizer.state_dict()
