@@ -52,9 +52,10 @@ def test_it_agrees_with_the_exact_reward(net: ShapesNet, scenes: tuple[Tensor, l
     assert (scores[:SCENES] > scores[SCENES:]).float().mean() > 0.97
 
 
-def test_the_gradient_is_that_of_the_score(scenes: tuple[Tensor, list[str]]) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_gradient_is_that_of_the_score(scenes: tuple[Tensor, list[str]], temperature: float) -> None:
     """Against a central difference in float64, and not nothing for any image."""
-    reward = ShapesNet(device="cpu").double()
+    reward = ShapesNet(device="cpu", temperature=temperature).double()
     images, texts = scenes[0][:6].double() * 0.9 + 0.05, scenes[1][:6]
     images.requires_grad_()
     total = reward(images, texts).sum()
@@ -64,6 +65,21 @@ def test_the_gradient_is_that_of_the_score(scenes: tuple[Tensor, list[str]]) -> 
     with torch.no_grad():
         numeric = (reward(images + 1e-6 * way, texts).sum() - reward(images - 1e-6 * way, texts).sum()) / 2e-6
     assert (grad * way).sum().item() == pytest.approx(numeric.item(), rel=1e-4)
+
+
+def test_a_soft_eye_sees_less(net: ShapesNet, scenes: tuple[Tensor, list[str]]) -> None:
+    """It is the eye's logits that are divided, and the score that agrees less."""
+    images, texts = scenes
+    soft = ShapesNet(device="cpu", temperature=4.0)
+    for one, other in zip(soft.named(images[:2]), net.named(images[:2]), strict=True):
+        assert one.equal(other)
+    both = {"images": torch.cat([images, images]), "prompts": texts + texts[7:] + texts[:7]}
+    exact = Shapes().score(**both)
+    hard, less = (np.corrcoef(one.score(**both), exact)[0, 1] for one in (net, soft))
+    assert 0.3 < less < hard - 0.05, less
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(RewardError, match="temperature is .*; expected a number above 0"):
+            ShapesNet(temperature=wrong)
 
 
 def test_an_image_scores_the_same_alone_and_at_another_size(net: ShapesNet, scenes: tuple[Tensor, list[str]]) -> None:

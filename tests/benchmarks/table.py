@@ -449,8 +449,9 @@ def _direct_reward() -> str:
     runs = [(arm, run) for arm, seeds in found["arms"].items() for run in seeds]
     lines = [
         f"**Reward back-propagation by `ShapesNet`** ({span(run['date'] for _, run in runs)}, {found['hardware']}), "
-        "`shapes-sd3`; the exact reward is only watched. Held-out prompts, once each, base → tuned in ten steps at the "
-        "training's guidance; for strict the 95 % interval of the difference, over prompts.",
+        "of the pipeline that the config names; the exact reward is only watched. Held-out prompts, once each, base → "
+        "tuned in ten steps at the training's guidance, of a stopped run by its last good checkpoint; for strict the 95 "
+        "% interval of the difference, over prompts. A soft eye's logits are divided by 4, so its scores are small.",
         "",
         "| arm | config | seed | updates | evaluations | `ShapesNet` | graded | strict | difference | win rate |",
         "|---|---|---|---|---|---|---|---|---|---|",
