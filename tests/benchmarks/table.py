@@ -450,8 +450,8 @@ def _direct_reward() -> str:
     lines = [
         f"**Reward back-propagation by `ShapesNet`** ({span(run['date'] for _, run in runs)}, {found['hardware']}), "
         "of the pipeline that the config names; the exact reward is only watched. Held-out prompts, once each, base → "
-        "tuned in ten steps at the training's guidance, of a stopped run by its last good checkpoint; for strict the 95 "
-        "% interval of the difference, over prompts. A soft eye's logits are divided by 4, so its scores are small.",
+        "tuned in ten steps at the training's guidance, of a stopped run by its last good checkpoint; for strict the "
+        "95 % interval of the difference, over prompts. A soft eye's logits are divided by 4, so its scores are small.",
         "",
         "| arm | config | seed | updates | evaluations | `ShapesNet` | graded | strict | difference | win rate |",
         "|---|---|---|---|---|---|---|---|---|---|",
