@@ -152,18 +152,18 @@ def mean_curve(runs: Sequence[Sequence[Mapping[str, float]]], across: str) -> li
 def curves(
     path: Path, series: Mapping[str, Sequence[tuple[float, float]]], title: str, across: str, along: str
 ) -> None:
-    """A line for each of ``series``, named at its end, as a PNG."""
+    """A line for each of ``series``, named beside them, as a PNG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), dpi=120)
+    figure, axes = pyplot.subplots(figsize=(7.2, 3.6), dpi=120)
     for name, points in series.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
     axes.set(title=title, xlabel=across, ylabel=along)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.tight_layout()

@@ -1,13 +1,14 @@
 """Every online method at equal network evaluations, on both embedded pipelines, without guidance; seeds 0, 1, 2.
 
-    python tests/benchmarks/equal.py                             # what is not recorded yet: two hours of a core
+    python tests/benchmarks/equal.py                             # what is not recorded yet; all: three hours of a core
     python tests/benchmarks/equal.py --methods NFT --seeds 0     # this, beside what is recorded
 
 A run has as many rollouts as come nearest to BUDGET network evaluations: in drawing, for old and reference answers, in
 training. DRaFT and ReFL follow the gradient of ``ShapesNet``, the others the graded ``Shapes``; nobody
 trains on the strict score. Judged are the averaged weights, on the 240 held-out prompts, two pictures each, drawn as in
 training: ten steps without guidance. The curve is of what a run drew to train on, the strict score of at most six parts
-of its pictures. ``--quick`` is one seed of two rollouts and records nothing. Finished runs are kept in ``outputs/``.
+of its pictures, which ReFL's early stop leaves unfinished. ``--quick`` is one seed of two rollouts and records nothing.
+Finished runs are kept in ``outputs/``.
 """
 
 from __future__ import annotations
