@@ -42,7 +42,8 @@ def chosen(line: dict[str, Any]) -> str:
     return "ArrowLeft" if "ab"[line["shown"][0]] == line["label"] else "ArrowRight"
 
 
-def test_pairs_by_keyboard_with_undo_and_a_kill_in_between(browser: Browser, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+def test_pairs_by_keyboard_with_undo_and_a_kill_in_between(browser: Browser, tmp_path: Path, count: int) -> None:
     """0 answers lost, 0 twice, each the one that was given; the next picture within 100 ms, by the median."""
     answers, keys = tmp_path / "answers.jsonl", ["ArrowLeft", "ArrowRight", "2", "1", "ArrowDown", "x", "s"]
     given: dict[str, str] = {}
@@ -54,7 +55,7 @@ def test_pairs_by_keyboard_with_undo_and_a_kill_in_between(browser: Browser, tmp
         given[item_of(page)] = same.get(key, key)
         press(page, key)
 
-    with served(str(label_page.pairs(tmp_path / "in", 24)), "--output", str(answers)) as server:
+    with served(str(label_page.pairs(tmp_path / "in", count)), "--output", str(answers)) as server:
         page = opened(browser, server.url("/annotate/ann"))
         for number in range(12):
             choose(page, number)
@@ -75,17 +76,17 @@ def test_pairs_by_keyboard_with_undo_and_a_kill_in_between(browser: Browser, tmp
             choose(page, number)  # what is ahead is in the browser already
         until(page, "document.getElementById('state').textContent.includes('5 answers wait in this browser')")
         server.start()
-        while (number := len(given)) < 24:
+        while (number := len(given)) < count:
             choose(page, number)
         page.wait_for_selector("[data-state=done]")
         settled(page)
         times = latencies(page)
-        assert page.locator("#count").text_content() == "24 of 24"
+        assert page.locator("#count").text_content() == f"{count} of {count}"
         page.context.close()
     found = standing(answers)
-    assert Counter(line["item"] for line in found) == dict.fromkeys(range(24), 1)
+    assert Counter(line["item"] for line in found) == dict.fromkeys(range(count), 1)
     assert {str(line["item"]): chosen(line) for line in found} == given
-    assert len(times) >= 24 and median(times) < 100, times
+    assert len(times) >= count and median(times) < 100, times
 
 
 def test_answers_outlive_the_page_that_could_not_send_them(browser: Browser, tmp_path: Path) -> None:
