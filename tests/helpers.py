@@ -259,7 +259,7 @@ def _moved(tiny: Build, kind: str, lora: LoRA | None, scale: float) -> tuple[Mou
     torch.manual_seed(0)
     policy = Policy(tiny(kind), lora)
     disturb(policy, scale)
-    return Mould(policy, tokenizers(policy.family)), torch.get_rng_state()
+    return Mould(policy, tokenizers(policy.family.pipe)), torch.get_rng_state()
 
 
 def prompted(policy: Policy, count: int = 2, first: int = 0) -> PromptBatch:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from align import families
@@ -90,16 +90,16 @@ def tiny_sd3(dual: tuple[int, ...] = ()) -> SD3:
     return SD3(pipe, "tiny-sd3")
 
 
-def tokenizers(family: Family) -> list[object]:
-    """What copies of a family may share."""
-    return [part for name, part in family.pipe.components.items() if name.startswith("tokenizer")]
+def tokenizers(pipe: DiffusionPipeline) -> list[object]:
+    """What copies of a pipeline may share."""
+    return [part for name, part in pipe.components.items() if name.startswith("tokenizer")]
 
 
 @functools.cache
 def _built(kind: str) -> tuple[Mould, torch.Tensor]:
     """A tiny family to be copied, and the state of torch's generator after it was built."""
     family = tiny_sd3() if kind == "flow" else tiny_sd({"epsilon": "epsilon", "v": "v_prediction"}[kind])
-    return Mould(family, tokenizers(family)), torch.get_rng_state()
+    return Mould(family, tokenizers(family.pipe)), torch.get_rng_state()
 
 
 def tiny(kind: str) -> Family:

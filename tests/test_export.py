@@ -35,7 +35,7 @@ from align.policy.policy import LoRA, Policy
 from align.shapes.scripts import pretrain
 from tests import tiny_families
 from tests.mould import Mould
-from tests.pipelines import Build, tiny_sd, tiny_sd3
+from tests.pipelines import Build, tiny_sd, tiny_sd3, tokenizers
 from tests.test_policy import disturb
 
 RANK = 4
@@ -51,7 +51,7 @@ BUILD: dict[str, Callable[[], DiffusionPipeline]] = {
 @functools.cache
 def _mould(name: str) -> Mould:
     pipe = BUILD[name]()
-    return Mould(pipe, [part for key, part in pipe.components.items() if key.startswith("tokenizer")])
+    return Mould(pipe, tokenizers(pipe))
 
 
 def built(name: str) -> DiffusionPipeline:

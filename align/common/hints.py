@@ -109,9 +109,9 @@ def _settings(settings: type[Any], above: str = "", inside: tuple[type, ...] = (
 
 def _choices(kind: Any) -> list[type[Any]]:
     """The dataclasses that ``kind`` stands for: itself and all below it, but no abstract one."""
-    if not isinstance(kind, type) or kind in (object, type):
+    if not isinstance(kind, type) or not (dataclasses.is_dataclass(kind) or inspect.isabstract(kind)):
         return []
-    found = [kind] if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind) else []
+    found = [] if inspect.isabstract(kind) else [kind]
     below: list[type[Any]] = kind.__subclasses__()
     return found + [choice for part in below for choice in _choices(part)]
 

@@ -63,6 +63,7 @@ class ShapesNet(Network):
 
     places: Tensor
     apart: Tensor
+    temperature: float = 1.0  # that of its training
 
     def __init__(
         self,
@@ -86,7 +87,6 @@ class ShapesNet(Network):
         net = cls.__new__(cls)
         nn.Module.__init__(net)
         net._build()
-        net.temperature = 1.0
         return net
 
     def _build(self) -> None:

@@ -69,10 +69,8 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     stopped = finished(folder, *words).stopped
     if not scores.exists():
         settings = yaml.safe_load(Path(config).read_text())
-        base, scale = (
-            settings["pretrained_model_name_or_path"],
-            settings["objective"]["init_args"]["sampler"].get("guidance_scale"),
-        )
+        base = settings["pretrained_model_name_or_path"]
+        scale = settings["objective"]["init_args"]["sampler"].get("guidance_scale")
         net = next(reward for reward in settings["rewards"] if reward["name"] == "ShapesNet")
         shared = runs_folder(False) / f"direct_reward-{base}-{scale}"  # the base's pictures stay there
         how = ["--reward", json.dumps([{"name": "Shapes"}, net]), *HELD_OUT]

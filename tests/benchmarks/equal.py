@@ -1,6 +1,6 @@
 """Every online method at equal network evaluations, on both embedded pipelines, without guidance; seeds 0, 1, 2.
 
-    python tests/benchmarks/equal.py                             # what is not recorded yet; all: three hours of a core
+    python tests/benchmarks/equal.py                             # what is not recorded yet; all: three hours
     python tests/benchmarks/equal.py --methods NFT --seeds 0     # this, beside what is recorded
 
 A run has as many rollouts as come nearest to BUDGET network evaluations: in drawing, for old and reference answers, in
@@ -46,7 +46,7 @@ class Arm(NamedTuple):
 
 FORWARD = "--train_batch_size 64 --gradient_accumulation_steps 4 --lora.rank 16 --learning_rate 3e-3"
 DIRECT = (
-    "--stop null --ema_decay 0.9 --lr_scheduler cosine --learning_rate 2e-3 --max_grad_norm 1.0 "
+    "--stop null --ema_decay 0.9 --lr_scheduler cosine --max_grad_norm 1.0 "
     "--rollout_batch_size 128 --train_batch_size 32 --gradient_accumulation_steps 4"
 )
 ARMS = {
@@ -55,7 +55,9 @@ ARMS = {
     "NFT": Arm("configs/nft_shapes_sd3.yaml", 10, 20, f"--objective.sampler.guidance_scale 1.0 {FORWARD}"),
     "AWM": Arm("configs/awm_shapes_sd3.yaml", 10, 20),
     "DGPO": Arm("configs/dgpo_shapes_sd3.yaml", 10, 20),
-    "DRaFT": Arm("configs/draft_stop_shapes_sd3.yaml", 28, 28, f"{DIRECT} --objective.last_steps 3"),
+    "DRaFT": Arm(
+        "configs/draft_stop_shapes_sd3.yaml", 28, 28, f"{DIRECT} --objective.last_steps 3 --learning_rate 2e-3"
+    ),
     "ReFL": Arm(
         "configs/draft_stop_shapes_sd3.yaml", 44, 44, f"{DIRECT} --objective.early_stop 8 --learning_rate 5e-4"
     ),
