@@ -106,6 +106,9 @@ def pairs(folder: Path, count: int, side: int = 64, prompts: Sequence[str] = ())
     return folder / "pairs.jsonl"
 
 
+ENDED = "['done', 'waiting'].includes(document.body.dataset.state)"
+
+
 def opened(browser: Browser, url: str, **how: Any) -> Page:
     """A page of a person, with what comes next on the screen; :func:`settled` fails where its script has failed."""
     page = browser.new_context(**how).new_page()
@@ -122,10 +125,10 @@ def item_of(page: Page) -> str:
 
 
 def press(page: Page, key: str) -> None:
-    """Press, and wait for the next item or the end."""
+    """Press, and wait for the next item or the end; between them, while pictures load, there is none."""
     before = item_of(page)
     page.keyboard.press(key)
-    until(page, f"document.body.dataset.item !== '{before}'")
+    until(page, f"document.body.dataset.item ? document.body.dataset.item !== '{before}' : {ENDED}")
 
 
 def until(page: Page, condition: str, seconds: float = 20) -> None:

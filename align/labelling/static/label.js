@@ -233,6 +233,7 @@ async function advance() {
     current = showing;
     if (showing.pictures.length < showing.src.length) {
       delete document.body.dataset.item;
+      document.body.dataset.state = "loading";
       await showing.ready;
     }
     if (current === showing) show(showing);
