@@ -215,7 +215,12 @@ def test_a_bucketed_batch_costs_what_its_rows_do(kind: str, tiny: Build, pairs: 
             assert added["time_ids"][0].tolist() == [*size, 0, 0, *size]
     assert portraits and (kind != "sdxl" or heard[0][1] is not None)
     if kind == "flow":  # a mean over items of every size
+        before = policy.evaluations["trained"]
         whole = validation_metrics(objective, policy, data, 3)["loss"]
+        once = policy.evaluations["trained"] - before
+        parts = [validation_metrics(objective, policy, data, 3, rank, 2)["loss"] for rank in range(2)]
+        assert whole == pytest.approx(sum(parts)) and min(parts) > 0  # shared by processes, each pair seen by one
+        assert policy.evaluations["trained"] - before == 2 * once
         assert whole == pytest.approx(validation_metrics(objective, policy, data, 1)["loss"], rel=1e-5)
 
 

@@ -23,11 +23,15 @@ def gather_of(accelerator: Accelerator, policy: Policy) -> Callable[[Tensor], Te
     return gather
 
 
-def merged(totals: Mapping[str, Tensor], gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
+def numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """What single numbers are, of all by one wait for the device."""
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) if values else {}
+
+
+def merged(totals: Mapping[str, float], gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
     """Metrics over all processes: each gives its part of a mean, and its own of what is a maximum (``…_max``)."""
-    parts = gather([dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True)) if totals else {}])
     joined: dict[str, float] = {}
-    for name, value in (item for part in parts for item in part.items()):
+    for name, value in (item for part in gather([dict(totals)]) for item in part.items()):
         known = joined.get(name)
         joined[name] = value if known is None else max(known, value) if name.endswith("_max") else known + value
     return joined

@@ -35,7 +35,7 @@ from align.training.batch_plan import BatchPlan, require_rows
 from align.training.checkpoint import Parts
 from align.training.config import TrainConfig
 from align.training.finite import require_finite, settle
-from align.training.gather import gather_of, gather_text_of, merged, summed
+from align.training.gather import gather_of, gather_text_of, merged, numbers, summed
 from align.training.launch import describe_precision, launch, leaving, sharding_of
 from align.training.optimizer import build_optimizer, build_scheduler, clip, prepare
 from align.training.preemption import Preempted, Preemption
@@ -236,7 +236,7 @@ class Trainer:
                     totals[name] = totals.get(name, 0) + value * share
         settle(ctx.checks or ())
         norm = clip(accelerator, self.policy, config.max_grad_norm)
-        values = merged(totals, gather_text_of(accelerator, self.policy)) | {"grad_norm": norm}
+        values = merged(numbers(totals), gather_text_of(accelerator, self.policy)) | {"grad_norm": norm}
         require_finite(
             values, losses, chunks, ids, self.sizes.group, self.step + 1, self.folder.latest(), accelerator.scaler
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,13 +15,13 @@ from align.data.dataset import Dataset, batches
 from align.data.prompts import PromptSet
 from align.evaluation.gallery import save_grid
 from align.families import Family
-from align.objectives import Context, Metrics, Objective
+from align.objectives import Context, Objective
 from align.objectives.online.rewards import Scorer
 from align.policy.policy import Policy
 from align.sampling.generate import sample_images
 from align.training import trackers
 from align.training.config import TrainConfig
-from align.training.gather import gather_text_of
+from align.training.gather import gather_text_of, merged, numbers
 
 
 @torch.no_grad()
@@ -52,32 +53,36 @@ def held_out_values(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """The metrics of held-out pairs, or the mean scores of held-out prompts over all processes; nothing without any."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    gather = gather_text_of(accelerator, policy)
     if isinstance(held_out, PromptSet):
         if scorer is None:
             raise UserError("validation_data holds prompts: set rewards, to score their images")
-        rank, gather = accelerator.process_index, gather_text_of(accelerator, policy)
-        scores = validation_scores(config, policy, scorer, held_out, rank, accelerator.num_processes)
+        scores = validation_scores(config, policy, scorer, held_out, rank, world)
         return {name: statistics.fmean(gather(values)) for name, values in scores.items()}
     if held_out is None:
         return {}
-    return validation_metrics(config.objective, policy, held_out, config.train_batch_size)
+    parts = validation_metrics(config.objective, policy, held_out, config.train_batch_size, rank, world)
+    return merged(parts, gather)
 
 
-def validation_metrics(objective: Objective, policy: Policy, data: Dataset, batch_size: int) -> dict[str, float]:
-    """The objective's loss and metrics over all of ``data``, each item with draws of its own that are the same at every
-    call; means over items, but for what is called a maximum."""
+def validation_metrics(
+    objective: Objective, policy: Policy, data: Dataset, batch_size: int, rank: int = 0, world: int = 1
+) -> dict[str, float]:
+    """This process's part of the objective's loss and metrics over ``data``, from every ``world``-th batch, so that
+    batches are those of one process; each item has draws of its own that are the same at every call. Of means over
+    items, but for what is called a maximum, the parts add up."""
     sums: dict[str, float] = {}
-    for index in batches(data, batch_size):
+    for index in islice(batches(data, batch_size), rank, None, world):
         ctx = Context(policy, 0, -1, index, chunk=batch_size)
         table = objective.rollout(ctx, data.batch(index))
         for chunk in table.chunks(batch_size):
             loss, metrics = objective.loss(ctx, chunk)
-            values: Metrics = {"loss": loss, **metrics}
-            for name, value in values.items():
+            for name, value in numbers({"loss": loss, **metrics}).items():
                 if name.endswith("_max"):
-                    sums[name] = max(sums.get(name, value.item()), value.item())
+                    sums[name] = max(sums.get(name, value), value)
                 else:
-                    sums[name] = sums.get(name, 0.0) + value.item() * len(index) * len(chunk) / len(table)
+                    sums[name] = sums.get(name, 0.0) + value * len(index) * len(chunk) / len(table)
     return {name: value if name.endswith("_max") else value / len(data) for name, value in sums.items()}
 
 
