@@ -49,6 +49,7 @@ EXPECTED: dict[str, str] = {
     "hub_private": "the same",
     "rewards[0].timeout": "a reward that never answers can be given a time",
     "rewards[1].timeout": "the same",
+    **{f"rewards[{k}]": "image statistics are watched, at weight 0" for k in range(1, 8)},
     "data.init_args.max_contradicted_share": "pairs that contradict one another are counted",
     "validation_data.init_args.max_contradicted_share": "the same",
     "data.init_args.text_cache": "embeddings of captions need not be on disk",

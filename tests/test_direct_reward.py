@@ -420,6 +420,17 @@ def test_two_processes_are_one(config: dict[str, Any], tmp_path: Path) -> None:
 
 
 # memory
+def test_half_precision_is_traced(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps without a gradient and then one with it, under one autocast."""
+    monkeypatch.setitem(benchmark.OBJECTIVES, "DirectReward", {"sampler": {"num_inference_steps": 2}})
+    config = benchmark.config_of(tiny_folders["flow"], "DirectReward", tmp_path, resolution=32, train_batch_size=2)
+    whole = trace(config).peak.total
+    config.mixed_precision = "fp16"
+    assert 0 < trace(config).peak.total < whole
+
+
 @pytest.mark.slow
 def test_a_trace_counts_what_checkpoints_spare(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from rewards import load
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("DarkShare", "EdgeDensity", "ColorEntropy", "Sharpness")
 
 
@@ -74,3 +77,15 @@ def test_of_any_size_and_number(name: str) -> None:
     assert scores.shape == (3,) and scores.dtype == torch.float32
     alone = reward.score(images=images[1:2], prompts=[""])
     torch.testing.assert_close(alone, scores[1:2])
+
+
+def test_every_recipe_that_draws_for_a_reward_watches_them() -> None:
+    watched = set()
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        config = yaml.safe_load(path.read_text())
+        if path.stem.endswith("_smoke") or path.stem.startswith(("find_", "draft_stop_")) or "rewards" not in config:
+            continue  # parts that fit, noise alone, what watches the exact reward
+        weights = {reward["name"]: reward.get("weight") for reward in config["rewards"]}
+        assert {name: weights.get(name) for name in NAMES} == dict.fromkeys(NAMES, 0.0), path.stem
+        watched.add(config["objective"]["class_path"])
+    assert {"PolicyGradient", "D3PO", "NFT", "AWM", "DGPO", "DirectReward", "B2DiffuRL"} <= watched

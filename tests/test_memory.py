@@ -264,12 +264,13 @@ def test_idle_networks_rest_and_come_when_called() -> None:
     assert torch.equal(raw, plain.forward(x, torch.tensor([500.0]), plain.encode(["a red circle"])))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("qlora_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", benchmark.RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_the_peak_that_was_traced_and_fits(path: Path) -> None:
     found = json.loads((RESULTS / "memory.json").read_text())["recipes"][path.name]
     text = path.read_text()
     card = re.search(r"on one (\d+) GB GPU", text)
     assert card is not None and f"Traced peak: {found['peak'] / 2**30:.2f} GiB, in {found['phase']}," in text
     assert found["peak"] <= advice.room(advice.parse_memory(f"{card[1]}GB"))
-    config, _ = parse(TrainConfig, "align.train", "", ["--config", str(path)])
-    assert config.quantize == "nf4" and config.offload_idle and yaml.safe_load(text)["gradient_checkpointing"]
+    if path.name not in benchmark.BACKPROPAGATION:
+        config, _ = parse(TrainConfig, "align.train", "", ["--config", str(path)])
+        assert config.quantize == "nf4" and config.offload_idle and yaml.safe_load(text)["gradient_checkpointing"]

@@ -113,6 +113,22 @@ def test_a_run_starts_from_the_weights_of_another(
             assert torch.equal(say(policy), changed)
 
 
+def test_copies_of_weights_that_autocast_made_without_a_gradient_are_made_anew(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch before 2.11 goes on with them, and what was asked about without a gradient has none then."""
+    policy, cleared = Policy(tiny("flow"), LoRA(2)), []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(True))
+    for trains, times in ((False, 0), (True, 1), (True, 1), (False, 1), (True, 2)):
+        with torch.set_grad_enabled(trains):
+            say(policy)
+        assert len(cleared) == times
+    with torch.no_grad(), policy.reference():  # whose adapters are off: no copy of what trains
+        say(policy)
+    say(policy)
+    assert len(cleared) == 2
+
+
 @pytest.mark.parametrize("kind", ["epsilon", pytest.param("flow", marks=pytest.mark.slow)])
 def test_autocast_never_answers_with_weights_that_were_exchanged(tiny: Build, tmp_path: Path, kind: str) -> None:
     """Autocast keeps the half-precision copy of a weight for as long as it lasts, whatever the weight becomes."""

@@ -99,6 +99,7 @@ class Policy:
         self.evaluations = {"trained": 0, "frozen": 0}  # rows that went through the network, with and without gradient
         self.lockstep: Lockstep | None = None  # where processes share the weights
         self.shards = 1  # processes that each hold a part
+        self._blind = False  # what trains was last asked without a gradient
         self._number = 0  # what a lockstep calls those in force: 1 where a reference has weights of its own
 
     def initial(self, prompts: Sequence[str], noise: Tensor) -> Tensor:
@@ -110,13 +111,18 @@ class Policy:
 
         Only what is to be differentiated goes through accelerate's wrapper: its hooks expect a backward pass, and it
         exchanges buffers with the other processes, which may draw less."""
-        model = self.model if self.trained is None and torch.is_grad_enabled() else self.denoiser
+        trains = torch.is_grad_enabled()
+        model = self.model if self.trained is None and trains else self.denoiser
         if self.answering is not None:
             model = self.answering
+        else:
+            if trains and self._blind:  # torch before 2.11 goes on with autocast's copies, which have no gradient
+                torch.clear_autocast_cache()
+            self._blind = not trains
         if self.lockstep is not None:
             self.lockstep.forward(self._number)
         rows = len(x_t) * self.family.evaluations(guidance_scale)
-        self.evaluations["trained" if torch.is_grad_enabled() else "frozen"] += rows
+        self.evaluations["trained" if trains else "frozen"] += rows
         return self.family.predict(x_t, t, cond, guidance_scale, model)
 
     @contextmanager

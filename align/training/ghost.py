@@ -183,8 +183,13 @@ class _Functions(TorchFunctionMode):
         if x.dtype == lower or not (self.caching and x.is_leaf and x.requires_grad):
             return x.to(lower)
         if x not in self._casts:  # of weights that train, once in a scope; gradients flow through this one
-            self._casts[x] = x.to(lower)
+            with torch.enable_grad():
+                self._casts[x] = x.to(lower)
         return self._casts[x]
+
+    def clear(self) -> None:
+        """Stands for ``torch.clear_autocast_cache``."""
+        self._casts.clear()
 
     def autocast(self, _device: str, dtype: torch.dtype | None = None, enabled: bool = True, **_: Any) -> Any:
         """Stands for ``torch.autocast``."""
@@ -227,6 +232,7 @@ class Ghost:
     def present(self) -> Iterator[None]:
         with (
             mock.patch.object(torch, "autocast", self._functions.autocast),
+            mock.patch.object(torch, "clear_autocast_cache", self._functions.clear),
             _Device(self.ledger),
             self._functions,
         ):

@@ -8,7 +8,7 @@ in a call of the VAE and of the text encoders as encoding makes them, on tiny pi
 float32. *Traced* is :func:`align.training.memory.trace` of the same config from the JSON files of the same folder.
 *gpu* sets it beside what ``gpu_online.py`` measured on an H200. *Full size* are the published architectures from config
 files (:mod:`tests.benchmarks.config_folders`), bf16, LoRA 16, gradient checkpointing, one row at once, 1024 pixels
-(SD1.5: 512); *recipes* the configs that are meant for small GPUs.
+(SD1.5: 512); *recipes* the configs that say what they take.
 """
 
 from __future__ import annotations
@@ -63,12 +63,15 @@ FULL_SIZE: dict[str, tuple[str, dict[str, Any]]] = {
     "DPO, QLoRA": ("DPO", QLORA),
 }
 HUB = {
+    "CompVis/stable-diffusion-v1-4": "SD1.5",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "SD1.5",
     "stabilityai/stable-diffusion-xl-base-1.0": "SDXL",
     "stabilityai/stable-diffusion-3.5-large": "SD3.5 large",
     "black-forest-labs/FLUX.1-dev": "FLUX.1 dev",
 }
 CONFIGS = Path(__file__).parents[2] / "configs"
+BACKPROPAGATION = ("alignprop_sd15.yaml", "refl_sd14.yaml")  # through sampler and autoencoder
+RECIPES = sorted([*CONFIGS.glob("qlora_*.yaml"), *(CONFIGS / name for name in BACKPROPAGATION)])
 
 
 def config_of(model: Path, objective: str, root: Path, **settings: Any) -> TrainConfig:
@@ -234,7 +237,7 @@ def run_part(part: str, quick: bool, root: Path, only: str) -> Iterator[tuple[st
             if only in name:
                 yield name, full_size(name, root)
     else:
-        for path in sorted(CONFIGS.glob("qlora_*.yaml"))[: 1 if quick else None]:
+        for path in RECIPES[: 1 if quick else None]:
             if only in path.name:
                 yield path.name, recipe(path, root)
 

@@ -784,7 +784,13 @@ def _memory() -> str:
         other = entry.get("policy gradient")
         cells.append(f"{_gib(other['peak'])}, {other['phase']}" if other else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "Recipes (`configs/qlora_*.yaml`), traced, GiB:", "", "| config | peak | phase |", "|---|---|---|"]
+    lines += [
+        "",
+        "Recipes (`configs/`), traced, GiB, rewards not counted:",
+        "",
+        "| config | peak | phase |",
+        "|---|---|---|",
+    ]
     lines += [f"| {name} | {_gib(e['peak'])} | {e['phase']} |" for name, e in found["recipes"].items()]
     return "\n".join(lines)
 
@@ -885,6 +891,7 @@ def _people() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "dpo_shapes_sd": lambda: _dpo("dpo_shapes_sd", "Diffusion-DPO"),
     "dpo_shapes_sd3": lambda: _dpo("dpo_shapes_sd3", "Diffusion-DPO without guidance"),
+    "dpo_safeguard": lambda: _dpo("dpo_safeguard", "Diffusion-SDPO's safeguard"),
     "emoji": _emoji,
     "online_ddpo": lambda: _online("online_ddpo", "DDPO"),
     "online_ddpo_unguided": lambda: _online("online_ddpo_unguided", "DDPO without guidance"),
