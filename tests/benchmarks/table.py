@@ -193,6 +193,24 @@ def _find(name: str) -> str:
     return "\n".join(lines)
 
 
+def _reno(name: str) -> str:
+    found = load(name)
+    low, high = found["reno_less_best_of_n_ci"]
+    lines = [
+        f"**ReNO, `{found['config']}`, {found['model']}** ({found['date']}, {found['hardware']}): {found['prompts']} "
+        f"held-out prompts, {found['iterates']} iterates of one noise or the best of {found['iterates']} pictures by the "
+        f"same network, {found['evaluations']:,} network evaluations each, ReNO's with their gradients. ReNO's strict "
+        f"score less the best picture's: {low:+.3f} to {high:+.3f} over prompts.",
+        "",
+        "| one picture a prompt | the network's score | graded | strict |",
+        "|---|---|---|---|",
+    ]
+    kinds = {"start": "where ReNO starts", "reno": "ReNO's", "best_of_n": f"the best of {found['iterates']}"}
+    for key, title in kinds.items():
+        lines.append(f"| {title} | {' | '.join(f'{found[key][of]:.3f}' for of in ('net', 'graded', 'strict'))} |")
+    return "\n".join([*lines, "", f"![Where it starts, the best picture, ReNO's](results/{name}.png)"])
+
+
 def _opd() -> str:
     found = load("opd")
     tasks = list(found["teachers"])
@@ -909,6 +927,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "online_gpu": _online_gpu,
     "find_shapes_sd": lambda: _find("find_shapes_sd"),
     "find_shapes_sd3": lambda: _find("find_shapes_sd3"),
+    "reno_shapes_sd": lambda: _reno("reno_shapes_sd"),
+    "reno_shapes_sd3": lambda: _reno("reno_shapes_sd3"),
     "opd": _opd,
     "online_opd_unguided": lambda: _online("online_opd_unguided", "On-policy distillation of guidance"),
     "pruning": _pruning,
