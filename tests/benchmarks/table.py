@@ -199,8 +199,8 @@ def _reno(name: str) -> str:
     lines = [
         f"**ReNO, `{found['config']}`, {found['model']}** ({found['date']}, {found['hardware']}): {found['prompts']} "
         f"held-out prompts, {found['iterates']} iterates of one noise or the best of {found['iterates']} pictures by "
-        f"the same network, {found['evaluations']:,} network evaluations each, ReNO's with their gradients. ReNO's strict "
-        f"score less the best picture's: {low:+.3f} to {high:+.3f} over prompts.",
+        f"the same network, {found['evaluations']:,} network evaluations each, ReNO's with their gradients. ReNO's "
+        f"strict score less the best picture's: {low:+.3f} to {high:+.3f} over prompts.",
         "",
         "| one picture a prompt | the network's score | graded | strict |",
         "|---|---|---|---|",
