@@ -17,14 +17,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from PIL import Image
+
 from align.common.errors import DataError, UserError
 from align.data.trajectories import RolloutFolder
 from align.labelling.answers import Answer
 from align.labelling.decisions import Decision, counted, decisions
 from align.labelling.items import Item, Picture, Task, relative
+from rewards.common.errors import shortened
 from rewards.common.files import atomic, write_text
 from rewards.data.answers import standing
-from rewards.data.images import UnreadableError
+from rewards.data.images import BROKEN, UnreadableError
 from rewards.data.records import Broken, read_records
 from rewards.data.tables import LazyImage
 
@@ -56,7 +59,10 @@ def read_answers(path: Path) -> Answered:
             raise DataError(f"{where} is no answer of align.label")
         answer = Answer.of(line, where)
         names = line["images"] if "images" in line else [line[n] for n in ("image_a", "image_b", "image") if n in line]
-        items.append(Item(str(line["prompt"]), tuple(Picture(name, LazyImage(root / name)) for name in names)))
+        if not names or not all(isinstance(name, str) for name in names) or len(names) != len(answer.worth or names):
+            raise DataError(f"{where} is no answer of align.label: it is about {names}")
+        prompt = str(line.get("prompt") or "")
+        items.append(Item(prompt, tuple(Picture(name, LazyImage(root / name)) for name in names)))
         answers.append(replace(answer, item=len(answers)))
     if not answers:
         raise DataError(f"{path} holds no answer that stands; skipped items and those taken back are none")
@@ -96,11 +102,16 @@ def export(answers: Path, to: Format, output: Path, threshold: float | None = No
 
 
 def _file(picture: Picture) -> Path:
-    if not picture.image.file.is_file():
-        raise DataError(
-            f"{picture.image.file} is gone, which answers are about; put it back, or move the folders together"
-        )
-    return picture.image.file.resolve()
+    """Where it lies, by its own name also where that is a link, as in the hub's cache. Raises :class:`DataError` for
+    what is gone, or no picture: whatever else a link leads to is not to be given away."""
+    file = picture.image.file
+    if not file.is_file():
+        raise DataError(f"{file} is gone, which answers are about; put it back, or move the folders together")
+    try:
+        Image.open(file).close()
+    except BROKEN as error:
+        raise DataError(f"{file}, which answers are about, is no picture: {shortened(str(error))}") from error
+    return file.parent.resolve() / file.name
 
 
 def _rated(read: Answered, threshold: float | None) -> Iterator[dict[str, Any]]:
