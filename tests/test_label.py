@@ -179,7 +179,7 @@ def test_a_file_that_other_hands_have_changed_takes_no_answer(tmp_path: Path, ho
 
 
 @pytest.mark.parametrize(
-    "edit, said",
+    ("edit", "said"),
     [
         ({"item": 7}, "item 7, of which it says other than there is to say"),
         ({"item": 1, "ranking": [1, 2, 3]}, "item 1, of which"),
