@@ -200,6 +200,29 @@ def test_an_edited_line_is_refused_when_the_page_starts(tmp_path: Path, edit: di
         session(tmp_path, one.items)
 
 
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda text: text.replace('"prompt"', '"promt"'), "of the prompt None"),
+        (lambda text: text.replace('"0-a.png"', "3"), "is no answer of align.label: it is about [3, "),
+        (lambda text: text.replace('"image_a"', '"image_x"'), "is no answer of align.label: it is about ['0-b.png']"),
+        (lambda text: "[" * 100_000 + "\n", "nested deeper"),
+    ],
+)
+def test_an_edited_line_is_not_exported(tmp_path: Path, edit: Any, said: str) -> None:
+    one, path = session(tmp_path, pairs(tmp_path, 1)), tmp_path / "answers.jsonl"
+    one.submit("ann", entry(one, 0, 1))
+    one.file.close()
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(DataError, match=re.escape(said)):
+        export(path, "jsonl", tmp_path / "out.jsonl")
+    path.with_suffix(".session.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="answers.session.json cannot be read"):
+        export(path, "jsonl", tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="answers.session.json beside it cannot be read"):
+        session(tmp_path, one.items)
+
+
 def test_one_process_writes_one_session(tmp_path: Path) -> None:
     items = pairs(tmp_path, 2)
     one = session(tmp_path, items)

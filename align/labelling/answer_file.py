@@ -15,6 +15,7 @@ from typing import Any
 from align.common.errors import DataError, UserError
 from rewards.common.errors import WriteError
 from rewards.common.files import UNSUPPORTED, write_text
+from rewards.data.text import loads
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class AnswerFile:
             write_text(beside, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             return
         try:
-            before = json.loads(beside.read_text(encoding="utf-8"))
+            before: Any = loads(beside.read_text(encoding="utf-8"))
             wrong = [
                 f"{key} {before.get(key)!r}, now {record[key]!r}"
                 for key in record
@@ -89,7 +90,7 @@ class AnswerFile:
         lines = []
         for number, text in enumerate(data[:whole].split(b"\n")[:-1], 1):
             try:
-                line = json.loads(text)
+                line: Any = loads(text.decode())
                 lines.append(line if "undo" in line else {"item": line["item"], "id": line["id"], **line})
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(

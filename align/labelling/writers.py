@@ -30,6 +30,7 @@ from rewards.data.answers import standing
 from rewards.data.images import BROKEN, UnreadableError
 from rewards.data.records import Broken, read_records
 from rewards.data.tables import LazyImage
+from rewards.data.text import loads
 
 logger = logging.getLogger(__name__)
 Format = Literal["pickapic", "jsonl", "imagefolder", "d3po"]
@@ -49,7 +50,7 @@ def read_answers(path: Path) -> Answered:
     """What stands in an answers file. Raises :class:`DataError` where there is none, or nothing in it."""
     beside = path.with_suffix(".session.json")
     try:
-        record = json.loads(beside.read_text(encoding="utf-8"))
+        record: Any = loads(beside.read_text(encoding="utf-8"))
         task, root = record["task"], path.parent / record["root"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{beside} cannot be read ({error}); export the answers file that align.label wrote") from error
@@ -59,9 +60,9 @@ def read_answers(path: Path) -> Answered:
             raise DataError(f"{where} is no answer of align.label")
         answer = Answer.of(line, where)
         names = line["images"] if "images" in line else [line[n] for n in ("image_a", "image_b", "image") if n in line]
-        if not names or not all(isinstance(name, str) for name in names) or len(names) != len(answer.worth or names):
-            raise DataError(f"{where} is no answer of align.label: it is about {names}")
-        prompt = str(line.get("prompt") or "")
+        prompt, known = line.get("prompt"), isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not isinstance(prompt, str) or not known or not names or len(names) != len(answer.worth or names):
+            raise DataError(f"{where} is no answer of align.label: it is about {names} of the prompt {prompt!r}")
         items.append(Item(prompt, tuple(Picture(name, LazyImage(root / name)) for name in names)))
         answers.append(replace(answer, item=len(answers)))
     if not answers:
