@@ -58,7 +58,8 @@ def report(runs: Sequence[str], output: Path | None = None, now: float | None = 
     if output.is_dir():
         raise UserError(f"--output is the folder {output}; expected the name of an HTML file")
     records = [read_run(name, path, now, prompts_shown(len(found))) for name, path in found.items()]
-    write_text(output, run_page(records, now).html())
+    page = run_page(records, now).html()
+    write_text(output, page.encode(errors="replace").decode())  # JSON may hold halves of characters
     return output
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -65,6 +67,21 @@ class Reward(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def _staying() -> Iterator[None]:
+    """A reward that goes to another working directory, as some do for their files, does not take along a run, whose
+    relative paths would lead elsewhere."""
+    home = None
+    with contextlib.suppress(OSError):  # the folder is gone
+        home = os.getcwd()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if home is not None and os.getcwd() != home:
+                os.chdir(home)
+
+
 def checked(
     reward: Reward,
     name: str,
@@ -74,14 +91,16 @@ def checked(
 ) -> Tensor:
     """Call ``reward`` and make sure that both sides kept the contract: (B,) float32, on the device of ``images``.
 
-    The reward gets copies, so that one which writes into its images changes nobody else's. ``RewardError`` names the
-    reward, what arrived and what was expected, and the row where there is one; it is a ``RewardFailure`` where the
-    reward raised something else than a mistake of the user, or tried to end the process.
+    The reward gets copies, so that one which writes into its images changes nobody else's, and the working directory is
+    afterwards what it was. ``RewardError`` names the reward, what arrived and what was expected, and the row where
+    there is one; it is a ``RewardFailure`` where the reward raised something else than a mistake of the user, or tried
+    to end the process.
     """
     _check_input(name, images, prompts, metadata)
     copies = None if metadata is None else [dict(record) for record in metadata]
     try:
-        scores = reward.score(images=images.clone(), prompts=list(prompts), metadata=copies)
+        with _staying():
+            scores = reward.score(images=images.clone(), prompts=list(prompts), metadata=copies)
     except UserError:
         raise
     except SystemExit as error:  # which would end a run as if it had succeeded
@@ -232,6 +251,7 @@ def available() -> list[str]:
     return sorted(BUILT_IN)
 
 
+@_staying()
 def load(name: str, init_args: Mapping[str, Any] | None = None) -> Reward:
     """A built-in reward by name ("Shapes"), or any other by import path ("package.module.Class").
 

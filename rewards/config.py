@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rewards.common.errors import RewardError
+from rewards.common.errors import RewardError, shortened
 from rewards.common.files import fingerprint
+from rewards.data.text import load_yaml
 
 EXPECTED = "expected NAME, NAME:KEY=VALUE,KEY=VALUE or '{name: NAME, weight: 1, label: LABEL, args: {KEY: VALUE}}'"
 TAKEN = ("file", "prompt", "total")  # names of other columns beside the rewards'
@@ -113,9 +112,11 @@ def _read(entry: Named) -> list[RewardConfig]:
     content: Any = entry
     try:
         if isinstance(entry, str):
-            content = yaml.safe_load(entry) if entry.lstrip().startswith(("{", "[")) else _short(entry)
-    except yaml.YAMLError as error:
-        raise RewardError(f"--reward {entry} is not YAML ({' '.join(str(error).split())}); {EXPECTED}") from error
+            content = load_yaml(entry) if entry.lstrip().startswith(("{", "[")) else _short(entry)
+    except RewardError:
+        raise
+    except ValueError as error:
+        raise RewardError(f"--reward {shortened(str(entry))} is not YAML ({error}); {EXPECTED}") from error
     if isinstance(content, list):
         return [config for one in content for config in _read(one)]
     known = {one.name for one in fields(RewardConfig)}
@@ -146,7 +147,7 @@ def _short(text: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier() or key in args:
             raise RewardError(f"--reward {text}: {item!r} is no KEY=VALUE of its own; {EXPECTED}")
-        args[key] = yaml.safe_load(value)
+        args[key] = load_yaml(value)
     return {"name": name, "args": args}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ class Odd:
         self.what, self.token = what, token
         if what.startswith("never "):
             {"never exit": sys.exit, "never break": lambda: {}["absent"]}[what]()
+        elif what == "begin elsewhere":
+            os.chdir("/")
 
     def score(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -39,6 +42,7 @@ class Odd:
             while True:
                 pass
         results: dict[str, Any] = {
+            "elsewhere": lambda: (os.chdir("/"), mean)[1],
             "exit": lambda: sys.exit(0),
             "quit": lambda: exit("bye"),
             "raise": lambda: {}["absent"],

@@ -318,6 +318,21 @@ def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
         assert pa.total_allocated_bytes() - before < 8_000_000  # of 16 MB
 
 
+@pytest.mark.parametrize("column", ["caption", "label_0"])
+def test_a_damaged_column_is_of_its_file(tmp_path: Path, column: str) -> None:
+    """pyarrow names none, and not the cache that was being written is at fault."""
+    rows = {"caption": ["a star"] * 3, "jpg_0": [noise(1)] * 3, "jpg_1": [noise(2)] * 3, "label_0": [1.0] * 3}
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table(rows), file, use_dictionary=False)
+    group = pq.read_metadata(file).row_group(0)
+    (place,) = (c.data_page_offset for c in map(group.column, range(4)) if c.path_in_schema == column)
+    data = bytearray(file.read_bytes())
+    data[place : place + 20] = b"\xff" * 20
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"^\S+/a.parquet is damaged near row 0: "):
+        PreferencePairs(str(file), cache_dir=str(tmp_path / "cache")).check()
+
+
 # errors
 def test_a_missing_path_and_an_unknown_layout_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file or folder"):

@@ -11,7 +11,9 @@ import pytest
 from align import evaluate, rollout, sample
 from align.common.command import parse
 from align.common.errors import UserError
+from align.policy.policy import LoRA
 from align.training.config import TrainConfig
+from align.training.run_folder import base_of
 from pruning import compress
 from rewards import RewardError, parse_rewards
 from tests.helpers import errors
@@ -54,12 +56,34 @@ def test_a_rollout_has_prompts(limit: str, tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["seed: " + "[" * 100_000, "seed: &a [*a]"], ids=["deep", "itself"])
+BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{k + 1}: &a{k + 1} [{f'*a{k}, ' * 10}]\n" for k in range(9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("seed: " + "[" * 100_000, "seed: &a [*a]", "seed: &a {b: *a}", BOMB),
+        *("seed: 2001-13-45", "seed: !!int many", "seed: !!bool many", "seed: !!timestamp now"),
+    ],
+    ids=["deep", "itself", "itself below", "aliases of aliases", "no day", "no number", "no truth", "no time"],
+)
 def test_a_config_file_ends_somewhere(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    assert sample.main(["--config", str(tmp_path / "config.yaml")]) == 2
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert sample.main(["--config", str(path)]) == 2
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and "error: --config is no YAML" in told[0]
+    assert len(told) == 1 and f"error: --config {path} is no YAML" in told[0]
+    with pytest.raises(UserError, match="config.yaml is no YAML"):  # as that of a run
+        base_of(tmp_path)
+    with pytest.raises(RewardError, match="is not YAML"):
+        parse_rewards("{name: Shapes, args: {" + text.replace("\n", ", ") + "}}")
+
+
+def test_a_mapping_is_merged_into_others_which_override_it(tmp_path: Path) -> None:
+    text = "lora: {<<: &low {rank: 4, alpha: 2.0}, alpha: 3.0}\nsamples: {<<: [{seed: 3}, {seed: 4}]}\n"
+    (tmp_path / "config.yaml").write_text(DPO + text)
+    config, _ = parse(TrainConfig, "align.train", None, ["--config", f"{tmp_path}/config.yaml"], leaves=False)
+    assert config.lora == LoRA(4, 3.0) and config.samples.seed == 3
 
 
 def test_compress_knows_its_device(
@@ -114,6 +138,11 @@ def test_another_trainers_word_is_answered_with_ours(tmp_path: Path, words: str,
         ("--objective NOSUCH", ".*AWM, .*DPO, .*ReNO.*"),
         ("--data Prefs", "(?!.*EncodedData).*PreferencePairs, .*RatedImages, .*"),
         ("--objective PolicyGradient --objective.sampler.kernel Ddim", ".*DDIM, .*WindowedKernel.*"),
+        ("--validation_data Prefs", "(?!.*EncodedData).*PreferencePairs, .*RatedImages, .*"),
+        *(
+            (f"--objective {name}", "AWM, .*")
+            for name in ("3", "{class_path:}", "align.objectives", "os.system", "a:b")
+        ),
     ],
 )
 def test_a_class_that_is_none_is_answered_with_those_that_are(tmp_path: Path, words: str, names: str) -> None:

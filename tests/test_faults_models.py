@@ -271,7 +271,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken JSON": (lambda f: (f / "unet" / "config.json").write_text("{"), r"unet/config.json cannot be read as JSON"),
     "broken index": (lambda f: (f / "model_index.json").write_text("{"), r"model_index.json cannot be read as JSON"),
     "JSON of another kind": (lambda f: (f / "vae" / "config.json").write_text("[]"), r"vae/config.json holds a list"),
-    "no config": (lambda f: (f / "vae" / "config.json").unlink(), r"vae cannot be read as a AutoencoderKL"),
+    "no config": (lambda f: (f / "vae" / "config.json").unlink(), r"vae/config.json; is the folder whole"),
     "unknown class": (lambda f: change(f / "model_index.json", unet=["diffusers", "Nothing"]), r"has no Nothing"),
     "a part of a library that is not there": (
         lambda f: change(f / "model_index.json", unet=["nowhere", "NoSuch"]), r"unet is said to be NoSuch of 'nowhere'"
@@ -398,6 +398,11 @@ def test_a_tuned_denoiser_is_read_whole(copy: Callable[[str], Path], tmp_path: P
         edit(tmp_path / "run", UNET, damage)
         with pytest.raises(Unsupported, match=said):
             families.tuned(family, str(tmp_path / "run"))
+        with pytest.raises(UserError, match=f"^initial_weights: .*({said}|missing, unknown)"):
+            Policy(family, None, initial=tmp_path / "run")
+    (tmp_path / "run/unet/config.json").write_text("[]")
+    with pytest.raises(Unsupported, match=r"config.json holds a list; expected a JSON object"):
+        families.tuned(family, str(tmp_path / "run"))
 
 
 # learned noise

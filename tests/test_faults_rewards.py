@@ -136,6 +136,16 @@ def test_one_that_writes_into_what_it_gets_changes_nobody_elses(what: str) -> No
     assert torch.equal(images, IMAGES) and prompts == PROMPTS and metadata == [{"task": "a"}, {"task": "b"}]
 
 
+@pytest.mark.parametrize("what", ["elsewhere", "begin elsewhere"])
+def test_one_that_goes_to_another_folder_takes_no_run_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What a run writes by a relative path lay there from then on."""
+    monkeypatch.chdir(tmp_path)
+    checked(load("tests.odd_rewards.Odd", {"what": what}), "mine", IMAGES, PROMPTS)
+    assert Path.cwd() == tmp_path
+
+
 @pytest.mark.parametrize(("what", "scores"), [("whole", [2.0, 8.0]), ("truth", [0.0, 1.0])])
 def test_whole_numbers_and_truths_are_scores(what: str, scores: list[float]) -> None:
     given = checked(Odd(what), "mine", IMAGES, PROMPTS)

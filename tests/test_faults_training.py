@@ -125,6 +125,8 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "weights garbage": lambda folder: (folder / "trained.safetensors").write_bytes(os.urandom(512)),
     "no moments": lambda folder: (folder / "optimizer.safetensors").unlink(),
     "settings a word": lambda folder: rewrite(folder / "state.json", settings="mine"),
+    "settings of the stop rule none": lambda folder: rewrite(folder / "state.json", stop=None),
+    "evaluations a word": lambda folder: rewrite(folder / "state.json", evaluations={"trained": "x", "frozen": 1}),
     "weights not a number": lambda folder: spoil(folder / "trained.safetensors", float("nan")),
     "moments not a number": lambda folder: spoil(folder / "optimizer.safetensors", float("nan")),
     "moments infinite": lambda folder: spoil(folder / "optimizer.safetensors", float("inf")),
@@ -147,6 +149,36 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
     assert main(["--config", write(run, max_train_steps=3)]) == 0
     heard = capsys.readouterr()
     assert "checkpoint-6 is no whole checkpoint" in heard.err and "checkpoint-3 at step 3" in heard.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"scheduler": {"last_epoch": "x", "lr_lambdas": [None]}},
+            "does not fit this run: scheduler.last_epoch is 'x'",
+        ),
+        ({"scheduler": {"base_lrs": [1, 2], "lr_lambdas": [None]}}, "base_lrs is [1, 2], and 1 values in this run"),
+        ({"optimizer": {"groups": [{"lr": float("nan")}], "numbers": {}}}, "optimizer.0.lr is nan, and"),
+        ({"stop": {"history": {"bright": 3}}}, "stop: the checkpoint's history is {'bright': 3}; expected numbers"),
+    ],
+)
+def test_numbers_of_another_kind_do_not_fit(
+    run: dict[str, Any], changes: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first step, at which torch finds out."""
+    rewrite(Path(run["output_dir"]) / "checkpoint-6/state.json", **changes)
+    before = contents(run["output_dir"])
+    assert main(["--config", write(run)]) == 2
+    (line,) = errors(capsys.readouterr().err)
+    assert told in line and contents(run["output_dir"]) == before
+
+
+def test_what_is_no_line_of_metrics_is_dropped_by_a_resumed_run(run: dict[str, Any]) -> None:
+    path = Path(run["output_dir"]) / "metrics.jsonl"
+    path.write_bytes(b'\xff\n3\n{"loss": 1}\n' + path.read_bytes() + b'{"step": 6, "lo')
+    assert main(["--config", write(run)]) == 0
+    assert [line["step"] for line in untimed(run["output_dir"])] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("file", ["trained", "optimizer"])

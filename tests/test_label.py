@@ -159,6 +159,70 @@ def test_what_the_disk_does_not_take_leaves_nothing(tmp_path: Path, monkeypatch:
     assert one.submit("ann", sent) == "stored" and len(lines(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("how", ["replaced", "deleted", "written into", "cut"])
+def test_a_file_that_other_hands_have_changed_takes_no_answer(tmp_path: Path, how: str) -> None:
+    """It would be lost with a file that is no more, or glued to half a line."""
+    one, path = session(tmp_path, pairs(tmp_path, 2)), tmp_path / "answers.jsonl"
+    one.submit("ann", entry(one, 0, 1))
+    text = path.read_text()
+    if how in ("replaced", "deleted"):
+        path.rename(tmp_path / "away")
+    if how != "deleted":
+        path.write_text({"written into": text + '{"half', "cut": text[:-1]}.get(how, text))
+    sent = entry(one, 1, 1)
+    with pytest.raises(WriteError, match="changed, moved or deleted by other hands; start align.label again"):
+        one.submit("ann", sent)
+    assert (path.read_text() if path.exists() else "").count("\n") <= 1
+    one.file.close()
+    again = session(tmp_path, one.items)
+    assert again.submit("ann", sent) == "stored" and lines(tmp_path)[-1]["id"] == sent["id"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"item": 7}, "item 7, of which it says other than there is to say"),
+        ({"item": 1, "ranking": [1, 2, 3]}, "item 1, of which"),
+        ({"item": 0}, "item 0, which ann has answered before"),
+        ({"item": 1, "id": "answer-0001"}, "the id 'answer-0001', which is another line's"),
+        ({"item": 1, "label": "left"}, "the label is 'left'; expected a, b, tie, both bad or skip"),
+        ({"item": 1, "shown": [0, 0]}, "item 1, shown as"),
+        ({"undo": "answer-0001", "id": None}, "the id None"),
+    ],
+)
+def test_an_edited_line_is_refused_when_the_page_starts(tmp_path: Path, edit: dict[str, Any], said: str) -> None:
+    one, path = session(tmp_path, pairs(tmp_path, 2)), tmp_path / "answers.jsonl"
+    one.submit("ann", entry(one, 0, 1) | {"id": "answer-0001"})
+    one.file.close()
+    line = json.loads(path.read_text()) | {"id": "answer-0002"} | edit
+    path.write_text(path.read_text() + json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=re.escape(said)):
+        session(tmp_path, one.items)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda text: text.replace('"prompt"', '"promt"'), "of the prompt None"),
+        (lambda text: text.replace('"0-a.png"', "3"), "is no answer of align.label: it is about [3, "),
+        (lambda text: text.replace('"image_a"', '"image_x"'), "is no answer of align.label: it is about ['0-b.png']"),
+        (lambda text: "[" * 100_000 + "\n", "nested deeper"),
+    ],
+)
+def test_an_edited_line_is_not_exported(tmp_path: Path, edit: Any, said: str) -> None:
+    one, path = session(tmp_path, pairs(tmp_path, 1)), tmp_path / "answers.jsonl"
+    one.submit("ann", entry(one, 0, 1))
+    one.file.close()
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(DataError, match=re.escape(said)):
+        export(path, "jsonl", tmp_path / "out.jsonl")
+    path.with_suffix(".session.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="answers.session.json cannot be read"):
+        export(path, "jsonl", tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="answers.session.json beside it cannot be read"):
+        session(tmp_path, one.items)
+
+
 def test_one_process_writes_one_session(tmp_path: Path) -> None:
     items = pairs(tmp_path, 2)
     one = session(tmp_path, items)
@@ -499,6 +563,14 @@ def test_large_and_damaged_pictures(tmp_path: Path) -> None:
         assert "This picture cannot be shown: not a readable image" in told and "BytesIO" not in told
 
 
+def test_a_picture_that_is_gone_is_shown_as_that(tmp_path: Path) -> None:
+    one = session(tmp_path, pairs(tmp_path, 2))
+    one.items[1].pictures[0].image.file.unlink()
+    assert len(one.next("ann", 8)) == 2 and one.progress("ann")["undrawn"] == 0
+    place = one.shown("ann", 1).index(0)
+    assert client(one).get(f"/annotate/ann/picture/1/{place}").status_code == 422
+
+
 def test_ten_thousand_items_are_quick(tmp_path: Path) -> None:
     both = pairs(tmp_path, 1)[0].pictures
     one = session(tmp_path, [Item(f"prompt {k}", both) for k in range(10_000)])
@@ -652,8 +724,10 @@ def test_answers_on_a_rollout_train_as_they_are_and_as_d3pos_json(
 
 
 def test_exports_of_pairs_are_read_again(tmp_path: Path) -> None:
-    for name in "abcd":
-        picture(tmp_path, f"in/{name}.png", name.encode()[0])
+    for name in "abcd":  # links, as in the hub's cache
+        picture(tmp_path, f"blobs/{name}.png", name.encode()[0]).image.file.rename(tmp_path / "blobs" / name)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / f"in/{name}.png").symlink_to(f"../blobs/{name}")
     rows = [{"prompt": p, "chosen": f"{a}.png", "rejected": f"{b}.png"} for p, a, b in ("xab", "ycd", "zad")]
     (tmp_path / "in/pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     answers = labelled(tmp_path / "a", str(tmp_path / "in/pairs.jsonl"), "pair")
@@ -679,6 +753,12 @@ def test_exports_of_pairs_are_read_again(tmp_path: Path) -> None:
     (tmp_path / "in/a.png").unlink()
     with pytest.raises(DataError, match=r"a.png is gone"):
         export(answers, "pickapic", tmp_path / "q.parquet")
+    (tmp_path / "in/a.png").symlink_to("secret.key")
+    (tmp_path / "in/secret.key").write_text("what a link leads to and is no picture")
+    for to in ("pickapic", "jsonl", "imagefolder"):
+        with pytest.raises(DataError, match=r"a.png, which answers are about, is no picture"):
+            export(answers, to, tmp_path / "q")
+        assert not (tmp_path / "q").exists()
 
 
 def test_thumbs_and_scores_are_unpaired_rows(tmp_path: Path) -> None:

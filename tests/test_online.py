@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align import families
 from align.common.errors import UserError
-from align.data.prompts import Prompts
+from align.data.prompts import Prompts, PromptSet
 from align.families import LORA_FILE
 from align.objectives import Context
 from align.objectives.b2_diffurl import B2DiffuRL
@@ -27,7 +27,8 @@ from align.sampling.generate import sample_images
 from align.sampling.sampler import Sampler
 from align.train import main
 from align.training.batch_plan import BatchPlan, shares
-from align.training.config import TrainConfig
+from align.training.config import Samples, TrainConfig
+from align.training.validation import validation_scores
 from tests.helpers import (
     Bright,
     errors,
@@ -370,6 +371,17 @@ def test_held_out_prompts_are_scored_by_every_reward(config: dict[str, Any]) -> 
         assert line["validation/bright"] == pytest.approx(images.mean().item(), abs=1e-6)
     card = (folder / "README.md").read_text()
     assert "| bright | 0." in card and "| watched | 0.5000 |" in card
+
+
+def test_processes_without_a_held_out_prompt_have_no_score(tiny: Build) -> None:
+    data = Prompts("shapes-prompts-heldout", limit=2)
+    scorer, policy = Scorer({"bright": Bright()}, {"bright": 1.0}), Policy(tiny("epsilon"), LoRA(2))
+    held_out = PromptSet(policy.family, data.read())
+    config = TrainConfig(data, PolicyGradient(sampler=Sampler(2)), samples=Samples(num_inference_steps=1))
+    (alone,) = validation_scores(config, policy, scorer, held_out, 0, 1).values()
+    shares = [validation_scores(config, policy, scorer, held_out, rank, 3)["bright"] for rank in range(3)]
+    assert [len(share) for share in shares] == [1, 1, 0]
+    assert [score for share in shares for score in share] == pytest.approx(alone, abs=1e-6)
 
 
 @pytest.mark.parametrize("how", ["nan", "raise"])

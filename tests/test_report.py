@@ -139,10 +139,12 @@ def test_a_torn_line_is_no_fault_and_a_broken_one_is_told(tmp_path: Path) -> Non
 
 def test_values_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     rows = [*lines(), {"step": 5, "loss": float("nan")}, {"step": 6, "loss": 10**400}, {"step": 7, "loss": True}]
+    rows += [{"step": 8, "loss": 1e308, "time": float("nan")}, {"step": 8, "loss": -1e308}, {"step": 1e308, "loss": 1}]
+    rows += [{"step": 9, "tiny": 5e-324, "half \ud800": 1.0}]  # a sum, a range, a ratio of such are none
     run = make_run(tmp_path / "run", rows)
     curve = read_run("run", run, NOW, 4).metrics.curves["loss"]
-    assert len(curve.buckets) == 4 and curve.broken == 2
-    assert "2 not finite, left out" in page_of(run)
+    assert len(curve.buckets) == 4 and curve.broken == 4
+    assert "4 not finite, left out" in page_of(run) and main([str(run)]) == 0
 
 
 def test_steps_that_were_taken_again_replace_the_first_ones(tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_the_command_writes_beside_the_run(tmp_path: Path, capsys: pytest.Captur
         (["{tmp}/nowhere"], "is no folder; expected the run folder"),
         (["{tmp}"], "is no run folder .no config.yaml.; give the runs below it: .*good"),
         (["{tmp}/broken"], "config.yaml is no YAML"),
-        (["{tmp}/empty"], "holds no settings"),
+        (["{tmp}/empty"], "holds nothing; expected settings"),
         (["{tmp}/good", "{tmp}/./good"], "is given twice"),
         (["{tmp}/good"] * 9, "9 runs are more than a page can tell apart; give at most 8"),
         (["a={tmp}/good", "a={tmp}/empty"], "two runs are named a"),

@@ -159,6 +159,21 @@ def test_a_file_that_stops_coming_is_one_line_and_the_next_start_goes_on(hub: Hu
     assert family.pictures >= 2 * 6 and rest.pictures == 2 * (COUNT - 6)
 
 
+def test_a_network_that_is_gone_is_one_line(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx's errors of connections are no ``OSError``; each asks anew."""
+    data = pairs(tmp_path)
+    data.check()
+    for module, name in ((constants, "ENDPOINT"), (huggingface_hub.hf_api.api, "endpoint")):
+        monkeypatch.setattr(module, name, "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"train-00000\S+ cannot be read: ConnectError.*the next start goes on"):
+            data.prepare(quiet(Tiny()))
+    _hub_footers.cache_clear()
+    with pytest.raises(DataError, match=r"/data cannot be read: ConnectError.*the next start goes on"):
+        pairs(tmp_path / "other").check()
+
+
 def test_images_and_members_of_pairs_stream_too(hub: Hub, tmp_path: Path) -> None:
     where: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), "streaming": True}
     images = Images("them/pairs", image_column="jpg_1", limit=5, **where).prepare(quiet(Tiny()))
@@ -173,6 +188,10 @@ def test_images_and_members_of_pairs_stream_too(hub: Hub, tmp_path: Path) -> Non
 def test_what_cannot_be_streamed_is_refused(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="them/pairs has no split 'test'; it has train"):
         pairs(tmp_path, split="test").check()
+    hub.repos["them/pairs"].files = {"data/train.parquet": b"no parquet"}
+    again()
+    with pytest.raises(DataError, match="data cannot be read: Parquet magic bytes .* it is damaged there$"):
+        pairs(tmp_path).check()
     hub.repos["them/pairs"].files = {"train.jsonl": b'{"caption": "a"}\n'}
     again()
     with pytest.raises(DataError, match="no data set of parquet files, which streaming needs; leave streaming out"):

@@ -7,7 +7,6 @@ import functools
 import inspect
 import json
 import math
-import re
 import sys
 import tempfile
 from argparse import ArgumentError
@@ -20,33 +19,15 @@ from jsonargparse import ArgumentParser, Namespace
 
 from align.common.errors import UserError
 from align.common.hints import nulls, suggestion
-from align.common.renames import tell, upgrade, upgrade_arguments
+from align.common.renames import tell, upgrade_arguments
+from align.common.settings_file import read_settings
 from rewards.common.command import DEBUG, status
 from rewards.config import RewardConfig, plain_rewards, without_secrets
-from rewards.data.text import read_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-
-
-class OnceLoader(yaml.SafeLoader):
-    """YAML of which no key comes twice: the later would win without a word. ``None`` is null and ``1e-5`` a number, as
-    they are to whoever writes Python."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for k, key in enumerate(keys) if key in keys[:k]]:
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"the key {twice[0]!r} comes twice in the mapping from line {line} on")
-        return super().construct_mapping(node, deep)
-
-
-OnceLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("None"), ["N"])
-OnceLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
 
 
 class OneLine(ArgumentParser):
@@ -100,8 +81,6 @@ def parse(
         try:
             reward_keys = _reward_keys(settings)
             arguments = _rewritten(_one_reward_list(arguments, reward_keys), Path(scratch), reward_keys)
-        except (yaml.YAMLError, RecursionError) as error:
-            parser.error(f"--config is no YAML: {error}")
         except OSError as error:  # no right to read it, or no room for a copy in today's names
             parser.error(f"--config: {error}")
         except UserError as error:
@@ -231,12 +210,11 @@ def _rewritten(arguments: list[str], scratch: Path, reward_keys: Sequence[str]) 
         path = Path(value if equals else arguments[at + 1])
         if not path.is_file():
             continue  # jsonargparse says so
-        content = yaml.load(read_text(path), OnceLoader)
-        if not isinstance(content, dict):
-            given = "nothing" if content is None else f"a {type(content).__name__}"
-            raise UserError(f"--config {path} holds {given}; expected settings, a line for each, such as seed: 0")
         told: list[str] = []
-        new = _at_home(upgrade(content, told=told))
+        try:
+            new = _at_home(read_settings(path, told))
+        except UserError as error:
+            raise UserError(f"--config {error}") from error
         tell(told, str(path))
         _plain_reward_lists(new, reward_keys)
         for key, entry in list(new.items()):

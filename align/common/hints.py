@@ -50,7 +50,8 @@ FOREIGN: Mapping[str, str] = {
     "weight_decay": "adam_weight_decay",
 }
 UNKNOWN = re.compile(r"(?:Option|accept option) '([^']+)'|--([\w.-]+)")
-NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+# what is said of a class path that is none, of no text, or of no class that can stand there
+NO_CLASS = re.compile(r"[Ii]mport path|instantiatable class|is not iterable|unhashable type|No module named")
 
 
 def suggestion(message: str, settings: type[Any]) -> str:

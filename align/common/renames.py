@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
+from rewards.data.text import load_yaml
 
 _SAMPLING = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 
@@ -89,8 +89,8 @@ def _new_text(parent: str, key: str, text: str, told: list[str]) -> str:
     if text[:1] not in ("[", "{"):
         return CLASSES.get(text, _new_value(key, text, told))
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value = load_yaml(text)
+    except ValueError:
         return text  # the parser says what is wrong
     new = upgrade({key: value}, parent, told)
     return text if new == {key: value} else json.dumps(new[key], default=str)

@@ -9,11 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from align.common.errors import UserError
 from align.common.resolution import Resolution
 from align.evaluation.intervals import Mean
+from rewards.data.text import load_yaml
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def load_spec(name: str) -> BenchSpec:
     else:
         raise UserError(f"there is no bench {name!r}; known are {', '.join(names())}, or a .yaml file of your own")
     try:
-        raw = yaml.safe_load(text)
+        raw = load_yaml(text)
         parts: dict[str, Any] = {
             "prompts": PromptList(**raw.pop("prompts")),
             "protocol": Protocol(**raw.pop("protocol")),
@@ -99,7 +98,7 @@ def load_spec(name: str) -> BenchSpec:
         spec = BenchSpec(name=Path(name).stem, **parts, **raw)
         _require_kinds(spec)
         return spec
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"bench {name}: {' '.join(str(error).split())}; see {BenchSpec.__doc__}") from error
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = 80  # about as many as a chart of a page can show side by side
+MOST, LEAST = 1e100, 1e-100  # sizes beyond which a number counts as infinite, or as 0: sums and ratios of them would be
 
 
 class Axis(enum.Enum):
@@ -105,7 +106,7 @@ class Metrics:
         if path.is_file():
             with path.open(encoding="utf-8", errors="replace") as file:
                 for text in file:
-                    line = _parsed(text)
+                    line = parsed(text)
                     if line is not None:
                         metrics.add(line)
                     elif text.endswith("\n") and text.strip():
@@ -115,6 +116,7 @@ class Metrics:
     def add(self, line: Mapping[str, Any]) -> None:
         values = {name: number for name, value in line.items() if (number := _number(value)) is not None}
         step, time = values.pop("step"), values.pop("time", None)
+        time = time if time is not None and math.isfinite(time) else None
         if step < self.at.updates:  # taken again by a run that went on from a checkpoint
             for curve in self.curves.values():
                 curve.cut(step)
@@ -138,13 +140,12 @@ class Metrics:
 def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value)
-    except OverflowError:
+    if abs(value) > MOST:
         return math.inf
+    return float(value) if not abs(value) < LEAST else 0.0  # NaN stays
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def parsed(text: str) -> dict[str, Any] | None:
     """A line of metrics, with the step it is of; None where it is none."""
     try:
         line = json.loads(text)

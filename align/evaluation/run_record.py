@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from align.common.errors import UserError
-from align.common.renames import upgrade
+from align.common.settings_file import read_settings
 from align.evaluation.compare import evenly_spaced, overall
 from align.evaluation.curves import Metrics
 from align.evaluation.pictures import folder_name
@@ -24,6 +22,7 @@ from align.families import LORA_FILE
 from align.policy.initial_noise import NOISE_FILE
 from rewards.common.files import LOCK
 from rewards.common.page import Table
+from rewards.data.text import read_text
 
 PATIENCE = 3600  # seconds without a line after which a run of another machine counts as interrupted
 SLACK = 60  # seconds by which weights may be older than the last line and still be that run's
@@ -114,7 +113,7 @@ def read_run(name: str, path: Path, now: float, prompts: int) -> Run:
         dict(_flat(config)),
         text,
         dict(_weights(config.get("rewards"))),
-        [str(prompt) for prompt in captions or []],
+        [str(prompt) for prompt in captions] if isinstance(captions, list) else [],
         dict(sorted(samples.items())),
         _evaluation(path / "evaluation", prompts),
     )
@@ -134,14 +133,9 @@ def require_run(path: Path) -> None:
 
 def _config(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        text = path.read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no YAML ({reason}); expected the config.yaml that align.train wrote") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no settings; expected the config.yaml that align.train wrote")
-    return upgrade(config), text
+        return read_settings(path), read_text(path)
+    except UserError as error:
+        raise UserError(f"{error}; expected the config.yaml that align.train wrote") from error
 
 
 def _flat(value: object, above: str = "") -> Iterator[tuple[str, str]]:

@@ -118,6 +118,7 @@ def read_part(where: Path, cls: type[Any], dtype: torch.dtype, variant: str | No
     try:
         if not issubclass(cls, nn.Module):
             return read(str(where))
+        read_json(where / "config.json")
         options = {"dtype": dtype, "variant": _check_weights(where, variant), "use_safetensors": True}
         part, report = read(str(where), output_loading_info=True, **options)
     except Unsupported:

@@ -15,6 +15,7 @@ from typing import Any
 from align.common.errors import DataError, UserError
 from rewards.common.errors import WriteError
 from rewards.common.files import UNSUPPORTED, write_text
+from rewards.data.text import loads
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class AnswerFile:
             write_text(beside, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             return
         try:
-            before = json.loads(beside.read_text(encoding="utf-8"))
+            before: Any = loads(beside.read_text(encoding="utf-8"))
             wrong = [
                 f"{key} {before.get(key)!r}, now {record[key]!r}"
                 for key in record
@@ -89,25 +90,43 @@ class AnswerFile:
         lines = []
         for number, text in enumerate(data[:whole].split(b"\n")[:-1], 1):
             try:
-                line = json.loads(text)
+                line: Any = loads(text.decode())
                 lines.append(line if "undo" in line else {"item": line["item"], "id": line["id"], **line})
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(
                     f"{self.path}:{number} is no answer of this page ({error}); give another --output"
                 ) from error
+        self._size = whole
         return lines
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write a line, which is on the disk when this returns. ``WriteError`` where it is not, and nothing of it."""
-        size, rest = os.fstat(self._fd).st_size, json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        """Write a line, which is on the disk when this returns. ``WriteError`` where it is not, and nothing of it; also
+        where another hand has changed the file, or put another in its place: the line would be lost, or end half of
+        one."""
+        rest = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        if not self._ours():
+            raise WriteError(
+                f"{self.path} has been changed, moved or deleted by other hands; start align.label again, which reads "
+                "it anew; answers wait in their browsers"
+            )
+        size = self._size + len(rest)
         try:
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
             os.fsync(self._fd)
+            self._size = size
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, size)
+                os.ftruncate(self._fd, self._size)
             raise WriteError(f"cannot write {self.path}: {error.strerror}; nothing of the answer was left") from error
+
+    def _ours(self) -> bool:
+        """Whether the file is still there and holds what this process knows of."""
+        held = os.fstat(self._fd)
+        try:
+            return os.path.samestat(held, self.path.stat()) and held.st_size == self._size
+        except OSError:
+            return False
 
     def close(self) -> None:
         os.close(self._fd)

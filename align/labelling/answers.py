@@ -19,6 +19,7 @@ TAGS = {
     "other": "other",
 }
 SCORES = range(1, 6)
+WORTHS = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.0, 0.0), "both bad": (0.0, 0.0)}  # of a pair, by its label
 NAME = re.compile(r"(?!\.+$)[\w.-]{1,40}")  # of a person, who is part of an address, where . and .. are none
 ID = re.compile(r"[A-Za-z0-9-]{8,64}")
 
@@ -72,7 +73,9 @@ def _worth(line: Mapping[str, Any]) -> tuple[float, ...] | None:
         return tuple(-float(rank) for rank in line["ranking"])
     if "score" in line:
         return (float(line["score"]),)
-    return {"a": (1.0, 0.0), "b": (0.0, 1.0)}.get(line["label"], (0.0, 0.0))
+    if line["label"] not in WORTHS:
+        raise ValueError(f"the label is {line['label']!r}; expected {', '.join(WORTHS)} or {SKIP}")
+    return WORTHS[line["label"]]
 
 
 def said(task: Task, item: Item, shown: Sequence[int], choice: object, names: Sequence[str]) -> dict[str, Any]:

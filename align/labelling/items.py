@@ -30,12 +30,14 @@ _tables = threading.Lock()  # a table keeps its place, and the server has thread
 @dataclass(frozen=True)
 class Picture:
     """A picture that lies at ``image``. ``name`` is what answers call it, empty where it lies inside a table;
-    ``model`` is who drew it, where that is known; ``scores`` are rewards', by name."""
+    ``model`` is who drew it, where that is known; ``scores`` are rewards', by name; one that is ``awaited`` may still
+    have to be drawn."""
 
     name: str
     image: LazyImage
     model: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
+    awaited: bool = False
 
     @property
     def place(self) -> str:
@@ -78,8 +80,8 @@ class Item:
 
     @property
     def ready(self) -> bool:
-        """Whether its pictures are there: some are still being drawn."""
-        return all(picture.image.table is not None or picture.image.file.is_file() for picture in self.pictures)
+        """Whether none of its pictures is still being drawn. One that is gone is shown as that."""
+        return all(not picture.awaited or picture.image.file.is_file() for picture in self.pictures)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,6 @@ class Source:
     groups: Sequence[Item]
     pairs: Sequence[Item] | None = None
     root: Path | None = None
-    drawing: bool = False
 
     def items(self, task: Task, k: int | None = None, limit: int | None = None) -> list[Item]:
         """The first ``limit`` items of a task; grids have at most ``k`` pictures, else all, but no more than

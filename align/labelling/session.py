@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from align.common.errors import DataError
 from align.common.rng import generator, uniform
 from align.labelling.answer_file import AnswerFile
 from align.labelling.answers import ID, TAGS, Answer, Refused, said
@@ -83,6 +84,7 @@ class Session:
         self._own: dict[str, list[str]] = {}  # ids of a person's answers that stand
         self._leases: dict[int, dict[str, float]] = {}
         for line in file.lines:
+            self._require_sound(line)
             self._take(line)
 
     @staticmethod
@@ -90,6 +92,26 @@ class Session:
         """What the numbers in an answers file mean, and so must not change between two starts."""
         settings = {"version": VERSION, "task": rules.task, "seed": rules.seed, "source": source}
         return settings | {"items": len(items), "digest": digest_of(items)}
+
+    def _require_sound(self, line: Mapping[str, Any]) -> None:
+        """Raise :class:`DataError` for a line that this page has not written: somebody has edited the file."""
+        fault = ""
+        if not isinstance(line.get("id"), str) or line["id"] in self._ids or not isinstance(line.get("undo", ""), str):
+            fault = f"the id {line.get('id')!r}, which is another line's or none"
+        elif "undo" not in line:
+            answer, count = Answer.of(line, str(self.file.path)), len(self.items)
+            pictures = len(self.items[answer.item].pictures) if 0 <= answer.item < count else 0
+            if answer.slot in self._slots:
+                fault = f"item {answer.item}, which {answer.annotator} has answered before"
+            elif not pictures or (answer.worth is not None and len(answer.worth) != pictures):
+                fault = f"item {answer.item}, of which it says other than there is to say"
+            elif sorted(answer.shown or range(pictures)) != list(range(pictures)) or not set(answer.why) <= TAGS.keys():
+                fault = f"item {answer.item}, shown as {answer.shown} and tagged {answer.why}"
+        if fault:
+            raise DataError(
+                f"{self.file.path} has a line of {fault}: it was edited; put it back as it was, or give another "
+                "--output"
+            )
 
     # what is shown
     def shown(self, annotator: str, item: int, check: str = "") -> tuple[int, ...]:

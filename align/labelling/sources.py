@@ -130,11 +130,11 @@ def of_models(drawn: Mapping[str, PictureFolder], folder: Path) -> Source:
         Item(wanted[0].prompt, tuple(_drawn(name, pictures, k, folder) for name, pictures in drawn.items()))
         for k, wanted in enumerate(zip(*(pictures.wanted for pictures in drawn.values()), strict=True))
     ]
-    return Source(" against ".join(drawn), groups, drawing=True)
+    return Source(" against ".join(drawn), groups)
 
 
 def _drawn(name: str, pictures: PictureFolder, k: int, folder: Path) -> Picture:
-    return Picture(relative(pictures.file(k), folder), LazyImage(pictures.file(k)), name)
+    return Picture(relative(pictures.file(k), folder), LazyImage(pictures.file(k)), name, awaited=True)
 
 
 def _by_prompt(every: Iterable[tuple[str, Picture]]) -> list[Item]:

@@ -17,16 +17,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from PIL import Image
+
 from align.common.errors import DataError, UserError
 from align.data.trajectories import RolloutFolder
 from align.labelling.answers import Answer
 from align.labelling.decisions import Decision, counted, decisions
 from align.labelling.items import Item, Picture, Task, relative
+from rewards.common.errors import shortened
 from rewards.common.files import atomic, write_text
 from rewards.data.answers import standing
-from rewards.data.images import UnreadableError
+from rewards.data.images import BROKEN, UnreadableError
 from rewards.data.records import Broken, read_records
 from rewards.data.tables import LazyImage
+from rewards.data.text import loads
 
 logger = logging.getLogger(__name__)
 Format = Literal["pickapic", "jsonl", "imagefolder", "d3po"]
@@ -46,7 +50,7 @@ def read_answers(path: Path) -> Answered:
     """What stands in an answers file. Raises :class:`DataError` where there is none, or nothing in it."""
     beside = path.with_suffix(".session.json")
     try:
-        record = json.loads(beside.read_text(encoding="utf-8"))
+        record: Any = loads(beside.read_text(encoding="utf-8"))
         task, root = record["task"], path.parent / record["root"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{beside} cannot be read ({error}); export the answers file that align.label wrote") from error
@@ -56,7 +60,10 @@ def read_answers(path: Path) -> Answered:
             raise DataError(f"{where} is no answer of align.label")
         answer = Answer.of(line, where)
         names = line["images"] if "images" in line else [line[n] for n in ("image_a", "image_b", "image") if n in line]
-        items.append(Item(str(line["prompt"]), tuple(Picture(name, LazyImage(root / name)) for name in names)))
+        prompt, known = line.get("prompt"), isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not isinstance(prompt, str) or not known or not names or len(names) != len(answer.worth or names):
+            raise DataError(f"{where} is no answer of align.label: it is about {names} of the prompt {prompt!r}")
+        items.append(Item(prompt, tuple(Picture(name, LazyImage(root / name)) for name in names)))
         answers.append(replace(answer, item=len(answers)))
     if not answers:
         raise DataError(f"{path} holds no answer that stands; skipped items and those taken back are none")
@@ -96,11 +103,16 @@ def export(answers: Path, to: Format, output: Path, threshold: float | None = No
 
 
 def _file(picture: Picture) -> Path:
-    if not picture.image.file.is_file():
-        raise DataError(
-            f"{picture.image.file} is gone, which answers are about; put it back, or move the folders together"
-        )
-    return picture.image.file.resolve()
+    """Where it lies, by its own name also where that is a link, as in the hub's cache. Raises :class:`DataError` for
+    what is gone, or no picture: whatever else a link leads to is not to be given away."""
+    file = picture.image.file
+    if not file.is_file():
+        raise DataError(f"{file} is gone, which answers are about; put it back, or move the folders together")
+    try:
+        Image.open(file).close()
+    except BROKEN as error:
+        raise DataError(f"{file}, which answers are about, is no picture: {shortened(str(error))}") from error
+    return file.parent.resolve() / file.name
 
 
 def _rated(read: Answered, threshold: float | None) -> Iterator[dict[str, Any]]:

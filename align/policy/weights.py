@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from align.common.errors import UserError
 from align.families import Family
+from align.families.parts import require_finite_module
 from align.policy.sharding import Sharding, is_sharded, let_go, part, skeleton, whole
 from rewards.common.files import atomic
 
@@ -217,7 +218,7 @@ class FullWeights(Weights):
                 sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
             )
             state = {key: tensor for name in names for key, tensor in load_file(where / Path(name).name).items()}
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(f"initial_weights: expected the folder of a {self.kind} run; {where}: {error}") from error
         wanted = {key: tensor.shape for key, tensor in self.denoiser.state_dict().items()}
         if wrong := sorted(
@@ -228,6 +229,7 @@ class FullWeights(Weights):
                 f"missing, unknown or of another size, for example {wrong[0]}"
             )
         self.denoiser.load_state_dict(state)
+        require_finite_module(self.denoiser, f"initial_weights: {where}")
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:

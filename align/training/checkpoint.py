@@ -15,6 +15,7 @@ There is no state of random generators: every draw is keyed by (seed, purpose, s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from align.common.errors import UserError
 from align.objectives.objective import KeepsState, Objective
 from align.policy.sharding import part, whole
+from rewards.common.errors import shortened
 from rewards.common.files import write_text
 
 if TYPE_CHECKING:
@@ -160,9 +162,12 @@ def read(folder: Path) -> dict[str, Any]:
         for name in ("step", "rollouts"):
             if type(state.get(name)) is not int or state[name] < 0:
                 raise ValueError(f"{STATE}: {name} is {state.get(name)!r}, not a count")
-        objects = ["evaluations", "objective", *(["settings"] if "settings" in state else [])]  # 0.1 kept no settings
+        objects = ["evaluations", "objective", *({"settings", "stop"} & state.keys())]  # 0.1 kept no settings
         if wrong := [name for name in objects if not isinstance(state.get(name), dict)]:
             raise ValueError(f"{STATE}: {wrong[0]} is missing or of another kind")
+        for name in ("trained", "frozen"):
+            if type(count := state["evaluations"].get(name)) is not int:
+                raise ValueError(f"{STATE}: evaluations of {name} weights are {count!r}, not a count")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} is no whole checkpoint: {error}") from error
     return state
@@ -197,9 +202,12 @@ def load(folder: Path, parts: Parts) -> dict[str, Any]:
             parts.policy.ema.optimization_step = state["step"]
         old = not (folder / OPTIMIZER).is_file()
         optimizer = _old(folder / OLD_OPTIMIZER) if old else _optimizer(folder, state)
+        scheduler = _old(folder / OLD_SCHEDULER) if old else state["scheduler"]
+        _require_alike(optimizer["param_groups"], parts.optimizer.state_dict()["param_groups"], "optimizer")
+        _require_alike(scheduler, parts.scheduler.state_dict(), "scheduler")
         _take_parts(optimizer["state"], parts.optimizer)
         parts.optimizer.load_state_dict(optimizer)
-        parts.scheduler.load_state_dict(_old(folder / OLD_SCHEDULER) if old else state["scheduler"])
+        parts.scheduler.load_state_dict(scheduler)
         if parts.scaler is not None:
             parts.scaler.load_state_dict(_old(folder / OLD_SCALER) if old else state["scaler"])
         if (folder / MEMORY).is_file():
@@ -222,6 +230,21 @@ def _optimizer(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         number, _, name = key.partition(".")
         entries.setdefault(int(number), {})[name] = value
     return {"state": entries, "param_groups": state["optimizer"]["groups"]}
+
+
+def _require_alike(saved: Any, own: Any, name: str) -> None:
+    """Raise ValueError where a number of this run's, or a list of them, is no such thing in what was saved: torch takes
+    anything, and finds out at the first step."""
+    if isinstance(own, Mapping) and isinstance(saved, Mapping):
+        for key in own.keys() & saved.keys():  # torch's versions differ in what they keep
+            _require_alike(saved[key], own[key], f"{name}.{key}")
+    elif isinstance(own, list | tuple) and isinstance(saved, list | tuple) and len(own) == len(saved):
+        for number, value in enumerate(own):
+            _require_alike(saved[number], value, f"{name}.{number}")
+    elif isinstance(own, Mapping | list | tuple):
+        raise ValueError(f"{name} is {shortened(repr(saved))}, and {len(own)} values in this run")
+    elif type(own) in (float, int) and not (type(saved) in (float, int) and math.isfinite(saved)):
+        raise ValueError(f"{name} is {shortened(repr(saved))}, and {own} in this run")
 
 
 def _take_parts(moments: Mapping[int, dict[str, Any]], optimizer: Any) -> None:

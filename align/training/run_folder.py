@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from safetensors import SafetensorError
 
 from align.common.errors import UserError
 from align.common.provenance import provenance
+from align.common.settings_file import read_settings
+from align.evaluation.curves import parsed
 from align.families import LORA_FILE
 from align.policy.initial_noise import NOISE_FILE
 from align.training import checkpoint
@@ -70,15 +71,13 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def _forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that a resumed run will take again, and a line cut short by a kill."""
+        """Drop the metrics of steps that a resumed run will take again, and what is no line of metrics, such as one cut
+        short by a kill."""
         path = self.path / "metrics.jsonl"
         kept = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                entry = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if entry["step"] <= step:
+        for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
+            entry = parsed(text)
+            if entry is not None and entry["step"] <= step:
                 kept.append(text)
         write_text(path, "".join(line + "\n" for line in kept))
 
@@ -146,14 +145,17 @@ class RunFolder:
 
 
 def _resolved(folder: Path) -> dict[str, Any]:
-    return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    return read_settings(folder / "config.yaml")
 
 
 def base_of(folder: Path) -> str:
     """The model that the run in ``folder`` started from. Raises :class:`UserError`."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run folder (no config.yaml); say which model to compare with: --base MODEL")
-    return str(_resolved(folder)["pretrained_model_name_or_path"])
+    base = _resolved(folder).get("pretrained_model_name_or_path")
+    if not isinstance(base, str):
+        raise UserError(f"{folder}/config.yaml does not say which model its run started from; say it: --base MODEL")
+    return base
 
 
 def packed_base(folder: Path) -> str | None:

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from align.common.errors import UserError
+from rewards.common.errors import shortened
 
 STATUS = 3  # the exit status of a run that its stop rule has ended
 SPACES = ("diversity/latents", "diversity/pixels", "diversity/features")
@@ -127,11 +128,16 @@ class Watch:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`saved` gave. Raises :class:`UserError` where the run has not watched what it is to."""
-        kept = state.get("history", {})
+        history, good = state.get("history", {}), state.get("good")
+        try:
+            kept = {name: [float(value) for value in values] for name, values in history.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            said = shortened(str(history))
+            raise UserError(f"stop: the checkpoint's history is {said}; expected numbers by name") from error
         if missing := sorted(self.history.keys() - kept.keys()):
             raise UserError(
                 f"stop: the checkpoint does not know how {', '.join(missing)} began; it has watched "
                 f"{', '.join(sorted(kept)) or 'nothing'}. Name these, or set stop: null"
             )
-        self.history = {name: [float(value) for value in kept[name]] for name in self.history}
-        self.good = state.get("good") if self.rule else None
+        self.history = {name: kept[name] for name in self.history}
+        self.good = good if self.rule and isinstance(good, int) else None

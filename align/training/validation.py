@@ -93,6 +93,8 @@ def validation_scores(
     change; also those of weight 0, which nothing trains on: where they fall while the others rise, the policy hacks
     its reward."""
     own = range(rank, len(held_out), world)
+    if not own:  # more processes than prompts
+        return {name: [] for name in scorer.rewards}
     rows = [held_out.rows[k] for k in own]
     texts = [row["prompt"] for row in rows]
     images = sample_images(

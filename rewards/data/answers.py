@@ -24,7 +24,7 @@ def standing(entries: Sequence[tuple[str, object]]) -> list[tuple[str, object]]:
     if isinstance(entries[-1][1], Broken):
         logger.warning("%s was cut short by a kill and never confirmed; it is left out", entries[-1][0])
         entries = entries[:-1]
-    undone = {entry["undo"] for _, entry in entries if isinstance(entry, dict) and "undo" in entry}
+    undone = {str(entry["undo"]) for _, entry in entries if isinstance(entry, dict) and "undo" in entry}
     return [(where, entry) for where, entry in entries if not _of_the_page(entry) or _counts(entry, undone)]
 
 
@@ -32,7 +32,7 @@ def _of_the_page(entry: object) -> bool:
     return isinstance(entry, dict) and "id" in entry and ("undo" in entry or "item" in entry)
 
 
-def _counts(entry: object, undone: set[object]) -> bool:
+def _counts(entry: object, undone: set[str]) -> bool:
     assert isinstance(entry, dict)
-    dropped = "undo" in entry or entry["id"] in undone or entry.get("check") or entry.get("label") == SKIP
+    dropped = "undo" in entry or str(entry["id"]) in undone or entry.get("check") or entry.get("label") == SKIP
     return not dropped

@@ -8,14 +8,15 @@ rows. ``datasets``' own iterator has neither: it passes whole rows, from the fir
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewards.common.errors import DataError
+from rewards.common.errors import DataError, one_line
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -62,7 +63,11 @@ def address(file: Path) -> str | None:
 
 def hub_size(url: str) -> int:
     """Bytes of a file of the hub, which its listing says; 0 of a folder."""
-    return int(_hub().info(url)["size"] or 0)
+    try:
+        with _told():
+            return int(_hub().info(url)["size"] or 0)
+    except OSError as error:
+        raise DataError(cannot_be_read(Path(url), error)) from error
 
 
 def file_size(file: Path) -> int:
@@ -76,7 +81,7 @@ def open_parquet(file: Path, footer: Any = None, memory_map: bool = False) -> pq
 
     if (url := address(file)) is None:
         return pq.ParquetFile(file, memory_map=memory_map)
-    return pq.ParquetFile(_hub().open(url, "rb", cache_type="none"), metadata=footer, buffer_size=BLOCK)
+    return pq.ParquetFile(_HubFile(url), metadata=footer, buffer_size=BLOCK)
 
 
 def footers(files: Sequence[Path]) -> list[Any]:
@@ -94,8 +99,35 @@ def _hub_footers(files: tuple[Path, ...]) -> list[Any]:
 
 
 def cannot_be_read(file: Path, error: Exception) -> str:
-    """What to say of a file of the hub, in one line."""
-    return f"{address(file)} cannot be read: {' '.join(str(error).split())}; the next start goes on from here"
+    """What to say of a file of the hub, in one line. pyarrow's own errors, of what is no parquet, are ValueErrors."""
+    then = "it is damaged there" if isinstance(error, ValueError) else "the next start goes on from here"
+    return f"{address(file)} cannot be read: {' '.join(str(error).split())}; {then}"
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """An ``OSError`` for whatever the hub's client raises: of a connection that is gone these are none."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise OSError(one_line(error)) from error
+
+
+class _HubFile:
+    """A file of the hub for pyarrow, which reads it and raises ``OSError`` where that fails."""
+
+    def __init__(self, url: str) -> None:
+        with _told():
+            self._file = _hub().open(url, "rb", cache_type="none")
+
+    def read(self, size: int = -1) -> bytes:
+        with _told():
+            return bytes(self._file.read(size))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _hub() -> Any:

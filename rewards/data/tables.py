@@ -232,14 +232,14 @@ class ParquetTable:
 
     def column(self, name: str, limit: int | None = None) -> list[Any]:
         if limit is not None:
-            batch = next(self._open(self.files[0]).iter_batches(limit, columns=[name]), None)
+            batch = next(self._read(self.files[0], limit, [name]), None)
             return [] if batch is None else _values(self.files[0], name, batch.column(0))
         return list(self.values(name))
 
     def values(self, name: str) -> Iterator[Any]:
         for file in self.files:
             start = 0
-            for batch in self._open(file).iter_batches(VALUES, columns=[name]):
+            for batch in self._read(file, VALUES, [name]):
                 yield from _values(file, name, batch.column(0), start)
                 start += len(batch)
 
@@ -249,25 +249,39 @@ class ParquetTable:
     def record(self, row: int) -> dict[str, Any]:
         group = bisect_right(self.starts, row) - 1
         file, index = self.groups[group]
-        try:
-            if group != self._group or row < self._first:
-                self._batches = self._open(file, memory_map=True).iter_batches(32, [index], self.columns)
-                self._group, self._first, self._batch = group, self.starts[group], ()
-            while row >= self._first + len(self._batch):
-                self._first, self._batch = self._first + len(self._batch), next(self._batches)
-            if self._last[0] != row:  # a pair asks twice
+        if group != self._group or row < self._first:
+            self._batches = self._read(file, 32, self.columns, index, self.starts[group])
+            self._first, self._batch = self.starts[group], ()
+        self._group = -1  # where reading fails, the next row begins anew
+        while row >= self._first + len(self._batch):
+            if (batch := next(self._batches, None)) is None:
+                raise DataError(f"{file} ends before row {row}, which it says that it has")
+            self._first, self._batch = self._first + len(self._batch), batch
+        self._group = group
+        if self._last[0] != row:  # a pair asks twice
+            try:
                 self._last = (row, self._batch.slice(row - self._first, 1).to_pylist()[0])
-        except (OSError, ValueError) as error:
-            if address(file):
-                raise DataError(cannot_be_read(file, error)) from error
-            raise DataError(f"{file} is damaged near row {row}: {error}") from error
+            except ValueError as error:  # text that is not UTF-8
+                raise DataError(f"{file} is damaged near row {row}: {error}") from error
         return self._last[1]
 
     def where(self, row: int) -> str:
         return f"{self.home(row)} row {row}"
 
-    def _open(self, file: Path, memory_map: bool = False) -> Any:
-        return open_parquet(file, self._footers[file], memory_map)
+    def _read(
+        self, file: Path, rows: int, columns: list[str], group: int | None = None, start: int = 0
+    ) -> Iterator[Any]:
+        """Columns of a file, or of its row group ``group``, from row ``start`` on, so many ``rows`` at a time. Raises
+        :class:`DataError`, which names the file: pyarrow names none."""
+        try:
+            opened = open_parquet(file, self._footers[file], memory_map=group is not None)
+            for batch in opened.iter_batches(rows, None if group is None else [group], columns):
+                yield batch
+                start += len(batch)
+        except (OSError, ValueError) as error:
+            if address(file):
+                raise DataError(cannot_be_read(file, error)) from error
+            raise DataError(f"{file} is damaged near row {start}: {' '.join(str(error).split())}") from error
 
 
 def _values(file: Path, name: str, column: Any, start: int = 0) -> list[Any]:

@@ -15,8 +15,11 @@ import os
 import re
 import reprlib
 from pathlib import Path
+from typing import Any
 
-from rewards.common.errors import DataError
+import yaml
+
+from rewards.common.errors import DataError, one_line, shortened
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -38,6 +41,7 @@ UNSAFE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # how JSON spells NUL and ha
 MAX_CAPTION = 2**17  # characters; where Python's csv stops too
 MAX_DEPTH = 64
 MAX_DIGITS = 300  # a float holds them
+MAX_VALUES = 10**6  # of a YAML file
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
@@ -95,6 +99,28 @@ def loads(text: str) -> object:
         return json.loads(text, parse_int=_integer)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+
+
+def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """``yaml.load``, whose every failure is a ``ValueError`` with one line of words; so are aliases that contain
+    themselves, or make more than :data:`MAX_VALUES` of a few lines."""
+    try:
+        value = yaml.load(text, loader)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except Exception as error:  # constructors raise what int(), dates and dictionaries do
+        raise ValueError(
+            shortened(str(error), 600) if isinstance(error, yaml.YAMLError) else one_line(error)
+        ) from error
+    stack, count = [value], 0
+    while stack and count <= MAX_VALUES:
+        item = stack.pop()
+        inside = [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else []
+        stack += inside
+        count += len(inside)
+    if stack:
+        raise ValueError(f"more than {MAX_VALUES} values, by aliases of aliases or one that contains itself")
+    return value
 
 
 def _integer(text: str) -> int:
