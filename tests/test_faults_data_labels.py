@@ -36,7 +36,8 @@ def choice(label: object, a: str = "images/00000.png", b: str = "00001") -> dict
             (word, 1.0)
             for word in ("a", "A", "a ", "left", "Left", "image_a", "Image A", "first", {"selected": "left"})
         ),
-        *((word, -1.0) for word in ("b", "B", "right", "image_b", "second", {"choices": ["right"]}, ["b"])),
+        *((word, 1.0) for word in ("A.", "(a)", "A is better", "images/00000.png")),
+        *((word, -1.0) for word in ("00001", "b", "B", "right", "image_b", "second", {"choices": ["right"]}, ["b"])),
         *((word, 0.0) for word in ("tie", "Tie", "draw", "equal", "both good", "neither", "no preference")),
     ],
 )
@@ -74,6 +75,8 @@ def test_a_label_that_says_nothing_is_refused(reader: Reader, tmp_path: Path, la
         "images\\00000.png",
         "00000.jpg",
         "images/00000.JPEG",
+        ".\\images\\00000.jfif",
+        "00000.bmp",
         "00000.webp",
         " 00000.png ",
         "C:\\Users\\ann\\round1\\images\\00000.png",

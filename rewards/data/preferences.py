@@ -33,7 +33,7 @@ from rewards.data.arrow_tables import WHOLE, Spread, hub_table, is_hub_id, is_sa
 from rewards.data.formats import mention_columns
 from rewards.data.hub_files import hub_files
 from rewards.data.images import IMAGE_SUFFIXES
-from rewards.data.pair_rows import MARKS, PairRow, one_image_a_row, pairs_of, ranked_lists
+from rewards.data.pair_rows import MARKS, PairRow, as_list, one_image_a_row, pairs_of, ranked_lists
 from rewards.data.paths import visible
 from rewards.data.records import RECORD_SUFFIXES, caption_column, read_records
 from rewards.data.tables import Cells, LazyImage, ParquetTable, RecordTable, Table
@@ -172,7 +172,7 @@ def _table(what: str, table: Table, source: object, caption: str | None, root: P
     if text and images and mark:
         columns = f"({text}, {images[0]}, {mark}), {what}"
         table.select(images[:1], others=False)
-        if mark == "best" or any(isinstance(value, list) for value in table.column(mark, 100)):
+        if mark == "best" or any(isinstance(as_list(value), list) for value in table.column(mark, 100)):
             kind = {"ranking": "ImageReward", "best": "best of a list"}.get(mark, "HPDv2")
             rows, spread = ranked_lists(table, root, text, images[0], mark), Spread(table, images[0])
             return Layout(f"{kind} {columns}", table.files, rows, spread)
