@@ -451,12 +451,14 @@ NAMES = {
     "decomposed": unicodedata.normalize("NFD", "d/sub dir/ä ö.png"),
     "composed": unicodedata.normalize("NFC", "d/sub dir/é.png"),
     "decomposed folder": unicodedata.normalize("NFD", "d/ü/x.png"),
+    "space after a comma": " d/x.png ",
 }
 THERE = {
     "back-slash": "d/sub dir/c.png",
     "decomposed": unicodedata.normalize("NFC", "d/sub dir/ä ö.png"),
     "composed": unicodedata.normalize("NFD", "d/sub dir/é.png"),
     "decomposed folder": unicodedata.normalize("NFC", "d/ü/x.png"),
+    "space after a comma": "d/x.png",
 }
 
 
@@ -505,6 +507,60 @@ def test_metadata_that_names_other_files_than_there_are(tmp_path: Path, caplog: 
     assert "2 of 3 images have no prompt, the first is b.png" in caplog.messages[-1]
     with pytest.raises(UnreadableError, match=r"no such file: .*B\.PNG; the nearest that is there is .*b\.png"):
         found[3].read()
+
+
+@pytest.mark.parametrize(
+    ("files", "texts"),
+    [
+        ({"a.caption": "a cat", "B.TXT": "a dog"}, {"a.png": "a cat", "B.PNG": "a dog"}),  # kohya's default; Windows
+        ({"Metadata.csv": "file_name;text\nB.PNG;a dog\na.png;a cat\n"}, {"a.png": "a cat", "B.PNG": "a dog"}),
+        ({"metadata.jsonl": '{"image": "B.PNG", "text": "a dog"}'}, {"a.png": None, "B.PNG": "a dog"}),
+        ({"metadata.csv": "file_name, text\n a.png, a cat\n"}, {"a.png": " a cat", "B.PNG": None}),
+        ({"a-masklabel.png": "", "$RECYCLE.BIN/c.png": ""}, {"a.png": None, "B.PNG": None}),
+    ],
+)
+def test_a_folder_of_another_program(tmp_path: Path, files: dict[str, str], texts: dict[str, str | None]) -> None:
+    folder = images(tmp_path / "f", "a.png", "B.PNG")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    assert {row.file: row.prompt for row in rows_of(folder)} == texts
+
+
+@pytest.mark.parametrize("column", ["image", "path", "file_name"])
+@pytest.mark.parametrize("below", ["", "f/", "file://"])
+def test_prompts_that_name_their_images_are_not_taken_in_order(tmp_path: Path, column: str, below: str) -> None:
+    folder = images(tmp_path / "f", "1.png", "2.png", "10.png")
+    below = f"file://{folder}/" if below == "file://" else below
+    rows = [{column: f"{below}{number}.png", "prompt": str(number)} for number in (10, 2, 1)]
+    (tmp_path / "p.jsonl").write_text(lines(rows))
+    found = rows_of(folder, prompts=str(tmp_path / "p.jsonl"))
+    assert [(row.file, row.prompt) for row in found] == [("1.png", "1"), ("2.png", "2"), ("10.png", "10")]
+
+
+def test_an_image_with_two_texts_in_the_tables_of_its_folder_is_refused(tmp_path: Path) -> None:
+    folder = images(tmp_path / "f", "a.png")
+    (folder / "metadata.jsonl").write_text(lines([{"file_name": "a.png", "text": text} for text in ("a cat", "a cat")]))
+    assert [row.prompt for row in rows_of(folder)] == ["a cat"]
+    (folder / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
+    with pytest.raises(DataError, match="another text for a.png than a row before it"):
+        rows_of(folder)
+
+
+def test_a_split_that_is_a_folder_is_that_folder(tmp_path: Path) -> None:
+    folder = images(tmp_path / "f", "train/a.png", "test/b.png")
+    for split, name in (("train", "a"), ("test", "b")):
+        (folder / split / f"{name}.txt").write_text(name)
+        assert [row.prompt for row in rows_of(folder, split=split)] == [name]
+    assert [item.caption for item in Images(str(folder), split="train").read().items] == ["a"]
+
+
+@pytest.mark.parametrize("cell", [{"bytes": None, "path": "a.png"}, ["a.png"]])
+def test_an_image_as_datasets_writes_it_into_json(tmp_path: Path, cell: object) -> None:
+    images(tmp_path, "a.png")
+    (tmp_path / "r.jsonl").write_text(lines([{"image": cell, "prompt": "a cat"}]))
+    (row,) = rows_of(tmp_path / "r.jsonl")
+    assert row.prompt == "a cat" and row.read().tolist() == decoded(0)
 
 
 # preferences

@@ -27,8 +27,8 @@ def verdict(
     images: tuple[object, object] = (None, None),
 ) -> float | None:
     """1.0 where ``label`` says that the first image is better, -1.0 for the second, 0.0 for a tie; None where it says
-    neither. The names of the two ``columns`` and of the two ``images`` are words too. ``counted``: 1 and 2 are numbers of
-    the images, which :func:`counts_from_one` tells of a whole file; alone, 1 could be either image."""
+    neither. The names of the two ``columns`` and ``images`` are words too. ``counted``: 1 and 2 are numbers of the
+    images, which :func:`counts_from_one` tells of a whole file; alone, 1 could be either image."""
     label = unwrap(label)
     if counted and (value := number(label)) in (1, 2):
         return 3 - 2 * value
