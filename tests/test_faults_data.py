@@ -527,6 +527,18 @@ def test_a_folder_of_another_program(tmp_path: Path, files: dict[str, str], text
     assert {row.file: row.prompt for row in rows_of(folder)} == texts
 
 
+def test_a_name_that_is_not_utf_8_is_a_bad_row_that_can_be_written_down(tmp_path: Path) -> None:
+    for side in ("chosen", "rejected"):
+        images(tmp_path / "f" / side, "a.png")
+        os.rename(tmp_path / "f" / side / "a.png", os.fsencode(tmp_path / "f" / side) + b"/caf\xe9.png")
+    (tmp_path / "f/chosen/x.txt").write_text("a cat")
+    bad = rows_of(tmp_path / "f/chosen")[0]
+    (pair,) = [row for row in recognise(str(tmp_path / "f"), None, None, None).rows if "caf" in row.source]
+    for name, problem in ((bad.file, bad.problem), (pair.source, pair.problem)):
+        assert "caf\\xe9" in name and "is not UTF-8; rename it" in problem
+        name.encode()
+
+
 @pytest.mark.parametrize("column", ["image", "path", "file_name"])
 @pytest.mark.parametrize("below", ["", "f/", "file://"])
 def test_prompts_that_name_their_images_are_not_taken_in_order(tmp_path: Path, column: str, below: str) -> None:

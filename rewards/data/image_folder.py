@@ -12,7 +12,7 @@ from typing import Any
 
 from rewards.common.errors import DataError
 from rewards.data.images import ImageRow, ImageSource
-from rewards.data.paths import locate_file, no_such_file
+from rewards.data.paths import locate_file, name_fault, no_such_file, printable
 from rewards.data.records import RECORD_SUFFIXES, caption_column, caption_of, read_objects, read_records
 from rewards.data.tables import names_file
 from rewards.data.text import MAX_CAPTION, caption_fault, clean, read_text
@@ -44,7 +44,12 @@ def folder(
 ) -> ImageSource:
     """The ``images`` below ``place``; prompts from the file named, or from what lies among its ``files``."""
     texts = _folder_prompts(place, images, files, Path(prompts) if prompts else None, caption)
-    rows = [ImageRow(file, texts.get(file, (None,))[0], place / file, *texts.get(file, ())[1:]) for file in images]
+    rows = [
+        ImageRow(printable(file), problem=fault)
+        if (fault := name_fault(file))
+        else ImageRow(file, texts.get(file, (None,))[0], place / file, *texts.get(file, ())[1:])
+        for file in images
+    ]
     known = set(images)
     for name, (text, record) in texts.items():
         if name not in known:  # what a table names is read wherever it lies
@@ -54,7 +59,11 @@ def folder(
     unnamed = [file for file in images if file not in texts]
     if texts and unnamed:
         logger.warning(
-            "%s: %d of %d images have no prompt, the first is %s", place, len(unnamed), len(images), unnamed[0]
+            "%s: %d of %d images have no prompt, the first is %s",
+            place,
+            len(unnamed),
+            len(images),
+            printable(unnamed[0]),
         )
     return listed("folder", rows)
 

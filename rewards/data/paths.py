@@ -86,6 +86,18 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part in SYSTEMS for part in PurePosixPath(name).parts)
 
 
+def name_fault(name: str) -> str:
+    """Why the name of a file cannot be written down, as in archives of another encoding; empty where it can."""
+    return (
+        "" if printable(name) == name else "its name is not UTF-8; rename it, for example by convmv -f cp1252 -t utf-8"
+    )
+
+
+def printable(name: str) -> str:
+    """A file's name, with the bytes that are not UTF-8 as ``\\xe9``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
     """What lies below ``folder`` and is neither hidden nor a folder; links that lead nowhere too."""
     paths = (path for path in folder.rglob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
