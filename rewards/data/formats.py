@@ -10,7 +10,7 @@ import logging
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rewards.common.errors import DataError
@@ -34,6 +34,7 @@ from rewards.data.webdataset import tars
 
 logger = logging.getLogger(__name__)
 
+ROLLOUT = ("manifest.jsonl", "rollout.json")  # what align.rollout leaves
 TARS = (".tar", ".tar.gz", ".tgz")
 LAYOUTS = (
     "a folder of images, a .parquet file or folder of them, .jsonl, .json or .csv, webdataset .tar files, "
@@ -70,11 +71,14 @@ def open_input(
         return _dataset(f"{place.name}/{table.split}", table, caption, image_column)
     elif place.is_dir() and split and (place / split).is_dir():
         return open_input(str(place / split), prompts, caption, image_column)
+    elif all((place / name).is_file() for name in ROLLOUT):  # beside its images lie contact sheets
+        rows = records(place / ROLLOUT[0], caption, image_column)
     elif place.is_dir():
         files = sorted((path.relative_to(place).as_posix() for path in visible(place)), key=natural)
         images, archives, shards = (
             [file for file in files if file.lower().endswith(ends)] for ends in (IMAGE_SUFFIXES, TARS, ".parquet")
         )
+        images = [file for file in images if not _is_overview(file, files)]
         taken = images or archives or shards
         others = left_out(place, sorted(set(files) - set(taken)))
         if not taken:
@@ -101,6 +105,11 @@ def open_input(
     if prompts is not None and rows.identity["layout"] != "folder":
         raise DataError(f"--prompts is for a folder of images; {place} brings its own, see --caption_column")
     return rows
+
+
+def _is_overview(file: str, files: Sequence[str]) -> bool:
+    """Whether an image is what align.evaluate shows beside its page, and no picture that a model drew."""
+    return PurePosixPath(file).name == "gallery.png" and file.removesuffix("png") + "html" in files
 
 
 def natural(text: str) -> list[tuple[bool, int, str]]:
