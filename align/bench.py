@@ -62,7 +62,7 @@ class BenchRun:
         models: runs, LoRA folders or files, pipelines, hub ids; the first is the baseline.
         base: the pipeline that LoRA files go into; a run folder knows its own.
         prompts: the bench's prompt file, or a folder of one file a task; null is its hub id.
-        reward: other scorers than the bench's, or its own with arguments: ``HPSv2:path=/models/hpsv2``.
+        reward: other scorers than the bench's, or its own with arguments: ``HPSv2:model=/models/hpsv2``.
         reward_args: arguments of all of the bench's scorers: ``{url: http://localhost:8000/v1, model: NAME}``.
         output_dir: where to write; default ``outputs/bench/NAME``.
         num_inference_steps: null is the bench's; another is said beside the figures, as is every other difference.
