@@ -567,6 +567,28 @@ def test_a_split_that_is_a_folder_is_that_folder(tmp_path: Path) -> None:
     assert [item.caption for item in Images(str(folder), split="train").read().items] == ["a"]
 
 
+@pytest.mark.parametrize("high", [1.0001, 4.0])
+def test_floats_between_the_two_conventions_are_refused(tmp_path: Path, high: float) -> None:
+    """They would be black."""
+    Image.fromarray(np.linspace(0, high, 64, dtype="f4").reshape(8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(UnreadableError, match="float pixels up to .*clip or rescale them"):
+        decode(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_exif_that_is_none_turns_nothing(tmp_path: Path, kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 4), "red").save(buffer, kind, exif=b"garbage", quality=95)
+    assert decode(buffer.getvalue()).size == (8, 4)
+
+
+def test_the_home_begins_image_root_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images(tmp_path / "mine", "a.png", "b.png")
+    (tmp_path / "p.jsonl").write_text(lines([{"prompt": "c", "chosen": "a.png", "rejected": "b.png"}]))
+    assert len(read_pairs(tmp_path / "p.jsonl", image_root="~/mine")) == 1
+
+
 @pytest.mark.parametrize("cell", [{"bytes": None, "path": "a.png"}, ["a.png"]])
 def test_an_image_as_datasets_writes_it_into_json(tmp_path: Path, cell: object) -> None:
     images(tmp_path, "a.png")
