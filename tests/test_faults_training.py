@@ -302,6 +302,7 @@ def test_a_reward_that_tells_nothing_apart_stops_the_run(
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "configured for dynamo"),
         ("ACCELERATE_USE_FSDP", "true", "configured for FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "configured for DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "configured for Megatron-LM"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 4, this run for 1; set"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed precision 'fp8'"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16 has no gradients to scale on a CPU"),
