@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align import families
+from align.common.assets import TakesPaths
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
 from align.common.provenance import provenance
@@ -54,7 +55,7 @@ from rewards.common.page import escape
 
 
 @dataclass(kw_only=True)
-class BenchRun:
+class BenchRun(TakesPaths):
     """Run a bench.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Literal
 from torch import Tensor
 
 from align import families
-from align.common.assets import locate
+from align.common.assets import TakesPaths, locate
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
 from align.common.resolution import Resolution, sides
@@ -35,7 +35,7 @@ from rewards.data.records import RECORD_SUFFIXES
 
 
 @dataclass
-class Sample:
+class Sample(TakesPaths):
     """Draw pictures.
 
     Args:
