@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Evaluate(TakesPaths, Comparison):
+class Evaluate(Comparison, TakesPaths):
     """Compare tuned pipelines with their base.
 
     Args:
@@ -66,8 +66,8 @@ class Evaluate(TakesPaths, Comparison):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         TakesPaths.__post_init__(self)
-        Comparison.__post_init__(self)
 
     @property
     def sources(self) -> list[Path]:

@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass
-class Compress(TakesPaths, Publishing):
+class Compress(Publishing, TakesPaths):
     """Prune, heal and quantize a diffusers pipeline.
 
     Args:

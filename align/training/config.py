@@ -41,7 +41,7 @@ class Samples:
 
 
 @dataclass
-class TrainConfig(TakesPaths, Publishing):
+class TrainConfig(Publishing, TakesPaths):
     """Fine-tune a diffusers pipeline through an objective.
 
     Args:
