@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align import families
+from align.common.assets import TakesPaths
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
 from align.common.provenance import provenance
@@ -54,7 +55,7 @@ from rewards.common.page import escape
 
 
 @dataclass(kw_only=True)
-class BenchRun:
+class BenchRun(TakesPaths):
     """Run a bench.
 
     Args:
@@ -62,7 +63,7 @@ class BenchRun:
         models: runs, LoRA folders or files, pipelines, hub ids; the first is the baseline.
         base: the pipeline that LoRA files go into; a run folder knows its own.
         prompts: the bench's prompt file, or a folder of one file a task; null is its hub id.
-        reward: other scorers than the bench's, or its own with arguments: ``HPSv2:path=/models/hpsv2``.
+        reward: other scorers than the bench's, or its own with arguments: ``HPSv2:model=/models/hpsv2``.
         reward_args: arguments of all of the bench's scorers: ``{url: http://localhost:8000/v1, model: NAME}``.
         output_dir: where to write; default ``outputs/bench/NAME``.
         num_inference_steps: null is the bench's; another is said beside the figures, as is every other difference.

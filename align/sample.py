@@ -9,6 +9,7 @@ folders that ``python -m rewards.score`` reads, and ``gallery.html`` to look at:
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Literal
 from torch import Tensor
 
 from align import families
+from align.common.assets import TakesPaths, locate
 from align.common.command import command, parse
 from align.common.errors import UserError, require_at_least
 from align.common.resolution import Resolution, sides
@@ -29,15 +31,16 @@ from rewards.common.command import exit_status
 from rewards.common.device import pick_device
 from rewards.common.files import locked, write_text
 from rewards.common.page import Card, Figure, Page
+from rewards.data.records import RECORD_SUFFIXES
 
 
 @dataclass
-class Sample:
+class Sample(TakesPaths):
     """Draw pictures.
 
     Args:
-        prompts: a prompt, or a prompt file (.txt, .jsonl, .json); with ``noise`` null is all prompts it was learned
-            for.
+        prompts: a prompt, or a prompt file (.txt, .jsonl, .json, .csv, .tsv); with ``noise`` null is all
+            prompts it was learned for.
         pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``; null is the one that
             ``noise`` was learned for, else ``shapes-sd``.
         weights: the run or LoRA folder whose weights draw; null is the pipeline as it is.
@@ -78,7 +81,9 @@ def sample(config: Sample) -> Path:
     prompts = _prompts(config.prompts, noise)
     for prompt in prompts if noise else []:
         noise.number(prompt)  # type: ignore[union-attr]  # none of the pictures may quietly start elsewhere
-    source = config.pretrained_model_name_or_path or (noise.source if noise else "shapes-sd")
+    source = config.pretrained_model_name_or_path
+    if source is None:
+        source = noise.source if noise else "shapes-sd"
     with locked(config.output_dir):
         family = families.load(source, families.DTYPES[config.mixed_precision], pick_device(config.device))
         if noise:
@@ -112,7 +117,8 @@ def _prompts(given: str | None, noise: InitialNoise | None) -> list[str]:
         if noise is None:
             raise UserError('say what to draw: --prompts "two red stars", or a prompt file')
         return noise.prompts
-    return read_prompts(given) if given.endswith((".txt", ".jsonl", ".json")) else [given]
+    file = os.path.isfile(locate(given)) or given.lower().endswith((".txt", *RECORD_SUFFIXES))
+    return read_prompts(given) if file else [given]
 
 
 @exit_status

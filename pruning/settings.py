@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from align import families
+from align.common.assets import TakesPaths
 from align.common.command import parse
 from align.common.errors import UserError
 from align.common.hub import Publishing
@@ -30,7 +31,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 @dataclass
-class Compress(Publishing):
+class Compress(Publishing, TakesPaths):
     """Prune, heal and quantize a diffusers pipeline.
 
     Args:
@@ -91,6 +92,7 @@ class Compress(Publishing):
     device: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.reward = parse_rewards(self.reward)
 
     def check(self) -> None:

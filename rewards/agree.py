@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
     if output.is_dir() or not output.parent.is_dir():
         raise RewardError(f"--output is {output}; expected the name of a file in a folder that is there")
     named = parse_rewards(arguments.reward, weighted=False)
-    root = Path(arguments.image_root) if arguments.image_root else None
+    root = Path(arguments.image_root).expanduser() if arguments.image_root else None
     preset = PRESETS[arguments.preset] if arguments.preset else None
     if arguments.validation and not (preset and preset.ties):
         raise RewardError("--validation picks the threshold of ties, which --preset pickapic has; leave it out")

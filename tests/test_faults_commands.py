@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 
 from align import evaluate, rollout, sample
+from align.bench import BenchRun
 from align.common.command import parse
 from align.common.errors import UserError
+from align.evaluate import Evaluate
+from align.evaluation.rollout_writer import RolloutSettings
 from align.policy.policy import LoRA
+from align.sample import Sample
 from align.training.config import TrainConfig
 from align.training.run_folder import base_of
 from pruning import compress
+from pruning.settings import Compress
 from rewards import RewardError, parse_rewards
 from tests.helpers import errors
 
@@ -177,3 +182,14 @@ def test_a_config_that_says_nothing_is_refused(tmp_path: Path, content: str, sai
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(UserError, match=said):
         parse(TrainConfig, "align.train", None, ["--config", f"{tmp_path}/config.yaml"], leaves=False)
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, Evaluate, Sample, RolloutSettings, BenchRun, Compress])
+def test_a_path_may_be_a_text(settings: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    needed = {
+        TrainConfig: {"data": None, "objective": None},
+        RolloutSettings: {"prompts": "p.txt"},
+        Evaluate: {"tuned": "a"},
+    }.get(settings, {})
+    assert settings(output_dir="~/runs", **needed).output_dir == tmp_path / "runs"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import logging
 import os
 import re
 import tarfile
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,7 @@ from rewards import agree
 from rewards.common.errors import DataError
 from rewards.data.formats import open_input
 from rewards.data.images import ImageRow, UnreadableError, decode
+from rewards.data.preferences import recognise
 from rewards.data.records import read_objects
 from rewards.models.preprocess import square
 from tests.test_data import noise, read_pairs, table
@@ -77,6 +80,32 @@ def test_every_encoding_with_a_mark_gives_the_same_prompts(tmp_path: Path, encod
     assert read_prompts(tmp_path / name) == wanted
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.csv", "prompt;seed\na cat, black;1\na dog;2\n"),  # Excel where the comma is the decimal's
+        ("p.csv", "sep=;\r\nprompt;seed\r\na cat, black;1\r\na dog;2\r\n"),
+        ("p.csv", "prompt\tseed\na cat, black\t1\na dog\t2\n"),
+        ("p.csv", '\nprompt,seed,,\n"a cat, black",1,,\n,,,\na dog,2,,\n,,,\n'),  # columns and rows that were cleared
+        ("p.tsv", "Prompt\tSeed\na cat, black\t1\na dog\t2\n"),
+        ("p.jsonl", '{\n  "prompt": "a cat, black"\n}\n{\n  "prompt": "a dog"\n}\n'),  # jq's
+        ("p.txt", "[a cat|a dog], black\na dog\n"),
+    ],
+)
+def test_a_table_is_read_as_its_program_wrote_it(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    first = "[a cat|a dog], black" if name == "p.txt" else "a cat, black"
+    assert read_prompts(tmp_path / name) == [first, "a dog"]
+
+
+def test_a_long_list_is_looked_through_once(tmp_path: Path) -> None:
+    rows = [{"prompt": "a cat on a mat " * 20, "image_path": [f"{k}/a.png", f"{k}/b.png"]} for k in range(20_000)]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    began = time.process_time()
+    assert len(read_objects(tmp_path / "p.json")) == 20_000
+    assert time.process_time() - began < 10  # 0.2 s; each row against the whole text took 10 minutes
+
+
 def test_files_joined_with_their_marks_have_none(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\ufeffa cat\n\ufeffa dog\n", encoding="utf-8")
     (tmp_path / "p.jsonl").write_text('{"prompt": "\\ufeffa cat"}\n\ufeff{"prompt": "a dog"}\n', encoding="utf-8")
@@ -116,6 +145,17 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "lone surrogate": ("p.jsonl", b'{"prompt": "a \\ud800"}', r"p\.jsonl:1: a text with the lone surrogate \\ud800"),
     "surrogate in a list": ("p.json", b'["a", "b \\udfff"]', r"p\.json\[1\]: a text with the lone surrogate \\udfff"),
     "NUL in JSON": ("p.jsonl", b'{"prompt": "a", "path": "b\\u0000c"}', r"p\.jsonl:1: a text with NUL in it"),
+    "pointer of Git LFS": (
+        "p.txt",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "git lfs pull",
+    ),
+    "RTF": ("p.txt", b"{\\rtf1\\ansi\n\\f0 a cat}\n", "is an RTF document"),
+    "HTML": ("p.jsonl", b"\n<!DOCTYPE html>\n<html>404</html>", "is an HTML page"),
+    "YAML": ("p.yaml", b"- a cat\n- a dog\n", "is YAML; expected one text a line"),
+    "JSON under another name": ("p.txt", b'[\n"a cat",\n"a dog"\n]\n', "holds JSON; name it .json"),
+    "old Excel": ("p.csv", b"\xd0\xcf\x11\xe0\0\0", r"p\.csv:1 holds NUL"),
+    "old Mac's table": ("p.csv", b"prompt,seed\ra cat,1\r", r"p\.csv:1 has a carriage return inside"),
     "no JSON": ("p.jsonl", b'{"prompt": "a"}\n{"prompt', r"p\.jsonl:2: not a JSON object: Unterminated"),
 }
 
@@ -411,12 +451,14 @@ NAMES = {
     "decomposed": unicodedata.normalize("NFD", "d/sub dir/ä ö.png"),
     "composed": unicodedata.normalize("NFC", "d/sub dir/é.png"),
     "decomposed folder": unicodedata.normalize("NFD", "d/ü/x.png"),
+    "space after a comma": " d/x.png ",
 }
 THERE = {
     "back-slash": "d/sub dir/c.png",
     "decomposed": unicodedata.normalize("NFC", "d/sub dir/ä ö.png"),
     "composed": unicodedata.normalize("NFD", "d/sub dir/é.png"),
     "decomposed folder": unicodedata.normalize("NFC", "d/ü/x.png"),
+    "space after a comma": "d/x.png",
 }
 
 
@@ -467,6 +509,94 @@ def test_metadata_that_names_other_files_than_there_are(tmp_path: Path, caplog: 
         found[3].read()
 
 
+@pytest.mark.parametrize(
+    ("files", "texts"),
+    [
+        ({"a.caption": "a cat", "B.TXT": "a dog"}, {"a.png": "a cat", "B.PNG": "a dog"}),  # kohya's default; Windows
+        ({"Metadata.csv": "file_name;text\nB.PNG;a dog\na.png;a cat\n"}, {"a.png": "a cat", "B.PNG": "a dog"}),
+        ({"metadata.jsonl": '{"image": "B.PNG", "text": "a dog"}'}, {"a.png": None, "B.PNG": "a dog"}),
+        ({"metadata.csv": "file_name, text\n a.png, a cat\n"}, {"a.png": " a cat", "B.PNG": None}),
+        ({"a-masklabel.png": "", "$RECYCLE.BIN/c.png": ""}, {"a.png": None, "B.PNG": None}),
+    ],
+)
+def test_a_folder_of_another_program(tmp_path: Path, files: dict[str, str], texts: dict[str, str | None]) -> None:
+    folder = images(tmp_path / "f", "a.png", "B.PNG")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    assert {row.file: row.prompt for row in rows_of(folder)} == texts
+
+
+def test_a_name_that_is_not_utf_8_is_a_bad_row_that_can_be_written_down(tmp_path: Path) -> None:
+    for side in ("chosen", "rejected"):
+        images(tmp_path / "f" / side, "a.png")
+        os.rename(tmp_path / "f" / side / "a.png", os.fsencode(tmp_path / "f" / side) + b"/caf\xe9.png")
+    (tmp_path / "f/chosen/x.txt").write_text("a cat")
+    bad = rows_of(tmp_path / "f/chosen")[0]
+    (pair,) = [row for row in recognise(str(tmp_path / "f"), None, None, None).rows if "caf" in row.source]
+    for name, problem in ((bad.file, bad.problem), (pair.source, pair.problem)):
+        assert "caf\\xe9" in name and "is not UTF-8; rename it" in problem
+        name.encode()
+
+
+@pytest.mark.parametrize("column", ["image", "path", "file_name"])
+@pytest.mark.parametrize("below", ["", "f/", "file://"])
+def test_prompts_that_name_their_images_are_not_taken_in_order(tmp_path: Path, column: str, below: str) -> None:
+    folder = images(tmp_path / "f", "1.png", "2.png", "10.png")
+    below = f"file://{folder}/" if below == "file://" else below
+    rows = [{column: f"{below}{number}.png", "prompt": str(number)} for number in (10, 2, 1)]
+    (tmp_path / "p.jsonl").write_text(lines(rows))
+    found = rows_of(folder, prompts=str(tmp_path / "p.jsonl"))
+    assert [(row.file, row.prompt) for row in found] == [("1.png", "1"), ("2.png", "2"), ("10.png", "10")]
+
+
+def test_an_image_with_two_texts_in_the_tables_of_its_folder_is_refused(tmp_path: Path) -> None:
+    folder = images(tmp_path / "f", "a.png")
+    (folder / "metadata.jsonl").write_text(lines([{"file_name": "a.png", "text": text} for text in ("a cat", "a cat")]))
+    assert [row.prompt for row in rows_of(folder)] == ["a cat"]
+    (folder / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
+    with pytest.raises(DataError, match="another text for a.png than a row before it"):
+        rows_of(folder)
+
+
+def test_a_split_that_is_a_folder_is_that_folder(tmp_path: Path) -> None:
+    folder = images(tmp_path / "f", "train/a.png", "test/b.png")
+    for split, name in (("train", "a"), ("test", "b")):
+        (folder / split / f"{name}.txt").write_text(name)
+        assert [row.prompt for row in rows_of(folder, split=split)] == [name]
+    assert [item.caption for item in Images(str(folder), split="train").read().items] == ["a"]
+
+
+@pytest.mark.parametrize("high", [1.0001, 4.0])
+def test_floats_between_the_two_conventions_are_refused(tmp_path: Path, high: float) -> None:
+    """They would be black."""
+    Image.fromarray(np.linspace(0, high, 64, dtype="f4").reshape(8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(UnreadableError, match="float pixels up to .*clip or rescale them"):
+        decode(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_exif_that_is_none_turns_nothing(tmp_path: Path, kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 4), "red").save(buffer, kind, exif=b"garbage", quality=95)
+    assert decode(buffer.getvalue()).size == (8, 4)
+
+
+def test_the_home_begins_image_root_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images(tmp_path / "mine", "a.png", "b.png")
+    (tmp_path / "p.jsonl").write_text(lines([{"prompt": "c", "chosen": "a.png", "rejected": "b.png"}]))
+    assert len(read_pairs(tmp_path / "p.jsonl", image_root="~/mine")) == 1
+
+
+@pytest.mark.parametrize("cell", [{"bytes": None, "path": "a.png"}, ["a.png"]])
+def test_an_image_as_datasets_writes_it_into_json(tmp_path: Path, cell: object) -> None:
+    images(tmp_path, "a.png")
+    (tmp_path / "r.jsonl").write_text(lines([{"image": cell, "prompt": "a cat"}]))
+    (row,) = rows_of(tmp_path / "r.jsonl")
+    assert row.prompt == "a cat" and row.read().tolist() == decoded(0)
+
+
 # preferences
 def pick(tmp_path: Path, **columns: list[object]) -> Path:
     count = len(columns["label_0"])
@@ -487,6 +617,53 @@ def test_rows_that_nobody_labelled_are_no_pairs(tmp_path: Path, capsys: pytest.C
     assert agree.main(["--pairs", str(file), "--reward", "JPEGCompressibility", "--output", str(output)]) == 0
     assert json.loads(output.read_text())["unlabelled"] == 2
     assert "2 pairs" in (told := capsys.readouterr().out) and "2 rows that nobody labelled" in told
+
+
+@pytest.mark.parametrize("flag", [{"has_label": False}, {"are_different": "f"}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "a.png", "rejected": "b.png"},
+        {"images": ["a.png", "b.png"], "ranking": [1, 2]},
+        {"image_path": "a.png", "prompt_id": "p", "rank": 1},
+    ],
+)
+def test_in_no_layout_is_what_nobody_labelled_a_pair(tmp_path: Path, row: dict[str, Any], flag: dict[str, Any]) -> None:
+    images(tmp_path, "a.png", "b.png")
+    (tmp_path / "p.jsonl").write_text(lines([row | flag | {"prompt": "c"}]))
+    (pair,) = recognise(str(tmp_path / "p.jsonl"), None, None, None).rows
+    assert pair.unlabelled == f"{next(iter(flag))} is false" and pair.sides is None
+
+
+def test_a_tie_beside_a_winners_column_is_a_tie(tmp_path: Path) -> None:
+    images(tmp_path, "a.png", "b.png")
+    rows = [{"prompt": "c", "chosen": "a.png", "rejected": "b.png", "label": label} for label in ("tie", "a", "a dog")]
+    (tmp_path / "p.jsonl").write_text(lines(rows))
+    assert [row.sides is None for row in recognise(str(tmp_path / "p.jsonl"), None, None, None).rows] == [
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    "row", [{"images": ["a.png", "b.png"], "ranking": [1, -1]}, {"image_path": "a.png", "rank": -1}]
+)
+def test_a_rank_below_0_is_none(tmp_path: Path, row: dict[str, Any]) -> None:
+    """It stands where nobody ranked, and would be the best."""
+    images(tmp_path, "a.png", "b.png")
+    (tmp_path / "p.jsonl").write_text(lines([row | {"prompt": "c"}]))
+    with pytest.raises(DataError, match=r"expected .*rank.*, 1 the best"):
+        read_pairs(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("spell", [json.dumps, str])
+def test_lists_in_a_csv(tmp_path: Path, spell: Callable[[object], str]) -> None:
+    images(tmp_path, "0.png", "1.png", "2.png")
+    with open(tmp_path / "r.csv", "w", newline="") as file:
+        row = {"prompt": "p0", "generations": spell(["0.png", "1.png", "2.png"]), "ranking": spell([2, 1, 3])}
+        csv.DictWriter(file, row).writerows([dict(zip(row, row, strict=True)), row])
+    assert won(read_pairs(tmp_path / "r.csv")) == RANKED
 
 
 @pytest.mark.parametrize(
@@ -602,6 +779,12 @@ def test_one_row_an_image_inside_parquet(tmp_path: Path) -> None:
         (("image0", "image1"), 0.5, None),
         (("image_a", "image_b"), "A", True),
         (("image_a", "image_b"), " right ", False),
+        (("image0", "image1"), "Image 1", False),
+        (("image_a", "image_b"), "b.png", False),
+        (("image_a", "image_b"), "\u201cA\u201d", True),
+        (("image_a", "image_b"), "model_b", False),
+        (("image_a", "image_b"), "The left one is better", True),
+        (("image_a", "image_b"), "tie (bothbad)", None),
         (("image_a", "image_b"), "both bad", None),
     ],
 )
@@ -622,6 +805,8 @@ def test_two_columns_and_a_label(tmp_path: Path, columns: tuple[str, str], label
         (("image0", "image1"), 0.7),
         (("image_a", "image_b"), 1),
         (("image_a", "image_b"), "perhaps"),
+        (("image_a", "image_b"), "!a"),
+        (("image_a", "image_b"), "A=B"),
     ],
 )
 def test_a_label_that_could_mean_either_is_refused(tmp_path: Path, columns: tuple[str, str], label: object) -> None:

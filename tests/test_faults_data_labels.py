@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def choice(label: object, a: str = "images/00000.png", b: str = "00001") -> dict
             (word, 1.0)
             for word in ("a", "A", "a ", "left", "Left", "image_a", "Image A", "first", {"selected": "left"})
         ),
-        *((word, -1.0) for word in ("b", "B", "right", "image_b", "second", {"choices": ["right"]}, ["b"])),
+        *((word, 1.0) for word in ("A.", "(a)", "A is better", "images/00000.png")),
+        *((word, -1.0) for word in ("00001", "b", "B", "right", "image_b", "second", {"choices": ["right"]}, ["b"])),
         *((word, 0.0) for word in ("tie", "Tie", "draw", "equal", "both good", "neither", "no preference")),
     ],
 )
@@ -46,6 +48,22 @@ def test_a_label_in_other_words(reader: Reader, tmp_path: Path, label: object, v
     if isinstance(label, str):
         (vote,) = reader.read(Path(table(tmp_path, [choice(label)], "labels.CSV")))
         assert vote.value == value
+
+
+def test_label_studios_export_is_an_answer_of_each_person(reader: Reader, tmp_path: Path) -> None:
+    def said(value: dict[str, object], **more: object) -> dict[str, object]:
+        return {"id": 7, "result": [{"value": value, "from_name": "which", "type": "pairwise"}], **more}
+
+    answers = [said({"selected": "right"}, completed_by=1), said({"choices": ["a"]}, completed_by=2)]
+    answers += [said({"selected": "left"}, was_cancelled=True), {"id": 9, "result": []}]
+    data = {"image_a": "/data/upload/3/6b0c6f5a-00000.png", "image_b": "/data/upload/3/6b0c6f5b-00001.png"}
+    (tmp_path / "export.json").write_text(json.dumps([{"id": 3, "annotations": answers, "data": data}]))
+    votes = reader.read(tmp_path / "export.json")
+    assert [(vote.annotator, vote.a, vote.b, vote.value) for vote in votes] == [("1", 0, 1, -1.0), ("2", 0, 1, 1.0)]
+    two = {"id": 3, "annotations": [{"result": answers[0]["result"] * 2}], "data": data}
+    (tmp_path / "export.json").write_text(json.dumps([two]))
+    with pytest.raises(DataError, match="label is .*; expected a, b or tie"):
+        reader.read(tmp_path / "export.json")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
@@ -74,6 +92,8 @@ def test_a_label_that_says_nothing_is_refused(reader: Reader, tmp_path: Path, la
         "images\\00000.png",
         "00000.jpg",
         "images/00000.JPEG",
+        ".\\images\\00000.jfif",
+        "00000.bmp",
         "00000.webp",
         " 00000.png ",
         "C:\\Users\\ann\\round1\\images\\00000.png",

@@ -483,6 +483,13 @@ def test_the_home_is_found(copy: Callable[[str], Path], monkeypatch: pytest.Monk
     assert families.pipeline_class(f"~/{folder.name}/") == "StableDiffusionPipeline"
 
 
+@pytest.mark.parametrize("name", ["shapes-sd/", "models/my model", "a--b/c", "a/b/c", "C:\\models\\sd", ""])
+def test_what_is_no_hub_id_is_one_line(name: str) -> None:
+    with pytest.raises(Unsupported, match="expected a diffusers pipeline|nor a reachable hub pipeline") as stopped:
+        families.load(name)
+    assert "\n" not in str(stopped.value)
+
+
 def test_a_single_file_is_told_how_to_become_a_folder(copy: Callable[[str], Path]) -> None:
     with pytest.raises(Unsupported, match="no model_index.json.*from_single_file"):
         families.load(str(copy("epsilon") / f"{UNET}.safetensors"))

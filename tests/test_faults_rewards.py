@@ -34,6 +34,7 @@ from rewards.common.command import status
 from rewards.common.errors import RewardFailure, UserError, WriteError
 from rewards.common.files import LOCK, atomic, locked, write_text
 from rewards.config import parse_rewards, without_secrets
+from rewards.data.formats import open_input
 from rewards.serving.batching import Limits
 from rewards.serving.server import application
 from tests.helpers import errors
@@ -546,6 +547,26 @@ def test_what_sample_leaves_is_scored_as_it_lies(
     assert table["file"].to_pylist() == [f"{k:05d}.png" for k in range(count)]
     page = (tmp_path / "s/gallery.html").read_text()
     assert page.count("<img") == count and "<b>a" not in page
+
+
+def test_what_evaluate_leaves_is_scored_without_its_gallery(tmp_path: Path) -> None:
+    for name in ("gallery.png", "images/base/00000.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    assert len(open_input(str(tmp_path)).listed) == 2  # somebody's own
+    (tmp_path / "gallery.html").write_text("")
+    assert [row.file for row in open_input(str(tmp_path)).listed] == ["images/base/00000.png"]
+
+
+def test_what_rollout_leaves_is_scored_without_its_contact_sheets(tmp_path: Path) -> None:
+    for name in ("contact-sheet-00000.png", "images/00000.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    line = {"image": "images/00000.png", "trajectory": "00000", "prompt": "two red stars", "scores": {}}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "rollout.json").write_text("{}")
+    source = open_input(str(tmp_path))
+    assert [(row.file, row.prompt) for row in source.listed] == [("images/00000.png", "two red stars")]
 
 
 # captions as a scorer's text encoder reads them

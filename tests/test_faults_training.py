@@ -334,6 +334,7 @@ def test_a_reward_that_tells_nothing_apart_stops_the_run(
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "configured for dynamo"),
         ("ACCELERATE_USE_FSDP", "true", "configured for FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "configured for DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "configured for Megatron-LM"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 4, this run for 1; set"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed precision 'fp8'"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16 has no gradients to scale on a CPU"),
@@ -371,14 +372,15 @@ def test_accelerates_precision_runs_unless_ours_is_given(
     assert "mixed_precision: 'bf16'" in (tmp_path / "auto/config.yaml").read_text()
 
 
-@pytest.mark.parametrize("targets", [["to_q", "typo"], ["typo"], []])
+@pytest.mark.parametrize("targets", [["to_q", "typo"], ["typo"], [], ["down_blocks"]])
 def test_every_lora_target_has_to_be_a_layer(
     config: dict[str, Any],  # noqa: F811
     targets: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["--config", write(config, lora={"rank": 2, "targets": targets})]) == 2
-    assert "lora" in capsys.readouterr().err and not (Path(config["output_dir"]) / "config.yaml").exists()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "lora" in said and not (Path(config["output_dir"]) / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(

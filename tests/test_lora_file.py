@@ -209,6 +209,22 @@ def test_a_lora_that_moves_nothing_says_so(tiny: Build, tmp_path: Path) -> None:
         read_lora(tmp_path)
 
 
+def test_an_alpha_of_zero_changes_nothing_and_says_so(run: Path, tmp_path: Path) -> None:
+    save_file(
+        load_file(run / "pytorch_lora_weights.safetensors"), tmp_path / "x.safetensors", header({"lora_alpha": 0})
+    )
+    with pytest.warns(UserWarning, match="changes nothing"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_weights_in_float8_are_read(tiny: Build, run: Path, tmp_path: Path) -> None:
+    state = {k: v.to(torch.float8_e4m3fn) for k, v in load_file(run / "pytorch_lora_weights.safetensors").items()}
+    save_file(state, tmp_path / "x.safetensors")
+    right = {k: v.float() for k, v in state.items()}
+    name, layer = next(iter(read_lora(tmp_path / "x.safetensors", tiny("epsilon").pipe).layers.items()))
+    assert torch.equal(layer.A, right[f"{name}.lora_A.weight"]) and torch.equal(layer.B, right[f"{name}.lora_B.weight"])
+
+
 def test_layers_of_text_encoders_start_no_run_and_teach_nobody(tiny: Build, run: Path, tmp_path: Path) -> None:
     """They would stay in the student's text encoder for good."""
     state = load_file(run / "pytorch_lora_weights.safetensors")

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from align import families
+from align import families, sample
+from align.common.errors import UserError
 from align.policy.initial_noise import InitialNoise
 from align.policy.policy import LoRA, Policy
 from align.sample import main
@@ -77,6 +78,14 @@ def test_one_prompt_and_captions_in_any_script(tiny_folders: dict[str, Path], tm
     assert main([*source, *QUICK, "--prompts", "zwei rote Sterne, größer"]) == 0
     assert rows(tmp_path / "out") == [{"file_name": "00000.png", "prompt": "zwei rote Sterne, größer", "seed": 0}]
     assert "größer" in (tmp_path / "out" / "metadata.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["p.csv", "P.TXT", "p.tsv", "prompts"])
+def test_a_prompt_file_of_any_name_is_no_prompt(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a cat\n" if name in ("P.TXT", "prompts") else "prompt\na cat\n")
+    assert sample._prompts(str(tmp_path / name), None) == ["a cat"]
+    with pytest.raises(UserError, match="there is no prompt file"):
+        sample._prompts(str(tmp_path / "gone.csv"), None)
 
 
 def test_resolution(tiny_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from align.common.resolution import Resolution
 from align.data.dataset import Data, Setup
 from align.data.trajectories import Rollout, RolloutFolder, TrajectoryBatch, TrajectoryPairs
 from rewards.data.answers import standing
+from rewards.data.images import IMAGE_SUFFIXES
 from rewards.data.records import RECORD_SUFFIXES, Broken, read_records
 from rewards.data.text import brief
 from rewards.data.verdicts import counts_from_one, number, verdict
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 UPLOAD = re.compile(r".*/data/upload/\d+/[0-9a-f]{8}-([^/]+)")  # Label Studio's name of an uploaded file
 SERVED = re.compile(r".*/data/local-files/\?d=(.+)")  # and of one that it reads from a folder
-OTHER_SUFFIX = re.compile(r"\.(png|jpe?g|webp)$", re.IGNORECASE)
+OTHER_SUFFIX = re.compile("({})$".format("|".join(map(re.escape, IMAGE_SUFFIXES))), re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Reader:
                 f"{where} says the prompt {entry['prompt']!r}, but {entry['image_a']!r} was drawn for {line.prompt!r}; "
                 f"give the rollout folder that these labels are on, this is {self.rollout.folder.path}"
             )
-        value = verdict(entry["label"], counted=counted)
+        value = verdict(entry["label"], counted=counted, images=(entry["image_a"], entry["image_b"]))
         if value is None:
             one = "; 1 and 2 are understood where both are there" if number(entry["label"]) is not None else ""
             raise DataError(f"{where}: label is {brief(entry['label'])}; expected a, b or tie{one}")

@@ -57,7 +57,7 @@ class PreferencePairs(EncodedData):
         return self._recognised().cells
 
     def _recognised(self) -> Layout:
-        root = Path(self.image_root) if self.image_root else None
+        root = Path(self.image_root).expanduser() if self.image_root else None
         return recognise(locate(self.path), self.split, self.caption_column, root, self.streaming)
 
     def read(self) -> ExampleSet:

@@ -81,7 +81,7 @@ class RatedImages(Images):
         return self._recognised().cells if self.pairs else super().cells()
 
     def _recognised(self) -> Layout:
-        root = Path(self.image_root) if self.image_root else None
+        root = Path(self.image_root).expanduser() if self.image_root else None
         try:
             return recognise(locate(self.path), self.split, self.caption_column, root, self.streaming)
         except DataError as error:

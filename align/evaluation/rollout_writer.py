@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from align.common.assets import TakesPaths
 from align.common.errors import NonFinite
 from align.common.resolution import Resolution, sides
 from align.data.prompts import PromptSet
@@ -31,7 +32,7 @@ from rewards.common.files import atomic, write_text
 
 
 @dataclass
-class RolloutSettings:
+class RolloutSettings(TakesPaths):
     """Draw pictures and keep their trajectories.
 
     Args:

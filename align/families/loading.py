@@ -65,8 +65,9 @@ def pipeline_class(source: str, revision: str | None = None) -> str:
 
         try:
             index = Path(hf_hub_download(source, "model_index.json", revision=revision))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise Unsupported(f"{source!r} is neither a folder nor a reachable hub pipeline: {error}") from error
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: no hub id at all
+            said = " ".join(str(error).split())[:300]
+            raise Unsupported(f"{source!r} is neither a folder nor a reachable hub pipeline: {said}") from error
     if not index.is_file():
         raise Unsupported(
             f"no model_index.json in {str(folder)!r}; expected a diffusers pipeline folder, a hub id or one of "

@@ -131,8 +131,8 @@ def read_layers(source: Path, modules: Mapping[str, nn.Module], denoiser: str | 
         raise UserError(f"{path} has no LoRA layers; expected keys such as unet.….lora_A.weight")
     if modules:
         _fits(path, layers, modules, what)
-    if not any(layer.B.any() for layer in layers.values()):
-        warnings.warn(f"the LoRA in {path} changes nothing: every B is zero", stacklevel=3)
+    if not any(layer.scale and layer.A.any() and layer.B.any() for layer in layers.values()):
+        warnings.warn(f"the LoRA in {path} changes nothing: every A, B or alpha is zero", stacklevel=3)
     return LoRAFile(path, layers)
 
 
@@ -175,6 +175,7 @@ def _layer(path: Path, name: str, found: Mapping[str, Tensor], settings: Mapping
         raise UserError(f"{path}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, whose ranks differ")
     if not (a.is_floating_point() and b.is_floating_point()):
         raise UserError(f"{path}: {name} has weights of {a.dtype} and {b.dtype}, and a LoRA's are floating-point")
+    a, b = (part.float() if part.element_size() == 1 else part for part in (a, b))  # float8 knows no arithmetic
     if not (a.isfinite().all() and b.isfinite().all()):
         raise UserError(f"{path}: {name} has NaN or infinite weights; was training stopped too late?")
     return LoRALayer(a, b, _scale(path, name, len(a), found.get("alpha"), settings))

@@ -64,7 +64,8 @@ class LoRAWeights(Weights):
             self.denoiser.add_adapter(config)
         except ValueError as error:  # peft's for targets that fit nothing
             known = ", ".join(family.lora_targets)
-            raise UserError(f"lora.targets: {error} The family's own are {known}") from error
+            said = " ".join(str(error).split())[:300]  # peft prints the whole layer
+            raise UserError(f"lora.targets: {said} The family's own are {known}") from error
         names = [name for name, module in self.denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
         fitting = {target for target in lora.targets or () for name in names if f".{name}".endswith(f".{target}")}
         if missed := [target for target in lora.targets or () if target not in fitting]:

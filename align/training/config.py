@@ -12,6 +12,7 @@ import torch
 import align.data
 import align.objectives  # noqa: F401  imported, so that `--objective DPO` needs no import path
 from align import families
+from align.common.assets import TakesPaths
 from align.common.errors import UserError, require_at_least
 from align.common.hub import Publishing
 from align.common.resolution import sides
@@ -40,7 +41,7 @@ class Samples:
 
 
 @dataclass
-class TrainConfig(Publishing):
+class TrainConfig(Publishing, TakesPaths):
     """Fine-tune a diffusers pipeline through an objective.
 
     Args:

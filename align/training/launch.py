@@ -33,6 +33,7 @@ def launch(config: TrainConfig) -> Accelerator:
     asked = {
         "dynamo": os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("no", ""),
         "DeepSpeed": _set("ACCELERATE_USE_DEEPSPEED"),
+        "Megatron-LM": _set("ACCELERATE_USE_MEGATRON_LM"),
         "parallelism": _set("ACCELERATE_USE_PARALLELISM_CONFIG"),
     }
     if asked["DeepSpeed"]:

@@ -5,11 +5,8 @@ Nothing is decoded, unpacked to disk or unpickled here.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,26 +17,24 @@ from rewards.common.errors import DataError
 from rewards.data.answers import standing
 from rewards.data.arrow_tables import WHOLE, ArrowTable, hub_table, is_hub_id, is_saved, saved_table
 from rewards.data.hub_files import file_size, hub_files, hub_folder
+from rewards.data.image_folder import IMAGES, folder, listed, text_of
 from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource, UnreadableError
-from rewards.data.paths import left_out, locate_file, no_such_file, visible
+from rewards.data.paths import left_out, locate_file, visible
 from rewards.data.records import (
     CAPTIONS,
     RECORD_SUFFIXES,
     caption_column,
-    caption_of,
     mention_others,
     objects_of,
-    read_objects,
     read_records,
 )
 from rewards.data.tables import ParquetTable, Table, content, names_file
-from rewards.data.text import MAX_CAPTION, brief, caption_fault, clean, read_text, text_fault
+from rewards.data.text import MAX_CAPTION, brief, caption_fault, text_fault
 from rewards.data.webdataset import tars
 
 logger = logging.getLogger(__name__)
 
-IMAGES = ("image", "picture", "jpg", "png", "webp", "file_name", "image_path", "file_path", "path", "file")
-METADATA = ("metadata.jsonl", "metadata.csv")
+ROLLOUT = ("manifest.jsonl", "rollout.json")  # what align.rollout leaves
 TARS = (".tar", ".tar.gz", ".tgz")
 LAYOUTS = (
     "a folder of images, a .parquet file or folder of them, .jsonl, .json or .csv, webdataset .tar files, "
@@ -74,11 +69,16 @@ def open_input(
     elif is_saved(place):  # the one, with the hub, that has splits
         table = saved_table(place, split)
         return _dataset(f"{place.name}/{table.split}", table, caption, image_column)
+    elif place.is_dir() and split and (place / split).is_dir():
+        return open_input(str(place / split), prompts, caption, image_column)
+    elif all((place / name).is_file() for name in ROLLOUT):  # beside its images lie contact sheets
+        rows = records(place / ROLLOUT[0], caption, image_column)
     elif place.is_dir():
         files = sorted((path.relative_to(place).as_posix() for path in visible(place)), key=natural)
         images, archives, shards = (
             [file for file in files if file.lower().endswith(ends)] for ends in (IMAGE_SUFFIXES, TARS, ".parquet")
         )
+        images = [file for file in images if not _is_overview(file, files)]
         taken = images or archives or shards
         others = left_out(place, sorted(set(files) - set(taken)))
         if not taken:
@@ -107,83 +107,15 @@ def open_input(
     return rows
 
 
+def _is_overview(file: str, files: Sequence[str]) -> bool:
+    """Whether an image is what align.evaluate shows beside its page, and no picture that a model drew."""
+    return PurePosixPath(file).name == "gallery.png" and file.removesuffix("png") + "html" in files
+
+
 def natural(text: str) -> list[tuple[bool, int, str]]:
     """Sort key under which ``2.png`` comes before ``10.png``, and both before ``a.png``."""
     parts = re.findall(r"[0-9]+|[^0-9]+", text)
     return [(False, int(part), "") if part.isdigit() else (True, 0, part.lower()) for part in parts]
-
-
-# Rows that are all known beforehand: folders and lists of records.
-def _listed(layout: str, rows: Sequence[ImageRow]) -> ImageSource:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.file, row.prompt, row.metadata], default=str, sort_keys=True).encode())
-    return ImageSource(
-        {"layout": layout, "rows": len(rows), "digest": digest.hexdigest()},
-        len(rows),
-        lambda wanted: (row if wanted(number) else None for number, row in enumerate(rows)),
-        rows,
-    )
-
-
-Text = tuple[str, Mapping[str, Any]]  # a prompt and the record that it comes from
-
-
-def folder(
-    place: Path, images: Sequence[str], files: Sequence[str], prompts: str | None, caption: str | None
-) -> ImageSource:
-    """The ``images`` below ``place``; prompts from the file named, or from what lies among its ``files``."""
-    texts = _folder_prompts(place, images, files, Path(prompts) if prompts else None, caption)
-    rows = [ImageRow(file, texts.get(file, (None,))[0], place / file, *texts.get(file, ())[1:]) for file in images]
-    known = set(images)
-    for name, (text, record) in texts.items():
-        if name not in known:  # what a table names is read wherever it lies
-            there = os.path.isfile(place / name)
-            problem = "" if there else no_such_file(place / name, place)
-            rows.append(ImageRow(name, text, place / name if there else None, record, problem))
-    unnamed = [file for file in images if file not in texts]
-    if texts and unnamed:
-        logger.warning(
-            "%s: %d of %d images have no prompt, the first is %s", place, len(unnamed), len(images), unnamed[0]
-        )
-    return _listed("folder", rows)
-
-
-def _folder_prompts(
-    folder: Path, images: Sequence[str], files: Sequence[str], source: Path | None, column: str | None
-) -> dict[str, Text]:
-    """Prompt and record of each image that has them; ``source`` is what the user named, if anything."""
-    if source is None:
-        if tables := [file for file in files if Path(file).name in METADATA]:  # imagefolder: names are relative to each
-            pairs = [_by_name(folder / table, Path(table).parent, column, folder) for table in tables]
-            return {file: text for texts in pairs for file, text in texts.items()}
-        there = set(files)
-        sidecars = {file: PurePosixPath(file).with_suffix(".txt").as_posix() for file in images}
-        return {file: (clean(read_text(folder / text)), {}) for file, text in sidecars.items() if text in there}
-    if not source.is_file():
-        raise DataError(f"no such prompts file: {source}")
-    texts: list[Text]
-    if source.suffix.lower() not in RECORD_SUFFIXES:
-        texts = [(str(line), {}) for _, line in read_records(source)]
-    elif all("file_name" in record for _, record in read_objects(source)):
-        return _by_name(source, Path(), column, folder)
-    else:
-        texts = [(_text(source, where, record, column), record) for where, record in read_objects(source)]
-    if len(texts) != len(images):
-        raise DataError(f"{source} has {len(texts)} prompts for {len(images)} images; expected one per image, in order")
-    return dict(zip(images, texts, strict=True))
-
-
-def _by_name(path: Path, below: Path, column: str | None, folder: Path) -> dict[str, Text]:
-    texts: dict[str, Text] = {}
-    for where, record in read_objects(path):
-        name = record.get("file_name")
-        if not isinstance(name, str):
-            raise DataError(f"{where} has no string 'file_name'; it has {_keys(record)}")
-        file = Path(os.path.normpath(locate_file(folder / below, name)))
-        named = file.relative_to(folder) if file.is_relative_to(folder) else file
-        texts[named.as_posix()] = (_text(path, where, record, column), record)
-    return texts
 
 
 def records(path: Path, caption: str | None, image_column: str | None) -> ImageSource:
@@ -192,9 +124,9 @@ def records(path: Path, caption: str | None, image_column: str | None) -> ImageS
     for where, record in objects_of(standing(read_records(path))):
         image, prompt = _columns(where, list(record), caption, image_column)
         cell = record[image]
-        if not isinstance(cell, str):
+        if not isinstance(cell, str | Mapping | list):
             raise DataError(f"{where}: {image!r} is {brief(cell)}; expected the path of an image")
-        text = _text(path, where, record, caption) if prompt else None
+        text = text_of(path, where, record, caption) if prompt else None
         if names_file(cell):
             rows.append(ImageRow(cell, text, locate_file(path.parent, cell), record))
         else:  # what an image is in base64 is neither its name nor metadata
@@ -202,7 +134,7 @@ def records(path: Path, caption: str | None, image_column: str | None) -> ImageS
             rows.append(_row(where, text, cell, path.parent, others))
     if not rows:
         raise DataError(f"{path} has no rows; expected one per image")
-    return _listed("records", rows)
+    return listed("records", rows)
 
 
 def _row(name: str, text: str | None, cell: object, home: Path, record: Mapping[str, Any]) -> ImageRow:
@@ -211,20 +143,6 @@ def _row(name: str, text: str | None, cell: object, home: Path, record: Mapping[
     except UnreadableError as error:
         return ImageRow(name, problem=str(error))
     return ImageRow(name, text, image, record)
-
-
-def _keys(record: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, record)) or "nothing"
-
-
-def _text(path: Path, where: str, record: Mapping[str, Any], column: str | None) -> str:
-    text = caption_of(record, column, path)
-    if not isinstance(text, str):
-        name = caption_column(list(record), column) or column or "text"
-        raise DataError(f"{where} has no string {name!r}; it has {_keys(record)}")
-    if len(text) > MAX_CAPTION:
-        raise DataError(f"{where}: {caption_fault(text)}")
-    return text.replace("\ufeff", "")
 
 
 # Tables: parquet, and what `datasets` reads.

@@ -11,8 +11,8 @@ mode that Pillow reports:
     I                               the same where all values lie in 0 .. 65535 and some above 255, as they do in 16-bit
                                     files that Pillow opens so; other values have no scale that a file tells, and are
                                     refused
-    F                               times 255 where all values lie in [0, 1], as it is where they lie in [0, 255]; these
-                                    are the two conventions in use, and any other range is refused
+    F                               times 255 where all values lie in [0, 1], as it is where they lie in [0, 255] and
+                                    reach 16; these are the two conventions in use, and any other range is refused
 
 The orientation in EXIF is applied. Of an animation the first frame is taken, which is logged once in a process.
 """
@@ -96,7 +96,7 @@ def decode(source: Path | bytes, formats: tuple[str, ...] | None = None, max_pix
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
             if max_pixels is not None and opened.width * opened.height > max_pixels:
                 raise UnreadableError(f"{opened.width} x {opened.height} pixels; at most {max_pixels} are taken")
-            ImageOps.exif_transpose(opened, in_place=True)
+            _turn_upright(opened)
             image = _rgb(opened)
             if opened.format != "MPO":  # a camera's JPEG with previews behind it
                 _mention_animation(opened)
@@ -129,6 +129,14 @@ def require_plain(file: Path) -> None:
         raise UnreadableError(f"cannot be opened: {file} is no plain file")
 
 
+def _turn_upright(image: Image.Image) -> None:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except SyntaxError as error:  # of EXIF that is none, which nobody else minds
+        if not str(error).startswith("not a TIFF file"):
+            raise
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_grey(image)).convert("RGB")
@@ -146,6 +154,8 @@ def _grey(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         if not (low >= 0 and high <= 255):  # written so that NaN is outside
             raise UnreadableError(f"float pixels from {low:g} to {high:g}; expected [0, 1] or [0, 255]: rescale them")
+        if 1 < high < 16:  # [0, 1] that resizing sharpened, or a brighter light, rather than 255 shades of black
+            raise UnreadableError(f"float pixels up to {high:g}, above [0, 1] and no [0, 255]; clip or rescale them")
         return (levels * (255 if high <= 1 else 1)).round().astype("u1")
     if low < 0 or high > 65535:
         raise UnreadableError(f"integer pixels from {low} to {high}; expected 0 to 65535: rescale them")

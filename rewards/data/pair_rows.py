@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from rewards.data.verdicts import counts_from_one, number, verdict
 MARKS = {"human_preference": 1, "rank": -1, "ranking": -1, "best": 1}  # what a higher one is worth; of best, the index
 Sides = tuple[LazyImage, LazyImage]
 VOTES = ("votes", "choice_dist")
+FLAGS = ("has_label", "are_different")
 
 
 @dataclass(frozen=True)
@@ -109,19 +112,18 @@ def pairs_of(table: Table, root: Path | None, text: str, names: tuple[str, str],
     source = _Source(table, root)
     votes = next((name for name in VOTES if name in table.names), None)
     counted = counts_from_one(column_of(table, told)) if names == ("image_a", "image_b") else False
-    columns = [column_of(table, name) for name in (text, votes, "has_label", "are_different")]
-    marks = [column_of(table, told), column_of(table, "label_1" if told == "label_0" else None)]
+    columns = [column_of(table, name) for name in (text, votes, *FLAGS)]
+    marks = [column_of(table, told or "label"), column_of(table, "label_1" if told == "label_0" else None)]
     sides = [cells_of(table, name) for name in names]
     for row, (caption, counts, has_label, differ, label, other, *both) in enumerate(
         zip(*columns, *marks, *sides, strict=True)
     ):
         if row in table.problems:
             yield source.problem(row, table.problems[row])
-        elif is_false(has_label) or is_false(differ):
-            reason = "has_label is false" if is_false(has_label) else "are_different is false"
+        elif reason := _unlabelled(has_label, differ):
             yield PairRow(table.where(row), caption, unlabelled=reason)
         else:
-            share = _share(label, other, told, names, counted) if told else 1.0
+            share = _share(label, other, told, names, counted, (both[0], both[1])) if told else _said(label)
             empty = any(name in table.texts and not cell for name, cell in zip(names, both, strict=True))
             soft = isinstance(share, str) and told == "label_0" and 0 < (number(label) or 0) < 1
             if isinstance(share, str) and not soft:
@@ -133,7 +135,7 @@ def pairs_of(table: Table, root: Path | None, text: str, names: tuple[str, str],
                 if isinstance(share, str):
                     yield source.soft(row, caption, float(label), (first, second), share)
                 else:
-                    yield source.labelled(row, caption, share, (first, second), _counts(counts))
+                    yield source.labelled(row, caption, share, (first, second), _counts(as_list(counts)))
 
 
 def _is_image(cell: object) -> bool:
@@ -141,10 +143,24 @@ def _is_image(cell: object) -> bool:
 
 
 def is_false(flag: object) -> bool:
-    return flag is not None and str(flag).strip().lower() in ("false", "0", "0.0", "no")
+    return flag is not None and str(flag).strip().lower() in ("false", "f", "0", "0.0", "no", "n")
 
 
-def _share(label: object, other: object, told: str, names: tuple[str, str], counted: bool) -> float | str:
+def _unlabelled(has_label: object, differ: object) -> str:
+    """Why nobody could choose, by the columns :data:`FLAGS`; empty where somebody did."""
+    return next(
+        (f"{name} is false" for name, flag in zip(FLAGS, (has_label, differ), strict=True) if is_false(flag)), ""
+    )
+
+
+def _said(label: object) -> float:
+    """The winner is in a column of its own; what a label says beside it counts where it says a tie."""
+    return 0.5 if verdict(label) == 0 else 1.0
+
+
+def _share(
+    label: object, other: object, told: str, names: tuple[str, str], counted: bool, images: tuple[object, object]
+) -> float | str:
     """1.0 where the first image won, 0.0 where the second did, 0.5 for a tie, or what is wrong with the label.
 
     ``label_0`` is Pick-a-Pic's: the first image's share of 1, and ``label_1``, where there is one, the rest. ``label``
@@ -166,7 +182,7 @@ def _share(label: object, other: object, told: str, names: tuple[str, str], coun
             if numbered is None
             else numbered
         )
-    said = verdict(label, names, counted)
+    said = verdict(label, names, counted, images)
     expected = "a, b or tie" if names == ("image_a", "image_b") else f"0, 1, {names[0]}, {names[1]} or tie"
     return f"label is {brief(label)}; expected {expected}" if said is None else (said + 1) / 2
 
@@ -187,21 +203,28 @@ def ranked_lists(table: Table, root: Path | None, text: str, images: str, mark: 
     """Rows with a list of images and one of marks, of which every two images are a pair, or with the best one's number,
     which wins over each other one."""
     source, spread = _Source(table, root), Spread(table, images)
-    columns = [column_of(table, name) for name in (text, mark, "raw_annotations")]
-    for row, (caption, marks, raw), cells in zip(
+    columns = [column_of(table, name) for name in (text, mark, "raw_annotations", *FLAGS)]
+    for row, (caption, marks, raw, *flags), cells in zip(
         range(len(table)), zip(*columns, strict=True), cells_of(table, images), strict=True
     ):
         if row in table.problems:
             yield source.problem(row, table.problems[row])
             continue
+        if reason := _unlabelled(*flags):
+            yield PairRow(table.where(row), caption, unlabelled=reason)
+            continue
         if images not in table.texts:
             cells = table.record(row)[images]
+        cells, marks = as_list(cells), as_list(marks)
         if not isinstance(cells, list) or not (isinstance(marks, list) or mark == "best"):
             yield source.problem(row, f"expected lists {images} and {mark}")
             continue
         gains = _best(marks, cells) if mark == "best" else [number(value) for value in marks]
         if len(cells) != len(gains) or len(cells) < 2 or None in gains or not all(_is_image(cell) for cell in cells):
             yield source.problem(row, f"{len(cells)} images with {mark} {brief(marks)}")
+            continue
+        if MARKS[mark] < 0 and (least := min(gain for gain in gains if gain is not None)) < 0:
+            yield source.problem(row, f"{mark} is {brief(marks)}; expected ranks, 1 the best, but one is {least:g}")
             continue
         pictures = [source.image(row, f"{images}[{k}]", cell, spread) for k, cell in enumerate(cells)]
         worth = [MARKS[mark] * gain for gain in gains if gain is not None]
@@ -213,6 +236,14 @@ def ranked_lists(table: Table, root: Path | None, text: str, images: str, mark: 
             yield source.labelled(
                 row, caption, _order(worth[i], worth[j]), (pictures[i], pictures[j]), votes if ranks else None
             )
+
+
+def as_list(cell: Any) -> Any:
+    """A list, also where a CSV file holds one as JSON or Python write it; anything else as it is."""
+    if isinstance(cell, str) and cell.strip().startswith("[") and cell.strip().endswith("]"):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(cell.strip())
+    return cell
 
 
 def _order(one: float, other: float) -> float:
@@ -239,13 +270,18 @@ def one_image_a_row(table: Table, root: Path | None, text: str, image: str, mark
     source = _Source(table, root)
     captions, cells = list(column_of(table, text)), list(cells_of(table, image))
     groups: dict[str, list[tuple[int, float]]] = {}
-    for row, (key, value) in enumerate(zip(column_of(table, group), column_of(table, mark), strict=True)):
+    columns = [column_of(table, name) for name in (group, mark, *FLAGS)]
+    for row, (key, value, *flags) in enumerate(zip(*columns, strict=True)):
         if row in table.problems:
             yield source.problem(row, table.problems[row])
+        elif reason := _unlabelled(*flags):
+            yield PairRow(table.where(row), captions[row], unlabelled=reason)
         elif (rank := number(value)) is None or key in (None, ""):
             yield source.problem(
                 row, f"{group} is {brief(key)} and {mark} {brief(value)}; expected a name and a number"
             )
+        elif MARKS[mark] < 0 and rank < 0:
+            yield source.problem(row, f"{mark} is {rank:g}; expected a rank, 1 the best")
         elif image in table.texts and not isinstance(cells[row], str):
             yield source.problem(row, f"{image} is {brief(cells[row])}; expected the path of one image")
         else:

@@ -8,17 +8,26 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 NO_SUCH_FILE = "no such file"  # how the reason of a row begins whose file is not there
 EXPECTED = frozenset({".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".html"})
 
+SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
+MASKS = ("-masklabel.png", "-condlabel.png")
+
 
 def locate_file(root: Path, name: str) -> Path:
-    """The file that a row calls ``name``, relative to ``root``. Windows' back-slashes are understood, and accents in
-    another Unicode form, as macOS spells them. Where no file is there: ``root / name``, for :func:`no_such_file`."""
+    """The file that a row calls ``name``, relative to ``root``. Windows' back-slashes are understood, accents in
+    another Unicode form, as macOS spells them, space around a name, as CSV has it after commas, and ``file:`` URLs.
+    Where no file is there: ``root / name``, for :func:`no_such_file`."""
     path = root / name
     if os.path.isfile(path):
         return path
+    if name.startswith("file:"):
+        return root / unquote(urlsplit(name).path)
+    if name != name.strip():
+        return locate_file(root, name.strip())
     if "\\" in name and os.path.isfile(forward := root / name.replace("\\", "/")):
         return forward
     return _walk(root, _parts(name), _composed) or path
@@ -70,8 +79,23 @@ def _names(folder: Path, changed: int, key: Callable[[str], str]) -> dict[str, s
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name in a folder or an archive is a system's own: ``._x.png``, ``.ipynb_checkpoints``, ``__MACOSX``."""
-    return any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in PurePosixPath(name).parts)
+    """Whether a name in a folder or an archive is a system's own (``._x.png``, ``.ipynb_checkpoints``, ``__MACOSX``) or
+    a mask that OneTrainer keeps beside a picture (``x-masklabel.png``)."""
+    if name.lower().endswith(MASKS):
+        return True
+    return any(part.startswith(".") or part in SYSTEMS for part in PurePosixPath(name).parts)
+
+
+def name_fault(name: str) -> str:
+    """Why the name of a file cannot be written down, as in archives of another encoding; empty where it can."""
+    return (
+        "" if printable(name) == name else "its name is not UTF-8; rename it, for example by convmv -f cp1252 -t utf-8"
+    )
+
+
+def printable(name: str) -> str:
+    """A file's name, with the bytes that are not UTF-8 as ``\\xe9``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:

@@ -33,8 +33,8 @@ from rewards.data.arrow_tables import WHOLE, Spread, hub_table, is_hub_id, is_sa
 from rewards.data.formats import mention_columns
 from rewards.data.hub_files import hub_files
 from rewards.data.images import IMAGE_SUFFIXES
-from rewards.data.pair_rows import MARKS, PairRow, one_image_a_row, pairs_of, ranked_lists
-from rewards.data.paths import visible
+from rewards.data.pair_rows import MARKS, PairRow, as_list, one_image_a_row, pairs_of, ranked_lists
+from rewards.data.paths import name_fault, printable, visible
 from rewards.data.records import RECORD_SUFFIXES, caption_column, read_records
 from rewards.data.tables import Cells, LazyImage, ParquetTable, RecordTable, Table
 from rewards.data.text import read_text
@@ -172,7 +172,7 @@ def _table(what: str, table: Table, source: object, caption: str | None, root: P
     if text and images and mark:
         columns = f"({text}, {images[0]}, {mark}), {what}"
         table.select(images[:1], others=False)
-        if mark == "best" or any(isinstance(value, list) for value in table.column(mark, 100)):
+        if mark == "best" or any(isinstance(as_list(value), list) for value in table.column(mark, 100)):
             kind = {"ranking": "ImageReward", "best": "best of a list"}.get(mark, "HPDv2")
             rows, spread = ranked_lists(table, root, text, images[0], mark), Spread(table, images[0])
             return Layout(f"{kind} {columns}", table.files, rows, spread)
@@ -202,13 +202,14 @@ def _siblings(folder: Path, winners: str, losers: str) -> Layout:
         for stem in sorted(won.keys() | lost.keys()):
             counts = {winners: won.get(stem, []), losers: lost.get(stem, []), "captions": texts.get(stem, [])}
             wrong = [f"{len(files)} in {name}" for name, files in counts.items() if len(files) != 1]
-            if wrong:
-                yield PairRow(
-                    f"{folder}: {stem}", problem=f"expected one file of this stem each, found {', '.join(wrong)}"
-                )
+            where = f"{folder}: {printable(stem)}"
+            if fault := name_fault(stem):
+                yield PairRow(where, problem=fault)
+            elif wrong:
+                yield PairRow(where, problem=f"expected one file of this stem each, found {', '.join(wrong)}")
             else:
                 caption = read_text(texts[stem][0])
-                yield PairRow(f"{folder}: {stem}", caption, (LazyImage(won[stem][0]), LazyImage(lost[stem][0])))
+                yield PairRow(where, caption, (LazyImage(won[stem][0]), LazyImage(lost[stem][0])))
 
     files = [file for group in texts.values() for file in group]
     return Layout(f"sibling folders {winners}/ {losers}/ with captions as text files", files, rows())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rewards.common.errors import DataError
-from rewards.data.text import json_fault, loads, parse_json, read_text
+from rewards.data.text import json_faults, loads, loads_all, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -40,37 +40,75 @@ def read_records(file: Path) -> list[tuple[str, object]]:
     character (PartiPrompts). Lines end at ``\\n`` alone: U+2028, U+0085 and form feeds are characters of a text.
     ``DataError`` where the file as a whole cannot be read."""
     text, suffix = read_text(file), file.suffix.lower()
+    if "\r" in text and "\n" not in text:
+        raise DataError(f"{file}:1 has a carriage return inside; end lines with \\n or \\r\\n")
     if suffix in DELIMITERS:
+        delimiter = _delimiter(text, DELIMITERS[suffix])
         try:
-            return list(_csv(file, text, DELIMITERS[suffix]))
+            return list(_csv(file, text, delimiter))
         except DataError:
             if suffix != ".tsv":
                 raise
-            return list(_csv(file, text, DELIMITERS[suffix], csv.QUOTE_NONE))
-    lines = [(f"{file}:{line}", words.strip()) for line, words in enumerate(text.split("\n"), 1) if words.strip()]
+            return list(_csv(file, text, delimiter, csv.QUOTE_NONE))
+    lines = [(line, words.strip()) for line, words in enumerate(text.split("\n"), 1) if words.strip()]
     if suffix not in RECORD_SUFFIXES:
-        return list(_lines(file, lines))
+        return list(_lines(file, text, lines))
     if not text.lstrip().startswith("["):
-        return [(where, _json(words)) for where, words in lines]
+        entries = [(f"{file}:{line}", _json(words)) for line, words in lines]
+        broken = bool(entries) and isinstance(entries[0][1], Broken)
+        return (_spread(file, text) if broken else []) or entries
     try:
         values = loads(text)
     except ValueError as error:
         raise DataError(f"{file} is not a JSON list: {error}") from error
     assert isinstance(values, list)
-    faults = [json_fault(value, text) for value in values]
+    faults = enumerate(zip(values, json_faults(values, text), strict=True))
+    return [(f"{file}[{index}]", Broken(fault) if fault else value) for index, (value, fault) in faults]
+
+
+def _spread(file: Path, text: str) -> list[tuple[str, object]]:
+    """JSON values that take several lines each, as ``indent`` and jq write them; nothing where ``text`` is not that."""
+    try:
+        values = loads_all(text)
+    except ValueError:
+        return []
+    faults = json_faults([value for _, value in values], text)
     return [
-        (f"{file}[{index}]", Broken(fault) if fault else value)
-        for index, (value, fault) in enumerate(zip(values, faults, strict=True))
+        (f"{file}:{line}", Broken(fault) if fault else value)
+        for (line, value), fault in zip(values, faults, strict=True)
     ]
 
 
-def _lines(file: Path, lines: Sequence[tuple[str, str]]) -> Iterator[tuple[str, object]]:
+def _lines(file: Path, text: str, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[str, object]]:
     if lines and all(words.startswith("{") and words.endswith("}") for _, words in lines):
         raise DataError(f"{file} holds JSON lines; name it .jsonl")
-    for where, words in lines:
+    if _is_json(text):
+        raise DataError(f"{file} holds JSON; name it .json")
+    if file.suffix.lower() in (".yaml", ".yml"):
+        raise DataError(f"{file} is YAML; expected one text a line, or {', '.join(RECORD_SUFFIXES)}")
+    for line, words in lines:
         if "\r" in words:
-            raise DataError(f"{where} has a carriage return inside; end lines with \\n or \\r\\n")
-        yield where, words
+            raise DataError(f"{file}:{line} has a carriage return inside; end lines with \\n or \\r\\n")
+        yield f"{file}:{line}", words
+
+
+def _is_json(text: str) -> bool:
+    """Whether all of ``text`` is a JSON list or object, and no prompts such as ``[cat|dog]``."""
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        return isinstance(loads(text), list | dict)
+    except ValueError:
+        return False
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """What stands between the fields of a table: what Excel's first line ``sep=;`` says; or, where the header has none
+    of the ``usual``, the semicolons that Excel writes in much of Europe, or tabs."""
+    header = text.lstrip().partition("\n")[0].rstrip("\r")
+    if header.lower().startswith("sep=") and len(header) == 5:
+        return header[-1]
+    return next((mark for mark in (usual, ";", "\t") if mark in header), usual)
 
 
 def _csv(
@@ -79,15 +117,18 @@ def _csv(
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True, quoting=quoting)
     line = 1
     try:
-        names = [name.strip() for name in next(reader, [])]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{file}:1 names the column {twice[0]!r} twice")
+        header = next(filter(any, reader), [])
+        if header[:1] == ["sep="]:
+            header = next(filter(any, reader), [])
+        names = [name.strip() for name in header]
+        if twice := sorted({name for name in names if name and names.count(name) > 1}):
+            raise DataError(f"{file}:{reader.line_num} names the column {twice[0]!r} twice")
         line = reader.line_num + 1
         for fields in reader:
             if len(fields) > len(names):
                 reason = f"{len(fields)} fields for the {len(names)} columns {', '.join(names)}"
                 yield f"{file}:{line}", Broken(f"{reason}; put texts with {delimiter!r} inside into double quotes")
-            elif fields:
+            elif any(fields):  # no row: an empty line, or the delimiters alone that Excel writes of cleared rows
                 yield f"{file}:{line}", dict(itertools.zip_longest(names, fields))
             line = reader.line_num + 1
     except csv.Error as error:
@@ -122,7 +163,10 @@ def _json(text: str) -> object:
 
 def caption_column(names: Sequence[str], chosen: str | None = None) -> str | None:
     """The column of the caption among ``names``: the one ``chosen``, or the first of :data:`CAPTIONS`."""
-    return next((name for name in ((chosen,) if chosen else CAPTIONS) if name in names), None)
+    wanted = (chosen,) if chosen else CAPTIONS
+    exact = (name for name in wanted if name in names)
+    other_case = (name for known in wanted for name in names if name.lower() == known.lower())  # PartiPrompts' Prompt
+    return next(exact, None) or next(other_case, None)
 
 
 def caption_of(record: Mapping[str, Any], chosen: str | None, file: object) -> Any:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk0", "Qk1", "SUkq", "TU0AK")  # how encoded images begin
-URL = re.compile("[a-z][a-z0-9]+://")
+URL = re.compile("(?!file:)[a-z][a-z0-9]+://")
 VALUES = 4096  # rows of a column in memory at a time
 TEXT = re.compile(r"(large_)?list<\w+: (large_)?string>|(large_)?string")
 

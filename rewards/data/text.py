@@ -2,7 +2,8 @@
 
 - UTF-8, and UTF-16 or UTF-32 with their byte order mark, are read; anything else is refused with its line.
 - Byte order marks go, wherever files were joined; no caption holds one.
-- Binary files (parquet, images, Office) are refused, and so is what is no plain file: a pipe would never end.
+- Binary files (parquet, images, Office) are refused, so are texts that are something else (RTF, HTML, a pointer of Git
+  LFS), and so is what is no plain file: a pipe would never end.
 - JSON is refused where no later step could hold it: nesting beyond 64, integers of hundreds of digits, lone surrogates,
   NUL.
 """
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,12 @@ BINARY = {
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
 }
+OTHER_TEXT = {  # what would be read line by line without a word
+    re.compile(r"\s*\{\\rtf"): "an RTF document; save it as plain text",
+    re.compile(r"\s*<(!doctype\s+html|html)\b", re.IGNORECASE): "an HTML page; download the file itself",
+    re.compile(r"version https://git-lfs\.github\.com/spec/"): "a pointer of Git LFS; fetch the file by git lfs pull",
+}
+SPACE = re.compile(r"\s*")
 UNSAFE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")  # how JSON spells NUL and halves of a character
 MAX_CAPTION = 2**17  # characters; where Python's csv stops too
 MAX_DEPTH = 64
@@ -69,6 +77,10 @@ def decode_text(raw: bytes, where: object) -> str:
         if raw.startswith(magic):
             raise DataError(f"{where} is {kind}; expected text in UTF-8")
     encoding = next((name for mark, name in MARKS if raw.startswith(mark)), "utf-8")
+    nul = "holds NUL, as binary files do, and UTF-16 without its byte order mark; save it as UTF-8"
+    if encoding == "utf-8" and (place := raw.find(b"\0")) >= 0:  # before a byte that is not UTF-8 gives other advice
+        line = raw.count(b"\n", 0, place) + 1
+        raise DataError(f"{where}:{line} {nul}")
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -78,11 +90,12 @@ def decode_text(raw: bytes, where: object) -> str:
             "Windows' own encoding by iconv -f cp1252 -t utf-8"
         ) from error
     if (place := text.find("\0")) >= 0:
-        raise DataError(
-            f"{where}:{text.count(chr(10), 0, place) + 1} holds NUL, as binary files do, and UTF-16 without its byte "
-            "order mark; save it as UTF-8"
-        )
-    return text.replace("\ufeff", "")
+        raise DataError(f"{where}:{text.count(chr(10), 0, place) + 1} {nul}")
+    text = text.replace("\ufeff", "")
+    for begin, kind in OTHER_TEXT.items():
+        if begin.match(text):
+            raise DataError(f"{where} is {kind}")
+    return text
 
 
 def parse_json(text: str) -> object:
@@ -123,6 +136,22 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
     return value
 
 
+def loads_all(text: str) -> list[tuple[int, object]]:
+    """(line, value) of JSON values that follow each other, each on as many lines as it likes; raises as loads."""
+    decoder, values, place, line = json.JSONDecoder(parse_int=_integer), list[tuple[int, object]](), 0, 1
+    try:
+        while rest := SPACE.match(text, place):
+            line, place = line + text.count("\n", place, rest.end()), rest.end()
+            if place == len(text):
+                break
+            value, end = decoder.raw_decode(text, place)
+            values.append((line, value))
+            line, place = line + text.count("\n", place, end), end
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+    return values
+
+
 def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits; at most {MAX_DIGITS} are read")
@@ -131,9 +160,18 @@ def _integer(text: str) -> int:
 
 def json_fault(value: object, text: str) -> str:
     """What makes a value that was read from ``text`` unusable; empty where nothing does."""
+    return json_faults([value], text)[0]
+
+
+def json_faults(values: Sequence[object], text: str) -> list[str]:
+    """:func:`json_fault` of each of the values that were read from one ``text``, which is searched once."""
     strings = UNSAFE.search(text) is not None
     if not strings and text.count("[") + text.count("{") <= MAX_DEPTH:
-        return ""  # most rows, for little
+        return [""] * len(values)  # most rows, for little
+    return [_fault(value, strings) for value in values]
+
+
+def _fault(value: object, strings: bool) -> str:
     stack = [(value, 0)]
     while stack:
         item, depth = stack.pop()

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 
-# as our own files, pages with two images side by side, and Label Studio's Pairwise spell it
-WORDS = {
-    **dict.fromkeys(("a", "left", "first", "image a", "option a", "chosen a"), 1.0),
-    **dict.fromkeys(("b", "right", "second", "image b", "option b", "chosen b"), -1.0),
-    **dict.fromkeys(("tie", "tied", "draw", "equal", "equally good", "same", "no preference"), 0.0),
-    **dict.fromkeys(("both", "neither", "both good", "both bad", "about the same", "undecided"), 0.0),
+# as our own files, pages with two images side by side, Label Studio's Pairwise and the arenas spell it; without spaces
+SIDE = re.compile(
+    r"(?:the)?(?:image|img|picture|option|choice|chosen|model)?(?:(a|left|first)|(b|right|second))"
+    r"(?:image|picture|one)?(?:(?:is)?better|wins|won|vote)?"
+)
+TIES = {
+    *("tie", "tied", "tievote", "draw", "equal", "equallygood", "same", "nopreference", "both", "neither", "bothgood"),
+    *("bothbad", "bothbadvote", "tiebothbad", "aboutthesame", "undecided"),
 }
+NO_LETTERS = re.compile(r"[\s_.()\[\]'\"`\u2018-\u201f-]+")
 
 
-def verdict(label: object, columns: tuple[str, str] = ("image_a", "image_b"), counted: bool = False) -> float | None:
+def verdict(
+    label: object,
+    columns: tuple[str, str] = ("image_a", "image_b"),
+    counted: bool = False,
+    images: tuple[object, object] = (None, None),
+) -> float | None:
     """1.0 where ``label`` says that the first image is better, -1.0 for the second, 0.0 for a tie; None where it says
-    neither. The names of the two ``columns`` are words too. ``counted``: 1 and 2 are numbers of the images, which
-    :func:`counts_from_one` tells of a whole file; alone, 1 could be either image."""
+    neither. The names of the two ``columns`` and ``images`` are words too. ``counted``: 1 and 2 are numbers of the
+    images, which :func:`counts_from_one` tells of a whole file; alone, 1 could be either image."""
     label = unwrap(label)
     if counted and (value := number(label)) in (1, 2):
         return 3 - 2 * value
     if not isinstance(label, str):
         return None
-    words = {_word(name): value for name, value in zip(columns, (1.0, -1.0), strict=True)}
-    return (WORDS | words).get(_word(label))
+    if label.strip() and label.strip() in images and images[0] != images[1]:
+        return 1.0 if label.strip() == images[0] else -1.0
+    word = _word(label)
+    if word in (names := [_word(name) for name in columns]):
+        return 1.0 if word == names[0] else -1.0
+    if said := SIDE.fullmatch(word):
+        return 1.0 if said[1] else -1.0
+    return 0.0 if word in TIES else None
 
 
 def counts_from_one(labels: Iterable[object]) -> bool:
@@ -42,7 +57,7 @@ def unwrap(label: object) -> object:
 
 
 def _word(text: str) -> str:
-    return re.sub(r"[\s_-]+", " ", text.strip().casefold())
+    return NO_LETTERS.sub("", unicodedata.normalize("NFKC", text).casefold())
 
 
 def number(value: object) -> float | None:
