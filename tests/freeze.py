@@ -265,12 +265,12 @@ def differences(old: Any, new: Any, exact: bool, at: str = "") -> list[str]:
             else:
                 found += differences(old[name], new[name], exact, key)
         return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    if isinstance(old, list) and isinstance(new, list) and len(old) <= len(new):
         return [
             text
-            for k, (a, b) in enumerate(zip(old, new, strict=True))
+            for k, (a, b) in enumerate(zip(old, new, strict=False))
             for text in differences(a, b, exact, f"{at}[{k}]")
-        ]
+        ] + [f"{at}[{k}]: is new, {new[k]!r}" for k in range(len(old), len(new))]
     if not exact and at.endswith(".digest"):
         return []
     same = type(old) is type(new) and (old == new or (old != old and new != new))
