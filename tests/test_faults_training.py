@@ -235,6 +235,24 @@ def test_data_that_was_replaced_is_not_gone_on_with(run: dict[str, Any], capsys:
     assert main(["--config", write(run)]) == 0
 
 
+def test_a_model_that_was_replaced_is_not_gone_on_with(
+    run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA is of the weights below it; a folder of the same name may hold others today."""
+    folder = tmp_path / "model"
+    shutil.copytree(run["pretrained_model_name_or_path"], folder)
+    run |= {"pretrained_model_name_or_path": str(folder), "overwrite_output_dir": True}
+    assert main(["--config", write(run, resume_from_checkpoint=None, max_train_steps=1, checkpointing_steps=1)]) == 0
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path)
+    settings = folder / "scheduler/scheduler_config.json"
+    settings.write_text(settings.read_text().replace("0.02", "0.03"))
+    capsys.readouterr()
+    assert main(["--config", write(run)]) == 2
+    told = capsys.readouterr().err
+    assert "contents of the model.unet" in told and "model.scheduler" in told and "vae" not in told
+
+
 def test_a_setting_that_a_run_did_not_know_had_its_default() -> None:
     before, now = {"seed": 0}, {"seed": 0, "quantize": None, "vae_slicing": True, "compile": False}
     assert differences(before, now) == []

@@ -51,6 +51,15 @@ def weights_of(family: Family) -> dict[str, object]:
     return {name: _fingerprint(part) for name, part in parts if isinstance(part, nn.Module)}
 
 
+def contents_of_model(family: Family) -> dict[str, str]:
+    """:func:`weights_of` and the scheduler's settings, in a word for each part: what a run's checkpoints belong to."""
+    scheduler = family.pipe.scheduler
+    default = scheduler.config.get("_use_default_values", ())  # of which other versions of diffusers have others
+    said = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and k not in default}
+    parts = weights_of(family) | {"scheduler": [type(scheduler).__name__, sorted(said.items())]}
+    return {name: _digest(part)[:16] for name, part in parts.items()}
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(str(value).encode()).hexdigest()
 
