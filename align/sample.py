@@ -36,8 +36,8 @@ class Sample:
     """Draw pictures.
 
     Args:
-        prompts: a prompt, or a prompt file (.txt, .jsonl, .json); with ``noise`` null is all prompts it was learned
-            for.
+        prompts: a prompt, or a prompt file (.txt, .jsonl, .json, .csv, .tsv); with ``noise`` null is all prompts it was
+            learned for.
         pretrained_model_name_or_path: diffusers folder, hub id, ``shapes-sd`` or ``shapes-sd3``; null is the one that
             ``noise`` was learned for, else ``shapes-sd``.
         weights: the run or LoRA folder whose weights draw; null is the pipeline as it is.
@@ -74,6 +74,9 @@ def sample(config: Sample) -> Path:
     sides(config.resolution)
     if any(config.output_dir.glob("*.png")):
         raise UserError(f"{config.output_dir} holds pictures already; give another output_dir")
+    for name in (gallery.METADATA, "gallery.html"):  # of a folder of .jpg, say
+        if (config.output_dir / name).exists():
+            raise UserError(f"{config.output_dir} holds a {name} already; give another output_dir")
     noise = InitialNoise.load(config.noise) if config.noise else None
     prompts = _prompts(config.prompts, noise)
     for prompt in prompts if noise else []:
@@ -112,7 +115,7 @@ def _prompts(given: str | None, noise: InitialNoise | None) -> list[str]:
         if noise is None:
             raise UserError('say what to draw: --prompts "two red stars", or a prompt file')
         return noise.prompts
-    return read_prompts(given) if given.endswith((".txt", ".jsonl", ".json")) else [given]
+    return read_prompts(given) if given.endswith((".txt", ".jsonl", ".json", ".csv", ".tsv")) else [given]
 
 
 @exit_status

@@ -296,6 +296,20 @@ def test_nothing_of_another_run_is_replaced_unasked(
     assert (model / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
+def test_what_no_run_has_written_is_not_replaced_unasked(
+    config: dict[str, Any],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The folder of somebody's data set, with its card."""
+    card = Path(config["output_dir"]) / "README.md"
+    card.parent.mkdir()
+    card.write_text("my data")
+    config |= {"max_train_steps": 1, "checkpointing_steps": 0}
+    assert main(["--config", write(config)]) == 2
+    assert "README.md, and no run has written it" in capsys.readouterr().err
+    assert [path.name for path in card.parent.iterdir()] == ["README.md"] and card.read_text() == "my data"
+
+
 # signals
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_run_that_is_told_to_end_saves_and_goes_on_as_if_nothing_was(
