@@ -154,8 +154,10 @@ def _short(text: str) -> dict[str, Any]:
 
 
 # Secrets: a config may name where one lies, and none is written into a run folder.
-SECRETS = ("token", "api_key", "apikey", "access_key", "secret_key", "private_key", "password", "passwd", "passphrase")
-SECRETS += ("secret", "authorization", "bearer", "credentials", "cookie")
+SECRETS = (
+    *("token", "api_key", "apikey", "access_key", "secret_key", "private_key", "password", "passwd", "passphrase"),
+    *("secret", "authorization", "bearer", "credentials", "cookie"),
+)
 ELSEWHERE = ("env:", "file:")
 
 
