@@ -77,6 +77,9 @@ def sample(config: Sample) -> Path:
     sides(config.resolution)
     if any(config.output_dir.glob("*.png")):
         raise UserError(f"{config.output_dir} holds pictures already; give another output_dir")
+    for name in (gallery.METADATA, "gallery.html"):  # of a folder of .jpg, say
+        if (config.output_dir / name).exists():
+            raise UserError(f"{config.output_dir} holds a {name} already; give another output_dir")
     noise = InitialNoise.load(config.noise) if config.noise else None
     prompts = _prompts(config.prompts, noise)
     for prompt in prompts if noise else []:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -53,11 +54,12 @@ class RewardConfig:
 
     def arguments(self) -> dict[str, Any]:
         """``args``, secrets that lie elsewhere in full. ``RewardError`` where they do not."""
-        return {key: _secret(self.title, key, value) if is_secret(key) else value for key, value in self.args.items()}
+        filled: dict[str, Any] = _filled(self.title, self.args)
+        return filled
 
     def settings(self) -> dict[str, Any]:
         """What the scores depend on, with the :func:`fingerprint` of files; a token authorises, it changes none."""
-        args = {key: value for key, value in self.args.items() if not is_secret(key)}
+        args = without_secrets({key: value for key, value in self.args.items() if not is_secret(key)})
         paths = {key: Path(value).expanduser() for key, value in args.items() if isinstance(value, str) and value}
         files = {key: fingerprint(path) for key, path in paths.items() if _exists(path)}
         return {"name": self.name, "args": args} | ({"files": files} if files else {})
@@ -152,13 +154,16 @@ def _short(text: str) -> dict[str, Any]:
 
 
 # Secrets: a config may name where one lies, and none is written into a run folder.
-SECRETS = ("token", "api_key", "apikey", "password", "secret", "authorization", "credentials")
+SECRETS = (
+    *("token", "api_key", "apikey", "access_key", "secret_key", "private_key", "password", "passwd", "passphrase"),
+    *("secret", "authorization", "bearer", "credentials", "cookie"),
+)
 ELSEWHERE = ("env:", "file:")
 
 
 def is_secret(key: object) -> bool:
     """Whether a setting of this name, or one that ends in it (``hf_token``), authorises."""
-    name = str(key).lower().replace("-", "_")
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(key)).lower().replace("-", "_")  # accessToken
     return any(name == secret or name.endswith(f"_{secret}") for secret in SECRETS)
 
 
@@ -171,6 +176,8 @@ def without_secrets(content: Any) -> Any:
             else without_secrets(value)
             for key, value in content.items()
         }
+    if isinstance(content, str):  # of an address, whoever is to be let in
+        return re.sub(r"(?<=://)[^/@\s:]*:[^/@\s]+(?=@)", "***", content)
     return [without_secrets(item) for item in content] if isinstance(content, list) else content
 
 
@@ -179,6 +186,13 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # a long text, a NUL
         return False
+
+
+def _filled(title: str, content: Any) -> Any:
+    """``content`` with the secrets in it, at any depth, that lie elsewhere."""
+    if isinstance(content, Mapping):
+        return {k: _secret(title, k, v) if is_secret(k) else _filled(title, v) for k, v in content.items()}
+    return [_filled(title, item) for item in content] if isinstance(content, list) else content
 
 
 def _secret(title: str, key: str, value: Any) -> Any:

@@ -200,7 +200,10 @@ def test_a_limit_is_a_number_of_seconds(seconds: float) -> None:
 SECRET = "hunter2-and-more"
 
 
-@pytest.mark.parametrize("key", ["token", "api_key", "hf_token", "PASSWORD", "client-secret", "Authorization"])
+NAMES = ("token", "api_key", "hf_token", "PASSWORD", "client-secret", "Authorization", "accessToken", "aws_secret_key")
+
+
+@pytest.mark.parametrize("key", NAMES)
 def test_secrets_are_masked_at_any_depth(key: str) -> None:
     content = {"rewards": [{"name": "R", "args": {key: SECRET, "tokens": 5, "headers": {key: SECRET}}}]}
     masked = without_secrets(content)
@@ -229,6 +232,12 @@ def test_no_config_that_is_written_holds_a_token(tmp_path: Path, monkeypatch: py
 
 def test_a_secret_comes_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "token").write_text(f"{SECRET}\n")
+    (nested,) = parse_rewards({"name": f"{HERE}.Odd", "args": {"headers": {"Cookie": f"file:{tmp_path}/token"}}})
+    assert nested.arguments() == {"headers": {"Cookie": SECRET}}
+    (nested,) = parse_rewards({"name": f"{HERE}.Odd", "args": {"headers": {"Cookie": SECRET}}})
+    assert SECRET not in str(nested.settings()) + str(nested.record())
+    (address,) = parse_rewards({"name": f"{HERE}.Odd", "args": {"url": f"https://me:{SECRET}@host:80/v1"}})
+    assert address.record()["args"] == {"url": "https://***@host:80/v1"}
     for place in (f"file:{tmp_path}/token", SECRET):
         (config,) = parse_rewards(f"{HERE}.Odd:token={place}")
         assert config.arguments()["token"] == SECRET

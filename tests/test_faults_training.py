@@ -235,6 +235,24 @@ def test_data_that_was_replaced_is_not_gone_on_with(run: dict[str, Any], capsys:
     assert main(["--config", write(run)]) == 0
 
 
+def test_a_model_that_was_replaced_is_not_gone_on_with(
+    run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA is of the weights below it; a folder of the same name may hold others today."""
+    folder = tmp_path / "model"
+    shutil.copytree(run["pretrained_model_name_or_path"], folder)
+    run |= {"pretrained_model_name_or_path": str(folder), "overwrite_output_dir": True}
+    assert main(["--config", write(run, resume_from_checkpoint=None, max_train_steps=1, checkpointing_steps=1)]) == 0
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path)
+    settings = folder / "scheduler/scheduler_config.json"
+    settings.write_text(settings.read_text().replace("0.02", "0.03"))
+    capsys.readouterr()
+    assert main(["--config", write(run)]) == 2
+    told = capsys.readouterr().err
+    assert "contents of the model.unet" in told and "model.scheduler" in told and "vae" not in told
+
+
 def test_a_setting_that_a_run_did_not_know_had_its_default() -> None:
     before, now = {"seed": 0}, {"seed": 0, "quantize": None, "vae_slicing": True, "compile": False}
     assert differences(before, now) == []
@@ -276,6 +294,20 @@ def test_nothing_of_another_run_is_replaced_unasked(
         assert main(["--config", write(config, **own, overwrite_output_dir=overwrite)]) == 2
         assert "is a pipeline's own folder" in capsys.readouterr().err
     assert (model / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_what_no_run_has_written_is_not_replaced_unasked(
+    config: dict[str, Any],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The folder of somebody's data set, with its card."""
+    card = Path(config["output_dir"]) / "README.md"
+    card.parent.mkdir()
+    card.write_text("my data")
+    config |= {"max_train_steps": 1, "checkpointing_steps": 0}
+    assert main(["--config", write(config)]) == 2
+    assert "README.md, and no run has written it" in capsys.readouterr().err
+    assert [path.name for path in card.parent.iterdir()] == ["README.md"] and card.read_text() == "my data"
 
 
 # signals

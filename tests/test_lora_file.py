@@ -76,6 +76,8 @@ def test_every_spelling_adds_the_same(tiny: Build, run: Path, tmp_path: Path) ->
     save_file(named, peft / "adapter_model.safetensors")
     (peft / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "alpha_pattern": {}}))
     assert same(added(read_lora(peft, pipe)), right)
+    (peft / "adapter_model.safetensors").rename(peft / "style.safetensors")
+    assert same(added(read_lora(peft, pipe)), right)
     for spelled, expected in ((kohya(state), right), (old(state), plain), (dict(state), plain)):
         save_file({k: v.contiguous() for k, v in spelled.items()}, tmp_path / "other.safetensors")
         assert same(added(read_lora(tmp_path / "other.safetensors", pipe)), expected)
@@ -179,6 +181,7 @@ def test_what_does_not_fit_is_refused(tiny: Build, run: Path, tmp_path: Path, ch
         ('{"unet.lora_alpha": 1e999}', "expected a finite number"),
         ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "is no number"),
         ('{"unet.use_dora": true}', "DoRA"),
+        ('{"unet.init_lora_weights": "pissa_niter_4"}', "changed the model's weights as well"),
     ],
 )
 def test_hostile_settings_are_refused(run: Path, tmp_path: Path, settings: str, message: str) -> None:
@@ -203,10 +206,22 @@ def test_which_file_of_a_folder_is_meant(run: Path, tmp_path: Path) -> None:
         read_lora(folder / "a.safetensors")
 
 
-def test_a_lora_that_moves_nothing_says_so(tiny: Build, tmp_path: Path) -> None:
-    Policy(tiny("epsilon"), LoRA(RANK)).save(tmp_path)
-    with pytest.warns(UserWarning, match="changes nothing"):
-        read_lora(tmp_path)
+def test_a_lora_that_moves_nothing_says_so(tiny: Build, run: Path, tmp_path: Path) -> None:
+    Policy(tiny("epsilon"), LoRA(RANK)).save(tmp_path / "new")
+    state = load_file(run / "pytorch_lora_weights.safetensors")
+    save_file(state, tmp_path / "no-alpha.safetensors", header({"lora_alpha": 0}))
+    for source in (tmp_path / "new", tmp_path / "no-alpha.safetensors"):
+        with pytest.warns(UserWarning, match="changes nothing"):
+            read_lora(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_file_of_8_bits_starts_a_run(tiny: Build, run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {k: v.to(dtype) for k, v in load_file(run / "pytorch_lora_weights.safetensors").items()}
+    save_file(state, tmp_path / "small.safetensors", header({"lora_alpha": ALPHA}))
+    policy = Policy(tiny("epsilon"), LoRA(RANK), initial=tmp_path / "small.safetensors")
+    policy.save(tmp_path / "again")
+    assert same(added(read_lora(tmp_path / "again")), added(read_lora(tmp_path / "small.safetensors")))
 
 
 def test_an_alpha_of_zero_changes_nothing_and_says_so(run: Path, tmp_path: Path) -> None:

@@ -130,15 +130,19 @@ def test_learned_noise_draws_its_own_prompts_with_its_own_model(
     assert at_most_one_level(drawn(tmp_path / "one"), drawn(tmp_path / "out")[2:3])
 
 
+@pytest.mark.parametrize(
+    ("name", "told"), [("00000.png", "holds pictures"), ("metadata.jsonl", "holds a metadata.jsonl")]
+)
 def test_a_folder_with_pictures_is_left_alone(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folders: dict[str, Path], tmp_path: Path, name: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "00000.png").write_text("mine")
+    """Of .jpg too, whose captions those of ours would replace."""
+    (tmp_path / name).write_text("mine")
     command = ["--pretrained_model_name_or_path", str(tiny_folders["flow"]), "--prompts", "a star", *QUICK]
     assert main([*command, "--output_dir", str(tmp_path)]) == 2
     (error,) = errors(capsys.readouterr().err)
-    assert "holds pictures already; give another output_dir" in error
-    assert (tmp_path / "00000.png").read_text() == "mine" and not (tmp_path / "metadata.jsonl").exists()
+    assert f"{told} already; give another output_dir" in error
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -147,6 +151,7 @@ def test_a_folder_with_pictures_is_left_alone(
         ([], "say what to draw"),
         (["--prompts", "a star", "--images_per_prompt", "0"], "images_per_prompt must be at least 1"),
         (["--prompts", "./gone.txt"], "there is no prompt file gone.txt"),
+        (["--prompts", "./gone.csv"], "there is no prompt file gone.csv"),
         (["--prompts", "a star", "--weights", "./gone"], "nothing tuned in 'gone'"),
         (["--prompts", "a star", "--noise", "./gone"], "no noise at gone"),
         (["--noise", "NOISE", "--prompts", "another prompt"], "no noise was learned for 'another prompt'"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rewards.common.files import atomic, write_text
 
+METADATA = "metadata.jsonl"
 GAP, LABEL, GUTTER = 6, 26, 44  # pixels of a grid: between images, of a caption above them, of rows' names beside them
 
 
@@ -35,7 +36,7 @@ def save_folder(images: Tensor, texts: Sequence[str], seeds: Sequence[int], fold
     ]
     for row, image in zip(rows, images, strict=True):
         save_png(to_pil(image), folder / str(row["file_name"]))
-    write_text(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def save_grid(

@@ -51,6 +51,22 @@ def weights_of(family: Family) -> dict[str, object]:
     return {name: _fingerprint(part) for name, part in parts if isinstance(part, nn.Module)}
 
 
+def contents_of_model(family: Family) -> dict[str, str]:
+    """:func:`weights_of` and the scheduler's settings, in a word for each part: what a run's checkpoints belong to.
+    What is in 4 bit is left out: another device packs it otherwise, in the last bits."""
+    scheduler = family.pipe.scheduler
+    default = scheduler.config.get("_use_default_values", ())  # of which other versions of diffusers have others
+    said = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and k not in default}
+    modules = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module)}
+    weights = {name: _fingerprint(part) for name, part in modules.items() if not _is_packed(part)}
+    parts = weights | {"scheduler": [type(scheduler).__name__, sorted(said.items())]}
+    return {name: _digest(part)[:16] for name, part in parts.items()}
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return any(tensor.dtype == torch.uint8 for tensor in module.state_dict().values())
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(str(value).encode()).hexdigest()
 

@@ -44,6 +44,7 @@ _DENOISERS = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model.")
 _ENCODERS = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 _ENCODERS |= {"lora_te3_": "text_encoder_3"}
 _OTHERS = ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_", "oft_", "lora_embedding")
+_RESIDUAL = ("pissa", "olora", "corda", "lora_ga")  # of peft's initialisations: they take B · A out of the weight first
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def read_layers(source: Path, modules: Mapping[str, nn.Module], denoiser: str | 
             header = (file.metadata() or {}).get(HEADER, "{}")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no whole safetensors file: {error}") from error
-    settings = _settings(path, header, denoiser)
+    settings = _settings(path, header, denoiser if any(key.startswith(PEFT_PREFIX) for key in tensors) else None)
     names = _names(modules, denoiser) if denoiser is not None and denoiser in modules else {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -222,11 +223,12 @@ def _ours(
 
 
 def _settings(path: Path, header: str, denoiser: str | None) -> dict[str, Any]:
-    """peft's settings by ``component.name``, from the header or from the file beside."""
+    """peft's settings by ``component.name``, from the header or, where the tensors have peft's names and so are all of
+    the ``denoiser``, from the file beside."""
     beside = path.parent / PEFT_SETTINGS
     try:
         settings = json.loads(header)
-        if not settings and path.name == PEFT_FILE and beside.is_file():
+        if not settings and denoiser is not None and beside.is_file():
             settings = {f"{denoiser}.{k}": v for k, v in json.loads(beside.read_text("utf-8")).items()}
         if isinstance(settings, dict):
             return settings
@@ -241,6 +243,11 @@ def _scale(path: Path, name: str, rank: int, alpha: Tensor | None, settings: Map
     own = {k.removeprefix(f"{component}."): v for k, v in settings.items() if k.startswith(f"{component}.")}
     if own.get("use_dora") or own.get("lora_bias"):
         raise UserError(f"{path}: its settings say DoRA or a trained bias, which are more than scale · B · A")
+    if str(own.get("init_lora_weights")).startswith(_RESIDUAL):
+        raise UserError(
+            f"{path}: its settings say init_lora_weights {own['init_lora_weights']!r}, which has changed the model's "
+            "weights as well; save it by peft's save_pretrained with path_initial_model_for_weight_conversion"
+        )
     patterns = own.get("alpha_pattern") or {}
     try:
         value: Any = rank if alpha is None else alpha.item()

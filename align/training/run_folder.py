@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from align.training.checkpoint import Parts
     from align.training.config import TrainConfig
 
+RECORD = "run.json"
+WRITTEN = ("config.yaml", "metrics.jsonl", "README.md", "samples")  # beside it and the weights
+
 
 class RunFolder:
     """``config.yaml``, ``run.json``, ``metrics.jsonl``, ``checkpoint-N/``, ``samples/``, weights, ``README.md``."""
@@ -36,6 +39,12 @@ class RunFolder:
         """Make the folder. Raises :class:`UserError` where it cannot be written, or where a run that is not resumed
         would replace the weights or checkpoints of another, unless ``overwrite``."""
         claim(self.path)
+        foreign = [name for name in WRITTEN if (self.path / name).exists() and not (self.path / RECORD).exists()]
+        if foreign and not resumed and not overwrite:
+            raise UserError(
+                f"{self.path} holds {foreign[0]}, and no run has written it; give another output_dir, or let it be "
+                "replaced by overwrite_output_dir: true"
+            )
         names = (LORA_FILE, NOISE_FILE, denoiser)
         left = [path for path in (*self.checkpoints(), *(self.path / name for name in names)) if path.exists()]
         if left and not resumed:
@@ -63,8 +72,8 @@ class RunFolder:
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
         else:
             self._forget_after(step)
+        write_text(self.path / RECORD, json.dumps(provenance(), indent=2) + "\n")  # first: the rest is a run's then
         write_text(self.path / "config.yaml", resolved)
-        write_text(self.path / "run.json", json.dumps(provenance(), indent=2) + "\n")
 
     def log(self, line: dict[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from align.common import rng
 from align.common.command import dumped, loaded
 from align.data.dataset import Setup, contents_of
+from align.families.identity import contents_of_model
 from align.objectives import Context
 from align.objectives.objective import KeepsState, Prepares, ScalesLearningRates, TrainsModule
 from align.objectives.rows import Rows
@@ -57,6 +58,7 @@ class Trainer:
         self.resolved = re.sub("(?m)^(mixed_precision): auto$", rf"\1: '{config.precision}'", resolved)
         sharding = sharding_of(self.accelerator)
         self.family = config.family(self.accelerator.device, sharding is not None)
+        self.settings: dict[str, Any] = {"contents of the model": contents_of_model(self.family)}  # a checkpoint's
         objective = config.objective
         self.policy = Policy(
             self.family,
@@ -80,8 +82,7 @@ class Trainer:
         self.features = Features(config.diversity_features, self.family.device) if config.diversity_features else None
         self.sizes = BatchPlan(config, self.family, self.accelerator.num_processes, precision)
         self.preemption, self.watch, self.preempted = Preemption(), Watch(config.stop), False
-        rows = {"rows of an update": self.sizes.update * self.accelerator.num_processes}
-        self.settings = loaded(self.resolved) | rows  # what a checkpoint keeps of them
+        self.settings |= loaded(self.resolved) | {"rows of an update": self.sizes.update * self.sizes.world}
         self.step = self.rollouts = self.barren = 0  # barren: rollouts since the last that gave rows
 
     def start(self) -> None:
@@ -97,7 +98,7 @@ class Trainer:
         self.settings |= contents_of(self.data)
         fixed = dataclasses.replace(setup, seed=0)  # all runs are judged on the same crops
         self.held_out = config.validation_data.prepare(fixed) if config.validation_data else None
-        rate = config.learning_rate * (self.sizes.update * accelerator.num_processes if config.scale_lr else 1)
+        rate = config.learning_rate * (self.settings["rows of an update"] if config.scale_lr else 1)
         optimizer = build_optimizer(config, self.policy, rate)
         self.optimizer = prepare(accelerator, self.policy, optimizer)
         self.scheduler = build_scheduler(config, optimizer)  # not prepared: accelerate steps it once per process
