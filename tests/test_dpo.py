@@ -18,7 +18,15 @@ from align.diffusion.process import Prediction
 from align.objectives import Context
 from align.objectives.dpo import DPO
 from align.objectives.losses import denoising_error, preference_loss
-from align.objectives.pair_losses import PairErrors, PairRows, mapo_logit, pair_loss, safeguard, scale_gradient
+from align.objectives.pair_losses import (
+    PairErrors,
+    PairRows,
+    mapo_logit,
+    pair_errors,
+    pair_loss,
+    safeguard,
+    scale_gradient,
+)
 from align.policy.policy import LoRA, Policy
 from tests.helpers import moved
 from tests.pipelines import Build
@@ -398,6 +406,9 @@ def test_the_safeguards_factor_in_closed_form() -> None:
     assert safeguard(winner, loser, 0.0).tolist() == [0.5, 1.0, 1.0, 1.0]  # |w|^2 / <l, w> = 4 / 8, 4 / 2; no limit
     assert safeguard(winner, loser, 0.9).tolist() == pytest.approx([0.05, 0.2, 1.0, 1.0])
     assert safeguard(winner, loser, 1.0).tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert safeguard(winner, loser, 0.0, 1.5).tolist() == [0.5, 1.5, 1.5, 1.5]  # another weight moves no bound
+    gaps, settings = torch.cat([winner, loser]), {"loser_weight": 3.0, "mu": 0.0}
+    assert pair_errors(gaps, None, "mean", **settings)[1].tolist() == [0.5, 2.0, 3.0, 3.0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mu", [None, 0.0, 0.5, 1.0])

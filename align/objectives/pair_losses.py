@@ -74,13 +74,13 @@ def pair_errors(
 ) -> tuple[PairErrors, Tensor]:
     """From gaps to the targets (2 R, ...), R winners before R losers, of the network and, where there is one, of the
     reference; and the factors (R,), which the errors have in them, of the gradients through losers: ``loser_weight``,
-    and :func:`safeguard`'s where ``mu`` is given."""
+    which :func:`safeguard` cuts where ``mu`` is given."""
     then = now.detach() if then is None else then
     count = len(now) // 2
     winner, loser = reduce_dims(now.square(), reduction).chunk(2)
     scale = torch.full_like(loser, loser_weight)
     if mu is not None:
-        scale = scale * safeguard(now[:count], now[count:], mu)
+        scale = safeguard(now[:count], now[count:], mu, loser_weight)
     ref_winner, ref_loser = reduce_dims(then.square(), reduction).chunk(2)
     moved = reduce_dims((now - then)[:count].square(), reduction)
     return PairErrors(winner, scale_gradient(loser, scale), ref_winner, ref_loser, moved), scale
@@ -137,19 +137,19 @@ def mapo_logit(winner: Tensor, loser: Tensor, snr: float = 0.5, timesteps: int =
     return timesteps * (phi(winner) - phi(loser))
 
 
-def safeguard(winner: Tensor, loser: Tensor, mu: float) -> Tensor:
-    """(R,) what the loser's gradient is multiplied by so that, to first order, the winner's error falls by at least
-    ``mu`` times what it would fall by without the loser (Diffusion-SDPO, arXiv 2511.03317), from their gaps (R, ...)
-    to the targets, which are half the errors' gradients with respect to the prediction:
+def safeguard(winner: Tensor, loser: Tensor, mu: float, weight: float = 1.0) -> Tensor:
+    """(R,) what the loser's gradient is multiplied by, ``weight`` or less, so that, to first order, the winner's error
+    falls by at least ``mu`` times what it would fall by without the loser (Diffusion-SDPO, arXiv 2511.03317), from
+    their gaps (R, ...) to the targets, which are half the errors' gradients with respect to the prediction:
 
-        min(1, (1 - mu) |g_w|^2 / <g_l, g_w>) where <g_l, g_w> > 0, and 1 elsewhere
+        min(weight, (1 - mu) |g_w|^2 / <g_l, g_w>) where <g_l, g_w> > 0, and the weight elsewhere
 
     For each pair; the published code has one for all pairs of a process's batch.
     """
     winner, loser = winner.detach(), loser.detach()
     size, along = reduce_dims(winner.square(), "mean"), reduce_dims(winner * loser, "mean")
     bound = (1 - mu) * size / along.clamp(min=1e-12)
-    return torch.where(along > 0, bound.clamp(max=1), torch.ones_like(bound))
+    return torch.where(along > 0, bound.clamp(max=weight), torch.full_like(bound, weight))
 
 
 def scale_gradient(value: Tensor, scale: Tensor | float) -> Tensor:

@@ -7,7 +7,8 @@ seen it:
     loss = -(reward(decode(sample(z))) + prior_weight ((d - 1) ln ||z|| - ||z||^2 / 2))
 
 The best iterate is kept, not the last. The paper: 50 steps of SGD with Nesterov momentum 0.9, learning rate 5,
-gradients clipped to 0.1 (``sgd_momentum``, ``learning_rate``, ``max_grad_norm`` of a run).
+gradients clipped to 0.1 (``sgd_momentum``, ``learning_rate``, ``max_grad_norm`` of a run), for one prompt: a loss is
+the mean over an update's prompts, whose gradients are clipped together, so that these fit ``rollout_batch_size: 1``.
 """
 
 from __future__ import annotations
