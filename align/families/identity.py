@@ -47,8 +47,7 @@ def meaning(family: Family) -> dict[str, object]:
 
 def weights_of(family: Family) -> dict[str, object]:
     """What tells the weights of every part of a pipeline, LoRA among them, from others, by the part's name."""
-    parts = family.pipe.components.items()
-    return {name: _fingerprint(part) for name, part in parts if isinstance(part, nn.Module)}
+    return {name: _fingerprint(network) for name, network in _networks(family).items()}
 
 
 def contents_of_model(family: Family) -> dict[str, str]:
@@ -57,10 +56,14 @@ def contents_of_model(family: Family) -> dict[str, str]:
     scheduler = family.pipe.scheduler
     default = scheduler.config.get("_use_default_values", ())  # of which other versions of diffusers have others
     said = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and k not in default}
-    modules = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module)}
-    weights = {name: _fingerprint(part) for name, part in modules.items() if not _is_packed(part)}
+    networks = _networks(family).items()
+    weights = {name: _fingerprint(network) for name, network in networks if not _is_packed(network)}
     parts = weights | {"scheduler": [type(scheduler).__name__, sorted(said.items())]}
     return {name: _digest(part)[:16] for name, part in parts.items()}
+
+
+def _networks(family: Family) -> dict[str, nn.Module]:
+    return {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module)}
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from rewards.data.text import json_faults, loads, loads_all, parse_json, read_te
 
 logger = logging.getLogger(__name__)
 
+CARRIAGE_RETURN = "has a carriage return inside; end lines with \\n or \\r\\n"
 CAPTIONS = ("caption", "prompt", "text")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 RECORD_SUFFIXES = (".jsonl", ".json", *DELIMITERS)
@@ -41,7 +42,7 @@ def read_records(file: Path) -> list[tuple[str, object]]:
     ``DataError`` where the file as a whole cannot be read."""
     text, suffix = read_text(file), file.suffix.lower()
     if "\r" in text and "\n" not in text:
-        raise DataError(f"{file}:1 has a carriage return inside; end lines with \\n or \\r\\n")
+        raise DataError(f"{file}:1 {CARRIAGE_RETURN}")
     if suffix in DELIMITERS:
         delimiter = _delimiter(text, DELIMITERS[suffix])
         try:
@@ -88,7 +89,7 @@ def _lines(file: Path, text: str, lines: Sequence[tuple[int, str]]) -> Iterator[
         raise DataError(f"{file} is YAML; expected one text a line, or {', '.join(RECORD_SUFFIXES)}")
     for line, words in lines:
         if "\r" in words:
-            raise DataError(f"{file}:{line} has a carriage return inside; end lines with \\n or \\r\\n")
+            raise DataError(f"{file}:{line} {CARRIAGE_RETURN}")
         yield f"{file}:{line}", words
 
 
