@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from align import families
-from align.common.assets import EMBEDDED
+from align.common.assets import EMBEDDED, TakesPaths
 from align.common.command import command, parse
 from align.common.errors import UserError
 from align.common.provenance import provenance
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Evaluate(Comparison):
+class Evaluate(Comparison, TakesPaths):
     """Compare tuned pipelines with their base.
 
     Args:
@@ -64,6 +64,10 @@ class Evaluate(Comparison):
     diversity_features: str | None = None
     device: str | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        TakesPaths.__post_init__(self)  # no base of Comparison's: --print_config would make of such a setting a class
 
     @property
     def sources(self) -> list[Path]:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from align.common.assets import TakesPaths
 from align.common.errors import UserError, require_at_least
 from align.common.resolution import Resolution
 from align.data.prompts import read_prompt_rows
@@ -41,7 +40,7 @@ Scores = Mapping[str, Mapping[str, np.ndarray]]  # model -> reward -> (P*K,), as
 
 
 @dataclass
-class Comparison(TakesPaths):
+class Comparison:
     """What models are compared on.
 
     Args:
@@ -74,7 +73,6 @@ class Comparison(TakesPaths):
     task_column: str = "task"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.reward = parse_rewards(self.reward or "Shapes", weighted=False)
 
     @property
