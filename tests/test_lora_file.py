@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -179,7 +181,11 @@ def test_what_does_not_fit_is_refused(tiny: Build, run: Path, tmp_path: Path, ch
         ("[" * 100_000, "no JSON object"),
         ('{"unet.lora_alpha": "many"}', "is no number"),
         ('{"unet.lora_alpha": 1e999}', "expected a finite number"),
-        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "is no number"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}', "is not read"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(\\\\w+)+-": 2}}', "expected the name of a layer"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {".*.*.*.*.*-": 2}}', "expected the name of a layer"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"w?w?w?w?w?w?www": 2}}', "expected the name of a layer"),
+        ('{"unet.lora_alpha": 1, "unet.alpha_pattern": [2]}', "alpha_pattern in its settings is no JSON object"),
         ('{"unet.use_dora": true}', "DoRA"),
         ('{"unet.init_lora_weights": "pissa_niter_4"}', "changed the model's weights as well"),
     ],
@@ -188,6 +194,21 @@ def test_hostile_settings_are_refused(run: Path, tmp_path: Path, settings: str, 
     save_file(load_file(run / "pytorch_lora_weights.safetensors"), tmp_path / "other.safetensors", {HEADER: settings})
     with pytest.raises(UserError, match=message):
         read_lora(tmp_path / "other.safetensors")
+
+
+def test_a_pattern_fits_where_pefts_does_and_as_many_as_layers_are_read_at_once(tmp_path: Path) -> None:
+    """re remembers 512 of them: with more, reading took time by their square."""
+    names = [f"down.{k}.attn{m}.to_q" for k in range(400) for m in (1, 2)]
+    state = {f"unet.{n}.lora_{part}.weight": torch.ones(1, 1) for n in names for part in "AB"}
+    patterns = {"^down.3.attn1.to_q": 5.0, r"down\.\d+5\.attn1": 99.0, r"7\d*\.attn2\.to_q": 3.0, "to_k": 99.0}
+    patterns |= {f"{n}.k": 99.0 for n in names}
+    own = {"r": 1, "lora_alpha": 2.0, "alpha_pattern": patterns}
+    save_file(state, tmp_path / "one.safetensors", header(own))
+    begun = time.perf_counter()
+    layers = read_lora(tmp_path / "one.safetensors").of("unet")
+    assert time.perf_counter() - begun < 3
+    for name in (*names[:8], "down.35.attn1.to_q", "down.78.attn2.to_q"):  # peft takes its time
+        assert layers[name].scale == patterns.get(get_pattern_key(patterns, name), 2.0), name
 
 
 def test_which_file_of_a_folder_is_meant(run: Path, tmp_path: Path) -> None:

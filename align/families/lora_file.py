@@ -14,14 +14,12 @@ diffusers has several. DoRA, LoKr and LoHa, which are no B · A, are refused.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -29,12 +27,13 @@ from torch import Tensor, nn
 from align.common.errors import UserError
 from align.families.folder import LORA_FILE
 from align.families.lora_layers import LoRALayer, split, swapped
+from align.families.lora_settings import LoRASettings
 from align.families.original_names import Original, originals
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PEFT_FILE, PEFT_SETTINGS, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+PEFT_FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 HEADER = "lora_adapter_metadata"  # diffusers' key in the header of a safetensors file
 _PARTS = re.compile(
     r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up|lora_linear_layer\.(?:down|up)|alpha)(?:\.default)?"
@@ -44,7 +43,6 @@ _DENOISERS = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model.")
 _ENCODERS = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 _ENCODERS |= {"lora_te3_": "text_encoder_3"}
 _OTHERS = ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_", "oft_", "lora_embedding")
-_RESIDUAL = ("pissa", "olora", "corda", "lora_ga")  # of peft's initialisations: they take B · A out of the weight first
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def read_layers(source: Path, modules: Mapping[str, nn.Module], denoiser: str | 
             header = (file.metadata() or {}).get(HEADER, "{}")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no whole safetensors file: {error}") from error
-    settings = _settings(path, header, denoiser if any(key.startswith(PEFT_PREFIX) for key in tensors) else None)
+    settings = LoRASettings(path, header, denoiser if any(key.startswith(PEFT_PREFIX) for key in tensors) else None)
     names = _names(modules, denoiser) if denoiser is not None and denoiser in modules else {}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -168,7 +166,7 @@ def _parse(path: Path, key: str, names: Collection[str], denoiser: str | None) -
     return name, part
 
 
-def _layer(path: Path, name: str, found: Mapping[str, Tensor], settings: Mapping[str, Any]) -> LoRALayer:
+def _layer(path: Path, name: str, found: Mapping[str, Tensor], settings: LoRASettings) -> LoRALayer:
     if "A" not in found or "B" not in found:
         raise UserError(f"{path}: {name} has {' and '.join(sorted(found))} alone, and a layer needs both A and B")
     a, b = found["A"], found["B"]
@@ -179,7 +177,7 @@ def _layer(path: Path, name: str, found: Mapping[str, Tensor], settings: Mapping
     a, b = (part.float() if part.element_size() == 1 else part for part in (a, b))  # float8 knows no arithmetic
     if not (a.isfinite().all() and b.isfinite().all()):
         raise UserError(f"{path}: {name} has NaN or infinite weights; was training stopped too late?")
-    return LoRALayer(a, b, _scale(path, name, len(a), found.get("alpha"), settings))
+    return LoRALayer(a, b, settings.scale(name, len(a), found.get("alpha")))
 
 
 def _names(modules: Mapping[str, nn.Module], denoiser: str) -> dict[str, Original]:
@@ -220,46 +218,6 @@ def _ours(
     for part, cut in zip(original.parts, split(own, rows), strict=True):
         if cut is not None:
             yield part, cut
-
-
-def _settings(path: Path, header: str, denoiser: str | None) -> dict[str, Any]:
-    """peft's settings by ``component.name``, from the header or, where the tensors have peft's names and so are all of
-    the ``denoiser``, from the file beside."""
-    beside = path.parent / PEFT_SETTINGS
-    try:
-        settings = json.loads(header)
-        if not settings and denoiser is not None and beside.is_file():
-            settings = {f"{denoiser}.{k}": v for k, v in json.loads(beside.read_text("utf-8")).items()}
-        if isinstance(settings, dict):
-            return settings
-    except (ValueError, AttributeError, OSError, RecursionError):
-        pass
-    raise UserError(f"{path}: the settings in its header or in {PEFT_SETTINGS} are no JSON object")
-
-
-def _scale(path: Path, name: str, rank: int, alpha: Tensor | None, settings: Mapping[str, Any]) -> float:
-    """alpha / r of one layer; alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)."""
-    component, _, module = name.partition(".")
-    own = {k.removeprefix(f"{component}."): v for k, v in settings.items() if k.startswith(f"{component}.")}
-    if own.get("use_dora") or own.get("lora_bias"):
-        raise UserError(f"{path}: its settings say DoRA or a trained bias, which are more than scale · B · A")
-    if str(own.get("init_lora_weights")).startswith(_RESIDUAL):
-        raise UserError(
-            f"{path}: its settings say init_lora_weights {own['init_lora_weights']!r}, which has changed the model's "
-            "weights as well; save it by peft's save_pretrained with path_initial_model_for_weight_conversion"
-        )
-    patterns = own.get("alpha_pattern") or {}
-    try:
-        value: Any = rank if alpha is None else alpha.item()
-        if alpha is None and "lora_alpha" in own:
-            fitting = (v for pattern, v in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
-            value = next(fitting, own["lora_alpha"])
-        scale = float(value) / (math.sqrt(rank) if own.get("use_rslora") else rank)
-    except (TypeError, ValueError, AttributeError, RuntimeError, re.error) as error:
-        raise UserError(f"{path}: the alpha of {name} is no number: {error}") from error
-    if not math.isfinite(scale):
-        raise UserError(f"{path}: the alpha of {name} is {value}; expected a finite number")
-    return scale
 
 
 def _fits(path: Path, layers: Mapping[str, LoRALayer], parts: Mapping[str, nn.Module], what: str) -> None:
