@@ -315,6 +315,7 @@ class Toy:
     """x' ~ N(theta, std^2) whatever the state: policy and family in one, float64. ``anchor`` is the reference's."""
 
     device = torch.device("cpu")
+    prediction_type = "flow_prediction"  # as its grid has it
     default_guidance_scale = 1.0
     cell = 1
 

@@ -198,6 +198,25 @@ def test_the_reference_gives_frozen_layers_no_gradient(tiny: Build) -> None:
     assert 0 < trained == len(policy.parameters()) < 2 * len(policy.weights.layers)
 
 
+def test_an_anchored_reference_is_where_the_run_began_also_beside_frozen_layers(tiny: Build, tmp_path: Path) -> None:
+    """The reference's values have the places of the parameters that train, and freezing some moves the others'."""
+    first = Policy(tiny("flow"), LoRA(2))
+    disturb(first)
+    first.save(tmp_path)
+    policy = Policy(tiny("flow"), LoRA(2), initial=tmp_path, anchored=True)
+    with torch.no_grad():
+        began = say(policy)
+        policy.set_lr_scales(lambda name: float(".1." in name))
+        disturb(policy)
+        trained = say(policy)
+        with policy.reference():
+            assert torch.equal(say(policy), began)
+        assert torch.equal(say(policy), trained) and not torch.allclose(trained, began)
+        policy.move_reference()
+        with policy.reference():
+            assert torch.equal(say(policy), trained)
+
+
 def test_initial_weights_may_lie_in_shards(tiny: Build, tmp_path: Path) -> None:
     trained = tiny("flow").denoiser
     with torch.no_grad():

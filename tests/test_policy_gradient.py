@@ -17,10 +17,11 @@ from torch import Tensor
 
 from align.common.errors import UserError
 from align.diffusion.kernels import DDIM, FlowSDE, Gaussian
+from align.diffusion.process import Prediction
 from align.objectives.losses import masked_surrogate
 from align.objectives.online import advantages
 from align.objectives.online.advantages import PromptHistory
-from align.objectives.online.replay import log_probs, replay_step
+from align.objectives.online.replay import log_probs, log_ratios, replay_step, step_weights
 from align.objectives.online.rewards import RewardConfig, Scorer
 from align.objectives.policy_gradient import PolicyGradient, PolicyGradientRows
 from align.policy.policy import LoRA, Policy
@@ -387,6 +388,40 @@ def test_guard_ratio_is_1_before_any_update(tiny: Build, kind: str) -> None:
     ctx, table = rolled(objective, policy)
     _, metrics = objective.loss(ctx, table)
     assert abs(metrics["ratio_max"] - 1) < 1e-5
+
+
+def test_guard_under_sum_is_of_the_joint_density(tiny: Build) -> None:
+    """exp((log p - log p_old + b) s) with b = |m - m_old|^2 / (2 s^2), each a sum over the latent."""
+    policy = moved(tiny, "flow")
+    ctx, table = rolled(PolicyGradient(Sampler(3, 1.0), 3, step_normalisation="guard"), policy)
+    disturb(policy, 1e-3)
+    drawn = table.trajectories, table.image, table.step
+    new, y = replay_step(ctx, Sampler(3, 1.0), *drawn)
+    std, old = new.std.double(), table.trajectories.means_at(table.image, table.step).double()
+    new, old = Gaussian(new.mean.detach().double(), std), Gaussian(old, std)
+    for reduction, size in (("mean", 1), ("sum", 256)):
+        found = log_ratios(new, y, *drawn, True, reduction)
+        wanted = (new.log_prob(y, "sum") - old.log_prob(y, "sum") + new.kl(old, "sum")) * std / (256 / size)
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v", "flow"])
+def test_guard_weighs_all_steps_alike(tiny: Build, kind: str) -> None:
+    """What it is for: times its weight, each step moves about as far with the network's answer. Sigma's differences,
+    which are that on a flow alone, leave a factor of 74 on SD's schedule."""
+    policy, sampler = moved(tiny, kind), Sampler(6, 1.0)
+    ctx, table = rolled(PolicyGradient(sampler, 2, timestep_fraction=0.9), policy, 1)
+    first = table.take((table.image == table.image[0]).nonzero().flatten())
+    weight = step_weights(ctx, sampler, first.trajectories, first.image, first.step, "guard", range(5))
+    family, grid, kernel = policy.family, policy.family.grid(6), sampler.kernel_of(policy.family)
+    if kind == "flow":
+        torch.testing.assert_close(weight, 1 / (grid.sigma[:5] - grid.sigma[1:6]))
+    zero, kind_of = torch.zeros(1, 1, 1, 1), family.prediction_type
+    moves = [
+        kernel(Prediction(zero + 1, zero, grid.alpha[i], grid.sigma[i], kind_of), grid, i).mean.abs() for i in range(5)
+    ]
+    even = weight * torch.cat(moves).flatten()
+    assert even.max() < 2.1 * even.min(), even
 
 
 # TempFlow-GRPO

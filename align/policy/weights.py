@@ -63,12 +63,15 @@ class Weights(ABC):
 
     def set_lr_scales(self, lr_scale: Callable[[str], float]) -> None:
         """Give every trained parameter its factor of the learning rate, by its name; 0 freezes it for good."""
+        before = self.parameters()
         factors = {p: lr_scale(name) for name, p in self.module.named_parameters() if p.requires_grad}
         for parameter, factor in factors.items():
             parameter.requires_grad_(factor > 0)
         if not any(factors.values()):
             raise UserError("every parameter is frozen: the objective's settings leave nothing to train")
         self._factors = {parameter: factor for parameter, factor in factors.items() if factor}
+        if self.ref_params is not None:  # has the places of those that train; what is frozen is its own reference
+            self.ref_params = [r for r, p in zip(self.ref_params, before, strict=True) if p.requires_grad]
         if self.ema is not None:
             self.ema = EMAModel(self.parameters(), decay=self._decay)
 

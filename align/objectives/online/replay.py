@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from align.common.errors import UserError
-from align.diffusion.kernels import Gaussian, std_of
+from align.diffusion.kernels import DDIM, Gaussian, std_of
 from align.diffusion.process import Prediction, Reduction, append_dims, reduce_dims, upload
 from align.families import Family
 from align.objectives.objective import Context
@@ -62,13 +62,18 @@ def step_weights(
     among: Sequence[int],
 ) -> Tensor:
     """(R,) what the loss of the kept steps ``step`` (R,) is multiplied by: 1; GRPO-Guard's ``1 / |dt|``; or, by their
-    ``noise``, the step's std over the mean std of the steps ``among`` that have any (TempFlow-GRPO)."""
+    ``noise``, the step's std over the mean std of the steps ``among`` that have any (TempFlow-GRPO).
+
+    The paper's dt is by how much the noiseless step moves with the network's answer. So it is here on any schedule: on
+    SD's, sigma hardly changes at the noisy end, and its difference there would weigh steps up to 70 times as much."""
     family = ctx.policy.family
     if normalisation == "none":
         return torch.ones(len(step), device=family.device)
-    if normalisation == "guard":
-        return upload(1 / step_lengths(family, sampler, trajectories, step), family.device)
     grid, kernel = grid_of(family, sampler.num_inference_steps, trajectories.latents), sampler.kernel_of(family)
+    if normalisation == "guard":
+        i, zero = trajectories.kept_steps[step], torch.zeros(len(step), 1, 1, 1, dtype=grid.sigma.dtype)
+        answer = Prediction(zero + 1, zero, grid.alpha[i], grid.sigma[i], family.prediction_type)
+        return upload(1 / DDIM()(answer, grid, i).mean.abs().flatten(), family.device)
     std = torch.stack([std_of(kernel, grid, i, family.prediction_type) for i in range(len(grid))])
     trained = std[list(among)]
     return upload(std[trajectories.kept_steps[step]] / trained[trained > 0].mean(), family.device)
@@ -78,10 +83,10 @@ def log_ratios(
     new: Gaussian, y: Tensor, trajectories: Trajectories, image: Tensor, step: Tensor, guard: bool, reduction: Reduction
 ) -> Tensor:
     """(R,) log of the likelihood that the kept steps ``new`` give ``y`` over that by which it was drawn; with ``guard``
-    GRPO-Guard's (eq. 8-10), freed of its bias and scaled by the step's std."""
+    GRPO-Guard's (eq. 8-10), freed of its bias and scaled by the step's std; ``reduction`` as of the plain one."""
     if guard:
         mean = upload(trajectories.means_at(image, step), y.device)
-        return reduce_dims((new.mean - mean) * (y - mean) / append_dims(new.std, y), "mean")
+        return reduce_dims((new.mean - mean) * (y - mean) / append_dims(new.std, y), reduction)
     log_ratio = new.log_prob(y, "mean") - upload(trajectories.log_probs_at(image, step), y.device)
     return log_ratio * y[0].numel() if reduction == "sum" else log_ratio
 
