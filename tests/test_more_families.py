@@ -42,6 +42,7 @@ from pruning.quantize import quantize
 from pruning.saving import save_pipeline
 from tests import tiny_families
 from tests.helpers import lines, write
+from tests.pipelines import Build
 from tests.test_cards import run_snippets
 
 # the contract at its core; the whole of it, and the siblings of a family, are slow
@@ -389,6 +390,23 @@ def test_what_a_model_cannot_do_is_told(case: Callable[[str], FamilyCase], tmp_p
         families.tuned(case("pixart-sigma").load(), str(tmp_path))
     with pytest.raises(UserError, match="1000 is too many for the spacing"):
         case("sdxl").load().grid(1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "steps", "told"),
+    [
+        ("epsilon", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 4, "epsilon, which says nothing"),
+        ("flow", {"shift_terminal": 0.02}, 1, "take 2 steps or more"),
+    ],
+)
+def test_a_schedule_without_numbers_draws_nothing(
+    tiny: Build, kind: str, changes: dict[str, Any], steps: int, told: str
+) -> None:
+    """Both gave NaN, and pictures of it."""
+    pipe = tiny(kind).pipe
+    pipe.register_modules(scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config, **changes))
+    with pytest.raises(UserError, match=told):
+        type(tiny(kind))(pipe, "mine").grid(steps)
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("sdxl", "pixart-sigma"), ("lumina2", "qwen-image")])

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
+from align.common.errors import UserError
 from align.diffusion.kernels import FlowSDE, Kernel
 from align.diffusion.process import Grid, PredictionType
 from align.families.family import Family
@@ -75,6 +76,11 @@ class Flow(Family):
 
     def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
         self.require_steps(steps)
+        if steps == 1 and self.scheduler.config.shift_terminal:
+            raise UserError(
+                f"{self.source} stretches its schedule to end at sigma {self.scheduler.config.shift_terminal} "
+                "(shift_terminal), which one step has no room for; take 2 steps or more"
+            )
         _, h, w = self.latent_shape(height, width)
         mu = self.mu(steps, h * w // self.patch**2) if self.scheduler.config.use_dynamic_shifting else None
         sigmas = self.sigmas(steps)

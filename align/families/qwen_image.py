@@ -9,8 +9,6 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from align.common.errors import UserError
-from align.diffusion.process import Grid
 from align.families.conditioning import Conditioning
 from align.families.flow import Packed, pack, unpack
 
@@ -48,14 +46,6 @@ class QwenImage(Packed):
         mixed, bound = pack(super().guide(free, bound, guidance_scale)), pack(bound)
         length = bound.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)
         return unpack(mixed * length, *free.shape[-2:])
-
-    def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
-        if steps == 1 and self.scheduler.config.shift_terminal:
-            raise UserError(
-                f"{self.source} stretches its schedule to end at sigma {self.scheduler.config.shift_terminal} "
-                "(shift_terminal), which one step has no room for; take 2 steps or more"
-            )
-        return super().grid(steps, height, width)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         config = self.pipe.vae.config

@@ -77,6 +77,11 @@ class SD(Family):
             raise UserError(f"num_inference_steps: {steps} is too many for the spacing of {self.source}; take fewer")
         last = t[-1:] - most // steps  # where diffusers' DDIM lands
         cumprod = torch.cat([self.scheduler.alphas_cumprod[t], self._cumprod(last)])
+        if self.prediction_type == "epsilon" and not cumprod[0]:
+            raise UserError(
+                f"{self.source} predicts epsilon, which says nothing of the image where its schedule begins, in pure "
+                "noise (rescale_betas_zero_snr and timestep_spacing trailing): set one of them as the model was trained"
+            )
         return Grid(torch.cat([t, last.clamp(min=0)]).float(), cumprod.sqrt(), (1 - cumprod).sqrt())
 
     def _cumprod(self, t: Tensor) -> Tensor:
