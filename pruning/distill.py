@@ -27,7 +27,7 @@ from align.common.errors import UserError
 from align.common.resolution import Resolution
 from align.data.captioned import ImageBatch
 from align.data.prompts import PromptBatch
-from align.diffusion.process import add_noise
+from align.diffusion.process import add_noise, reduce_dims
 from align.families import Conditioning, Family
 from align.objectives import Context, Cost, Metrics, Needs, Objective
 from align.objectives.objective import Prepares, ScalesLearningRates
@@ -74,7 +74,7 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         output_weight: of the squared difference of the outputs.
         feature_weight: of the squared difference of the features behind every block that stays and heals, summed over
             blocks (official: 1e-4).
-        relative_features: divide each block's by the mean square of the teacher's features (LAPTOP-Diff).
+        relative_features: divide each block's by the mean square of the teacher's features of that state (LAPTOP-Diff).
         preservation: freeze what runs before the first removed block.
         sensitivity: ``graded`` multiplies a block's learning rate by m / (m + dP), dP being what its loss costs and m
             the median of those; ``binary`` freezes the blocks of above median dP (the official form); ``none``.
@@ -195,11 +195,13 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _feature(self, student: Streams, teacher: Streams) -> Tensor:
-        """How far one block's streams are apart, a mean over elements, summed over streams."""
+        """How far one block's streams are apart, a mean over elements, summed over streams; of each state by itself, so
+        that it is the same however the rows are cut into batches."""
         apart = []
         for name, target in teacher.items():
-            scale = target.float().square().mean().clamp(min=1e-8) if self.relative_features else 1.0
-            apart.append(F.mse_loss(student[name].float(), target.float()) / scale)
+            error = reduce_dims((student[name].float() - target.float()).square(), "mean")
+            scale = reduce_dims(target.float().square(), "mean").clamp(min=1e-8) if self.relative_features else 1.0
+            apart.append((error / scale).mean())
         return torch.stack(apart).sum()
 
 
