@@ -210,11 +210,16 @@ class RewardSum:
         """Every reward's own scores by name, neither normalized nor weighted: (B,) float32 each."""
         return {name: checked(reward, name, images, prompts, metadata) for name, reward in self.rewards.items()}
 
+    def normalized(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``scores``, (B,) each, normalized where that is set."""
+        return {name: _normalized(score, (self.normalize or {}).get(name)) for name, score in scores.items()}
+
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """(B,) the sum over the rewards in ``scores``: weight times score, normalized where that is set."""
-        weights, normalize = self.weights or {}, self.normalize or {}
-        parts = [weights.get(name, 1.0) * _normalized(score, normalize.get(name)) for name, score in scores.items()]
-        return functools.reduce(torch.add, parts)
+        weights = self.weights or {}
+        return functools.reduce(
+            torch.add, [weights.get(name, 1.0) * score for name, score in self.normalized(scores).items()]
+        )
 
     def components(
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None

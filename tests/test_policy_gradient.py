@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from align.common.errors import UserError
 from align.diffusion.kernels import DDIM, FlowSDE, Gaussian
 from align.diffusion.process import Prediction
+from align.objectives import Context
 from align.objectives.losses import masked_surrogate
 from align.objectives.online import advantages
 from align.objectives.online.advantages import PromptHistory
@@ -138,7 +140,7 @@ def test_gdpo_normalises_each_reward_and_then_the_sum() -> None:
             mine = GROUPS.numpy() == group
             values = parts[name].numpy()[mine]
             total[mine] += weight * (values - values.mean()) / values.std()
-    np.testing.assert_allclose(found.numpy(), (total - total.mean()) / total.std())
+    np.testing.assert_allclose(found.numpy(), (total - total.mean()) / total.std(), atol=1e-12)
     rescaled = advantages.combine(
         parts | {"large": parts["large"] / 1e6}, {"small": 1.0, "large": 0.5}, GROUPS, "group", eps=0
     )
@@ -215,6 +217,26 @@ def test_what_is_only_watched_teaches_nothing(tiny: Build) -> None:
     assert table.metrics["reward/total"] == 0.5
     each = PolicyGradient(Sampler(2, 1.0), 3, rewards="each")
     assert not rolled(each, policy, scorer=watched)[1].advantage.any()
+
+
+def test_each_reward_by_itself_is_normalized_and_ties_give_no_rows(tiny: Build) -> None:
+    """The mean over the rollout, which is 0 but for rounding, made of a tie something to train on."""
+    policy, groups = moved(tiny, "epsilon"), torch.arange(3).repeat_interleave(3)
+    ctx = Context(policy, 0, 0, range(9), Scorer({"a": Bright()}, {"a": 1.0}, {"a": (1.0, 0.25)}))
+    scores = {"a": torch.tensor([0.5, 0.5, 0.5, 0.1, 0.9, 0.3, 0.2, 0.7, 0.31])}
+    rollout = SimpleNamespace(scores=scores, groups=groups, prompts=["p"] * 9)
+    for scale_rewards in ("group", "batch", "none"):
+        rule = advantages.AdvantageRule("group", scale_rewards, True, 1)
+        found, _ = rule(ctx, rollout, PromptHistory(1, "score"))  # type: ignore[arg-type]
+        assert (found[:3] == 0).all() and (found[3:] != 0).all()
+    normalized = {"a": (scores["a"].double() - 1) / 0.25}
+    torch.testing.assert_close(found, advantages.combine(normalized, {"a": 1.0}, groups, "none"))
+    two = Scorer({"a": Bright(), "b": Bright()}, {"a": 1.0, "b": 1.0}, {"b": (0.0, 100.0)})
+    scores["b"] = scores["a"].flip(0)
+    ctx, rule = replace(ctx, scorer=two), advantages.AdvantageRule("group", "none", True, 1)
+    found, _ = rule(ctx, rollout, PromptHistory(1, "score"))  # type: ignore[arg-type]
+    centred = scores["a"].double() + scores["b"] / 100 - advantages.group_means(scores["a"] + scores["b"] / 100, groups)
+    assert torch.corrcoef(torch.stack([found, centred]))[0, 1] > 1 - 1e-6
 
 
 # the loss

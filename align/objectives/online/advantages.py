@@ -127,12 +127,14 @@ def combine(
     eps: float = 1e-4,
 ) -> Tensor:
     """(N,) advantages from several rewards normalised one by one, then summed and normalised over the rollout
-    (GDPO, Liu et al. 2026, eq. 6-8), so that a reward with a large scale does not drown the others."""
+    (GDPO, Liu et al. 2026, eq. 6-8), so that a reward with a large scale does not drown the others; exactly 0 where a
+    group's rewards are all alike."""
     total = sum(
         (weights[name] * group_advantages(scores[name], groups, scale_rewards, eps) for name in weights),
         torch.zeros(()),
     )
-    return (total - total.mean()) / (total.std(correction=0) + eps)
+    alike = torch.stack([zero_std_mask(scores[name], groups) for name in weights]).all(0)
+    return torch.where(alike, 0.0, (total - total.mean()) / (total.std(correction=0) + eps))
 
 
 def calibrated_advantages(rewards: Tensor, groups: Tensor, expected: Tensor | None = None, eps: float = 1e-4) -> Tensor:
@@ -163,7 +165,7 @@ class AdvantageRule:
         scores = {name: ctx.gather(values).double() for name, values in rollout.scores.items()}
         groups, total = ctx.gather(rollout.groups), ctx.rewards.total(scores)
         if self.each:
-            global_advantages = combine(scores, ctx.rewards.weights, groups, self.scale_rewards)
+            global_advantages = combine(ctx.rewards.normalized(scores), ctx.rewards.weights, groups, self.scale_rewards)
         elif self.advantage == "group":
             global_advantages = group_advantages(total, groups, self.scale_rewards)
         elif self.advantage == "history":

@@ -83,6 +83,10 @@ class Scorer:
         """(B,) the weighted sum with the gradient to ``images``, for rewards that have one."""
         return self.total({n: checked(self.rewards[n], n, images, prompts, metadata) for n in self.weights})
 
+    def normalized(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``scores``, (N,) each, normalized where that is set."""
+        return self._sum.normalized(scores)
+
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """(N,) the weighted sum that is trained on, of scores that are normalized where that is set."""
         return self._sum.total(scores)
