@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from align.common.errors import UserError
 from align.diffusion.process import Prediction
-from align.families import Conditioning
+from align.families import Conditioning, Scale
 from align.objectives import AWM, DGPO, NFT, Context
 from align.objectives.dgpo import GroupRows
 from align.objectives.objective import Objective
@@ -52,7 +52,7 @@ class Told:
     def path(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, _scale: Scale = None) -> Prediction:
         return Prediction(self.raw, x_t, 1 - t, t, "flow_prediction")
 
 

@@ -32,16 +32,18 @@ from align.families.qwen_image import QwenImage
 from align.families.sana import Sana
 from align.families.sdxl import SDXL
 from align.families.z_image import ZImage
+from align.objectives import AWM, DGPO, NFT
 from align.objectives.teachers import PipelineTeacher
 from align.policy.initial_noise import InitialNoise
 from align.policy.policy import LoRA, Policy
 from align.sampling.generate import sample_images
+from align.sampling.sampler import Sampler
 from align.testing import CHECKS, FamilyCase, check_sampling
 from align.train import main
 from pruning.quantize import quantize
 from pruning.saving import save_pipeline
 from tests import tiny_families
-from tests.helpers import lines, write
+from tests.helpers import lines, rolled, write
 from tests.pipelines import Build
 from tests.test_cards import run_snippets
 
@@ -282,6 +284,17 @@ def test_every_trained_weight_of_qwen_image_has_a_gradient(
     policy.set_lr_scales(lambda _: 1.0)
     policy.predict(*case("qwen-image").inputs(policy.family)).raw.square().mean().backward()
     assert policy.parameters() and all(parameter.grad is not None for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("objective", [NFT, AWM, DGPO])
+def test_images_train_at_the_scale_that_they_were_drawn_at(case: Callable[[str], FamilyCase], objective: Any) -> None:
+    """Where the network takes it as an input; what trained was the model at the pipeline's default."""
+    policy, heard = Policy(case("flux-dev").load(), LoRA(2)), set[float]()
+    policy.denoiser.register_forward_pre_hook(lambda _m, _a, k: heard.update(k["guidance"].tolist()), with_kwargs=True)
+    rolling = objective(Sampler(2, 1.5), images_per_prompt=2, kl_weight=0.1)
+    ctx, rows = rolled(rolling, policy)
+    rolling.loss(ctx, rows)
+    assert heard == {1.5} != {policy.family.default_guidance_scale}
 
 
 # commands, precision, memory

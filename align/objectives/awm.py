@@ -67,7 +67,8 @@ class AWM(Objective, Prepares):
     """Denoising of images that the policy draws, weighted by their advantage.
 
     Args:
-        sampler: how images are drawn; without a kernel the deterministic sampler. Training is without guidance.
+        sampler: how images are drawn; without a kernel the deterministic sampler. Training is without guidance; a
+            network that takes the scale as an input trains at the one that it drew with.
         images_per_prompt: images of each prompt in a rollout, over all processes (paper: 24).
         draws_per_image: noise levels at which each image is trained on (official: 6).
         clip_range: of the ratio (official: 1).

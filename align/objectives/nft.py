@@ -47,7 +47,8 @@ class NFT(Objective, Prepares):
 
     Args:
         sampler: how images are drawn; without a kernel the deterministic sampler. Training is without guidance, as
-            in the paper, which also draws without (``guidance: 1``).
+            in the paper, which also draws without (``guidance: 1``); a network that takes the scale as an input trains
+            at the one that it drew with.
         images_per_prompt: images of each prompt in a rollout, over all processes (paper: 24).
         draws_per_image: noise levels at which each image is trained on.
         beta: strength of the implicit positive and negative policies (paper: 1, or 0.1).

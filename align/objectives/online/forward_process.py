@@ -17,7 +17,7 @@ from align.common.errors import UserError
 from align.data.prompts import PromptBatch
 from align.diffusion.kernels import DDIM
 from align.diffusion.process import Prediction, add_noise, reduce_dims, upload
-from align.families import Conditioning, Family
+from align.families import Conditioning, Family, Scale
 from align.objectives.objective import Context, Cost
 from align.objectives.online.advantages import ScaleRewards, group_advantages, zero_std_mask
 from align.objectives.online.collect import collect
@@ -44,6 +44,7 @@ class NoisedRows(Rows):
     cond: Conditioning = field(metadata=SHARED)  # of P prompts
     prompt_index: Tensor = field(metadata=SHARED)  # (N,) the row of ``cond`` of each image
     held: Tensor | None = field(default=None, metadata=SHARED)  # (N,) which images the reference holds; None: all
+    guidance_scale: Scale = field(default=None, metadata=SHARED)  # that the network takes as an input, as it drew
 
     @property
     def row_advantage(self) -> Tensor:
@@ -146,6 +147,7 @@ class ForwardProcess:
             cond=trajectories.cond,
             prompt_index=trajectories.prompt_index,
             held=held,
+            guidance_scale=self.sampler.guidance_scale_of(family) if family.guidance_kind == "embedded" else None,
             metrics=rollout.metrics | measured,
         )
         return rows.take((~ctx.local(alike)[rows.image]).nonzero().flatten()) if self.drop_ties else rows
@@ -170,7 +172,7 @@ def predict_noised(ctx: Context, rows: NoisedRows) -> tuple[Prediction, Tensor, 
     family = ctx.policy.family
     x0, eps, t = (values.to(family.device) for values in (rows.x0[rows.image], rows.eps, rows.t))
     cond = rows.cond.take(rows.prompt_index[rows.image].to(family.device))
-    return ctx.policy.predict(add_noise(x0, eps, *family.path(t)), t, cond), x0, eps
+    return ctx.policy.predict(add_noise(x0, eps, *family.path(t)), t, cond, rows.guidance_scale), x0, eps
 
 
 def distance(new: Prediction, other: Tensor) -> Tensor:
