@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.common.errors import UserError
+from align.common.patterns import is_bounded
 
 COMPUTE = ("bfloat16", "float16", "float32")
 
@@ -28,3 +29,7 @@ class NF4:
     def __post_init__(self) -> None:
         if self.compute_dtype not in COMPUTE:
             raise UserError(f"compute_dtype is {self.compute_dtype!r}, expected {' or '.join(map(repr, COMPUTE))}")
+        names = () if self.skip is None else self.skip  # also of a stranger's config.json; transformers reads patterns
+        if not isinstance(names, list | tuple) or (bad := [name for name in names if not is_bounded(name)]):
+            what = repr(names if not isinstance(names, list | tuple) else bad[0])[:80]
+            raise UserError(f"skip: {what} is no name of modules; expected a list of names, without groups or brackets")

@@ -356,6 +356,11 @@ def test_refusals_name_everything_at_once() -> None:
         quantize(model)
     with pytest.raises(UserError, match="compute_dtype is 'int8', expected 'bfloat16' or"):
         NF4(compute_dtype="int8")  # type: ignore[arg-type]
+    for names in (r"(\w+)+-", "[", 3):  # transformers takes them for regular expressions: these do not end, or are none
+        with pytest.raises(UserError, match="is no name of modules"):
+            NF4(skip=[names])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="skip: 3 is no name of modules"):
+        NF4(skip=3)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="expected a diffusers ModelMixin"):
         quantize(nn.Linear(4, 4))
 

@@ -11,13 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from align.common.errors import UserError
+from align.common.patterns import LONGEST, is_bounded
 
 PEFT_SETTINGS = "adapter_config.json"
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga")  # of peft's initialisations: they take B · A out of the weight first
-# peft's patterns are regular expressions, and one from a stranger may take for ever: without groups and with two
-# repetitions at most, on a name of a layer's length, none does
-_PATTERN = re.compile(r"(?!(.*[*+]){3})[\w.^$\\|\[\]*+-]{1,300}")
-_LONGEST = 300
 
 
 class LoRASettings:
@@ -68,19 +65,16 @@ class LoRASettings:
         patterns = patterns or {}
         if not isinstance(patterns, dict):
             raise UserError(f"{self.path}: alpha_pattern in its settings is no JSON object")
-        if patterns and len(module) > _LONGEST:
+        if patterns and len(module) > LONGEST:
             raise UserError(f"{self.path}: no layer has a name of {len(module)} letters, as {module[:40]}…")
         return next((v for pattern, v in patterns.items() if self._compiled(pattern).fullmatch(module)), default)
 
     def _compiled(self, pattern: str) -> re.Pattern[str]:
         if pattern not in self._patterns:
-            try:
-                if not _PATTERN.fullmatch(pattern):
-                    raise re.error("it has groups, more than two repetitions, or is too long")
-                self._patterns[pattern] = re.compile(rf"(.*\.)?({pattern})")
-            except re.error as error:
+            if not is_bounded(pattern):
                 raise UserError(
-                    f"{self.path}: alpha_pattern {pattern[:80]!r} is not read ({error}); expected the name of a layer "
-                    "or how it ends"
-                ) from error
+                    f"{self.path}: alpha_pattern {pattern[:80]!r} is not read (no regular expression, or with "
+                    "groups or more than two repetitions); expected the name of a layer or how it ends"
+                )
+            self._patterns[pattern] = re.compile(rf"(.*\.)?({pattern})")
         return self._patterns[pattern]
