@@ -178,11 +178,11 @@ class Heal(Objective, Prepares, ScalesLearningRates):
         family, (whole, student) = ctx.policy.family, self._graphs
         x_t, t = rows.x_t.to(family.device), rows.t.to(family.device)
         cond = family.drop_prompts(rows.cond.take(rows.image), rows.empty)
-        tapped = self.feature_weight > 0
+        tapped, scale = self.feature_weight > 0, self.sampler.embedded_scale_of(family)
         with torch.no_grad(), whole.tap(list(self._pairs.values()) if tapped else []) as teacher_features:
-            target = self.teacher.predict(ctx.policy, x_t, t, cond, None)  # one pipeline's text encoders serve both
+            target = self.teacher.predict(ctx.policy, x_t, t, cond, scale)  # one pipeline's text encoders serve both
         with student.tap(list(self._pairs) if tapped else []) as student_features:
-            answer = ctx.policy.predict(x_t, t, cond)
+            answer = ctx.policy.predict(x_t, t, cond, scale)
         terms = {"output": F.mse_loss(answer.raw.float(), target.raw.float())}
         if tapped:
             apart = [self._feature(student_features[new], teacher_features[old]) for new, old in self._pairs.items()]

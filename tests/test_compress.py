@@ -28,6 +28,7 @@ from pruning.graph import BlockGraph
 from pruning.linear4bit import Linear4bit
 from pruning.plan import from_ranges, make_plan
 from pruning.report import Reporting, report
+from tests import tiny_families
 from tests.helpers import HOSTILE, errors, gradients, lines, texts_of
 
 PROMPTS = ["two red stars", "a star", "a red circle", "a blue circle left of a green square"]
@@ -124,6 +125,15 @@ def test_the_feature_term_pairs_blocks_by_their_old_places(tiny_folders: dict[st
                 family.predict(*rows, cond)
             found.append(features[name]["hidden"])
     assert metrics["feature"].item() == pytest.approx((found[0] - found[1]).square().mean().item(), rel=1e-4)
+
+
+def test_what_takes_guidance_as_an_input_heals_at_the_scale_that_it_draws_at(tmp_path: Path) -> None:
+    folder, heard = tiny_families.save("flux-dev", tmp_path / "flux"), set[float]()
+    policy, objective = healing(folder, tmp_path, "", sampler=Sampler(2, guidance_scale=1.5))
+    for network in (policy.denoiser, objective.teacher.family.denoiser):
+        network.register_forward_pre_hook(lambda _m, _a, k: heard.update(k["guidance"].tolist()), with_kwargs=True)
+    loss_of(policy, objective)
+    assert heard == {1.5}
 
 
 def test_rows_heal_alike_however_they_are_cut_into_batches(tiny_folders: dict[str, Path], tmp_path: Path) -> None:

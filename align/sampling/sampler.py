@@ -13,7 +13,7 @@ from align.common import rng
 from align.common.errors import UserError
 from align.diffusion.kernels import FlowSDE, Kernel, has_noise
 from align.diffusion.process import Grid
-from align.families import Family
+from align.families import Family, Scale
 
 
 @dataclass
@@ -151,6 +151,11 @@ class Sampler:
 
     def guidance_scale_of(self, family: Family) -> float:
         return family.default_guidance_scale if self.guidance_scale is None else self.guidance_scale
+
+    def embedded_scale_of(self, family: Family) -> Scale:
+        """The guidance scale where the network takes it as an input, and so trains as it drew; None of others, which
+        train without guidance."""
+        return self.guidance_scale_of(family) if family.guidance_kind == "embedded" else None
 
     def describe(self, family: Family, trained: int) -> str:
         """Steps, kernel and guidance in words, of which ``trained`` steps train."""

@@ -147,7 +147,7 @@ class ForwardProcess:
             cond=trajectories.cond,
             prompt_index=trajectories.prompt_index,
             held=held,
-            guidance_scale=self.sampler.guidance_scale_of(family) if family.guidance_kind == "embedded" else None,
+            guidance_scale=self.sampler.embedded_scale_of(family),
             metrics=rollout.metrics | measured,
         )
         return rows.take((~ctx.local(alike)[rows.image]).nonzero().flatten()) if self.drop_ties else rows
