@@ -363,7 +363,7 @@ def test_a_reward_that_tells_nothing_apart_stops_the_run(
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "configured for dynamo"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile: true in the settings"),
         ("ACCELERATE_USE_FSDP", "true", "configured for FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "configured for DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "configured for Megatron-LM"),
