@@ -68,8 +68,8 @@ class Guided:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Any, guidance_scale: Any = GUIDANCE) -> Any:
-        return self._policy.predict(x_t, t, cond, guidance_scale)
+    def predict(self, x_t: Tensor, t: Tensor, cond: Any, guidance_scale: Any = None) -> Any:
+        return self._policy.predict(x_t, t, cond, GUIDANCE if guidance_scale is None else guidance_scale)
 
 
 @dataclass
