@@ -103,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
     }
     shards = ScoreShards(output.with_name(f".{output.name}.parts") if single else output, settings)
     shards.bad(shards.whole())  # refuses other settings
+    if source.listed:
+        shards.require_same(source.listed[: arguments.limit])
     bad_file = output.with_name(f"{output.name}.errors.jsonl") if single else output / "bad.jsonl"
     with locked(shards.folder, passing=single):
         try:

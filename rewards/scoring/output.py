@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import RewardError
 from rewards.common.files import atomic, reached, write_text
+from rewards.data.images import ImageRow, digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,8 +20,8 @@ BadRows = dict[int, dict[str, Any]]  # row number -> {"row", "file", "error"}
 
 @dataclass(frozen=True)
 class ScoreShards:
-    """The whole shards in ``folder``. Each carries ``settings`` and its bad files within, so it is there with both or
-    not at all."""
+    """The whole shards in ``folder``. Each carries ``settings``, its bad files and what tells its pictures from others
+    within, so it is there with these or not at all."""
 
     folder: Path
     settings: dict[str, Any]
@@ -36,7 +37,24 @@ class ScoreShards:
         """The unreadable files of these shards. ``RewardError`` names the settings that one was not written with."""
         return {entry["row"]: entry for number in numbers for entry in self._bad(number)}
 
-    def _bad(self, number: int) -> list[dict[str, Any]]:
+    def require_same(self, rows: Sequence[ImageRow]) -> None:
+        """``RewardError`` where a file among ``rows``, all of those that are scored, was changed since it was scored.
+        One that could not be read may be put right."""
+        size = self.settings["shard_size"]
+        for number in sorted(self.whole()):
+            _, bad, pictures = self._about(number)
+            unread, shard = {entry["row"] for entry in bad}, range(number * size, min((number + 1) * size, len(rows)))
+            try:
+                now = digest_of(rows[row] for row in shard if row not in unread)
+            except (OSError, ValueError):
+                now = ""
+            if pictures not in (None, now):  # None: of an earlier version
+                raise RewardError(
+                    f"{self.path(number)} has scores of pictures that were changed since, among {rows[shard[0]].file} "
+                    f"to {rows[shard[-1]].file}; delete it to score them again, or give another --output"
+                )
+
+    def _about(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
         import pyarrow.parquet as pq
 
         path = self.path(number)
@@ -45,6 +63,11 @@ class ScoreShards:
             settings, bad = (json.loads(metadata[key]) for key in (b"t2i-align.settings", b"t2i-align.bad"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RewardError(f"{path} is no shard of this command; give another --output") from error
+        pictures = metadata.get(b"t2i-align.pictures")
+        return settings, bad, pictures and pictures.decode()
+
+    def _bad(self, number: int) -> list[dict[str, Any]]:
+        settings, bad, _ = self._about(number)
         before, now = _flat(settings), _flat(self.settings)
         if changed := [key for key in sorted(before | now) if before.get(key) != now.get(key)]:
             words = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
@@ -62,11 +85,14 @@ class ScoreShards:
         """The shards to leave as they are; with ``retry_bad``, those that have unreadable files are not among them."""
         return {number for number in self.whole() if not (retry_bad and self._bad(number))}
 
-    def write(self, number: int, table: pa.Table, bad: BadRows) -> None:
+    def write(self, number: int, table: pa.Table, bad: BadRows, rows: Sequence[ImageRow] = ()) -> None:
+        """``rows``: those of ``table``, where :meth:`require_same` is to know them again."""
         import pyarrow.parquet as pq
 
         entries = [bad[row] for row in sorted(bad)]
         texts = {"t2i-align.settings": json.dumps(self.settings), "t2i-align.bad": json.dumps(entries)}
+        if rows:
+            texts["t2i-align.pictures"] = digest_of(rows)
         with atomic(self.path(number)) as draft:
             pq.write_table(table.replace_schema_metadata(texts), draft)
 
