@@ -101,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         "limit": arguments.limit,
         "shard_size": arguments.shard_size,
     }
-    shards = ScoreShards(output.with_name(f".{output.name}.parts") if single else output, settings)
+    folder = output.with_name(f".{output.name}.parts") if single else output
+    shards = ScoreShards(folder, settings, keep_pictures=True)
     shards.bad(shards.whole())  # refuses other settings
     if source.listed:
         shards.require_same(source.listed[: arguments.limit])

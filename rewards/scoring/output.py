@@ -20,11 +20,12 @@ BadRows = dict[int, dict[str, Any]]  # row number -> {"row", "file", "error"}
 
 @dataclass(frozen=True)
 class ScoreShards:
-    """The whole shards in ``folder``. Each carries ``settings``, its bad files and what tells its pictures from others
-    within, so it is there with these or not at all."""
+    """The whole shards in ``folder``. Each carries ``settings``, its bad files and, where that is kept, what tells its
+    pictures from others within, so it is there with these or not at all."""
 
     folder: Path
     settings: dict[str, Any]
+    keep_pictures: bool = False  # what tells them from others under the same names, for require_same
 
     def path(self, number: int) -> Path:
         return self.folder / f"scores-{number:05d}.parquet"
@@ -86,12 +87,12 @@ class ScoreShards:
         return {number for number in self.whole() if not (retry_bad and self._bad(number))}
 
     def write(self, number: int, table: pa.Table, bad: BadRows, rows: Sequence[ImageRow] = ()) -> None:
-        """``rows``: those of ``table``, where :meth:`require_same` is to know them again."""
+        """``rows`` are those of ``table``, where they are known beforehand."""
         import pyarrow.parquet as pq
 
         entries = [bad[row] for row in sorted(bad)]
         texts = {"t2i-align.settings": json.dumps(self.settings), "t2i-align.bad": json.dumps(entries)}
-        if rows:
+        if rows and self.keep_pictures:
             texts["t2i-align.pictures"] = digest_of(rows)
         with atomic(self.path(number)) as draft:
             pq.write_table(table.replace_schema_metadata(texts), draft)
