@@ -104,8 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = output.with_name(f".{output.name}.parts") if single else output
     shards = ScoreShards(folder, settings, keep_pictures=True)
     shards.bad(shards.whole())  # refuses other settings
-    if source.listed:
-        shards.require_same(source.listed[: arguments.limit])
+    shards.require_same(source)
     bad_file = output.with_name(f"{output.name}.errors.jsonl") if single else output / "bad.jsonl"
     with locked(shards.folder, passing=single):
         try:

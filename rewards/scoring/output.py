@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewards import RewardError
 from rewards.common.files import atomic, reached, write_text
-from rewards.data.images import ImageRow, digest_of
+from rewards.data.images import ImageRow, ImageSource, digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,21 +40,29 @@ class ScoreShards:
         """The unreadable files of these shards. ``RewardError`` names the settings that one was not written with."""
         return {entry["row"]: entry for number in numbers for entry in self._bad(number)}
 
-    def require_same(self, rows: Sequence[ImageRow]) -> None:
-        """``RewardError`` where a file among ``rows``, all of those that are scored, was changed since it was scored.
-        One that could not be read may be put right."""
-        size = self.settings["shard_size"]
-        for number in sorted(self.whole()):
-            _, bad, pictures = self._about(number)
-            unread, shard = {entry["row"] for entry in bad}, range(number * size, min((number + 1) * size, len(rows)))
+    def require_same(self, source: ImageSource) -> None:
+        """``RewardError`` where a file with a picture of ``source`` was changed since it was scored. One that could not
+        be read may be put right."""
+        about = {number: self._about(number) for number in sorted(self.whole())}
+        kept = {number: pictures for number, (_, _, pictures) in about.items() if pictures}
+        size, unread = self.settings["shard_size"], {entry["row"] for _, bad, _ in about.values() for entry in bad}
+        rows: dict[int, list[ImageRow]] = {number: [] for number in kept}
+        wanted = itertools.islice(
+            source.rows(lambda row: row // size in kept and row not in unread),
+            min((max(kept, default=-1) + 1) * size, self.settings["limit"] or sys.maxsize),
+        )
+        for number, row in enumerate(wanted):
+            if row is not None and (source.listed or isinstance(row.image, Path)):
+                rows[number // size].append(row)
+        for number, pictures in kept.items():
             try:
-                now = digest_of(rows[row] for row in shard if row not in unread)
+                now = digest_of(rows[number])
             except (OSError, ValueError):
                 now = ""
-            if pictures not in (None, now):  # None: of an earlier version
+            if now != pictures:
                 raise RewardError(
-                    f"{self.path(number)} has scores of pictures that were changed since, among {rows[shard[0]].file} "
-                    f"to {rows[shard[-1]].file}; delete it to score them again, or give another --output"
+                    f"{self.path(number)} has scores of pictures that were changed since, among rows {number * size} "
+                    f"to {(number + 1) * size - 1}; delete it to score them again, or give another --output"
                 )
 
     def _about(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
@@ -87,12 +97,12 @@ class ScoreShards:
         return {number for number in self.whole() if not (retry_bad and self._bad(number))}
 
     def write(self, number: int, table: pa.Table, bad: BadRows, rows: Sequence[ImageRow] = ()) -> None:
-        """``rows`` are those of ``table``, where they are known beforehand."""
+        """``rows`` are those of ``table``, of which pictures lie in files of their own or are known beforehand."""
         import pyarrow.parquet as pq
 
         entries = [bad[row] for row in sorted(bad)]
         texts = {"t2i-align.settings": json.dumps(self.settings), "t2i-align.bad": json.dumps(entries)}
-        if rows and self.keep_pictures:
+        if self.keep_pictures and any(row.image is not None for row in rows):
             texts["t2i-align.pictures"] = digest_of(rows)
         with atomic(self.path(number)) as draft:
             pq.write_table(table.replace_schema_metadata(texts), draft)
