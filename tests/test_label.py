@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from rewards.common.errors import WriteError
 from rewards.data.formats import open_input
 from rewards.data.preferences import recognise
 from rewards.data.tables import LazyImage
-from tests.helpers import HOSTILE
+from tests.helpers import HOSTILE, contents
 from tests.test_labels import settings
 
 TOKEN = "long-enough"
@@ -851,6 +852,23 @@ def test_models_draw_while_people_choose(tmp_path: Path, tiny_folders: dict[str,
     assert (tmp_path / line["image_a"]).is_file() and "a-drawn" in line["image_a"]
     found = summarize(one.items, one.answers(), "pair").models
     assert sum(share.mean for share in found.values()) == 1
+    one.file.close()
+    before = contents(tmp_path / "a-drawn")
+    again = label.serve(replace(config, mixed_precision="bf16"))  # other pictures than those that were judged
+    while "people have judged them" not in again.page.fault():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert contents(tmp_path / "a-drawn") == before
+
+
+def test_answers_stay_with_the_pictures_that_they_are_about(tmp_path: Path) -> None:
+    one = session(tmp_path, items := pairs(tmp_path, 1))
+    one.submit("ann", entry(one, 0, 1))
+    one.file.close()
+    session(tmp_path, items).file.close()
+    Image.effect_noise((8, 8), 90).save(tmp_path / "0-b.png")
+    with pytest.raises(UserError, match="answers of another session .sizes of pictures"):
+        session(tmp_path, items)
 
 
 def test_rankings_of_other_tools_are_votes_or_refused_in_words(round1: Path, tmp_path: Path) -> None:

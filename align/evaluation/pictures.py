@@ -30,7 +30,7 @@ from align.common.errors import UserError
 from align.common.resolution import Resolution, sides
 from align.evaluation.gallery import save_png, to_pil
 from align.families import Family
-from align.families.identity import weights_of
+from align.families.identity import draws
 from align.sampling.generate import draw
 from rewards.common.device import Launched
 from rewards.common.files import discard, reached, write_text
@@ -89,13 +89,14 @@ class Drawing:
 
 
 class PictureFolder:
-    """``wanted`` as ``family`` draws them, in ``path``. What is there of the same pictures stays; others' go.
+    """``wanted`` as ``family`` draws them, in ``path``. What is there of the same pictures stays; others' go, unless
+    people have ``judged`` them.
 
     A batch is always made of the same pictures, so that one drawn again after a kill is the same to the byte.
     """
 
-    def __init__(self, path: Path, wanted: Sequence[Wanted], batch_size: int) -> None:
-        self.path, self.wanted = path, wanted
+    def __init__(self, path: Path, wanted: Sequence[Wanted], batch_size: int, judged: bool = False) -> None:
+        self.path, self.wanted, self.judged = path, wanted, judged
         self.batches = [slice(k, min(k + batch_size, len(wanted))) for k in range(0, len(wanted), batch_size)]
         self.record: dict[str, Any] = {}
 
@@ -128,7 +129,7 @@ class PictureFolder:
         """Draw what is missing; the first process returns when all is there. Raises :class:`UserError` where another
         one does not deliver."""
         self.record = drawing.resolved(family) | {
-            "weights": weights_of(family),
+            "contents": draws(family),
             "pictures": hashlib.sha256(json.dumps([asdict(one) for one in self.wanted]).encode()).hexdigest(),
         }
         # what no grid has is refused before anything is written
@@ -168,6 +169,11 @@ class PictureFolder:
             if self.path.exists():
                 if not path.is_file():
                     raise UserError(f"{self.path} is there and was not drawn by this command; give another output_dir")
+                if self.judged:
+                    raise UserError(
+                        f"{self.path} holds pictures of another model or other settings, and people have judged them; "
+                        "give another --output"
+                    )
                 logger.warning("%s holds pictures of another model or other settings; they are drawn again", self.path)
                 discard(self.path)
             rows = [
