@@ -241,7 +241,7 @@ def serve(config: Label) -> Server:
     session = Session(items, rules, file, lambda item: [one.keep(kept) for one in item.pictures], order)
     access = Access(token, config.annotators)
     page = Page(session, access, source.title, lambda: background.fault if background else "", local=token is None)
-    server = Server(page, config.host, config.port)
+    server = Server(page, config.host, config.port, background.stop if background else lambda: None)
     if background is not None:
         background.start(drawing(config))
     return server
@@ -287,10 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         server = serve(config)
         print(*links(server, config), sep="\n", flush=True)
-        try:
-            server.run()
-        except KeyboardInterrupt:  # which uvicorn raises anew when it has ended
-            print(f"stopped; the answers are in {config.output}")
+        server.run()
+        print(f"stopped; the answers are in {config.output}")
 
     # models alone need diffusers, whose loading takes seconds
     return command(run, words) if config.models else status(run, words)

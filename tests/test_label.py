@@ -23,15 +23,17 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from align import label, rollout
+from align import families, label, rollout
 from align.common.errors import DataError, UserError
 from align.data.annotations import LabelledRollout
 from align.data.preferences import PreferencePairs
+from align.evaluation.pictures import Drawing, PictureFolder, Wanted
 from align.labelling import answer_file
 from align.labelling.access import Access
 from align.labelling.answer_file import AnswerFile
 from align.labelling.answers import Answer, Refused
 from align.labelling.decisions import decisions
+from align.labelling.drawing import Background
 from align.labelling.items import Item, Picture, uncertainty
 from align.labelling.server import Page
 from align.labelling.session import GAP, LEASE, Rules, Session
@@ -859,6 +861,19 @@ def test_models_draw_while_people_choose(tmp_path: Path, tiny_folders: dict[str,
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert contents(tmp_path / "a-drawn") == before
+
+
+def test_drawing_ends_with_the_page(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
+    """Left alone, it would abort the process that ends."""
+    drawn = PictureFolder(tmp_path / "drawn", [Wanted("a star", seed, {}) for seed in range(2000)], 1)
+    background = Background({"one": lambda: families.load(str(tiny_folders["epsilon"]))}, {"one": drawn})
+    thread = background.start(Drawing(4))
+    while not drawn.file(0).is_file():
+        assert thread.is_alive(), background.fault
+        time.sleep(0.005)
+    background.stop()
+    assert not thread.is_alive() and not background.fault and not drawn.file(1999).is_file()
+    Background({}, {}).stop()  # of one that was never begun
 
 
 def test_answers_stay_with_the_pictures_that_they_are_about(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -114,9 +113,9 @@ def status(command: Callable[[], object], argv: Sequence[str] | None = None) -> 
     where a signal told it to end, unless it heard that itself; :data:`MISTAKE` where it raises a ``UserError`` or the
     machine gives out, which is told on stderr in a line, with :data:`DEBUG` among the arguments after the traceback. A
     bug keeps its traceback."""
+    forget = hear(_end)
     try:
-        with _ended_by_signals():
-            answer = command()
+        answer = command()
         if sys.stdout is not None:
             sys.stdout.flush()  # now, while a closed pipe can still be told
     except Ended as error:
@@ -135,22 +134,14 @@ def status(command: Callable[[], object], argv: Sequence[str] | None = None) -> 
                 traceback.print_exc()
             print(f"error: {told}", file=sys.stderr)
         return MISTAKE
+    finally:
+        forget()
     return answer if isinstance(answer, int) else 0
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Within, the first signal of :func:`hear` raises :class:`Ended`."""
-
-    def end(number: int, _frame: FrameType | None) -> NoReturn:
-        forget()
-        raise Ended(signal.Signals(number).name)
-
-    forget = hear(end)
-    try:
-        yield
-    finally:
-        forget()
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    hear(signal.SIG_DFL)  # a second one ends the process at once
+    raise Ended(signal.Signals(number).name)
 
 
 def hear(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Callable[[], None]:
@@ -166,6 +157,16 @@ def hear(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -
             signal.signal(number, before.pop(number))
 
     return forget
+
+
+def run_until_stopped(serve: Callable[[], object], stop: Callable[[], object]) -> None:
+    """``serve``, which uvicorn does, until Ctrl-C or a signal ends that; uvicorn alone does not know SIGHUP."""
+    forget = hear(lambda _number, _frame: stop())
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises anew when it has ended
+            serve()
+    finally:
+        forget()
 
 
 def _told(error: Exception) -> str | None:
