@@ -380,7 +380,7 @@ def test_a_reward_that_ends_a_run_leaves_what_came_before(
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "configured for dynamo"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compile: true in the settings"),
         ("ACCELERATE_USE_FSDP", "true", "configured for FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "configured for DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "configured for Megatron-LM"),

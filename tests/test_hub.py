@@ -229,6 +229,11 @@ def told(command: str, config: dict[str, Any], folder: Path, capsys: pytest.Capt
     return line
 
 
+def test_a_repository_that_nothing_is_pushed_to_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert Publishing(hub_model_id="me/tuned").repository(tmp_path) is None
+    assert "but not push_to_hub" in caplog.text
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_wrong_token_is_one_line_before_anything_begins(
     hub: Hub,

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -413,6 +414,15 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert not exit_code(["--help"], monkeypatch)
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
+
+
+def test_the_version_is_told_and_an_unknown_command_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not exit_code(["--version"], monkeypatch)
+    assert capsys.readouterr().out.split() == ["t2i-align", metadata.version("t2i-align")]
+    assert exit_code(["trian"], monkeypatch) == 2
+    assert capsys.readouterr().err.startswith("error: there is no command 'trian'; known are train,")
 
 
 def test_the_command_ends_with_what_the_modules_own_main_says(

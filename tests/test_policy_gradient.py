@@ -322,19 +322,21 @@ def test_clipping_acts_only_where_the_ratio_has_gone_far_enough(ratio: float, ad
         assert float(found) == pytest.approx(-advantage * ratio * float((y - 0.3).mean()) / 0.5**2)
 
 
-def test_groups_of_equal_rewards_give_no_rows(tiny: Build) -> None:
+def test_groups_of_equal_rewards_give_no_rows(tiny: Build, caplog: pytest.LogCaptureFixture) -> None:
     """As in Flow-GRPO's code. The loss is over the rows that teach: with all in it, the KL would weigh as much and
     the policy gradient a third."""
     policy = moved(tiny, "flow")
     flat = PolicyGradient(Sampler(2, 1.0), 3)
     _, table = rolled(flat, policy, scorer=Scorer({"flat": Flat()}, {"flat": 1.0}))
     assert table.metrics["zero_std_share"] == 1 and len(table) == 0
+    assert len(caplog.messages) == 1 and "have the same reward" in caplog.text
     objective = PolicyGradient(Sampler(2, 1.0), 3, scale_rewards="group", beta=0.1, clip_range=0.5)
     even = Scorer({"even": Even()}, {"even": 1.0})
     ctx, table = rolled(objective, policy, scorer=even)
     _, everything = rolled(replace(objective, advantage="batch"), policy, scorer=even)
     teaching = table.image.unique()
     assert 0 < len(teaching) < len(everything.image.unique()) == len(table.advantage)
+    assert len(caplog.messages) == 1
     assert not table.advantage[[k for k in range(len(table.advantage)) if k not in teaching]].any()
     disturb(policy, 0.01)  # ratios are not 1 now
     full = replace(table, image=everything.image, step=everything.step)  # what it was before: every row

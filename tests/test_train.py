@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,10 +20,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from align.common.errors import NonFinite
 from align.data.preferences import PreferencePairs
 from align.families import LORA_FILE
+from align.objectives.rows import Rows
 from align.shapes.world import render
 from align.train import main
+from align.training.finite import require_finite
 from tests.helpers import kill_when, launch, launch_together, lines, same, untimed, weights, write
 
 CAPTIONS = ["two red stars", "a blue circle", "a star and a circle", "three green squares", "a black square"]
@@ -240,6 +244,18 @@ def test_a_nan_stops_the_run_and_names_step_rows_and_checkpoint(
     assert "at step 2, rows" in message
     assert "last good checkpoint:" in message
     assert "checkpoint-1" in message
+
+
+@pytest.mark.parametrize(("of_items", "told"), [(False, "rows 70, 71;"), (True, "rows 70, 73;")])
+def test_the_rows_of_a_nan_are_items_whatever_the_objective_counts(of_items: bool, told: str) -> None:
+    class Counted(Rows):
+        pass
+
+    Counted.of_items = of_items
+    values, losses = {"loss": math.nan, "grad_norm": 1.0}, [torch.tensor(math.nan), torch.tensor(0.1)]
+    chunks = [Counted(image=torch.tensor([0, 3])), Counted(image=torch.tensor([2]))]
+    with pytest.raises(NonFinite, match=told):
+        require_finite(values, losses, chunks, [70, 71, 72, 73], 2, 1, None, None)
 
 
 def test_scale_lr(config: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ ours holds it. ``HF_ENDPOINT`` names another hub.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from pathlib import Path
 from align.common.errors import UserError
 from rewards.common.device import Launched
 from rewards.common.errors import shortened
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -38,7 +41,11 @@ class Publishing:
         processes of a launch but the first. ``create`` makes it where it is not there. Raises :class:`UserError`."""
         if self.hub_model_id is not None:
             require_id(self.hub_model_id)
-        if not self.push_to_hub or Launched.here().rank:
+        if Launched.here().rank:
+            return None
+        if not self.push_to_hub:
+            if self.hub_model_id is not None or self.hub_private:
+                logger.warning("nothing goes to the hub: hub_model_id or hub_private is set, but not push_to_hub")
             return None
         name = self.hub_model_id or result.resolve().name.removesuffix(".safetensors")
         require_id(name)

@@ -6,11 +6,7 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 PACKAGES = ("t2i-align", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 

@@ -39,6 +39,7 @@ from align.sampling.trajectory import Trajectories
 class D3PORows(Rows):
     """R steps of pairs: ``winner``, ``loser`` (R,) number ``trajectories``, ``step`` (R,) their kept steps."""
 
+    of_items = True
     winner: Tensor
     loser: Tensor
     step: Tensor
@@ -55,8 +56,7 @@ class D3PO(Objective, KeepsState):
         images_per_prompt: images of each prompt; all pairs with a preference train (official: 2, or 7 for people).
         beta: temperature (official 0.1); inside the clamp it is little but a factor of the learning rate.
         clip_range: half width e of the clamp (official 0.1; an older 0.2 collapsed).
-        reference: ``base``, or ``start``, the weights that this run started from (the paper's rounds); they
-            differ when ``initial_weights`` is set.
+        reference: ``base``, or ``start``, the ``initial_weights`` of this run (the paper's rounds).
         timestep_fraction: the share of the steps that is trained, from the noisiest on (official: all).
         window: draw only these steps with noise and train them, so that what is preferred follows from them; null draws
             every step with noise. For a reward as proxy: people's labels bring images that are drawn already.

@@ -43,6 +43,7 @@ from align.sampling.sampler import Sampler
 class GroupRows(Rows):
     """R groups at a noise level; ``image`` counts the groups of this process."""
 
+    of_items = True
     members: Tensor  # (R, G) the rows of ``noised``
     noised: NoisedRows = field(metadata=SHARED)
 

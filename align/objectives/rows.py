@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,10 @@ class Rows:
     Attributes:
         image: (R,) the image (or pair) that each row belongs to.
         metrics: what the rollout measured, over all processes.
+        of_items: ``image`` counts the items of the batch (a prompt's pairs), not the images made of each.
     """
+
+    of_items: ClassVar[bool] = False
 
     image: Tensor = field(repr=False)
     metrics: Mapping[str, float] = field(default_factory=dict, metadata=SHARED)

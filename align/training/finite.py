@@ -38,8 +38,8 @@ def require_finite(
     if not wrong or (wrong == ["grad_norm"] and scaler is not None):
         return
     bad = [chunk for chunk, loss in zip(chunks, losses, strict=True) if not bool(torch.isfinite(loss))] or chunks
-    images = sorted({int(image) for chunk in bad for image in chunk.image})
-    rows = [str(ids[image // group]) if image // group < len(ids) else f"#{image}" for image in images]
+    items = sorted({int(image) // (1 if chunk.of_items else group) for chunk in bad for image in chunk.image})
+    rows = [str(ids[item]) if item < len(ids) else f"#{item}" for item in items]
     raise NonFinite(
         f"{wrong[0]} is {values[wrong[0]]} at step {step}, rows {', '.join(rows[:8])}"
         f"{' …' if len(rows) > 8 else ''}; last good checkpoint: {last_good or 'none'}. "

@@ -45,6 +45,7 @@ def launch(config: TrainConfig) -> Accelerator:
         raise UserError(
             f"accelerate is configured for {' and '.join(unheard)}, which this loop does not use; launch with "
             "--config_file configs/accelerate/ddp.yaml (data-parallel processes), or fsdp2.yaml (shared weights)"
+            f"{'; compile: true in the settings compiles the denoiser' if asked['dynamo'] else ''}"
         )
     accumulated = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulated not in ("1", "auto", str(config.gradient_accumulation_steps)):

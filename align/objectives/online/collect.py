@@ -7,6 +7,7 @@ scored meanwhile, and keeps the states around the steps to be trained, each stat
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from align.sampling.diversity import pairwise, thumbnails
 from align.sampling.loop import sample
 from align.sampling.sampler import Sampler
 from align.sampling.trajectory import Trajectories
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,14 @@ def _metrics(
     processes."""
     global_groups = ctx.gather(groups)
     metrics = {"pictures": float(len(global_groups))}
-    metrics |= {f"reward/{name}": ctx.gather(values).mean().item() for name, values in scores.items()}
+    gathered = {name: ctx.gather(values) for name, values in scores.items()}
+    metrics |= {f"reward/{name}": values.mean().item() for name, values in gathered.items()}
+    trained = [values for name, values in gathered.items() if name in ctx.rewards.weights]
+    if ctx.step == 0 and ctx.sample_indices[0] == 0 and trained and all(bool((v == v[0]).all()) for v in trained):
+        logger.warning(
+            "all %d images of the first rollout have the same reward; while that is so, nothing is learned from it",
+            len(global_groups),
+        )
     for name, values in compared.items():
         power = ctx.features.power if ctx.features is not None and name == "features" else 1
         distances = pairwise(ctx.gather(values), global_groups, power)
