@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from align import evaluate, rollout, sample
 from align.bench import BenchRun
@@ -237,3 +238,9 @@ def test_a_signal_that_nohup_has_ignored_stays_ignored() -> None:
         assert status(lambda: os.kill(os.getpid(), signal.SIGHUP), []) == 0
         os.kill(os.getpid(), signal.SIGHUP)
     assert not preemption.asked and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_process_without_stdout_and_stderr_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert status(lambda: [None for _ in tqdm(range(3))], []) == 0

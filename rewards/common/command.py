@@ -113,11 +113,13 @@ def status(command: Callable[[], object], argv: Sequence[str] | None = None) -> 
     where a signal told it to end, unless it heard that itself; :data:`MISTAKE` where it raises a ``UserError`` or the
     machine gives out, which is told on stderr in a line, with :data:`DEBUG` among the arguments after the traceback. A
     bug keeps its traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this process; progress bars write to it all the same
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     forget = hear(_end)
     try:
         answer = command()
-        if sys.stdout is not None:
-            sys.stdout.flush()  # now, while a closed pipe can still be told
+        sys.stdout.flush()  # now, while a closed pipe can still be told
     except Ended as error:
         with contextlib.suppress(OSError):  # of a terminal that is gone
             print(f"stopped by {error}; the files that were written are whole (status {STOPPED})", file=sys.stderr)
@@ -195,8 +197,7 @@ def _told(error: Exception) -> str | None:
 def _let_go_of_output() -> None:
     """What cannot be written to stdout is dropped: Python would complain of it once more when it ends."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
