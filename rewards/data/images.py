@@ -25,7 +25,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import stat
 import struct
 import zlib
@@ -40,6 +39,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rewards.common.errors import DataError
+from rewards.data.hub_files import file_state
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +74,9 @@ class ImageRow:
 
 def digest_of(rows: Iterable[ImageRow]) -> str:
     """What tells the pictures of ``rows`` from others under the same names; of files by their sizes and times."""
-    digest = hashlib.sha256()
-    for row in rows:
-        if isinstance(row.image, bytes):
-            digest.update(hashlib.sha256(row.image).digest())
-        elif row.image is not None:
-            found = os.stat(row.image)
-            digest.update(json.dumps([found.st_size, found.st_mtime_ns]).encode())
-    return digest.hexdigest()
+    images = (row.image for row in rows if row.image is not None)
+    told = [hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else file_state(one) for one in images]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
