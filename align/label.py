@@ -171,6 +171,8 @@ def drawn(config: Label, folder: Path) -> tuple[Source, Background]:
     models: dict[str, Callable[[], Family]] = {}
     bases = [str(source) for source in sources if is_pipeline(source)]
     device, dtype = pick_device(config.device), families.DTYPES[config.mixed_precision]
+    home, answers = folder / f"{config.output.stem}-drawn", folder / config.output.name
+    judged = answers.is_file() and answers.stat().st_size > 0
     for name, source in zip(names(sources), sources, strict=True):
         if is_pipeline(source):
             families.find(str(source))
@@ -183,7 +185,7 @@ def drawn(config: Label, folder: Path) -> tuple[Source, Background]:
             raise UserError(f"{source} does not say which model it is of; give that one among --models too")
         with contextlib.suppress(Unsupported), Ghost().present():  # now, not on a page that waits for pictures
             drawing(config).resolved(blank(base or str(source)))
-        pictures[name] = PictureFolder(folder / f"{config.output.stem}-drawn" / name, wanted, config.batch_size)
+        pictures[name] = PictureFolder(home / name, wanted, config.batch_size, judged)
         models[name] = partial(open_model, source, base, dtype, device)
     return of_models(pictures, folder), Background(models, pictures)
 
@@ -235,12 +237,11 @@ def serve(config: Label) -> Server:
     if config.models:
         how_drawn = (config.models, config.num_inference_steps, config.guidance_scale, config.resolution)
         record |= dict(zip(("models", "num_inference_steps", "guidance_scale", "resolution"), how_drawn, strict=True))
-    file = AnswerFile(output, record)
-    kept = output.parent / f"{output.stem}-pictures"
+    file, kept = AnswerFile(output, record), output.parent / f"{output.stem}-pictures"
     session = Session(items, rules, file, lambda item: [one.keep(kept) for one in item.pictures], order)
     access = Access(token, config.annotators)
     page = Page(session, access, source.title, lambda: background.fault if background else "", local=token is None)
-    server = Server(page, config.host, config.port)
+    server = Server(page, config.host, config.port, background.stop if background else lambda: None)
     if background is not None:
         background.start(drawing(config))
     return server
@@ -286,10 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         server = serve(config)
         print(*links(server, config), sep="\n", flush=True)
-        try:
-            server.run()
-        except KeyboardInterrupt:  # which uvicorn raises anew when it has ended
-            print(f"stopped; the answers are in {config.output}")
+        server.run()
+        print(f"stopped; the answers are in {config.output}")
 
     # models alone need diffusers, whose loading takes seconds
     return command(run, words) if config.models else status(run, words)

@@ -65,7 +65,7 @@ def recipes(config: Compress, prompts: Sequence[str]) -> dict[str, Recipe]:
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "seed": config.seed,
-        "reward": [asdict(reward) for reward in config.reward],
+        "reward": [reward.settings() | reward.record() for reward in config.reward],
     }
     plan = source | {"blocks": config.blocks and config.blocks.replace(" ", "")}
     if config.budget is not None:

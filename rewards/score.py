@@ -101,8 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
         "limit": arguments.limit,
         "shard_size": arguments.shard_size,
     }
-    shards = ScoreShards(output.with_name(f".{output.name}.parts") if single else output, settings)
+    folder = output.with_name(f".{output.name}.parts") if single else output
+    shards = ScoreShards(folder, settings, keep_pictures=True)
     shards.bad(shards.whole())  # refuses other settings
+    shards.require_same(source)
     bad_file = output.with_name(f"{output.name}.errors.jsonl") if single else output / "bad.jsonl"
     with locked(shards.folder, passing=single):
         try:

@@ -64,10 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = pick_device(arguments.device)
     server = Server(RewardSum.of(named, device).rewards, arguments.host, arguments.port, token, limits, device)
     logger.info("%s on http://%s:%d", ", ".join(server.batchers), arguments.host, server.port)
-    try:
-        server.run()
-    except KeyboardInterrupt:  # which uvicorn raises anew when it has ended
-        logger.info("stopped")
+    server.run()
+    logger.info("stopped")
     return 0
 
 

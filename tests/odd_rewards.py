@@ -100,3 +100,15 @@ class Letters:
         self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> Tensor:
         return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+class Tired(Odd):
+    """Brightness, and from the second batch on ``what``."""
+
+    def score(
+        self, *, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 1:
+            return images.mean((1, 2, 3))
+        return torch.full((len(images),), {"nan": torch.nan, "flat": 0.5}[self.what])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -235,6 +236,27 @@ def test_a_folder_that_is_somebodys_is_left_alone(tiny: Build, tmp_path: Path) -
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="was not drawn by this command"):
         PictureFolder(tmp_path / "mine", [Wanted("a star", 0, {})], 1).draw(tiny("epsilon"), FEW, Launched(), "")
+
+
+@pytest.mark.parametrize("lost", ["folder", "picture"])
+def test_pictures_that_vanish_midway_are_told(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    folder = PictureFolder(tmp_path / "drawn", [Wanted("a star", seed, {}) for seed in range(3)], 1)
+    save = pictures.save_png
+
+    def vanishing(image: Image.Image, path: Path) -> None:
+        save(image, path)
+        if path.name == "00001.png":
+            shutil.rmtree(folder.path) if lost == "folder" else path.unlink()
+
+    monkeypatch.setattr(pictures, "save_png", vanishing)
+    with pytest.raises(UserError, match="moved, deleted or changed while it was drawn"):
+        folder.draw(tiny("epsilon"), FEW, Launched(), "")
+    assert folder.path.exists() == (lost == "picture")
+    monkeypatch.setattr(pictures, "save_png", save)
+    folder.draw(tiny("epsilon"), FEW, Launched(), "")
+    assert all(folder.file(number).is_file() for number in range(3))
 
 
 def test_several_models_and_what_a_prompt_file_says(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from align import evaluate, rollout, sample
 from align.bench import BenchRun
@@ -17,10 +21,13 @@ from align.evaluation.rollout_writer import RolloutSettings
 from align.policy.policy import LoRA
 from align.sample import Sample
 from align.training.config import TrainConfig
+from align.training.preemption import Preemption
 from align.training.run_folder import base_of
 from pruning import compress
 from pruning.settings import Compress
 from rewards import RewardError, parse_rewards
+from rewards.common.command import STOPPED, status
+from rewards.common.files import locked, write_text
 from tests.helpers import errors
 
 
@@ -193,3 +200,47 @@ def test_a_path_may_be_a_text(settings: Any, monkeypatch: pytest.MonkeyPatch, tm
         Evaluate: {"tuned": "a"},
     }.get(settings, {})
     assert settings(output_dir="~/runs", **needed).output_dir == tmp_path / "runs"
+
+
+# signals
+@pytest.fixture
+def _handlers_of_a_process_of_its_own() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("_handlers_of_a_process_of_its_own")
+def test_any_command_that_is_told_to_end_says_so_and_leaves_nothing_half(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+    def work() -> None:
+        with locked(tmp_path / "out"):
+            write_text(tmp_path / "out/whole", "")
+            os.kill(os.getpid(), number)
+            write_text(tmp_path / "out/never", "")
+
+    assert status(work, []) == STOPPED
+    assert capsys.readouterr().err == f"stopped by {number.name}; the files that were written are whole (status 75)\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+    assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends the process at once
+
+
+@pytest.mark.usefixtures("_handlers_of_a_process_of_its_own")
+def test_a_signal_that_nohup_has_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    preemption = Preemption()
+    with preemption.heard():
+        assert status(lambda: os.kill(os.getpid(), signal.SIGHUP), []) == 0
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not preemption.asked and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_process_without_stdout_and_stderr_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert status(lambda: [None for _ in tqdm(range(3))], []) == 0

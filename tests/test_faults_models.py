@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from safetensors.torch import load_file, save_file
 from align import families
 from align.common.errors import UserError
 from align.data.prompts import PromptSet
+from align.data.trajectories import RolloutFolder
 from align.diffusion.kernels import DDIM
+from align.evaluation.rollout_writer import RolloutSettings, record_of
 from align.families import Family, Unsupported
 from align.families.captions import token_limits
+from align.families.identity import draws
 from align.objectives.d3po import D3PO
 from align.objectives.policy_gradient import PolicyGradient
 from align.policy.initial_noise import NOISE_FILE, InitialNoise
@@ -196,6 +200,32 @@ def test_other_autoencoders_work(copy: Callable[[str], Path], name: str) -> None
                    output_type="pt").images  # fmt: skip
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert family.identity()["pictures"]["scaling"][1] == vae.config.scaling_factor  # type: ignore[index]
+
+
+@pytest.mark.parametrize("what", ["scheduler", "scaling", "tokenizer", "text_encoder", "vae", "unet"])
+def test_pictures_of_one_pipeline_are_not_taken_for_anothers(copy: Callable[[str], Path], what: str) -> None:
+    """Whatever of it was changed in place, :mod:`align.evaluation.pictures` and ``align.rollout`` see it."""
+    folder = copy("epsilon")
+    family, words = families.load(str(folder)), folder / "tokenizer/tokenizer.json"
+    before, record = draws(family), record_of(RolloutSettings("prompts"), [], family)
+    RolloutFolder(folder / "rollout").start(record)
+    if what == "scheduler":
+        change(folder / "scheduler/scheduler_config.json", beta_end=0.03)
+    elif what == "scaling":
+        change(folder / "vae/config.json", scaling_factor=0.5)
+    elif what == "tokenizer":
+        told = json.loads(words.read_text())
+        told["model"]["vocab"] |= {"a": told["model"]["vocab"]["b"], "b": told["model"]["vocab"]["a"]}
+        words.write_text(json.dumps(told))
+    else:
+        (weights,) = (folder / what).glob("*.safetensors")
+        save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    family = families.load(str(folder))
+    assert {name for name, part in draws(family).items() if part != before[name]} == {what}
+    with pytest.raises(UserError, match=f"the model's {what} '"):
+        RolloutFolder(folder / "rollout").start(record_of(RolloutSettings("prompts"), [], family))
+    RolloutFolder(folder / "older").start(replace(record, contents={}))  # which does not know
+    RolloutFolder(folder / "older").start(record)
 
 
 def test_a_model_for_inpainting_is_refused_before_weights_are_read(copy: Callable[[str], Path]) -> None:

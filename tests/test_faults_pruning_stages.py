@@ -28,6 +28,9 @@ from align.training.trainer import Trainer
 from pruning import compress
 from pruning.plan import Plan
 from pruning.report import Reporting, peak
+from pruning.results import recipes
+from pruning.settings import Compress
+from rewards import RewardConfig
 from rewards.common.files import locked
 from tests.helpers import contents, errors
 
@@ -397,3 +400,13 @@ def test_calibration_at_or_below_guidance_1_is_the_prompted_model(
     assert units[scale] == units[1.0] != units[3.0]
     assert Plan.load(tmp_path / str(scale) / "plan.json").dropped
     assert torch.isfinite(torch.tensor([unit["mse"] for unit in units[scale].values()])).all()
+
+
+def test_a_profile_is_of_the_rewards_files_and_tells_no_secret(config: dict[str, Any]) -> None:
+    Path("head").write_text("one")
+    reward = RewardConfig("tests.helpers.Bright", args={"file": "head", "api_key": "hidden"})
+    settings = Compress(reward=[reward], **{k: v for k, v in config.items() if k not in ("heal", "tune", "budget")})
+    before = recipes(settings, [])["profile"]
+    assert "hidden" not in str(before)
+    Path("head").write_text("another")
+    assert recipes(settings, [])["profile"] != before

@@ -360,6 +360,23 @@ def test_a_reward_that_tells_nothing_apart_stops_the_run(
     assert "20 rollouts in a row gave nothing to train on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["nan", "flat"])
+def test_a_reward_that_ends_a_run_leaves_what_came_before(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    arguments = {"sampler": {"num_inference_steps": 1, "guidance_scale": 1.0}, "images_per_prompt": 2}
+    settings = online(tiny_folders["epsilon"], tmp_path, "PolicyGradient", **arguments)
+    settings |= {"train_batch_size": 6, "max_train_steps": 3, "checkpointing_steps": 0}
+    tired = [{"name": "tests.odd_rewards.Tired", "args": {"what": what}}]
+    assert main(["--config", write(settings, rewards=tired)]) == 2
+    told = capsys.readouterr()
+    assert "nan" in told.err or "20 rollouts in a row" in told.err
+    (saved,) = Path(settings["output_dir"]).glob("checkpoint-*")
+    assert f"saved {saved}\n" in told.out
+    resumed = write(settings, rewards=tired, resume_from_checkpoint="latest", max_train_steps=int(saved.name[11:]))
+    assert main(["--config", resumed]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from align import label, rollout
+from align import families, label, rollout
 from align.common.errors import DataError, UserError
 from align.data.annotations import LabelledRollout
 from align.data.preferences import PreferencePairs
+from align.evaluation.pictures import Drawing, PictureFolder, Wanted
 from align.labelling import answer_file
 from align.labelling.access import Access
 from align.labelling.answer_file import AnswerFile
 from align.labelling.answers import Answer, Refused
 from align.labelling.decisions import decisions
+from align.labelling.drawing import Background
 from align.labelling.items import Item, Picture, uncertainty
 from align.labelling.server import Page
 from align.labelling.session import GAP, LEASE, Rules, Session
@@ -41,7 +44,7 @@ from rewards.common.errors import WriteError
 from rewards.data.formats import open_input
 from rewards.data.preferences import recognise
 from rewards.data.tables import LazyImage
-from tests.helpers import HOSTILE
+from tests.helpers import HOSTILE, contents
 from tests.test_labels import settings
 
 TOKEN = "long-enough"
@@ -851,6 +854,36 @@ def test_models_draw_while_people_choose(tmp_path: Path, tiny_folders: dict[str,
     assert (tmp_path / line["image_a"]).is_file() and "a-drawn" in line["image_a"]
     found = summarize(one.items, one.answers(), "pair").models
     assert sum(share.mean for share in found.values()) == 1
+    one.file.close()
+    before = contents(tmp_path / "a-drawn")
+    again = label.serve(replace(config, mixed_precision="bf16"))  # other pictures than those that were judged
+    while "people have judged them" not in again.page.fault():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert contents(tmp_path / "a-drawn") == before
+
+
+def test_drawing_ends_with_the_page(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
+    """Left alone, it would abort the process that ends."""
+    drawn = PictureFolder(tmp_path / "drawn", [Wanted("a star", seed, {}) for seed in range(2000)], 1)
+    background = Background({"one": lambda: families.load(str(tiny_folders["epsilon"]))}, {"one": drawn})
+    thread = background.start(Drawing(4))
+    while not drawn.file(0).is_file():
+        assert thread.is_alive(), background.fault
+        time.sleep(0.005)
+    background.stop()
+    assert not thread.is_alive() and not background.fault and not drawn.file(1999).is_file()
+    Background({}, {}).stop()  # of one that was never begun
+
+
+def test_answers_stay_with_the_pictures_that_they_are_about(tmp_path: Path) -> None:
+    one = session(tmp_path, items := pairs(tmp_path, 1))
+    one.submit("ann", entry(one, 0, 1))
+    one.file.close()
+    session(tmp_path, items).file.close()
+    Image.effect_noise((8, 8), 90).save(tmp_path / "0-b.png")
+    with pytest.raises(UserError, match="answers of another session .sizes of pictures"):
+        session(tmp_path, items)
 
 
 def test_rankings_of_other_tools_are_votes_or_refused_in_words(round1: Path, tmp_path: Path) -> None:

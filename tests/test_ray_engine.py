@@ -70,7 +70,7 @@ def test_an_actor_writes_the_local_engines_shards(tmp_path: Path, layout: str) -
     command = [source, "--reward", REWARD, "--shard_size", "2", "--skip_errors", "--output"]
     assert main([*command, str(tmp_path / "local")]) == 0
     settings = pq.read_schema(tmp_path / "local/scores-00000.parquet").metadata[b"t2i-align.settings"]
-    shards = ScoreShards(tmp_path / "actor", json.loads(settings))
+    shards = ScoreShards(tmp_path / "actor", json.loads(settings), keep_pictures=True)
 
     def share(**changes: Any) -> ray_engine._Scoring:
         given: dict[str, Any] = dict.fromkeys(("prompts", "caption_column", "image_column", "split", "limit", "device"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from align import families, sample
 from align.common.errors import UserError
+from align.evaluation import gallery
 from align.policy.initial_noise import InitialNoise
 from align.policy.policy import LoRA, Policy
 from align.sample import main
@@ -128,6 +130,21 @@ def test_learned_noise_draws_its_own_prompts_with_its_own_model(
     one = ["--noise", str(noise / "find.safetensors"), "--prompts", TEXTS[1], "--seed", "2"]
     assert main([*one, *QUICK, "--output_dir", str(tmp_path / "one")]) == 0
     assert at_most_one_level(drawn(tmp_path / "one"), drawn(tmp_path / "out")[2:3])
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_half_a_folder_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: BaseException) -> None:
+    save = gallery.save_png
+
+    def ends(image: Image.Image, path: Path) -> None:
+        if path.name == "00002.png":
+            raise ending
+        save(image, path)
+
+    monkeypatch.setattr(gallery, "save_png", ends)
+    with pytest.raises(type(ending)):
+        gallery.save_folder(torch.zeros(4, 3, 8, 8), TEXTS, range(4), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

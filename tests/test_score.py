@@ -316,6 +316,32 @@ def test_other_settings_are_refused_in_words(tmp_path: Path, capsys: pytest.Capt
     assert scores(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("layout", ["sidecar", "tar", "parquet of paths"])
+def test_other_pictures_under_the_same_names_are_not_taken_for_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    source = Path(lay(tmp_path / "in", "tar" if layout == "tar" else "sidecar"))
+    command = [str(source), "--reward", REWARD, "--output", str(tmp_path / "out"), "--shard_size", "4"]
+    if layout == "parquet of paths":
+        rows = [{"image": str(source / name), "prompt": "a star"} for name in FILES]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "paths.parquet")
+        command[0] = str(tmp_path / "paths.parquet")
+    assert main(command) == main(command) == 0
+    before = scores(tmp_path / "out")
+    if layout == "tar":
+        for tar in [source] if source.is_file() else source.glob("*.tar"):
+            os.utime(tar, (1, 1))
+    else:
+        (source / "5.png").write_bytes(encoded(7))
+    assert main(command) == 2
+    told = "input.files was" if layout == "tar" else "scores-00001.parquet has scores of pictures that were changed"
+    assert told in capsys.readouterr().err and scores(tmp_path / "out") == before
+    if layout != "tar":
+        (tmp_path / "out/scores-00001.parquet").unlink()
+        assert main(command) == 0
+        assert scores(tmp_path / "out")[5] != before[5]
+
+
 def test_bad_files_are_listed_and_too_many_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = Path(lay(tmp_path / "in", "sidecar")), tmp_path / "out"
     (source / "2.png").write_bytes(b"no picture")

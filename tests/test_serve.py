@@ -6,8 +6,10 @@ import base64
 import importlib
 import io
 import json
+import os
 import resource
 import select
+import signal
 import socket
 import struct
 import sys
@@ -23,11 +25,13 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
 from rewards import Reward, RewardError, RewardSum, checked, load, serve
+from rewards.common.command import run_until_stopped
 from rewards.models import remote
 from rewards.models.remote import TENSORS, Remote
 from rewards.serving.batching import Limits
@@ -474,3 +478,18 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
         with pytest.raises(RewardError, match=r"did not answer within 0.2 s"):
             Remote(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.2)
         assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_any_signal_ends_a_server_as_ctrl_c_does(number: signal.Signals) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("nobody calls")
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), number)).start()
+    begin = time.monotonic()
+    run_until_stopped(lambda: server.run([listening]), lambda: setattr(server, "should_exit", True))
+    assert time.monotonic() - begin < 5
+    assert before == {each: signal.getsignal(each) for each in before}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from rewards.common.files import claim, sweep, write_text
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """``rollout.json``: what the images depend on and how they are stored. ``digest`` is of the weights that drew."""
+    """``rollout.json``: what the images depend on and how they are stored. ``digest`` is of the weights that drew,
+    ``contents`` of every part of the pipeline, which folders of earlier versions do not tell."""
 
     model: str
     weights: str | None
@@ -46,6 +47,7 @@ class RolloutRecord:
     shards: int
     half: bool
     rewards: list[dict[str, Any]]
+    contents: dict[str, str] = field(default_factory=dict)
 
     @property
     def kept_steps(self) -> int:
@@ -109,7 +111,10 @@ class RolloutFolder:
         """Open the folder for writing; :class:`UserError` where it holds the rollout of other settings."""
         if self.record_file.is_file():
             there, here = asdict(self.record()), asdict(record)
-            other = [f"{name} {there[name]!r}, now {here[name]!r}" for name in here if there[name] != here[name]]
+            for each in (there, here):
+                each |= {f"the model's {part}": digest for part, digest in each.pop("contents").items()}
+            shared = [name for name in here if name in there]
+            other = [f"{name} {there[name]!r}, now {here[name]!r}" for name in shared if there[name] != here[name]]
             if other:
                 raise UserError(
                     f"{self.path} holds a rollout with other settings ({'; '.join(other)}); give another output_dir, "

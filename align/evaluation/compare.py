@@ -200,7 +200,7 @@ def draw_and_compare(
     if launched.rank:
         return None
     report = compare(scores, bench.tasks, settings.samples_per_prompt, settings.deciding_reward, bench.mean)
-    report["drawn"] = {name: {k: v for k, v in one.record.items() if k != "weights"} for name, one in images.items()}
+    report["drawn"] = {name: {k: v for k, v in one.record.items() if k != "contents"} for name, one in images.items()}
     return Compared(settings, bench.prompts, images, scores, report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import textwrap
 from collections.abc import Sequence
@@ -29,14 +30,20 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 def save_folder(images: Tensor, texts: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
     """Write images (N, 3, H, W) as ``00000.png``, .. and their captions and seeds as ``metadata.jsonl``: the layout of
-    datasets' image folders."""
+    datasets' image folders; all of that or nothing, also where a signal or a full disk ends it."""
     rows = [
         {"file_name": f"{k:05d}.png", "prompt": text, "seed": seed}
         for k, (text, seed) in enumerate(zip(texts, seeds, strict=True))
     ]
-    for row, image in zip(rows, images, strict=True):
-        save_png(to_pil(image), folder / str(row["file_name"]))
-    write_text(folder / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    try:
+        for row, image in zip(rows, images, strict=True):
+            save_png(to_pil(image), folder / str(row["file_name"]))
+        write_text(folder / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except BaseException:  # the next start would refuse a folder with pictures
+        with contextlib.suppress(OSError):
+            for row in rows:
+                (folder / str(row["file_name"])).unlink(missing_ok=True)
+        raise
 
 
 def save_grid(

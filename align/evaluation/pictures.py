@@ -30,7 +30,7 @@ from align.common.errors import UserError
 from align.common.resolution import Resolution, sides
 from align.evaluation.gallery import save_png, to_pil
 from align.families import Family
-from align.families.identity import weights_of
+from align.families.identity import draws
 from align.sampling.generate import draw
 from rewards.common.device import Launched
 from rewards.common.files import discard, reached, write_text
@@ -89,13 +89,14 @@ class Drawing:
 
 
 class PictureFolder:
-    """``wanted`` as ``family`` draws them, in ``path``. What is there of the same pictures stays; others' go.
+    """``wanted`` as ``family`` draws them, in ``path``. What is there of the same pictures stays; others' go, unless
+    people have ``judged`` them.
 
     A batch is always made of the same pictures, so that one drawn again after a kill is the same to the byte.
     """
 
-    def __init__(self, path: Path, wanted: Sequence[Wanted], batch_size: int) -> None:
-        self.path, self.wanted = path, wanted
+    def __init__(self, path: Path, wanted: Sequence[Wanted], batch_size: int, judged: bool = False) -> None:
+        self.path, self.wanted, self.judged = path, wanted, judged
         self.batches = [slice(k, min(k + batch_size, len(wanted))) for k in range(0, len(wanted), batch_size)]
         self.record: dict[str, Any] = {}
 
@@ -128,7 +129,7 @@ class PictureFolder:
         """Draw what is missing; the first process returns when all is there. Raises :class:`UserError` where another
         one does not deliver."""
         self.record = drawing.resolved(family) | {
-            "weights": weights_of(family),
+            "contents": draws(family),
             "pictures": hashlib.sha256(json.dumps([asdict(one) for one in self.wanted]).encode()).hexdigest(),
         }
         # what no grid has is refused before anything is written
@@ -143,31 +144,47 @@ class PictureFolder:
         done = count - sum(map(len, texts))
         with tqdm(total=count, initial=done, desc=progress, unit="image", disable=launched.rank > 0) as bar:
             for part, images in zip(todo, draw(family.predict, family, texts, seeds, *settings), strict=True):
+                self._require_kept([])  # or the rest would lie in a folder that nobody knows
                 for number, image in zip(range(part.start, part.stop), images, strict=True):
                     save_png(to_pil(image), self.file(number))
                 bar.update(len(images))
         if not launched.rank:
+            self._require_kept(self.batches if launched.world == 1 else [])
             self._wait(lambda: sum(self._whole(part) for part in self.batches), len(self.batches), "pictures")
 
     def _whole(self, part: slice) -> bool:
         return all(self.file(number).is_file() for number in range(part.start, part.stop))
 
+    def _require_kept(self, drawn: Sequence[slice]) -> None:
+        if not (self._same() and all(map(self._whole, drawn))):
+            raise UserError(
+                f"{self.path} was moved, deleted or changed while it was drawn; remove what is left of it and run the "
+                "command again"
+            )
+
+    def _record_text(self) -> str:
+        return json.dumps(self.record, indent=2) + "\n"
+
+    def _same(self) -> bool:
+        path = self.path / RECORD
+        return path.is_file() and path.read_text(encoding="utf-8") == self._record_text()
+
     def _start(self, launched: Launched) -> None:
         """The record of these pictures in place of any other's, whose pictures go."""
-        text = json.dumps(self.record, indent=2) + "\n"
         path = self.path / RECORD
-
-        def same() -> int:
-            return int(path.is_file() and path.read_text(encoding="utf-8") == text)
-
         if launched.rank:
-            if not same():  # which may take as long as somebody takes to start it
+            if not self._same():  # which may take as long as somebody takes to start it
                 logger.warning("%s: waiting for the first process or shard, up to %d s", self.path, PATIENCE)
-            self._wait(same, 1, RECORD)
-        elif not same():
+            self._wait(self._same, 1, RECORD)
+        elif not self._same():
             if self.path.exists():
                 if not path.is_file():
                     raise UserError(f"{self.path} is there and was not drawn by this command; give another output_dir")
+                if self.judged:
+                    raise UserError(
+                        f"{self.path} holds pictures of another model or other settings, and people have judged them; "
+                        "give another --output"
+                    )
                 logger.warning("%s holds pictures of another model or other settings; they are drawn again", self.path)
                 discard(self.path)
             rows = [
@@ -176,7 +193,7 @@ class PictureFolder:
             ]
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(self.path / METADATA, lines)
-            write_text(path, text)
+            write_text(path, self._record_text())
 
     def _wait(self, count: Callable[[], int], wanted: int, what: str) -> None:
         """Until ``count()`` is ``wanted``; :class:`UserError` where it stands still."""

@@ -23,6 +23,7 @@ from align.data.prompts import PromptSet
 from align.data.trajectories import ManifestLine, RolloutFolder, RolloutRecord, describe
 from align.evaluation import gallery
 from align.families import Family
+from align.families.identity import contents_of_model
 from align.objectives import Context
 from align.objectives.online.collect import collect
 from align.objectives.online.rewards import RewardConfig, Scorer
@@ -93,7 +94,8 @@ def record_of(config: RolloutSettings, rows: Sequence[Mapping[str, Any]], family
         images=len(rows) * config.images_per_prompt,
         shards=-(-len(rows) // config.prompts_per_shard),
         half=config.half,
-        rewards=[reward.record() for reward in config.rewards],
+        rewards=[reward.settings() | reward.record() for reward in config.rewards],
+        contents=contents_of_model(family),
     )
 
 

@@ -19,15 +19,22 @@ def identity(family: Family) -> Mapping[str, Mapping[str, object]]:
     """:meth:`Family.identity`: of ``pictures`` the VAE, of ``captions`` all but it and the denoiser."""
     parts = {name: part for name, part in family.pipe.components.items() if name != family.denoiser_name}
     weights = {name: _fingerprint(part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    words = {
-        name: [part.model_max_length, _digest(sorted(part.get_vocab().items())), parts[name].chat_template]
-        for name, part in tokenizers(family.pipe).items()
-    }
-    scaling = [part.tolist() if isinstance(part, Tensor) else part for part in family.statistics()]
     kind, vae = {"family": type(family).__name__}, weights.pop("vae")
     return {
-        "pictures": kind | {"vae": vae, "scaling": scaling},
-        "captions": kind | {"weights": weights, "tokenizers": words},
+        "pictures": kind | {"vae": vae, "scaling": _scaling(family)},
+        "captions": kind | {"weights": weights, "tokenizers": _words(family)},
+    }
+
+
+def _scaling(family: Family) -> list[object]:
+    return [part.tolist() if isinstance(part, Tensor) else part for part in family.statistics()]
+
+
+def _words(family: Family) -> dict[str, object]:
+    parts = family.pipe.components
+    return {
+        name: [part.model_max_length, _digest(sorted(part.get_vocab().items())), parts[name].chat_template]
+        for name, part in tokenizers(family.pipe).items()
     }
 
 
@@ -45,21 +52,22 @@ def meaning(family: Family) -> dict[str, object]:
     }
 
 
-def weights_of(family: Family) -> dict[str, object]:
-    """What tells the weights of every part of a pipeline, LoRA among them, from others, by the part's name."""
-    return {name: _fingerprint(network) for name, network in _networks(family).items()}
-
-
-def contents_of_model(family: Family) -> dict[str, str]:
-    """:func:`weights_of` and the scheduler's settings, in a word for each part: what a run's checkpoints belong to.
-    What is in 4 bit is left out: another device packs it otherwise, in the last bits."""
+def draws(family: Family) -> dict[str, object]:
+    """What tells the pictures that a pipeline draws from another's, by its parts: the weights of its networks, LoRA
+    among them, the settings of its scheduler, its tokenizers, and how latents are scaled."""
     scheduler = family.pipe.scheduler
     default = scheduler.config.get("_use_default_values", ())  # of which other versions of diffusers have others
     said = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and k not in default}
-    networks = _networks(family).items()
-    weights = {name: _fingerprint(network) for name, network in networks if not _is_packed(network)}
-    parts = weights | {"scheduler": [type(scheduler).__name__, sorted(said.items())]}
-    return {name: _digest(part)[:16] for name, part in parts.items()}
+    weights = {name: _fingerprint(network) for name, network in _networks(family).items()}
+    settings = {"scheduler": [type(scheduler).__name__, sorted(said.items())], "scaling": _scaling(family)}
+    return {**weights, **settings, **_words(family)}
+
+
+def contents_of_model(family: Family) -> dict[str, str]:
+    """:func:`draws`, in a word for each part: what a run's checkpoints belong to. What is in 4 bit is left out: another
+    device packs it otherwise, in the last bits."""
+    packed = [name for name, network in _networks(family).items() if _is_packed(network)]
+    return {name: _digest(part)[:16] for name, part in draws(family).items() if name not in packed}
 
 
 def _networks(family: Family) -> dict[str, nn.Module]:

@@ -70,7 +70,7 @@ class AnswerFile:
             wrong = [
                 f"{key} {before.get(key)!r}, now {record[key]!r}"
                 for key in record
-                if key != "source" and before.get(key) != record[key]
+                if key != "source" and before.get(key, record[key]) != record[key]  # earlier versions told less
             ]
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(

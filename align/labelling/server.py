@@ -30,6 +30,7 @@ from align.labelling.answers import NAME, TAGS, Answer, Refused
 from align.labelling.screen import Screen
 from align.labelling.session import Session, Showing
 from align.labelling.summary import summarize
+from rewards.common.command import run_until_stopped
 from rewards.common.errors import WriteError
 from rewards.data.images import UnreadableError
 from rewards.serving.batching import Limits
@@ -257,12 +258,14 @@ class Page:
 
 
 class Server:
-    """``run`` serves until ``stop`` or Ctrl-C; ``port`` tells one that was given as 0. Raises :class:`UserError` where
-    it would listen beyond this machine without a token, or where the port is taken."""
+    """``run`` serves until ``stop`` or Ctrl-C, and calls ``ended`` then; ``port`` tells one that was given as 0. Raises
+    :class:`UserError` where it would listen beyond this machine without a token, or where the port is taken."""
 
-    def __init__(self, page: Page, host: str = "127.0.0.1", port: int = 8080) -> None:
+    def __init__(
+        self, page: Page, host: str = "127.0.0.1", port: int = 8080, ended: Callable[[], object] = lambda: None
+    ) -> None:
         check_token(host, page.access.token)
-        self.page = page
+        self.page, self._ended = page, ended
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._socket = socket.create_server((host, port), family=family, backlog=128)
@@ -283,7 +286,10 @@ class Server:
         self._server = uvicorn.Server(config)
 
     def run(self) -> None:
-        self._server.run([self._socket])
+        try:
+            run_until_stopped(lambda: self._server.run([self._socket]), self.stop)
+        finally:
+            self._ended()
 
     def stop(self) -> None:
         """Make ``run`` end."""

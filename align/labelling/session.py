@@ -20,7 +20,7 @@ from align.common.errors import DataError
 from align.common.rng import generator, uniform
 from align.labelling.answer_file import AnswerFile
 from align.labelling.answers import ID, TAGS, Answer, Refused, said
-from align.labelling.items import Item, Task, digest_of
+from align.labelling.items import Item, Task, digest_of, sizes_of
 
 LEASE = 120.0  # seconds for which an item that waits in somebody's browser is kept from others
 GAP = 5  # answers between an item and its coming again, at least
@@ -91,7 +91,7 @@ class Session:
     def record(items: Sequence[Item], rules: Rules, source: str) -> dict[str, Any]:
         """What the numbers in an answers file mean, and so must not change between two starts."""
         settings = {"version": VERSION, "task": rules.task, "seed": rules.seed, "source": source}
-        return settings | {"items": len(items), "digest": digest_of(items)}
+        return settings | {"items": len(items), "digest": digest_of(items), "sizes of pictures": sizes_of(items)}
 
     def _require_sound(self, line: Mapping[str, Any]) -> None:
         """Raise :class:`DataError` for a line that this page has not written: somebody has edited the file."""

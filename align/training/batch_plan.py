@@ -15,6 +15,7 @@ from align.families import Family
 from align.objectives.objective import Context
 from align.policy.policy import Policy
 from align.training.config import TrainConfig
+from rewards.common.errors import RewardError
 
 BARREN = 20  # rollouts without a row after which a run gives up
 
@@ -35,10 +36,10 @@ def shares(counts: Sequence[int], batch_size: int, accumulation: int, updates: i
 
 def require_rows(found: bool, barren: int) -> int:
     """How many rollouts in a row had no row, where ``barren`` had none before this one, in which some were ``found`` or
-    not. Raises :class:`UserError` after too many: such a run would never end."""
+    not. Raises ``RewardError`` after too many: such a run would never end."""
     barren = 0 if found else barren + 1
     if barren >= BARREN:
-        raise UserError(
+        raise RewardError(
             f"{barren} rollouts in a row gave nothing to train on: the images of every prompt had equal rewards. "
             "Take a reward that tells them apart, more images_per_prompt, or prompts that do not come out alike"
         )

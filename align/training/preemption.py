@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
-STATUS = 75  # the exit status of a run that was told to end and can be resumed (sysexits' EX_TEMPFAIL)
+from rewards.common.command import STOPPED, hear
+
+STATUS = STOPPED
 
 
 class Preempted(Exception):
@@ -17,21 +17,19 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Whether SIGTERM or SIGHUP has come. The first is remembered; a second one ends the process at once, as before."""
+    """Whether SIGTERM or SIGHUP has come. The first is remembered; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[int, Any] = {}
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Within, signals are heard; only the main thread of a process can hear them."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGHUP)}
+        """Within, signals are heard, as :func:`rewards.common.command.hear` says."""
+        forget = hear(self._hear)
         try:
             yield
         finally:
-            self._forget()
+            forget()
 
     def check(self) -> None:
         """Raise :class:`Preempted` where a signal has come; to be called where work can be given up and done again.
@@ -43,9 +41,4 @@ class Preemption:
 
     def _hear(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
-        self._forget()
-
-    def _forget(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        hear(signal.SIG_DFL)

@@ -44,6 +44,7 @@ from align.training.progress import crossed, drawing
 from align.training.publish import publish
 from align.training.stop import Watch
 from align.training.validation import look
+from rewards.common.errors import RewardError
 from rewards.common.files import locked
 
 
@@ -115,14 +116,16 @@ class Trainer:
         trackers.start(accelerator, config.report_to, self.folder.path, self.settings, source is not None)
 
     def run(self) -> Path:
-        """Train. Raises :class:`Preempted` where a signal ended that; a checkpoint was saved then."""
+        """Train. Raises :class:`Preempted` where a signal ended that; what came before is in a checkpoint then."""
         self.start()
         with self.preemption.heard():
             try:
                 return self._run()
-            except Preempted:
-                if not self.preempted:  # in the midst of a rollout
+            except (Preempted, RewardError) as error:  # hours of updates may have come before
+                whole = self.accelerator.num_processes == 1 and self.last["step"] == self.step > 0
+                if not self.preempted if isinstance(error, Preempted) else whole:  # in the midst of a rollout
                     self.checkpoint(self.last)
+                    self.accelerator.print(f"saved {self.folder.latest()}")
                 raise
 
     def _run(self) -> Path:
@@ -202,11 +205,8 @@ class Trainer:
             order = table.shuffled(shuffle)
             for k, parts in enumerate(self.sizes.shares(counts)):
                 fresh = epoch == k == 0
-                chunks = list(
-                    order.take(torch.arange(len(order))[parts[accelerator.process_index]]).chunks(
-                        config.train_batch_size
-                    )
-                )
+                mine = torch.arange(len(order))[parts[accelerator.process_index]]
+                chunks = list(order.take(mine).chunks(config.train_batch_size))
                 sizes = [part.stop - part.start for part in parts]
                 metrics = self.update(dataclasses.replace(ctx, on_policy=fresh, checks=[]), chunks, batch.ids, sizes)
                 yield metrics | (measured | {"rollout": self.rollouts} if fresh and measured else {})

@@ -8,9 +8,12 @@ import errno
 import functools
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from rewards.base import available
@@ -18,10 +21,15 @@ from rewards.common.device import is_out_of_memory
 from rewards.common.errors import DataError, RewardError, UserError, shortened
 
 MISTAKE = 2  # exit status where the user has something to put right
+STOPPED = 75  # where the command was told to end and can be given again (sysexits' EX_TEMPFAIL)
 DEBUG = "--debug"
 # how gloo and NCCL say that the other end of an exchange is gone
 LOST = re.compile(r"Connection (closed|reset) by peer|remote process exited|Broken pipe")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+class Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which clusters send, is raised wherever the command is, as Ctrl-C is."""
 
 
 class OneLine(argparse.ArgumentParser):
@@ -101,13 +109,21 @@ def exit_status(main: Callable[[Sequence[str] | None], int]) -> Callable[..., in
 
 
 def status(command: Callable[[], object], argv: Sequence[str] | None = None) -> int:
-    """The exit status of a command: the number that it returns, or 0; 130 where it is interrupted; :data:`MISTAKE`
-    where it raises a ``UserError`` or the machine gives out, which is told on stderr in a line, with :data:`DEBUG`
-    among the arguments after the traceback. A bug keeps its traceback."""
+    """The exit status of a command: the number that it returns, or 0; 130 where it is interrupted; :data:`STOPPED`
+    where a signal told it to end, unless it heard that itself; :data:`MISTAKE` where it raises a ``UserError`` or the
+    machine gives out, which is told on stderr in a line, with :data:`DEBUG` among the arguments after the traceback. A
+    bug keeps its traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this process; progress bars write to it all the same
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    forget = hear(_end)
     try:
         answer = command()
-        if sys.stdout is not None:
-            sys.stdout.flush()  # now, while a closed pipe can still be told
+        sys.stdout.flush()  # now, while a closed pipe can still be told
+    except Ended as error:
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print(f"stopped by {error}; the files that were written are whole (status {STOPPED})", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -120,7 +136,39 @@ def status(command: Callable[[], object], argv: Sequence[str] | None = None) -> 
                 traceback.print_exc()
             print(f"error: {told}", file=sys.stderr)
         return MISTAKE
+    finally:
+        forget()
     return answer if isinstance(answer, int) else 0
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    hear(signal.SIG_DFL)  # a second one ends the process at once
+    raise Ended(signal.Signals(number).name)
+
+
+def hear(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Callable[[], None]:
+    """Let ``handler`` have SIGTERM and SIGHUP, but for one that whoever started this process has it ignore, as `nohup`
+    does; returns what takes that back. Only the main thread of a process can hear signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+
+    def forget() -> None:
+        for number in list(before):
+            signal.signal(number, before.pop(number))
+
+    return forget
+
+
+def run_until_stopped(serve: Callable[[], object], stop: Callable[[], object]) -> None:
+    """``serve``, which uvicorn does, until Ctrl-C or a signal ends that; uvicorn alone does not know SIGHUP."""
+    forget = hear(lambda _number, _frame: stop())
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises anew when it has ended
+            serve()
+    finally:
+        forget()
 
 
 def _told(error: Exception) -> str | None:
@@ -149,8 +197,7 @@ def _told(error: Exception) -> str | None:
 def _let_go_of_output() -> None:
     """What cannot be written to stdout is dropped: Python would complain of it once more when it ends."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())

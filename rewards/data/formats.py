@@ -16,7 +16,7 @@ from typing import Any
 from rewards.common.errors import DataError
 from rewards.data.answers import standing
 from rewards.data.arrow_tables import WHOLE, ArrowTable, hub_table, is_hub_id, is_saved, saved_table
-from rewards.data.hub_files import file_size, hub_files, hub_folder
+from rewards.data.hub_files import file_state, hub_files, hub_folder
 from rewards.data.image_folder import IMAGES, folder, listed, text_of
 from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource, UnreadableError
 from rewards.data.paths import left_out, locate_file, visible
@@ -169,8 +169,8 @@ def parquet(home: Path, files: Sequence[Path], caption: str | None, image_column
         file = bisect_right(ends, number)
         return f"{names[file]}#{number - (ends[file] - table.counts[file])}"
 
-    sizes = [[name, n, file_size(file)] for name, n, file in zip(names, table.counts, files, strict=True)]
-    identity = {"layout": "parquet", "files": sizes, "image_column": image, "prompt_column": prompt}
+    states = [[name, n, *file_state(file)] for name, n, file in zip(names, table.counts, files, strict=True)]
+    identity = {"layout": "parquet", "files": states, "image_column": image, "prompt_column": prompt}
     return _rows_of(identity, table, place, image, prompt, caption)
 
 

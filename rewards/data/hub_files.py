@@ -75,6 +75,14 @@ def file_size(file: Path) -> int:
     return hub_size(url) if url else os.stat(file).st_size
 
 
+def file_state(file: Path) -> list[int]:
+    """What tells a file from another one at its place: size and time; one of the hub has its commit in its name."""
+    if address(file):
+        return [file_size(file)]
+    found = os.stat(file)
+    return [found.st_size, found.st_mtime_ns]
+
+
 def open_parquet(file: Path, footer: Any = None, memory_map: bool = False) -> pq.ParquetFile:
     """A file of this machine; or one of the hub, of which a column chunk is read :data:`BLOCK` bytes at a time."""
     import pyarrow.parquet as pq

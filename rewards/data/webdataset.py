@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rewards.common.errors import DataError
+from rewards.data.hub_files import file_state
 from rewards.data.images import IMAGE_SUFFIXES, ImageRow, ImageSource
 from rewards.data.paths import is_hidden
 from rewards.data.records import caption_of
@@ -47,8 +48,8 @@ def tars(home: Path, files: Sequence[Path], prompt_column: str | None, image_col
             raise DataError(f"{tar} is not a whole tar file: {told}; make it anew, or take it away") from error
         return count
 
-    sizes = [[tar.relative_to(home).as_posix(), tar.stat().st_size] for tar in files]
-    identity = {"layout": "webdataset", "files": sizes, "image_column": image_column, "prompt_column": prompt_column}
+    states = [[tar.relative_to(home).as_posix(), *file_state(tar)] for tar in files]
+    identity = {"layout": "webdataset", "files": states, "image_column": image_column, "prompt_column": prompt_column}
     return ImageSource(identity, None, rows)
 
 

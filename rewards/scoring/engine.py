@@ -64,7 +64,8 @@ class ScoringEngine:
                 progress(1)
                 refuse_too_many(bad | new_bad, self.max_bad, self.bad_file)
             elif item.shard is not None:
-                self.shards.write(item.shard, _table(rows, scores), new_bad)
+                known = self.decoder.source.listed or rows
+                self.shards.write(item.shard, _table(rows, scores), new_bad, [known[n] for n in sorted(rows)])
                 bad |= new_bad
                 new_bad, rows, scores = {}, {}, {name: {} for name in scores}
             else:

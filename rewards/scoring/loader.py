@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -85,7 +86,8 @@ class Decoder:
         waiting: deque[tuple[int, ImageRow, Future[Tensor]]] = deque()
         for number, row in rows:
             # only the future keeps the encoded bytes, and only until they are decoded
-            waiting.append((number, replace(row, image=None), pool.submit(row.read)))
+            place = row.image if isinstance(row.image, Path) else None
+            waiting.append((number, replace(row, image=place), pool.submit(row.read)))
             if len(waiting) >= self.batch_size + self.threads:
                 yield waiting.popleft()
         yield from waiting

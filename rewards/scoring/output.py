@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import RewardError
 from rewards.common.files import atomic, reached, write_text
+from rewards.data.images import ImageRow, ImageSource, digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,11 +22,12 @@ BadRows = dict[int, dict[str, Any]]  # row number -> {"row", "file", "error"}
 
 @dataclass(frozen=True)
 class ScoreShards:
-    """The whole shards in ``folder``. Each carries ``settings`` and its bad files within, so it is there with both or
-    not at all."""
+    """The whole shards in ``folder``. Each carries ``settings``, its bad files and, where that is kept, what tells its
+    pictures from others within, so it is there with these or not at all."""
 
     folder: Path
     settings: dict[str, Any]
+    keep_pictures: bool = False  # what tells them from others under the same names, for require_same
 
     def path(self, number: int) -> Path:
         return self.folder / f"scores-{number:05d}.parquet"
@@ -36,7 +40,32 @@ class ScoreShards:
         """The unreadable files of these shards. ``RewardError`` names the settings that one was not written with."""
         return {entry["row"]: entry for number in numbers for entry in self._bad(number)}
 
-    def _bad(self, number: int) -> list[dict[str, Any]]:
+    def require_same(self, source: ImageSource) -> None:
+        """``RewardError`` where a file with a picture of ``source`` was changed since it was scored. One that could not
+        be read may be put right."""
+        about = {number: self._about(number) for number in sorted(self.whole())}
+        kept = {number: pictures for number, (_, _, pictures) in about.items() if pictures}
+        size, unread = self.settings["shard_size"], {entry["row"] for _, bad, _ in about.values() for entry in bad}
+        rows: dict[int, list[ImageRow]] = {number: [] for number in kept}
+        wanted = itertools.islice(
+            source.rows(lambda row: row // size in kept and row not in unread),
+            min((max(kept, default=-1) + 1) * size, self.settings["limit"] or sys.maxsize),
+        )
+        for number, row in enumerate(wanted):
+            if row is not None and (source.listed or isinstance(row.image, Path)):
+                rows[number // size].append(row)
+        for number, pictures in kept.items():
+            try:
+                now = digest_of(rows[number])
+            except (OSError, ValueError):
+                now = ""
+            if now != pictures:
+                raise RewardError(
+                    f"{self.path(number)} has scores of pictures that were changed since, among rows {number * size} "
+                    f"to {(number + 1) * size - 1}; delete it to score them again, or give another --output"
+                )
+
+    def _about(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
         import pyarrow.parquet as pq
 
         path = self.path(number)
@@ -45,6 +74,11 @@ class ScoreShards:
             settings, bad = (json.loads(metadata[key]) for key in (b"t2i-align.settings", b"t2i-align.bad"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RewardError(f"{path} is no shard of this command; give another --output") from error
+        pictures = metadata.get(b"t2i-align.pictures")
+        return settings, bad, pictures and pictures.decode()
+
+    def _bad(self, number: int) -> list[dict[str, Any]]:
+        settings, bad, _ = self._about(number)
         before, now = _flat(settings), _flat(self.settings)
         if changed := [key for key in sorted(before | now) if before.get(key) != now.get(key)]:
             words = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in changed)
@@ -62,11 +96,14 @@ class ScoreShards:
         """The shards to leave as they are; with ``retry_bad``, those that have unreadable files are not among them."""
         return {number for number in self.whole() if not (retry_bad and self._bad(number))}
 
-    def write(self, number: int, table: pa.Table, bad: BadRows) -> None:
+    def write(self, number: int, table: pa.Table, bad: BadRows, rows: Sequence[ImageRow] = ()) -> None:
+        """``rows`` are those of ``table``, of which pictures lie in files of their own or are known beforehand."""
         import pyarrow.parquet as pq
 
         entries = [bad[row] for row in sorted(bad)]
         texts = {"t2i-align.settings": json.dumps(self.settings), "t2i-align.bad": json.dumps(entries)}
+        if self.keep_pictures and any(row.image is not None for row in rows):
+            texts["t2i-align.pictures"] = digest_of(rows)
         with atomic(self.path(number)) as draft:
             pq.write_table(table.replace_schema_metadata(texts), draft)
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rewards import Reward, RewardError, needs_prompt
+from rewards.common.command import run_until_stopped
 from rewards.common.errors import RewardFailure
 from rewards.data.images import decode_tensor
 from rewards.models.remote import TENSORS, TOKEN
@@ -264,7 +265,7 @@ class Server:
     def run(self) -> None:
         """Serve. When it is to end, calls that are waiting have 5 seconds."""
         try:
-            self._server.run([self._socket])
+            run_until_stopped(lambda: self._server.run([self._socket]), self.stop)
         finally:
             for batcher in self.batchers.values():
                 batcher.close()
