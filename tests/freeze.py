@@ -252,10 +252,11 @@ def tensors(path: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def differences(old: Any, new: Any, exact: bool, at: str = "") -> list[str]:
-    """Where two JSON values differ, a line each."""
+def differences(old: Any, new: Any, exact: bool, at: str = "", least: float = ABSOLUTE) -> list[str]:
+    """Where two JSON values differ, a line each, on another machine by more than ``least`` and RELATIVE of them."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
+        least = 10 * RELATIVE * old["norm"] if "norm" in old else ABSOLUTE  # the terms of a tensor's sum cancel
         for name in [*old, *(name for name in new if name not in old)]:
             key = f"{at}.{name}" if at else str(name)
             if name not in new:
@@ -263,19 +264,19 @@ def differences(old: Any, new: Any, exact: bool, at: str = "") -> list[str]:
             elif name not in old:
                 found.append(f"{key}: is new, {new[name]!r}")
             else:
-                found += differences(old[name], new[name], exact, key)
+                found += differences(old[name], new[name], exact, key, least)
         return found
     if isinstance(old, list) and isinstance(new, list) and len(old) <= len(new):
         return [
             text
             for k, (a, b) in enumerate(zip(old, new, strict=False))
-            for text in differences(a, b, exact, f"{at}[{k}]")
+            for text in differences(a, b, exact, f"{at}[{k}]", least)
         ] + [f"{at}[{k}]: is new, {new[k]!r}" for k in range(len(old), len(new))]
     if not exact and at.endswith(".digest"):
         return []
     same = type(old) is type(new) and (old == new or (old != old and new != new))
     if not exact and isinstance(old, float) and isinstance(new, float):
-        same = same or math.isclose(old, new, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+        same = same or math.isclose(old, new, rel_tol=RELATIVE, abs_tol=max(ABSOLUTE, least))
     return [] if same else [f"{at}: was {old!r}, is {new!r}"]
 
 
