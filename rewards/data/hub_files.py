@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 BLOCK = 2**23  # bytes of a column chunk in one request
 REQUESTS = 16  # at a time, where many files are asked for their footers
+ENDS = 2**16  # bytes at either end of a file that tell it from another one
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,12 +77,17 @@ def file_size(file: Path) -> int:
     return hub_size(url) if url else os.stat(file).st_size
 
 
-def file_state(file: Path) -> list[int]:
-    """What tells a file from another one at its place: size and time; one of the hub has its commit in its name."""
+def file_state(file: Path) -> list[int | str]:
+    """What tells a large file from another one at its place, and is that of its copies: its size, and a digest of its
+    two ends, where parquet and tar say what is inside; one of the hub has its commit in its name."""
     if address(file):
         return [file_size(file)]
-    found = os.stat(file)
-    return [found.st_size, found.st_mtime_ns]
+    with file.open("rb") as stream:
+        size, digest = stream.seek(0, os.SEEK_END), hashlib.sha256()
+        for start in (0, max(0, size - ENDS)):
+            stream.seek(start)
+            digest.update(stream.read(ENDS))
+    return [size, digest.hexdigest()[:16]]
 
 
 def open_parquet(file: Path, footer: Any = None, memory_map: bool = False) -> pq.ParquetFile:

@@ -39,7 +39,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rewards.common.errors import DataError
-from rewards.data.hub_files import file_state
+from rewards.data.hub_files import file_size
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,9 @@ class ImageRow:
 
 
 def digest_of(rows: Iterable[ImageRow]) -> str:
-    """What tells the pictures of ``rows`` from others under the same names; of files by their sizes and times."""
+    """What tells the pictures of ``rows`` from others under the same names; of files their sizes."""
     images = (row.image for row in rows if row.image is not None)
-    told = [hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else file_state(one) for one in images]
+    told = [hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else file_size(one) for one in images]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewards import RewardError
 from rewards.common.files import atomic, reached, write_text
+from rewards.data.hub_files import address
 from rewards.data.images import ImageRow, ImageSource, digest_of
 
 if TYPE_CHECKING:
@@ -41,8 +43,8 @@ class ScoreShards:
         return {entry["row"]: entry for number in numbers for entry in self._bad(number)}
 
     def require_same(self, source: ImageSource) -> None:
-        """``RewardError`` where a file with a picture of ``source`` was changed since it was scored. One that could not
-        be read may be put right."""
+        """``RewardError`` where a file with a picture of ``source`` was changed since it was scored: it is younger than
+        the shard, or of another size. One that could not be read may be put right."""
         about = {number: self._about(number) for number in sorted(self.whole())}
         kept = {number: pictures for number, (_, _, pictures) in about.items() if pictures}
         size, unread = self.settings["shard_size"], {entry["row"] for _, bad, _ in about.values() for entry in bad}
@@ -56,10 +58,12 @@ class ScoreShards:
                 rows[number // size].append(row)
         for number, pictures in kept.items():
             try:
-                now = digest_of(rows[number])
+                scored = os.stat(self.path(number)).st_mtime_ns
+                files = [row.image for row in rows[number] if isinstance(row.image, Path) and not address(row.image)]
+                same = digest_of(rows[number]) == pictures and all(os.stat(f).st_mtime_ns <= scored for f in files)
             except (OSError, ValueError):
-                now = ""
-            if now != pictures:
+                same = False
+            if not same:
                 raise RewardError(
                     f"{self.path(number)} has scores of pictures that were changed since, among rows {number * size} "
                     f"to {(number + 1) * size - 1}; delete it to score them again, or give another --output"
