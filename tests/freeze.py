@@ -272,7 +272,7 @@ def differences(old: Any, new: Any, exact: bool, at: str = "", least: float = AB
             for k, (a, b) in enumerate(zip(old, new, strict=False))
             for text in differences(a, b, exact, f"{at}[{k}]", least)
         ] + [f"{at}[{k}]: is new, {new[k]!r}" for k in range(len(old), len(new))]
-    if not exact and at.endswith(".digest"):
+    if not exact and at.endswith((".digest", ".implicit_acc")):  # the share of pairs in which rounding decides at first
         return []
     same = type(old) is type(new) and (old == new or (old != old and new != new))
     if not exact and isinstance(old, float) and isinstance(new, float):
