@@ -135,6 +135,8 @@ data: {class_path: PreferencePairs, init_args: {path: pairs.jsonl}}
         ("--objective.betta 5000", "objective.beta"),
         ("--data.pth pairs", "data.path"),
         ("--learning-rate 1e-5", "learning_rate"),
+        ("--objective B2DiffuRL --objective.sampler.guidance_scale 1", "objective.update.sampler.guidance_scale"),
+        ("--objective ReNO --objective.sampler.guidance_scale 1", "objective.guidance_scale"),
     ],
 )
 def test_another_trainers_word_is_answered_with_ours(tmp_path: Path, words: str, meant: str) -> None:

@@ -65,7 +65,11 @@ def suggestion(message: str, settings: type[Any]) -> str:
         return f"; there are {', '.join(classes)}, and your own by MODULE.CLASS" if classes else ""
     if not re.search(r"not accept|unrecognized arguments", message):
         return ""
-    names = list(_settings(settings))
+    if given := re.findall(r"""Parser key "([^"]+)": Problem with given class_path '([\w.]+)\.(\w+)'""", message):
+        chosen = getattr(import_module(given[-1][1]), given[-1][2])  # of whose settings one was meant
+        names = list(_settings(chosen, "".join(f"{key}." for key, _, _ in given)))
+    else:
+        names = list(_settings(settings))
     meant = [_nearest(option or flag, names) for option, flag in UNKNOWN.findall(message)]
     found = list(dict.fromkeys(name for name in meant if name))
     return f"; did you mean {', '.join(found)}?" if found else ""
