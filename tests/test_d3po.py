@@ -322,7 +322,7 @@ def test_several_rewards_of_a_rollout(tiny: Build) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images_per_prompt": 1}, "a preference needs two pictures"),
+        ({"images_per_prompt": 1}, "images_per_prompt must be at least 2"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"clip_range": 1.0}, "clip_range in"),
         ({"timestep_fraction": 1.5}, "timestep_fraction must be in"),

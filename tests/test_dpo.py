@@ -460,7 +460,7 @@ def test_the_losers_gradient_is_what_is_scaled(tiny: Build) -> None:
         ({"loss_type": "dspo", "beta": 0.001, "reduction": "sum"}, "published are 0.001 and reduction mean"),
         ({"loss_type": "hinge", "votes": "smooth"}, "defined for loss_type sigmoid"),
         ({"safeguard": 1.5}, "safeguard null or in"),
-        ({"loser_weight": -1.0}, "loser_weight must be at least 0"),
+        ({"loser_weight": -1.0}, "loser_weight and sft_weight must be at least 0"),
         ({"label_smoothing": 0.5}, "label_smoothing must be in"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "defined for loss_type sigmoid"),
         ({"proportion_empty_prompts": 1.5}, "proportion_empty_prompts"),

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from tqdm import tqdm
 
-from align import evaluate, rollout, sample
+from align import evaluate, objectives, rollout, sample
 from align.bench import BenchRun
 from align.common.command import parse
 from align.common.errors import UserError
+from align.data import Images, LabelledRollout, PreferencePairs, Prompts, RatedImages, TaskPrompts
+from align.diffusion.kernels import DDIM, FlowSDE
 from align.evaluate import Evaluate
 from align.evaluation.rollout_writer import RolloutSettings
+from align.objectives import Objective, PolicyGradient
+from align.objectives.online.gate import Gate
+from align.objectives.teachers import LoRATeacher, PipelineTeacher
 from align.policy.policy import LoRA
 from align.sample import Sample
-from align.training.config import TrainConfig
+from align.sampling.sampler import Sampler, SDEWindow
+from align.training.config import Samples, TrainConfig
 from align.training.preemption import Preemption
 from align.training.run_folder import base_of
 from pruning import compress
+from pruning.distill import Heal
 from pruning.settings import Compress
 from rewards import RewardError, parse_rewards
 from rewards.common.command import STOPPED, status
@@ -113,6 +121,52 @@ def test_compress_knows_its_device(
 def test_rewards_are_named_and_weigh_something(given: Any) -> None:
     with pytest.raises(RewardError, match="rewards are 3|weight is (nan|inf); expected a finite number"):
         parse_rewards(given)
+
+
+ANY = {"hinge", "noise_seed", "threshold", "threshold_best", "threshold_worst"}  # below 0 they mean something
+ELSEWHERE = {"resolution", "history_min_count"}  # refused with the model, or no other than 1
+MADE_OF = {
+    "OPD": {"teachers": [LoRATeacher("a")]},
+    "B2DiffuRL": {"update": PolicyGradient(), "first": 2},
+    "LabelledRollout": {"labels": ["a"]},
+    "TaskPrompts": {"tasks": {"a": "a"}},
+    "Heal": {"teacher": PipelineTeacher("a"), "plan_path": "a", "sensitivity": "none"},
+    "Gate": {"auxiliary": ["a"]},
+}
+KINDS = [getattr(objectives, name) for name in objectives.__all__]
+KINDS = [kind for kind in KINDS if isinstance(kind, type) and issubclass(kind, Objective) and kind is not Objective]
+KINDS += [Images, PreferencePairs, RatedImages, Prompts, TaskPrompts, LabelledRollout]
+KINDS += [Heal, Gate, Sampler, SDEWindow, DDIM, FlowSDE, LoRA, Samples]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_no_count_or_weight_is_below_0(kind: type[Any]) -> None:
+    """A window of -1 steps, a limit of -1: in every class that settings have, those of tomorrow too."""
+    types, fields = get_type_hints(kind), {field.name for field in dataclasses.fields(kind)}
+    given = MADE_OF.get(kind.__name__, {}) | ({"path": "a"} if "path" in fields else {})
+    kind(**given)
+    numbers = [name for name in fields if {int, float} & {types[name], *get_args(types[name])}]
+    for name in sorted({*numbers} - ANY - ELSEWHERE):
+        with pytest.raises(ValueError, match="."):
+            kind(**given | {name: -1})
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("max_rollouts: x", 'key "max_rollouts": Expected int or null. Got value: x$'),
+        ("lora: {targets: 3}", 'key "targets": Expected list or null. Got value: 3$'),
+        (
+            "objective: {class_path: AWM, init_args: {gate: {auxiliary: [a], refresh: x}}}",
+            "Expected int.* Got value: x$",
+        ),
+    ],
+)
+def test_a_value_of_none_of_several_types_is_told_in_few_words(tmp_path: Path, option: str, told: str) -> None:
+    kept = "".join(line for line in DPO.splitlines(True) if line.split(":")[0] != option.split(":")[0])
+    (tmp_path / "config.yaml").write_text(kept + option + "\n")
+    with pytest.raises(UserError, match=told):
+        parse(TrainConfig, "align.train", None, ["--config", f"{tmp_path}/config.yaml"], leaves=False)
 
 
 # configs as people write them

@@ -713,7 +713,10 @@ def test_mistakes_are_one_clear_line(
         ({"images_per_prompt": 3}, "even in pairs; got 3"),
         ({"images_per_prompt": 1, "antithetic": False}, "images_per_prompt must be at least 2"),
         ({"clip_range": 0.0}, "clip_range must be positive"),
-        ({"replay": -1}, "replay and kl_weight at least 0"),
+        ({"replay": -1}, "replay must be at least 0"),
+        ({"kl_weight": -1.0}, "kl_weight at least 0"),
+        ({"kl_budget": 0.0}, "kl_budget positive or null"),
+        ({"value_steps": 0}, "value_steps at least 1"),
     ],
 )
 def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -216,7 +216,7 @@ def test_an_update_costs_what_the_plan_says(tiny: Build, kind: str, guidance_sca
 
 @pytest.mark.parametrize("arguments", [{"num_inference_steps": 0}, {"prior_weight": -1.0}])
 def test_bad_hyper_parameters_are_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="steps must be at least 1 and prior_weight at least 0"):
+    with pytest.raises(ValueError, match="(steps|weight) must be at least"):
         ReNO(**arguments)
 
 

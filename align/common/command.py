@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from align.common.errors import UserError
-from align.common.hints import nulls, suggestion
+from align.common.hints import nulls, plain, suggestion
 from align.common.renames import tell, upgrade_arguments
 from align.common.settings_file import read_settings
 from rewards.common.command import DEBUG, status
@@ -40,7 +40,7 @@ class OneLine(ArgumentParser):
         if not self.exit_on_error:  # the parser of a class within, whose error the outer one tells with its key
             raise ArgumentError(None, message) from ex
         said = " ".join(message.split())
-        said += suggestion(said, self.settings) if self.settings else ""
+        said = plain(said) + (suggestion(said, self.settings) if self.settings else "")
         if not self.leaves:
             raise UserError(said)
         print(f"{self.prog}: error: {said} (see --help)", file=sys.stderr)

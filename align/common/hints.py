@@ -52,6 +52,28 @@ FOREIGN: Mapping[str, str] = {
 UNKNOWN = re.compile(r"(?:Option|accept option) '([^']+)'|--([\w.-]+)")
 # what is said of a class path that is none, of no text, or of no class that can stand there
 NO_CLASS = re.compile(r"[Ii]mport path|instantiatable class|is not iterable|unhashable type|No module named")
+# what is said of a setting that may be of several types, without another such inside
+INSIDE = "((?:(?!Does not validate).)*?)"
+UNION = re.compile(
+    rf"Does not validate against any of the Union subtypes Subtypes: \[{INSIDE}\] Errors: - {INSIDE} "
+    r"Given value type: <class '[^']*'> Given value: (.*?)(?= - |$)"
+)
+
+
+def plain(message: str) -> str:
+    """A parser's ``message``, in fewer words where a value is of none of several types: what is wrong with it as one of
+    them, where one says more than that, or all that were expected."""
+
+    def shorter(found: re.Match[str]) -> str:
+        errors = list(dict.fromkeys(found[2].split(" - ")))
+        told = [error for error in errors if not error.startswith("Expected a")]
+        kinds = [re.sub(r"Expected an? (?:<class '([^']*)'>)?", r"\1", error) for error in errors if error not in told]
+        expected = " or ".join("null" if kind == "NoneType" else kind for kind in kinds)
+        return "; ".join(told) or f"Expected {expected}. Got value: {found[3]}"
+
+    while (less := UNION.sub(shorter, message)) != message:
+        message = less
+    return message
 
 
 def suggestion(message: str, settings: type[Any]) -> str:

@@ -33,7 +33,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
-from align.common.errors import DataError
+from align.common.errors import DataError, require_at_least
 from align.common.resolution import Resolution
 from align.data.dataset import Data, Setup
 from align.data.trajectories import Rollout, RolloutFolder, TrajectoryBatch, TrajectoryPairs
@@ -249,6 +249,9 @@ class LabelledRollout(Data):
     resolution: Resolution = None
 
     batch_type: ClassVar[type] = TrajectoryBatch
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "limit")
 
     def check(self) -> None:
         self.read()

@@ -94,6 +94,9 @@ class EncodedData(Data):
         for name in ("variants", "vae_batch", "bucket_reso_steps", "limit"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        for name in ("max_bad_share", "max_contradicted_share"):
+            if not 0 <= getattr(self, name, 0) <= 1:
+                raise ValueError(f"{name} must be a share, from 0 to 1, got {getattr(self, name)}")
         if self.variants > 1 and self.center_crop and not self.random_flip:
             raise ValueError("all variants would be the same: set center_crop: false or random_flip: true")
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from align.common.assets import locate
-from align.common.errors import DataError
+from align.common.errors import DataError, require_at_least
 from align.common.resolution import Resolution
 from align.data.dataset import Data, Setup
 from align.families import Conditioning, Family, tell_truncated
@@ -77,6 +77,9 @@ class Prompts(Data):
     resolution: Resolution = None
 
     batch_type: ClassVar[type] = PromptBatch
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "limit")
 
     def check(self) -> None:
         self.read()
@@ -146,6 +149,7 @@ class TaskPrompts(Data):
     batch_type: ClassVar[type] = PromptBatch
 
     def __post_init__(self) -> None:
+        require_at_least(1, self, "limit")
         self.multiple = len(self.tasks)
 
     def check(self) -> None:

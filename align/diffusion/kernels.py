@@ -143,6 +143,10 @@ class FlowSDE(Kernel):
     noise: float = 0.7
     schedule: Literal["flow_grpo", "constant"] = "flow_grpo"
 
+    def __post_init__(self) -> None:
+        if self.noise < 0:
+            raise ValueError(f"noise must be at least 0, got {self.noise}")
+
     def __call__(self, prediction: Prediction, grid: Grid, i: Step) -> Gaussian:
         if not grid.rectified:
             raise ValueError("FlowSDE needs a rectified-flow grid (alpha + sigma = 1); use DDIM(eta) for this model")

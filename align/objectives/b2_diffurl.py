@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.common.errors import require_at_least
 from align.data.prompts import PromptBatch
 from align.families import Family, Resolution
 from align.objectives.d3po import D3PO
@@ -71,8 +72,8 @@ class B2DiffuRL(Objective, KeepsState):
         total = self.rule.sampler.num_inference_steps
         if self.progressive and not 1 <= self.first <= total:
             raise ValueError(f"first must be between 1 and the sampler's {total} steps, got {self.first}")
-        if self.stages < 1 or self.history < 0:
-            raise ValueError(f"stages must be at least 1 and history at least 0, got {self.stages}, {self.history}")
+        require_at_least(1, self, "stages")
+        require_at_least(0, self, "history", "weight_best", "weight_worst")
         if self.rule.window:
             raise ValueError("B2DiffuRL chooses the trained steps itself: leave the update's window unset")
         self.scores = PromptHistory(self.history, "stage")

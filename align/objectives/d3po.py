@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.common.errors import UserError
+from align.common.errors import UserError, require_at_least
 from align.data.prompts import PromptBatch
 from align.data.trajectories import TrajectoryBatch
 from align.diffusion.process import upload
@@ -75,8 +75,8 @@ class D3PO(Objective, KeepsState):
     reference_batch: int = 32
 
     def __post_init__(self) -> None:
-        if self.images_per_prompt < 2:
-            raise ValueError(f"a preference needs two pictures: images_per_prompt is {self.images_per_prompt}")
+        require_at_least(2, self, "images_per_prompt")  # a preference needs two
+        require_at_least(1, self, "reference_batch")
         count_trained(self.sampler, self.window, self.timestep_fraction)
         if self.beta <= 0 or not 0 < self.clip_range < 1:
             raise ValueError(f"beta must be positive and clip_range in (0, 1), got {self.beta} and {self.clip_range}")

@@ -64,8 +64,8 @@ class DPO(Objective):
         pair_losses.check(self.loss_type, self.beta, self.reduction, smooths)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.loser_weight < 0 or not 0 <= (self.safeguard or 0) <= 1:
-            raise ValueError("loser_weight must be at least 0, and safeguard null or in [0, 1]")
+        if min(self.loser_weight, self.sft_weight) < 0 or not 0 <= (self.safeguard or 0) <= 1:
+            raise ValueError("loser_weight and sft_weight must be at least 0, and safeguard null or in [0, 1]")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(f"proportion_empty_prompts must be a share, got {self.proportion_empty_prompts}")
 

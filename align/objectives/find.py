@@ -78,8 +78,8 @@ class FIND(Objective, KeepsState, TrainsModule):
     def __post_init__(self) -> None:
         if self.images_per_prompt < 2 or (self.antithetic and self.images_per_prompt % 2):
             raise ValueError(f"images_per_prompt must be at least 2, and even in pairs; got {self.images_per_prompt}")
-        if self.clip_range <= 0 or self.replay < 0 or self.kl_weight < 0:
-            raise ValueError("clip_range must be positive, replay and kl_weight at least 0")
+        if self.clip_range <= 0 or self.kl_weight < 0 or (self.kl_budget is not None and self.kl_budget <= 0):
+            raise ValueError("clip_range must be positive, kl_weight at least 0, and kl_budget positive or null")
         self.memory = NoiseMemory(self.replay, self.replay_by)
         self.forecast = RewardForecast(self.value_learning_rate, self.value_steps)
         self.best: dict[str, float] = {}

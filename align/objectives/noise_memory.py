@@ -73,6 +73,8 @@ class NoiseMemory:
     """At most ``size`` noises of each prompt: the ``newest``, or those of the best ``reward``, of equals the older."""
 
     def __init__(self, size: int, by: ReplayBy) -> None:
+        if size < 0:
+            raise ValueError(f"replay must be at least 0, got {size}")
         self.size, self.by = size, by
         self.samples: NoiseSamples | None = None
 

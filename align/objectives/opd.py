@@ -84,6 +84,8 @@ class OPD(Objective, Prepares):
             raise ValueError(f"teachers: expected one for each task, or one of '*'; got tasks {tasks}")
         if self.images_per_prompt < 1 or self.anchor < 0 or self.trained_steps < 1:
             raise ValueError("images_per_prompt must be at least 1, anchor at least 0, and a step has to be trained")
+        if self.extrapolation <= 0:
+            raise ValueError(f"extrapolation must be positive, got {self.extrapolation}: 1 is the teacher itself")
         if self.cold_start and not all(isinstance(teacher, LoRATeacher) for teacher in self.teachers):
             raise ValueError("cold_start averages LoRAs: every teacher has to be a LoRATeacher")
         if self.cold_start and self.reference == "start":

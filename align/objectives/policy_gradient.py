@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from align.common.errors import require_at_least
 from align.data.prompts import PromptBatch
 from align.diffusion.process import Reduction, upload
 from align.families import Family, Resolution, sides
@@ -95,6 +96,7 @@ class PolicyGradient(Objective, KeepsState):
             raise ValueError("a group of one picture has no advantage: images_per_prompt must be at least 2")
         if min(self.clip_range, self.adv_clip_max, self.kl_threshold) <= 0 or self.beta < 0:
             raise ValueError("clip_range, adv_clip_max and kl_threshold must be positive, beta at least 0")
+        require_at_least(max(1, self.history_min_count), self, "history_size")  # or no prompt ever has enough
         count_trained(self.sampler, self.window, self.timestep_fraction)
         self.history = PromptHistory(self.history_size, "score")
 
@@ -114,10 +116,9 @@ class PolicyGradient(Objective, KeepsState):
         size, each = math.prod(family.latent_shape(*sides(resolution))), self.sampler.evaluations(family)
         rows = count_trained(self.sampler, self.window, self.timestep_fraction, family)
         frozen = (self.sampler.num_inference_steps + (rows if self.beta else 0)) * each
-        clips = self.trust_region == "clip"
-        name, limit = ("clip range", self.clip_range) if clips else ("KL limit", self.kl_threshold)
-        nats = f"{limit * (size if self.reduction == 'mean' else 1):.3g} nats of a step's density"
-        nats = f"{limit:g} ({self.reduction} over D={size}) = {nats}"
+        limits = {"clip": ("clip range", self.clip_range), "kl": ("KL limit", self.kl_threshold)}
+        (name, limit), summed = limits[self.trust_region], size if self.reduction == "mean" else 1
+        nats = f"{limit:g} ({self.reduction} over D={size}) = {limit * summed:.3g} nats of a step's density"
         return Cost(rows * each, frozen, rows, {"sampler": self.sampler.describe(family, rows), name: nats})
 
     def rollout(self, ctx: Context, batch: PromptBatch) -> Rows:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from align.common import rng
-from align.common.errors import UserError
+from align.common.errors import UserError, require_at_least
 from align.data.dataset import Data
 from align.data.prompts import PromptBatch, Prompts
 from align.families import Conditioning, Family, Resolution, sides
@@ -99,8 +99,8 @@ class ReNO(Objective, TrainsModule, Prepares):
     noise_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps < 1 or self.prior_weight < 0:
-            raise ValueError("num_inference_steps must be at least 1 and prior_weight at least 0")
+        require_at_least(1, self, "num_inference_steps")
+        require_at_least(0, self, "guidance_scale", "prior_weight")
 
     @property
     def needs(self) -> Needs:

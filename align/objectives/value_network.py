@@ -63,6 +63,8 @@ class RewardForecast:
     asked, since the size of its input is that of the model's latents and conditions."""
 
     def __init__(self, learning_rate: float, steps: int) -> None:
+        if learning_rate <= 0 or steps < 1:
+            raise ValueError("value_learning_rate must be positive, and value_steps at least 1")
         self.learning_rate, self.steps = learning_rate, steps
         self.network: ValueNet | None = None
         self._restored: Mapping[str, Tensor] | None = None

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from align.common import rng
-from align.common.errors import UserError
+from align.common.errors import UserError, require_at_least
 from align.diffusion.kernels import FlowSDE, Kernel, has_noise
 from align.diffusion.process import Grid
 from align.families import Family, Scale
@@ -34,6 +34,10 @@ class SDEWindow:
     every: int | None = None
     stride: int = 1
     start: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "size", "until", "every", "stride")
+        require_at_least(0, self, "start")
 
     def _until(self, total: int) -> int:
         return self.until if self.until is not None else total if self.every else -(-total // 2)

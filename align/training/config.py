@@ -36,8 +36,8 @@ class Samples:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps is not None and self.num_inference_steps < 1:
-            raise ValueError(f"samples: num_inference_steps must be at least 1, got {self.num_inference_steps}")
+        require_at_least(1, self, "num_inference_steps")
+        require_at_least(0, self, "guidance_scale", "seed")
 
 
 @dataclass
