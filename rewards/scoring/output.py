@@ -65,8 +65,8 @@ class ScoreShards:
             if not same:
                 raise RewardError(
                     f"{self.path(number)} has scores of pictures that were changed since, among rows {number * size} "
-                    f"to {(number + 1) * size - 1}; delete it to score them again, `touch` it where they are only copies, or "
-                    "give another --output"
+                    f"to {(number + 1) * size - 1}; delete it to score them again, `touch` it where they are "
+                    "only copies, or give another --output"
                 )
 
     def _about(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
