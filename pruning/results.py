@@ -65,7 +65,8 @@ def recipes(config: Compress, prompts: Sequence[str]) -> dict[str, Recipe]:
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "seed": config.seed,
-        "reward": [reward.settings() | reward.record() for reward in config.reward],
+        "reward": [reward.record() for reward in config.reward],
+        "files of rewards": {reward.title: reward.files() for reward in config.reward},
     }
     plan = source | {"blocks": config.blocks and config.blocks.replace(" ", "")}
     if config.budget is not None:
@@ -144,6 +145,14 @@ def _digest(data: bytes) -> str:
     return "sha256 " + hashlib.sha256(data).hexdigest()
 
 
+def _as_now(recipe: Recipe) -> Recipe:
+    """What an earlier version wrote, which told of a reward how long it may take."""
+    rewards = recipe.get("reward")
+    if not (isinstance(rewards, list) and all(isinstance(reward, dict) for reward in rewards)):
+        return recipe
+    return {**recipe, "reward": [{k: v for k, v in reward.items() if k != "timeout"} for reward in rewards]}
+
+
 def _difference(name: str, before: Any, now: Any) -> str:
     if any(isinstance(value, str) and value.startswith("sha256 ") for value in (before, now)):
         return f"{name} had other contents"
@@ -185,7 +194,7 @@ class Results:
                 if name != "profile":  # which says itself what it was measured on
                     stale[name] = ["settings unknown"]
                 continue
-            before = self.made[name]
+            before = _as_now(self.made[name])
             differ = [key for key in recipe if key in before and before[key] != recipe[key]]
             if differ:
                 new = [key for key in differ if key not in said]

@@ -60,9 +60,14 @@ class RewardConfig:
     def settings(self) -> dict[str, Any]:
         """What the scores depend on, with the :func:`fingerprint` of files; a token authorises, it changes none."""
         args = without_secrets({key: value for key, value in self.args.items() if not is_secret(key)})
-        paths = {key: Path(value).expanduser() for key, value in args.items() if isinstance(value, str) and value}
-        files = {key: fingerprint(path) for key, path in paths.items() if _exists(path)}
+        files = self.files()
         return {"name": self.name, "args": args} | ({"files": files} if files else {})
+
+    def files(self) -> dict[str, str]:
+        """The :func:`fingerprint` of every file or folder that an argument names."""
+        named = {key: value for key, value in self.args.items() if isinstance(value, str) and value}
+        paths = {key: Path(value).expanduser() for key, value in named.items() if not is_secret(key)}
+        return {key: fingerprint(path) for key, path in paths.items() if _exists(path)}
 
     def record(self) -> dict[str, Any]:
         """What may be written down of it, with its place in a sum."""

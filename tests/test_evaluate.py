@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -236,6 +237,22 @@ def test_a_folder_that_is_somebodys_is_left_alone(tiny: Build, tmp_path: Path) -
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="was not drawn by this command"):
         PictureFolder(tmp_path / "mine", [Wanted("a star", 0, {})], 1).draw(tiny("epsilon"), FEW, Launched(), "")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_folder_of_an_earlier_version_is_gone_on_with(tiny: Build, tmp_path: Path, same: bool) -> None:
+    family = tiny("epsilon")
+    folder = PictureFolder(tmp_path / "drawn", [Wanted("a star", 0, {})], 1, judged=True)
+    folder.draw(family, FEW, Launched(), "")
+    told = folder.record | {
+        "weights": {name: folder.record["contents"][name] for name in ("unet", "text_encoder", "vae")}
+    }
+    del told["contents"]
+    if not same:
+        told["weights"]["unet"] = told["weights"]["vae"]
+    (folder.path / pictures.RECORD).write_text(json.dumps(told, indent=2) + "\n")
+    with contextlib.nullcontext() if same else pytest.raises(UserError, match="people have judged them"):
+        folder.draw(family, FEW, Launched(), "")
 
 
 @pytest.mark.parametrize("lost", ["folder", "picture"])

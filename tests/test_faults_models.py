@@ -34,6 +34,7 @@ from align.policy.policy import LoRA, Policy
 from align.sampling.generate import sample_images
 from align.sampling.loop import initial_noise, sample
 from align.sampling.sampler import Sampler, SDEWindow
+from rewards import RewardConfig
 from tests.helpers import TEXTS, rolled
 from tests.pipelines import Build
 
@@ -222,10 +223,26 @@ def test_pictures_of_one_pipeline_are_not_taken_for_anothers(copy: Callable[[str
         save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     family = families.load(str(folder))
     assert {name for name, part in draws(family).items() if part != before[name]} == {what}
-    with pytest.raises(UserError, match=f"the model's {what} '"):
+    with pytest.raises(UserError, match=f"contents of {what} '"):
         RolloutFolder(folder / "rollout").start(record_of(RolloutSettings("prompts"), [], family))
     RolloutFolder(folder / "older").start(replace(record, contents={}))  # which does not know
     RolloutFolder(folder / "older").start(record)
+
+
+def test_a_rollout_knows_the_files_of_its_rewards_and_one_of_an_earlier_version_does_not(
+    tiny: Build, tmp_path: Path
+) -> None:
+    head, settings = tmp_path / "head", RolloutSettings("prompts")
+    head.write_text("one")
+    settings.rewards = [RewardConfig("tests.helpers.Bright", args={"file": str(head)})]
+    record = record_of(settings, [], tiny("epsilon"))
+    RolloutFolder(tmp_path / "older").start(replace(record, contents={}))
+    RolloutFolder(tmp_path / "rollout").start(record)
+    head.write_text("another")
+    record = record_of(settings, [], tiny("epsilon"))
+    RolloutFolder(tmp_path / "older").start(record)
+    with pytest.raises(UserError, match="contents of tests.helpers.Bright's file '"):
+        RolloutFolder(tmp_path / "rollout").start(record)
 
 
 def test_a_model_for_inpainting_is_refused_before_weights_are_read(copy: Callable[[str], Path]) -> None:

@@ -28,7 +28,7 @@ from align.training.trainer import Trainer
 from pruning import compress
 from pruning.plan import Plan
 from pruning.report import Reporting, peak
-from pruning.results import recipes
+from pruning.results import Results, recipes
 from pruning.settings import Compress
 from rewards import RewardConfig
 from rewards.common.files import locked
@@ -408,5 +408,12 @@ def test_a_profile_is_of_the_rewards_files_and_tells_no_secret(config: dict[str,
     settings = Compress(reward=[reward], **{k: v for k, v in config.items() if k not in ("heal", "tune", "budget")})
     before = recipes(settings, [])["profile"]
     assert "hidden" not in str(before)
-    Path("head").write_text("another")
-    assert recipes(settings, [])["profile"] != before
+    older = {name: value for name, value in before.items() if name != "files of rewards"}
+    older["reward"] = [before["reward"][0] | {"timeout": 9.0}]
+    Path("profile.json").touch()
+    for made, knows in ((before, True), (older, False)):  # of this version, and of an earlier one
+        Path("head").write_text("one")
+        Path("stages.json").write_text(json.dumps({"profile": made}))
+        assert Results(Path(), {"profile": before}).stale() == {}
+        Path("head").write_text("another")
+        assert bool(Results(Path(), recipes(settings, [])).stale()) == knows

@@ -316,6 +316,18 @@ def test_other_settings_are_refused_in_words(tmp_path: Path, capsys: pytest.Capt
     assert scores(tmp_path / "out") == before
 
 
+def test_pictures_from_a_clock_that_is_ahead_are_known_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(lay(tmp_path / "in", "sidecar"))
+    command = [str(source), "--reward", REWARD, "--output", str(tmp_path / "out"), "--shard_size", "4"]
+    os.utime(source / "5.png", (time.time() + 1e6,) * 2)
+    assert main(command) == main(command) == 0
+    os.utime(source / "5.png", (time.time() + 2e6,) * 2)
+    assert main(command) == 2
+    assert "`touch` it where they are only copies" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layout", ["sidecar", "tar", "parquet of paths"])
 def test_other_pictures_under_the_same_names_are_not_taken_for_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str

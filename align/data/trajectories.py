@@ -28,7 +28,7 @@ from rewards.common.files import claim, sweep, write_text
 @dataclass(frozen=True)
 class RolloutRecord:
     """``rollout.json``: what the images depend on and how they are stored. ``digest`` is of the weights that drew,
-    ``contents`` of every part of the pipeline, which folders of earlier versions do not tell."""
+    ``contents`` of every part of the pipeline and of rewards' files, which folders of earlier versions do not tell."""
 
     model: str
     weights: str | None
@@ -112,7 +112,7 @@ class RolloutFolder:
         if self.record_file.is_file():
             there, here = asdict(self.record()), asdict(record)
             for each in (there, here):
-                each |= {f"the model's {part}": digest for part, digest in each.pop("contents").items()}
+                each |= {f"contents of {part}": digest for part, digest in each.pop("contents").items()}
             shared = [name for name in here if name in there]
             other = [f"{name} {there[name]!r}, now {here[name]!r}" for name in shared if there[name] != here[name]]
             if other:

@@ -166,8 +166,14 @@ class PictureFolder:
         return json.dumps(self.record, indent=2) + "\n"
 
     def _same(self) -> bool:
-        path = self.path / RECORD
-        return path.is_file() and path.read_text(encoding="utf-8") == self._record_text()
+        here = json.loads(self._record_text())
+        try:
+            there: Any = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+            if "weights" in there:  # of an earlier version, which told no more of the contents
+                there["contents"] = here["contents"] | there.pop("weights")
+        except (OSError, ValueError, TypeError, AttributeError):
+            return False
+        return bool(there == here)
 
     def _start(self, launched: Launched) -> None:
         """The record of these pictures in place of any other's, whose pictures go."""

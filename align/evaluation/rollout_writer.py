@@ -94,8 +94,9 @@ def record_of(config: RolloutSettings, rows: Sequence[Mapping[str, Any]], family
         images=len(rows) * config.images_per_prompt,
         shards=-(-len(rows) // config.prompts_per_shard),
         half=config.half,
-        rewards=[reward.settings() | reward.record() for reward in config.rewards],
-        contents=contents_of_model(family),
+        rewards=[reward.record() for reward in config.rewards],
+        contents=contents_of_model(family)
+        | {f"{reward.title}'s {key}": file for reward in config.rewards for key, file in reward.files().items()},
     )
 
 

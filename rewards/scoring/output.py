@@ -59,14 +59,14 @@ class ScoreShards:
         for number, pictures in kept.items():
             try:
                 scored = os.stat(self.path(number)).st_mtime_ns
-                files = [row.image for row in rows[number] if isinstance(row.image, Path) and not address(row.image)]
-                same = digest_of(rows[number]) == pictures and all(os.stat(f).st_mtime_ns <= scored for f in files)
+                same = digest_of(rows[number]) == pictures and _newest(rows[number]) <= scored
             except (OSError, ValueError):
                 same = False
             if not same:
                 raise RewardError(
                     f"{self.path(number)} has scores of pictures that were changed since, among rows {number * size} "
-                    f"to {(number + 1) * size - 1}; delete it to score them again, or give another --output"
+                    f"to {(number + 1) * size - 1}; delete it to score them again, `touch` it where they are "
+                    "only copies, or give another --output"
                 )
 
     def _about(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]], str | None]:
@@ -110,6 +110,14 @@ class ScoreShards:
             texts["t2i-align.pictures"] = digest_of(rows)
         with atomic(self.path(number)) as draft:
             pq.write_table(table.replace_schema_metadata(texts), draft)
+            if (newest := _newest(rows)) > os.stat(draft).st_mtime_ns:  # by another machine's clock, or a camera's
+                os.utime(draft, ns=(newest, newest))
+
+
+def _newest(rows: Iterable[ImageRow]) -> int:
+    """When the last of the rows' pictures was written that are files of this machine."""
+    files = (row.image for row in rows if isinstance(row.image, Path) and not address(row.image))
+    return max((os.stat(file).st_mtime_ns for file in files), default=0)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
