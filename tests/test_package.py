@@ -210,7 +210,7 @@ def library_lines(root: Path) -> int:
 
 # Files that are still too long, with the lines they had: none may grow, and one that fits comes off the list.
 STILL_TOO_LONG: dict[str, int] = {"align/objectives/__init__.py": 35}  # the registry: two lines an objective
-LIBRARY_LINES = 35_200  # 16_429 before the rooms; faults, families, benches, export, scale, hub, people, methods since
+LIBRARY_LINES = 35_300  # 16_429 before the rooms; faults, families, benches, export, scale, hub, people, methods since
 
 
 def test_rooms_import_only_rooms_before_them() -> None:

@@ -36,8 +36,8 @@ class SDEWindow:
     start: int = 0
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "size", "until", "every", "stride")
-        require_at_least(0, self, "start")
+        require_at_least(1, self, "size", "until", "every", "stride", of="window")
+        require_at_least(0, self, "start", of="window")
 
     def _until(self, total: int) -> int:
         return self.until if self.until is not None else total if self.every else -(-total // 2)

@@ -36,8 +36,8 @@ class Samples:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "num_inference_steps")
-        require_at_least(0, self, "guidance_scale", "seed")
+        require_at_least(1, self, "num_inference_steps", of="samples")
+        require_at_least(0, self, "guidance_scale", "seed", of="samples")
 
 
 @dataclass
