@@ -861,6 +861,9 @@ def test_models_draw_while_people_choose(tmp_path: Path, tiny_folders: dict[str,
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert contents(tmp_path / "a-drawn") == before
+    for thread in threading.enumerate():  # it loads the other model yet, in which time no test could make one
+        if thread.name == "drawing":
+            thread.join()
 
 
 def test_drawing_ends_with_the_page(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -116,6 +117,10 @@ def _entries(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=group))
 
 
+# while they load, libraries put functions of their own in torch's place; two at once would leave them there for good
+_ONE_AT_A_TIME = threading.RLock()
+
+
 def load(
     source: str,
     dtype: torch.dtype = torch.float32,
@@ -139,14 +144,15 @@ def load(
     folder = _local(source, revision, variant)
     if not Path(locate(source)).is_dir():  # of the hub: its configs are here now
         family.require_supported(source, configs(folder))
-    if (other := reader(folder)) is not None:
-        pipe = other.load(folder, dtype)
-    else:
-        parts = read_parts(folder, dtype, variant)
-        try:
-            pipe = family.read(str(folder), {"dtype": dtype, **parts})
-        except (TypeError, ValueError) as error:  # of a part that is named as none
-            raise Unsupported(f"{source} is no whole pipeline: {' '.join(str(error).split())[:300]}") from error
+    with _ONE_AT_A_TIME:
+        if (other := reader(folder)) is not None:
+            pipe = other.load(folder, dtype)
+        else:
+            parts = read_parts(folder, dtype, variant)
+            try:
+                pipe = family.read(str(folder), {"dtype": dtype, **parts})
+            except (TypeError, ValueError) as error:  # of a part that is named as none
+                raise Unsupported(f"{source} is no whole pipeline: {' '.join(str(error).split())[:300]}") from error
     require_tokenizers(pipe, source, family.token_limits)
     if quantize is not None:
         quantized(getattr(pipe, family.denoiser_name))
