@@ -116,6 +116,13 @@ def status(command: Callable[[], object], argv: Sequence[str] | None = None) -> 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this process; progress bars write to it all the same
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    try:
+        return _status(command, argv)
+    except Ended:  # just when it had ended by itself
+        return STOPPED
+
+
+def _status(command: Callable[[], object], argv: Sequence[str] | None) -> int:
     forget = hear(_end)
     try:
         answer = command()

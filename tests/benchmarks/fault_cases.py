@@ -347,7 +347,7 @@ VALUES: dict[str, dict[str, Sequence[Any]]] = {
         "sgd_momentum": (NAN, 1.5, -1.0),
         "mixed_precision": ("fp8", 16, "fp16"),
         "lr_scheduler": ("steep", 3),
-        "report_to": ("paper", ["none"]),
+        "report_to": ("paper", ["none", "paper"]),
         "attention_backend": ("nowhere",),
         "use_8bit_adam": (True, WORD),
         "objective.init_args.beta": POSITIVE,
