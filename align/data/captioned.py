@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from align.common.assets import locate
-from align.common.errors import DataError, UserError
+from align.common.errors import DataError, UserError, require_at_least
 from align.common.resolution import Resolution, sides
 from align.data import latent_cache
 from align.data.dataset import Bad, Data, Example, ExampleSet, Row, Rows, Setup, Unlabelled, check_bad, image_key
@@ -91,9 +91,7 @@ class EncodedData(Data):
 
     def __post_init__(self) -> None:
         self._items: tuple[str, ExampleSet] | None = None
-        for name in ("variants", "vae_batch", "bucket_reso_steps", "limit"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+        require_at_least(1, self, "variants", "vae_batch", "bucket_reso_steps", "limit")
         for name in ("max_bad_share", "max_contradicted_share"):
             if not 0 <= getattr(self, name, 0) <= 1:
                 raise ValueError(f"{name} must be a share, from 0 to 1, got {getattr(self, name)}")

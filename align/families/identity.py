@@ -55,19 +55,24 @@ def meaning(family: Family) -> dict[str, object]:
 def draws(family: Family) -> dict[str, object]:
     """What tells the pictures that a pipeline draws from another's, by its parts: the weights of its networks, LoRA
     among them, the settings of its scheduler, its tokenizers, and how latents are scaled."""
-    scheduler = family.pipe.scheduler
-    default = scheduler.config.get("_use_default_values", ())  # of which other versions of diffusers have others
-    said = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and k not in default}
-    weights = {name: _fingerprint(network) for name, network in _networks(family).items()}
-    settings = {"scheduler": [type(scheduler).__name__, sorted(said.items())], "scaling": _scaling(family)}
-    return {**weights, **settings, **_words(family)}
+    return {name: _fingerprint(network) for name, network in _networks(family).items()} | _beside(family)
 
 
 def contents_of_model(family: Family) -> dict[str, str]:
     """:func:`draws`, in a word for each part: what a run's checkpoints belong to. What is in 4 bit is left out: another
     device packs it otherwise, in the last bits."""
-    packed = [name for name, network in _networks(family).items() if _is_packed(network)]
-    return {name: _digest(part)[:16] for name, part in draws(family).items() if name not in packed}
+    networks = {name: network for name, network in _networks(family).items() if not _is_packed(network)}
+    parts = {name: _fingerprint(network) for name, network in networks.items()} | _beside(family)
+    return {name: _digest(part)[:16] for name, part in parts.items()}
+
+
+def _beside(family: Family) -> dict[str, object]:
+    """What a picture depends on beside the networks."""
+    scheduler = family.pipe.scheduler
+    default = scheduler.config.get("_use_default_values", ())  # of which other versions of diffusers have others
+    said = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and k not in default}
+    settings = {"scheduler": [type(scheduler).__name__, sorted(said.items())], "scaling": _scaling(family)}
+    return {**settings, **_words(family)}
 
 
 def _networks(family: Family) -> dict[str, nn.Module]:

@@ -112,10 +112,8 @@ class Sampler:
             raise ValueError(
                 f"sampler: num_inference_steps must lie between 1 and 1000, got {self.num_inference_steps}"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"sampler: batch_size must be at least 1, got {self.batch_size}")
-        if self.guidance_scale is not None and self.guidance_scale < 0:
-            raise ValueError(f"sampler: guidance_scale must be at least 0, got {self.guidance_scale}")
+        require_at_least(1, self, "batch_size", of="sampler")
+        require_at_least(0, self, "guidance_scale", of="sampler")
 
     def kernel_of(self, family: Family) -> Kernel:
         if isinstance(self.kernel, FlowSDE) and family.prediction_type != "flow_prediction":
